@@ -1,0 +1,1 @@
+"""trackstar: which training examples made this language model say that?"""
