@@ -157,7 +157,7 @@ def load_model(
     folder, gguf_file = _resolved(source, gguf_file)
     name = str(folder or source)
     module = _loaded(name, revision=revision, gguf_file=gguf_file, dtype=DTYPES[dtype])
-    module = nn.Module.to(module, target)
+    nn.Module.to(module, target)
     tokenizer = _loaded_tokenizer(name, revision=revision, gguf_file=gguf_file)
     return wrap_model(
         module,

@@ -1,0 +1,281 @@
+"""V, the optimizer's second moment of each weight's gradient (paper, §4.1): read from optimizer state or estimated.
+
+A factored V ≈ r cᵀ / mean(r), with r the means over each row and c the means over each column, is what Adafactor
+keeps. It is separable, so that G/√V = diag(r)^(-1/2) · G · diag(c)^(-1/2) · √mean(r) folds into the projections and
+costs nothing. An elementwise V does not fold; it is the exact, slower choice.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trackstar.batching import make_batch, plan_batches, run_adaptively
+from trackstar.errors import GradientError, OptionError, SecondMomentError
+from trackstar.examples import TokenizedExample
+from trackstar.gradients import gradient_pass
+from trackstar.layer_blocks import WeightMatrix
+from trackstar.model import LanguageModel
+
+# Entries of V (of its factors, where factored) below this fraction of their mean are raised to it: a weight that has
+# never had a gradient must not outweigh all others when it first gets one.
+DEFAULT_FLOOR = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FactoredMoment:
+    """V ≈ row columnᵀ / mean(row) of one matrix.
+
+    Attributes:
+        row: Mean over the columns of each row of V, in squared units of the gradient.
+        column: Mean over the rows of each column of V, in the same units.
+    """
+
+    row: Float[Tensor, "rows"]
+    column: Float[Tensor, "columns"]
+
+    def values(self) -> Float[Tensor, "rows columns"]:
+        """V in full."""
+        return torch.outer(self.row, self.column) / self.row.mean()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ElementwiseMoment:
+    """V of one matrix, an entry a weight, in squared units of the gradient."""
+
+    entries: Float[Tensor, "rows columns"]
+
+    def values(self) -> Float[Tensor, "rows columns"]:
+        """V in full."""
+        return self.entries
+
+    def factored(self) -> FactoredMoment:
+        """Its row means and column means."""
+        return FactoredMoment(row=self.entries.mean(dim=1), column=self.entries.mean(dim=0))
+
+
+Moment = FactoredMoment | ElementwiseMoment
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SecondMoment:
+    """V of every covered matrix.
+
+    Attributes:
+        kind: `none` (V = 1), `factored` or `elementwise`.
+        moments: By matrix name; empty for `none`.
+        source: Where it comes from, for people.
+        floor: Smallest entry, as a fraction of the mean.
+    """
+
+    kind: Literal["none", "factored", "elementwise"]
+    moments: Mapping[str, Moment]
+    source: str
+    floor: float = DEFAULT_FLOOR
+
+    def digest(self) -> str | None:
+        """BLAKE2b-128 of all its numbers; None where there is no V."""
+        if self.kind == "none":
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        for key, tensor in sorted(self.tensors().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an index keeps of it: `row/NAME` and `column/NAME`, or `entries/NAME`."""
+        tensors: dict[str, Tensor] = {}
+        for name, moment in self.moments.items():
+            if isinstance(moment, FactoredMoment):
+                tensors[f"row/{name}"] = moment.row.float().cpu().contiguous()
+                tensors[f"column/{name}"] = moment.column.float().cpu().contiguous()
+            else:
+                tensors[f"entries/{name}"] = moment.entries.float().cpu().contiguous()
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], *, source: str, floor: float) -> "SecondMoment":
+        """The inverse of `tensors`."""
+        moments: dict[str, Moment] = {}
+        for key, tensor in tensors.items():
+            part, name = key.split("/", 1)
+            if part == "entries":
+                moments[name] = ElementwiseMoment(entries=tensor)
+            elif part == "row":
+                moments[name] = FactoredMoment(row=tensor, column=tensors[f"column/{name}"])
+        kind = "elementwise" if any(isinstance(m, ElementwiseMoment) for m in moments.values()) else "factored"
+        return cls(kind=kind if moments else "none", moments=moments, source=source, floor=floor)
+
+
+NO_SECOND_MOMENT = SecondMoment(kind="none", moments={}, source="none")
+
+
+def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[WeightMatrix]) -> SecondMoment:
+    """The same, once every matrix is known to have a finite V of its shape, nowhere negative and not zero throughout.
+
+    Raises:
+        SecondMomentError: It lacks a matrix, has another shape, or holds values that no mean of squares can have.
+    """
+    if second_moment.kind == "none":
+        return second_moment
+    for matrix in matrices:
+        moment = second_moment.moments.get(matrix.name)
+        if moment is None:
+            raise SecondMomentError(f"{second_moment.source}: holds no second moment of {matrix.name}; expected one")
+        parts = [moment.row, moment.column] if isinstance(moment, FactoredMoment) else [moment.entries]
+        found = (
+            (len(moment.row), len(moment.column)) if isinstance(moment, FactoredMoment) else tuple(moment.entries.shape)
+        )
+        if found != (matrix.rows, matrix.columns):
+            raise SecondMomentError(
+                f"{second_moment.source}: second moment of {matrix.name} is for shape {found}, expected "
+                f"{(matrix.rows, matrix.columns)}; it belongs to another model"
+            )
+        for part in parts:
+            if not torch.isfinite(part).all() or (part < 0).any() or not (part > 0).any():
+                raise SecondMomentError(
+                    f"{second_moment.source}: second moment of {matrix.name} has NaN, infinite or negative entries or "
+                    "is zero throughout; expected means of squares"
+                )
+    return second_moment
+
+
+def estimate_second_moment(
+    model: LanguageModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    kind: Literal["factored", "elementwise"] = "factored",
+    token_budget: int = 2048,
+    floor: float = DEFAULT_FLOOR,
+    note: Callable[[str], None] = lambda _line: None,
+) -> SecondMoment:
+    """V estimated as E[G²] over a sample of training examples (paper, §4.1; design.md).
+
+    Args:
+        model: The model.
+        examples: The sample.
+        kind: Whether only the row and column means are kept.
+        token_budget: Most tokens of a batch, padding included.
+        floor: See `DEFAULT_FLOOR`.
+        note: Told when memory ran out and batches are made smaller.
+
+    Raises:
+        OptionError: The sample is empty, or one example does not fit in memory.
+        GradientError: An example's loss is not finite.
+    """
+    if not examples:
+        raise OptionError("second moment: found no example to estimate it from, expected one or more")
+    consumer = FactoredSquares(model) if kind == "factored" else ElementwiseSquares(model)
+    lengths = [len(example.token_ids) for example in examples]
+    # Elementwise sums are as large as the model and have no second copy to undo a batch in: one example a batch.
+    batches = plan_batches(lengths, token_budget if kind == "factored" else 1)
+    with gradient_pass(model, consumer) as run:
+
+        def run_batch(places: list[int]) -> Tensor:
+            losses = run(make_batch(examples, places, device=model.device))
+            consumer.commit()
+            return losses
+
+        for places, losses in run_adaptively(batches, run_batch, note):
+            if not torch.isfinite(losses).all():
+                worst = examples[places[int(torch.isfinite(losses).int().argmin())]]
+                raise GradientError(f"{worst.example_id}: its loss is not finite; expected a number; check the weights")
+    moments = consumer.means(len(examples))
+    return SecondMoment(kind=kind, moments=moments, source=f"estimated from {len(examples)} examples", floor=floor)
+
+
+class FactoredSquares:
+    """Sums over examples of the row and column means of G², from the factors alone where that is cheaper.
+
+    With G = Σ_t g_t a_tᵀ: Σ_j G_ij² = Σ_{t,t'} g_ti (a_t·a_t') g_t'i, and the same for columns with g and a
+    exchanged.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=model.device)
+
+        self._row = {matrix.name: zeros(matrix.rows) for matrix in model.matrices}
+        self._column = {matrix.name: zeros(matrix.columns) for matrix in model.matrices}
+        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def start(self, examples: int) -> None:
+        """Forget a batch that did not run to its end."""
+        self._pending.clear()
+
+    def commit(self) -> None:
+        """Add the batch that ran to its end to the sums."""
+        for name, (row_sums, column_sums) in self._pending.items():
+            self._row[name] += row_sums
+            self._column[name] += column_sums
+        self._pending.clear()
+
+    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """The inputs themselves."""
+        return inputs
+
+    def add(
+        self,
+        matrix: WeightMatrix,
+        kept: Float[Tensor, "batch tokens columns"],
+        gradients: Float[Tensor, "batch tokens rows"],
+    ) -> None:
+        """Add the batch's squares, summed over examples."""
+        inputs, gradients = kept.float(), gradients.float()
+        tokens = inputs.shape[1]
+        if tokens * (matrix.rows + matrix.columns) < matrix.rows * matrix.columns:
+            row_sums = ((inputs @ inputs.mT) @ gradients * gradients).sum(dim=(0, 1))
+            column_sums = ((gradients @ gradients.mT) @ inputs * inputs).sum(dim=(0, 1))
+        else:
+            squares = torch.zeros(matrix.rows, matrix.columns, device=inputs.device)
+            for example in range(inputs.shape[0]):
+                squares += (gradients[example].mT @ inputs[example]).square_()
+            row_sums, column_sums = squares.sum(dim=1), squares.sum(dim=0)
+        self._pending[matrix.name] = (row_sums.double() / matrix.columns, column_sums.double() / matrix.rows)
+
+    def means(self, examples: int) -> dict[str, Moment]:
+        """Means over that many examples; rounding may leave a tiny negative sum, which is zero."""
+        return {
+            name: FactoredMoment(
+                row=(self._row[name] / examples).clamp_min(0).float(),
+                column=(self._column[name] / examples).clamp_min(0).float(),
+            )
+            for name in self._row
+        }
+
+
+class ElementwiseSquares:
+    """Sums over examples of G², an entry a weight."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._sums = {m.name: torch.zeros(m.rows, m.columns, device=model.device) for m in model.matrices}
+
+    def start(self, examples: int) -> None:
+        """Nothing is kept from batch to batch but the sums."""
+
+    def commit(self) -> None:
+        """Nothing is pending."""
+
+    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """The inputs themselves."""
+        return inputs
+
+    def add(
+        self,
+        matrix: WeightMatrix,
+        kept: Float[Tensor, "batch tokens columns"],
+        gradients: Float[Tensor, "batch tokens rows"],
+    ) -> None:
+        """Add the batch's squares, summed over examples."""
+        for example in range(kept.shape[0]):
+            gradient = gradients[example].float().mT @ kept[example].float()
+            self._sums[matrix.name].addcmul_(gradient, gradient)
+
+    def means(self, examples: int) -> dict[str, Moment]:
+        """Means over that many examples."""
+        return {name: ElementwiseMoment(entries=sums / examples) for name, sums in self._sums.items()}
