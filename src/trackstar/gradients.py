@@ -117,10 +117,10 @@ def _cross_entropy_gradient(
 ) -> tuple[Float[Tensor, "positions"], Float[Tensor, "positions width"]]:
     logits = head.logits(states).float()
     rows = torch.arange(len(targets), device=targets.device)
-    target_logits = logits[rows, targets]
-    cross_entropies = torch.logsumexp(logits, dim=-1) - target_logits
     cap_slope = None if head.cap is None else 1 - (logits / head.cap).square()
-    by_logits = torch.softmax(logits, dim=-1, out=logits)
+    log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+    cross_entropies = -log_probabilities[rows, targets]
+    by_logits = log_probabilities.exp_()
     by_logits[rows, targets] -= 1.0
     if cap_slope is not None:
         by_logits *= cap_slope
