@@ -1,0 +1,56 @@
+"""The index on disk: its manifest, its shards, writing and reading them. FORMAT.md says what lies where."""
+
+from trackstar.store.codecs import codec_dtype, decode, encode
+from trackstar.store.index_tensors import tensors_digest
+from trackstar.store.manifest import (
+    FORMAT_VERSION,
+    CodecName,
+    CompletionEntry,
+    CorpusEntry,
+    CoverageEntry,
+    LayerBlockEntry,
+    Manifest,
+    MatrixEntry,
+    ModelEntry,
+    ProjectionEntry,
+    SecondMomentEntry,
+    ShardEntry,
+    TokenizerEntry,
+    WindowsEntry,
+    differences,
+    load_manifest,
+)
+from trackstar.store.reader import CodeChunk, Index
+from trackstar.store.shard_content import ShardContent
+from trackstar.store.shards import ResumePoint, Shard, StoredExample
+from trackstar.store.writer import IndexWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CodeChunk",
+    "CodecName",
+    "CompletionEntry",
+    "CorpusEntry",
+    "CoverageEntry",
+    "Index",
+    "IndexWriter",
+    "LayerBlockEntry",
+    "Manifest",
+    "MatrixEntry",
+    "ModelEntry",
+    "ProjectionEntry",
+    "ResumePoint",
+    "SecondMomentEntry",
+    "Shard",
+    "ShardContent",
+    "ShardEntry",
+    "StoredExample",
+    "TokenizerEntry",
+    "WindowsEntry",
+    "codec_dtype",
+    "decode",
+    "differences",
+    "encode",
+    "load_manifest",
+    "tensors_digest",
+]

@@ -1,0 +1,113 @@
+"""Files that are there whole or not at all, whatever happens to the process or the machine while they are written.
+
+A file is written beside its place, under its name with `.partial` at the end, brought to the disk (fsync), renamed, and
+the rename brought to the disk as well. Readers see the old file or the new one, never a part.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from trackstar.errors import StoreError
+
+PARTIAL_SUFFIX = ".partial"
+
+# A full disk, a full quota, a file over the largest size allowed.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[int]:
+    """A descriptor of a new file that takes the place of `path` when the block ends without an error.
+
+    Args:
+        path: The file to write.
+        partial_suffix: What is put behind its name until it is whole; unique where several processes may write it.
+
+    Raises:
+        StoreError: The file cannot be written; nothing is left of it, and what was at `path` is still there.
+    """
+    partial = path.with_name(path.name + partial_suffix)
+    try:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    except OSError as error:
+        remove_if_there(partial)
+        raise write_error(path, error) from error
+    except BaseException:
+        remove_if_there(partial)
+        raise
+    sync_folder(path.parent)
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write every byte of `content`; a single write may take only a part of them."""
+    remaining = memoryview(content)
+    while remaining:
+        remaining = remaining[os.write(descriptor, remaining) :]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text` in UTF-8.
+
+    Raises:
+        StoreError: It cannot be written.
+    """
+    with replacing(path) as descriptor:
+        write_all(descriptor, text.encode("utf-8"))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably.
+
+    Raises:
+        StoreError: It cannot be made, or a file is in its place.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from error
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's list of files to the disk, so that a rename in it survives a power cut.
+
+    Raises:
+        StoreError: The folder cannot be opened or synced.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def remove_if_there(path: Path) -> bool:
+    """Remove a file; False where there is none or it cannot be removed."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def write_error(path: Path, error: OSError) -> StoreError:
+    """The one-line error for a file that could not be written."""
+    if error.errno in NO_SPACE:
+        advice = "free some space and run the same command again: finished shards are kept"
+    else:
+        advice = "make the place writable, or choose another"
+    return StoreError(f"{path}: cannot be written ({error.strerror}); {advice}")

@@ -1,0 +1,122 @@
+"""The tensors that an index keeps beside its shards: V, R_train, and what an interrupted run had accumulated."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import final
+
+from torch import Tensor
+
+from trackstar.errors import DamagedIndexError, IndexMismatchError
+from trackstar.store.manifest import Manifest
+from trackstar.store.shards import Shard
+from trackstar.store.tensor_file import (
+    TensorFile,
+    check_digest,
+    damaged,
+    digest_of,
+    map_tensor,
+    open_tensor_file,
+    write_tensor_file,
+)
+
+SECOND_MOMENT = "second_moment"
+AUTOCORRELATION = "autocorrelation"
+PROGRESS = "progress"
+TENSORS_METADATA = {"format": "trackstar-tensors-1"}
+PROGRESS_FORMAT = "trackstar-progress-1"
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b-256, in hexadecimal, of the file that an index keeps these tensors in.
+
+    It depends on names, dtypes, shapes and values, not on the mapping's order; a manifest's `second_moment.digest`.
+    """
+    return digest_of(in_order(tensors), TENSORS_METADATA)
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by decreasing item size, so that each lies at a multiple of its item size, then by name."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+
+
+def checked_tensors(file: TensorFile) -> dict[str, Tensor]:
+    """All tensors of a file, memory-mapped, once its digest has been checked.
+
+    Raises:
+        DamagedIndexError: A byte of it is not what was written.
+    """
+    check_digest(file)
+    return {name: map_tensor(file, name) for name in file.places}
+
+
+@final
+class IndexTensors:
+    """The tensor files of the index at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], manifest: Manifest) -> str:
+        """Write `second_moment` or `autocorrelation`; gives its digest."""
+        path = self._place(name)
+        expected = manifest.second_moment.digest
+        if name == SECOND_MOMENT and tensors_digest(tensors) != expected:
+            raise IndexMismatchError(
+                f"{path}: second_moment.digest is {tensors_digest(tensors)!r}, the manifest says {expected!r}; "
+                "use the second moment that the index was begun with, or choose another folder"
+            )
+        return write_tensor_file(path, in_order(tensors), TENSORS_METADATA)
+
+    def read(self, name: str, manifest: Manifest) -> dict[str, Tensor]:
+        """What `write` wrote, checked; where the manifest knows the digest, against that."""
+        return checked_tensors(self._open(name, manifest))
+
+    def digest(self, name: str) -> str:
+        """The digest in the file's header."""
+        return open_tensor_file(self._place(name)).digest
+
+    def check_headers(self, manifest: Manifest) -> None:
+        """Check, without reading their data, that the files of a finished index are there.
+
+        Raises:
+            DamagedIndexError: One is missing, cut off, or not the manifest's.
+        """
+        self._open(AUTOCORRELATION, manifest)
+        if manifest.second_moment.digest is not None:
+            self._open(SECOND_MOMENT, manifest)
+
+    def save_progress(self, tensors: Mapping[str, Tensor], shards: Sequence[Shard]) -> None:
+        """Keep what was accumulated over `shards`."""
+        last = shards[-1].digest if shards else ""
+        metadata = {"format": PROGRESS_FORMAT, "shards": str(len(shards)), "last_shard": last}
+        write_tensor_file(self._path / f"{PROGRESS}.safetensors", in_order(tensors), metadata)
+
+    def load_progress(self, shards: Sequence[Shard]) -> tuple[int, dict[str, Tensor]]:
+        """What was kept over the first of `shards`, and over how many; (0, {}) where that is not so."""
+        path = self._path / f"{PROGRESS}.safetensors"
+        if not path.exists():
+            return 0, {}
+        try:
+            file = open_tensor_file(path)
+            tensors = checked_tensors(file)
+        except DamagedIndexError:
+            return 0, {}
+        for count, shard in enumerate(shards, start=1):
+            if file.metadata.get("shards") == str(count) and file.metadata.get("last_shard") == shard.digest:
+                return count, tensors
+        return 0, {}
+
+    def _place(self, name: str) -> Path:
+        assert name in (SECOND_MOMENT, AUTOCORRELATION), name
+        return self._path / f"{name}.safetensors"
+
+    def _open(self, name: str, manifest: Manifest) -> TensorFile:
+        file = open_tensor_file(self._place(name))
+        completion = manifest.completion
+        known = {
+            SECOND_MOMENT: manifest.second_moment.digest,
+            AUTOCORRELATION: completion.autocorrelation_digest if completion is not None else None,
+        }[name]
+        if known is not None and file.digest != known:
+            raise damaged(file.path, f"digest {file.digest}, expected {known} as the manifest says")
+        return file

@@ -1,0 +1,178 @@
+"""Reading an index: any number of processes at once, also while it is being written."""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import final
+
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
+from trackstar.store.derived_cache import DerivedCache
+from trackstar.store.index_tensors import IndexTensors
+from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
+from trackstar.store.shards import Shard, StoredExample, open_shard
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CodeChunk:
+    """Consecutive rows of one shard's codes, memory-mapped.
+
+    Attributes:
+        first_row: The index's row of the first.
+        codes: The codes.
+        scales: Their scales.
+    """
+
+    first_row: int
+    codes: Float[Tensor, "rows dim"]
+    scales: Float32[Tensor, "rows"]
+
+
+@final
+class Index:
+    """An index that has been opened for reading. Made by `open`.
+
+    Opening checks each file's size and header, not its data; `verify` checks every byte.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, shards: tuple[Shard, ...]) -> None:
+        self._path = path
+        self._manifest = manifest
+        self._shards = shards
+        self._ends = list(itertools.accumulate(shard.rows for shard in shards))
+        self._tensors = IndexTensors(path)
+        self._derived = DerivedCache(path / "derived", manifest)
+
+    @classmethod
+    def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> "Index":
+        """Open the index at `path`.
+
+        Args:
+            path: The index's folder.
+            allow_incomplete: Whether an unfinished index will do; it has the shards that are there now.
+
+        Raises:
+            IncompleteIndexError: Its making was interrupted, or still goes on.
+            DamagedIndexError: A file of it is missing, cut off, or not what the manifest says.
+            StoreError: There is no index.
+        """
+        folder = Path(path)
+        manifest = load_manifest(folder)
+        if manifest is None:
+            raise StoreError(
+                f"{folder}: no index is there (no manifest.json); give the folder of `trackstar index --out`"
+            )
+        if manifest.completion is None:
+            shards = _shards_so_far(folder, manifest)
+            if not allow_incomplete:
+                raise IncompleteIndexError(
+                    f"{folder}: the index is not finished, {len(shards)} shards with "
+                    f"{sum(shard.rows for shard in shards)} examples are there; "
+                    "run the same `trackstar index` command again to finish it"
+                )
+            return cls(folder, manifest, shards)
+        shards = tuple(
+            open_shard(folder / "shards" / entry.file, manifest, number, entry)
+            for number, entry in enumerate(manifest.completion.shards)
+        )
+        index = cls(folder, manifest, shards)
+        index._tensors.check_headers(manifest)
+        return index
+
+    @property
+    def path(self) -> Path:
+        """The index's folder."""
+        return self._path
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the index was made with."""
+        return self._manifest
+
+    @property
+    def rows(self) -> int:
+        """Number of examples."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def dimensions(self) -> int:
+        """Number of dimensions of a projected gradient."""
+        return self._manifest.dimensions
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards, in the order of the rows."""
+        return self._shards
+
+    def example(self, row: int) -> StoredExample:
+        """The example at `row`; only its own bytes are read.
+
+        Raises:
+            DamagedIndexError: Its bytes are not what was written.
+        """
+        assert 0 <= row < self.rows, row
+        shard = self._shards[bisect.bisect_right(self._ends, row)]
+        return shard.example(row - shard.first_row)
+
+    def examples(self) -> Iterator[StoredExample]:
+        """Every example in the order of the rows; one shard's tokens and texts are in memory at a time.
+
+        Raises:
+            DamagedIndexError: Their bytes are not what was written.
+        """
+        for shard in self._shards:
+            yield from shard.examples()
+
+    def iterate(self, rows_per_chunk: int) -> Iterator[CodeChunk]:
+        """All codes in the order of the rows, in chunks of at most `rows_per_chunk` rows of one shard each."""
+        assert rows_per_chunk >= 1, rows_per_chunk
+        for shard in self._shards:
+            codes, scales = shard.codes, shard.scales
+            for first in range(0, shard.rows, rows_per_chunk):
+                stop = first + rows_per_chunk
+                yield CodeChunk(first_row=shard.first_row + first, codes=codes[first:stop], scales=scales[first:stop])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """`second_moment` or `autocorrelation`, checked against its digest, memory-mapped.
+
+        Raises:
+            DamagedIndexError: It is missing or not what was written.
+        """
+        return self._tensors.read(name, self._manifest)
+
+    def load_derived(self, key: str) -> dict[str, Tensor] | None:
+        """What `save_derived` kept under `key`, checked against its digest; None where it is not there, or damaged.
+
+        It counts only for the very index that it was computed from, and only for a finished one.
+        """
+        return self._derived.load(key)
+
+    def save_derived(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Keep what was computed from the index, under `key` (letters, digits, `.`, `_`, `-`).
+
+        Returns:
+            Whether it was kept. It is not where the index is unfinished or its folder cannot be written: the caller
+            goes on with what it has computed.
+        """
+        return self._derived.save(key, tensors)
+
+
+def _shards_so_far(folder: Path, manifest: Manifest) -> tuple[Shard, ...]:
+    shards: list[Shard] = []
+    for number in itertools.count():
+        path = folder / "shards" / shard_file_name(number)
+        if not path.exists():
+            break
+        try:
+            shards.append(open_shard(path, manifest, number))
+        except DamagedIndexError:
+            if path.exists():
+                raise
+            break  # a writer took it away between the two
+        if shards[-1].rows < manifest.shard_examples:
+            break
+    return tuple(shards)

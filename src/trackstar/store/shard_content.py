@@ -1,0 +1,80 @@
+"""What a shard is written from, and the tensors that this becomes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from trackstar.examples import TokenizedExample
+from trackstar.store.codecs import codec_dtype
+from trackstar.store.manifest import Manifest
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShardContent:
+    """What a shard is written from.
+
+    Attributes:
+        codes: The codec's codes of the projected gradients, contiguous, in main memory.
+        scales: The codec's scales.
+        losses: Summed cross-entropy of each example's target tokens, in nats.
+        examples: The examples, in the order of the rows.
+        next_record: The record that the example after the shard's last comes from.
+        next_window: That example's window of the record.
+        skipped: Number of records, of all before `next_record`, without a scorable token.
+    """
+
+    codes: Float[Tensor, "rows dim"]
+    scales: Float32[Tensor, "rows"]
+    losses: Float32[Tensor, "rows"]
+    examples: Sequence[TokenizedExample]
+    next_record: int
+    next_window: int
+    skipped: int
+
+
+def shard_tensors(content: ShardContent, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors of a shard's file, in their order in it; the codes are not copied."""
+    examples = content.examples
+    rows = len(examples)
+    assert 1 <= rows <= manifest.shard_examples, rows
+    assert content.codes.shape == (rows, manifest.dimensions), content.codes.shape
+    assert content.codes.dtype is codec_dtype(manifest.codec), content.codes.dtype
+    assert content.scales.shape == content.losses.shape == (rows,)
+    token_offsets, tokens = _ragged([example.token_ids for example in examples], np.int32)
+    _, masks = _ragged([example.target_mask for example in examples], np.uint8)
+    assert len(tokens) == len(masks)
+    text_offsets, text = _strings([example.text for example in examples])
+    id_offsets, ids = _strings([example.example_id for example in examples])
+    parent_offsets, parents = _strings([example.parent_id for example in examples])
+    counts = [int(np.count_nonzero(example.target_mask)) for example in examples]
+    return {
+        "codes": content.codes,
+        "records": torch.tensor([example.record for example in examples], dtype=torch.int64),
+        "token_offsets": token_offsets,
+        "text_offsets": text_offsets,
+        "id_offsets": id_offsets,
+        "parent_offsets": parent_offsets,
+        "scales": content.scales.to(torch.float32),
+        "losses": content.losses.to(torch.float32),
+        "target_counts": torch.tensor(counts, dtype=torch.int32),
+        "windows": torch.tensor([example.window for example in examples], dtype=torch.int32),
+        "tokens": tokens,
+        "target_masks": masks,
+        "text": text,
+        "ids": ids,
+        "parents": parents,
+    }
+
+
+def _ragged(parts: Sequence[np.ndarray], dtype: type) -> tuple[Tensor, Tensor]:
+    offsets = np.zeros(len(parts) + 1, dtype=np.int64)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return torch.from_numpy(offsets), torch.from_numpy(np.concatenate(parts).astype(dtype))
+
+
+def _strings(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    return _ragged([np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8) for text in texts], np.uint8)

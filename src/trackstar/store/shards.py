@@ -1,0 +1,363 @@
+"""A shard: consecutive examples with their projected gradients, losses, tokens and texts, in one file.
+
+A shard knows which index it belongs to, which rows it holds, and where in the corpus the next shard begins; so an
+interrupted index goes on from its shard files alone.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor
+
+from trackstar.errors import IndexMismatchError, StoreError
+from trackstar.examples import TokenizedExample
+from trackstar.store.codecs import codec_dtype
+from trackstar.store.manifest import Manifest, ShardEntry, shard_file_name
+from trackstar.store.shard_content import ShardContent, shard_tensors
+from trackstar.store.strict_json import FieldError
+from trackstar.store.tensor_file import (
+    TensorFile,
+    TensorFileReader,
+    damaged,
+    map_tensor,
+    open_tensor_file,
+    write_tensor_file,
+)
+
+SHARD_FORMAT = "trackstar-shard-1"
+LARGEST_NUMBER = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """Where the next shard begins.
+
+    Attributes:
+        row: Its first row in the index.
+        record: The corpus's record that its first example comes from.
+        window: That example's window of the record.
+        skipped: Number of records before it without a scorable token.
+    """
+
+    row: int
+    record: int
+    window: int
+    skipped: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StoredExample:
+    """An example as the index keeps it.
+
+    Attributes:
+        row: Its row in the index.
+        example: Its tokens, text and names.
+        loss: Summed cross-entropy of its target tokens, in nats.
+    """
+
+    row: int
+    example: TokenizedExample
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A shard file that has been opened: its header is read, its data are read when they are asked for.
+
+    Attributes:
+        file: The file and its header.
+        number: Its place among the shards, from 0.
+        first_row: The index's row of its first example.
+        rows: Number of examples.
+        tokens: Number of their tokens.
+        targets: Number of their tokens whose cross-entropy counts.
+        end: Where the next shard begins.
+    """
+
+    file: TensorFile
+    number: int
+    first_row: int
+    rows: int
+    tokens: int
+    targets: int
+    end: ResumePoint
+
+    @property
+    def path(self) -> Path:
+        """The shard's file."""
+        return self.file.path
+
+    @property
+    def digest(self) -> str:
+        """The digest that its header gives."""
+        return self.file.digest
+
+    @property
+    def codes(self) -> Float[Tensor, "rows dim"]:
+        """The codes, memory-mapped anew: nothing is read before it is used, and writing never reaches the file."""
+        return map_tensor(self.file, "codes")
+
+    @property
+    def scales(self) -> Float32[Tensor, "rows"]:
+        """The scales: positive powers of two.
+
+        Raises:
+            DamagedIndexError: One is not; the message names its row.
+        """
+        scales = self._read("scales")
+        mantissas, exponents = np.frexp(scales)
+        wrong = np.flatnonzero(~((mantissas == 0.5) & (exponents > -126)))
+        if wrong.size:
+            row = int(wrong[0])
+            raise damaged(self.path, f"row {row} has scale {scales[row]}, expected a positive power of two")
+        return torch.from_numpy(scales)
+
+    @property
+    def losses(self) -> Float32[Tensor, "rows"]:
+        """Summed cross-entropy of each example's target tokens, in nats."""
+        return torch.from_numpy(self._read("losses"))
+
+    @property
+    def target_counts(self) -> Int32[Tensor, "rows"]:
+        """Number of each example's tokens whose cross-entropy counts."""
+        return torch.from_numpy(self._read("target_counts"))
+
+    @property
+    def records(self) -> Int64[Tensor, "rows"]:
+        """The corpus's record that each example comes from."""
+        return torch.from_numpy(self._read("records"))
+
+    @property
+    def windows(self) -> Int32[Tensor, "rows"]:
+        """Each example's window of its record."""
+        return torch.from_numpy(self._read("windows"))
+
+    def example(self, row: int) -> StoredExample:
+        """The example at `row`, counted from the shard's first; only its own bytes are read.
+
+        Raises:
+            DamagedIndexError: Its bytes are not what was written.
+        """
+        assert 0 <= row < self.rows, row
+        return next(self.examples(row, row + 1))
+
+    def examples(self, first: int = 0, stop: int | None = None) -> Iterator[StoredExample]:
+        """Examples `first` to `stop`, counted from the shard's first; only their own bytes are read.
+
+        Raises:
+            DamagedIndexError: Their bytes are not what was written.
+        """
+        stop = self.rows if stop is None else stop
+        if first >= stop:
+            return
+        with TensorFileReader(self.file) as reader:
+            part = _ExamplePart.read(self, reader, first, stop)
+        for index in range(stop - first):
+            yield part.example(index)
+
+    def _read(self, name: str) -> np.ndarray:
+        with TensorFileReader(self.file) as reader:
+            return reader.read(name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _ExamplePart:
+    """Some consecutive examples of a shard, in memory."""
+
+    shard: Shard
+    first: int
+    losses: np.ndarray
+    records: np.ndarray
+    windows: np.ndarray
+    offsets: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, shard: Shard, reader: TensorFileReader, first: int, stop: int) -> "_ExamplePart":
+        offsets, values = {}, {}
+        for kind, names in _RAGGED.items():
+            offsets[kind] = found = reader.read(f"{kind}_offsets", first, stop + 1)
+            length = shard.file.places[names[0]].shape[0]
+            if found[0] < 0 or found[-1] > length or np.any(np.diff(found) < 0):
+                raise damaged(shard.path, f"{kind}_offsets of rows {first} to {stop} do not rise from 0 to {length}")
+            for name in names:
+                values[name] = reader.read(name, int(found[0]), int(found[-1]))
+        return cls(
+            shard=shard,
+            first=first,
+            losses=reader.read("losses", first, stop),
+            records=reader.read("records", first, stop),
+            windows=reader.read("windows", first, stop),
+            offsets=offsets,
+            values=values,
+        )
+
+    def example(self, index: int) -> StoredExample:
+        row = self.shard.first_row + self.first + index
+        example = TokenizedExample(
+            example_id=self._string("id", index),
+            parent_id=self._string("parent", index),
+            record=int(self.records[index]),
+            window=int(self.windows[index]),
+            text=self._string("text", index),
+            token_ids=self._part("token", "tokens", index).copy(),
+            target_mask=self._part("token", "target_masks", index).astype(np.bool_),
+        )
+        return StoredExample(row=row, example=example, loss=float(self.losses[index]))
+
+    def _part(self, kind: str, name: str, index: int) -> np.ndarray:
+        offsets = self.offsets[kind]
+        return self.values[name][offsets[index] - offsets[0] : offsets[index + 1] - offsets[0]]
+
+    def _string(self, kind: str, index: int) -> str:
+        content = self._part(kind, _RAGGED[kind][0], index).tobytes()
+        try:
+            return content.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            row = self.first + index
+            raise damaged(self.shard.path, f"the {kind} of row {row} is not UTF-8 at byte {error.start}") from error
+
+
+# Sequences of one example after the other: OFFSETS[i] to OFFSETS[i + 1] of each are example i's.
+_RAGGED = {"token": ("tokens", "target_masks"), "text": ("text",), "id": ("ids",), "parent": ("parents",)}
+
+
+def write_shard_file(folder: Path, manifest: Manifest, number: int, content: ShardContent) -> Shard:
+    """Write shard `number`, durably, and open it.
+
+    Raises:
+        StoreError: The file cannot be written; nothing is left of it.
+    """
+    if sys.byteorder != "little":
+        raise StoreError("this machine's numbers are big-endian, an index's are little-endian; use another machine")
+    tensors = shard_tensors(content, manifest)
+    metadata = {
+        "format": SHARD_FORMAT,
+        "manifest_digest": manifest.identity_digest(),
+        "number": str(number),
+        "first_row": str(number * manifest.shard_examples),
+        "targets": str(int(tensors["target_counts"].sum())),
+        "next_record": str(content.next_record),
+        "next_window": str(content.next_window),
+        "skipped": str(content.skipped),
+    }
+    path = folder / shard_file_name(number)
+    write_tensor_file(path, tensors, metadata)
+    return open_shard(path, manifest, number)
+
+
+def open_shard(path: Path, manifest: Manifest, number: int, entry: ShardEntry | None = None) -> Shard:
+    """Open the file of shard `number`: its header, against the manifest and the file's size, not its data.
+
+    Args:
+        path: The file.
+        manifest: The index's manifest.
+        number: The shard's number.
+        entry: What the completed manifest says of it.
+
+    Raises:
+        DamagedIndexError: The file is missing, cut off or not this shard.
+        IndexMismatchError: The file is a shard of another index.
+        StoreError: The file cannot be read.
+    """
+    file = open_tensor_file(path)
+    if file.metadata.get("format") != SHARD_FORMAT:
+        raise damaged(path, f"format {file.metadata.get('format')!r}, expected {SHARD_FORMAT!r}")
+    found_index, expected_index = file.metadata.get("manifest_digest"), manifest.identity_digest()
+    if found_index != expected_index:
+        raise IndexMismatchError(
+            f"{path}: belongs to the index with manifest digest {found_index!r}, expected {expected_index!r}; "
+            "move the file back to its own index"
+        )
+    try:
+        shard = _parse_shard(file)
+        _check_shard(shard, manifest, number, entry)
+    except FieldError as error:
+        raise damaged(path, str(error)) from error
+    return shard
+
+
+def _parse_shard(file: TensorFile) -> Shard:
+    rows, tokens = _length(file, "losses"), _length(file, "tokens")
+    first_row = _number(file, "first_row")
+    end = ResumePoint(
+        row=first_row + rows,
+        record=_number(file, "next_record"),
+        window=_number(file, "next_window"),
+        skipped=_number(file, "skipped"),
+    )
+    return Shard(
+        file=file,
+        number=_number(file, "number"),
+        first_row=first_row,
+        rows=rows,
+        tokens=tokens,
+        targets=_number(file, "targets"),
+        end=end,
+    )
+
+
+def _number(file: TensorFile, name: str) -> int:
+    text = file.metadata.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 19 and str(int(text)) == text):
+        raise FieldError(name, file.metadata.get(name), "a whole number")
+    return int(text)
+
+
+def _length(file: TensorFile, name: str) -> int:
+    place = file.places.get(name)
+    if place is None or len(place.shape) != 1:
+        raise FieldError(name, None if place is None else list(place.shape), "a tensor with one dimension")
+    return place.shape[0]
+
+
+def _check_shard(shard: Shard, manifest: Manifest, number: int, entry: ShardEntry | None) -> None:
+    expected = {
+        "number": (shard.number, number),
+        "first_row": (shard.first_row, number * manifest.shard_examples),
+        "metadata": (len(shard.file.metadata), 8),
+    }
+    if entry is not None:
+        expected["rows"] = (shard.rows, entry.rows)
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise FieldError(name, found, str(wanted))
+    if entry is not None and shard.digest != entry.digest:
+        raise FieldError("digest", shard.digest, f"{entry.digest}, as the manifest says")
+    if not 1 <= shard.rows <= manifest.shard_examples:
+        raise FieldError("rows", shard.rows, f"1 to {manifest.shard_examples}")
+    _check_places(shard, manifest)
+
+
+def _check_places(shard: Shard, manifest: Manifest) -> None:
+    rows, tokens = shard.rows, shard.tokens
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {
+        "codes": (codec_dtype(manifest.codec), (rows, manifest.dimensions)),
+        "records": (torch.int64, (rows,)),
+        "token_offsets": (torch.int64, (rows + 1,)),
+        "text_offsets": (torch.int64, (rows + 1,)),
+        "id_offsets": (torch.int64, (rows + 1,)),
+        "parent_offsets": (torch.int64, (rows + 1,)),
+        "scales": (torch.float32, (rows,)),
+        "losses": (torch.float32, (rows,)),
+        "target_counts": (torch.int32, (rows,)),
+        "windows": (torch.int32, (rows,)),
+        "tokens": (torch.int32, (tokens,)),
+        "target_masks": (torch.uint8, (tokens,)),
+        "text": (torch.uint8, None),
+        "ids": (torch.uint8, None),
+        "parents": (torch.uint8, None),
+    }
+    names = list(shard.file.places)
+    if names != list(expected):
+        raise FieldError("the tensors", names, ", ".join(expected))
+    for name, (dtype, shape) in expected.items():
+        place = shard.file.places[name]
+        if place.dtype is not dtype or (place.shape != shape if shape is not None else len(place.shape) != 1):
+            wanted = f"{dtype} {list(shape) if shape is not None else 'with one dimension'}"
+            raise FieldError(name, f"{place.dtype} {list(place.shape)}", wanted)

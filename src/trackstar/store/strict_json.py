@@ -1,0 +1,117 @@
+"""JSON into frozen dataclasses, strictly: no field missing, added, repeated or of another type."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class FieldError(ValueError):
+    """A field of a JSON text is not what it must be; the message is `FIELD is FOUND, expected EXPECTED`."""
+
+    def __init__(self, field: str, found: object, expected: str) -> None:
+        super().__init__(f"{field} is {abridged(found)}, expected {expected}")
+
+
+def abridged(found: object) -> str:
+    """One short line that shows a value, whatever it is."""
+    shown = ascii(found)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def read_strictly(text: str) -> dict[str, Any]:
+    """The JSON object that `text` holds.
+
+    Raises:
+        FieldError: It is no JSON object, repeats a key, or has a number that JSON does not know (NaN, Infinity).
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        keys = [key for key, _ in pairs]
+        repeated = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+        if repeated is not None:
+            raise FieldError(repeated, "there more than once", "one value")
+        return dict(pairs)
+
+    def constant(name: str) -> object:
+        raise FieldError("a number", name, "a finite number")
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except FieldError:
+        raise
+    except RecursionError as error:
+        raise FieldError("the text", "nested too deeply", "a JSON object") from error
+    except ValueError as error:  # not JSON, or an integer of thousands of digits
+        raise FieldError("the text", f"not JSON ({error})", "a JSON object") from error
+    if not isinstance(content, dict):
+        raise FieldError("the text", content, "a JSON object")
+    return content
+
+
+def parse_object(kind: type[T], content: object, field: str = "") -> T:
+    """`content`, as read from JSON, as an instance of the dataclass `kind`.
+
+    Raises:
+        FieldError: A field is missing, unknown or has another type; `field` is put before its name.
+    """
+    if not isinstance(content, dict):
+        raise FieldError(field or "the text", content, "a JSON object")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{field}." if field else ""
+    missing = [name for name in hints if name not in content]
+    if missing:
+        raise FieldError(f"{prefix}{missing[0]}", "missing", _described(hints[missing[0]]))
+    unknown = [name for name in content if name not in hints]
+    if unknown:
+        raise FieldError(f"{prefix}{unknown[0]}", "there", "no field of this name")
+    return kind(**{name: _parse(hint, content[name], f"{prefix}{name}") for name, hint in hints.items()})
+
+
+def _parse(hint: Any, value: Any, field: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return parse_object(typing.cast("type", hint), value, field)
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return None if value is None else _parse(inner, value, field)
+    if origin is tuple:
+        return _parse_list(arguments, value, field)
+    if origin is Literal:
+        accepted = isinstance(value, str) and value in arguments
+    elif hint is float:
+        accepted = type(value) is float and math.isfinite(value)
+    else:
+        accepted = type(value) is hint
+    if not accepted:
+        raise FieldError(field, value, _described(hint))
+    return value
+
+
+def _parse_list(arguments: tuple[Any, ...], value: Any, field: str) -> tuple[Any, ...]:
+    any_length = arguments[-1] is Ellipsis
+    if not isinstance(value, list):
+        raise FieldError(field, value, "a list")
+    if not any_length and len(value) != len(arguments):
+        raise FieldError(field, value, f"a list of {len(arguments)}")
+    hints = [arguments[0]] * len(value) if any_length else arguments
+    return tuple(
+        _parse(hint, item, f"{field}[{index}]") for index, (hint, item) in enumerate(zip(hints, value, strict=True))
+    )
+
+
+def _described(hint: Any) -> str:
+    names = {str: "a string", int: "a whole number", float: "a finite number with a decimal point"}
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(argument) for argument in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _described(part) for part in arguments)
+    if origin is tuple:
+        return "a list"
+    return names.get(hint, "a JSON object")

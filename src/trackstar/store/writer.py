@@ -1,0 +1,321 @@
+"""Writing an index: one process at a time, shard after shard, so that it can be killed at any moment and go on.
+
+What is finished is on the disk and says so itself: a shard counts when its file is there under its own name and its
+content has its digest. Nothing else needs to be remembered between two runs.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import final
+
+import filelock
+from torch import Tensor
+
+from trackstar.errors import DamagedIndexError, IndexLockedError, IndexMismatchError, StoreError
+from trackstar.store.durable_files import PARTIAL_SUFFIX, make_folder, remove_if_there, write_error, write_text
+from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, SECOND_MOMENT, IndexTensors
+from trackstar.store.manifest import (
+    CompletionEntry,
+    Manifest,
+    ShardEntry,
+    differences,
+    load_manifest,
+    shard_file_name,
+)
+from trackstar.store.shard_content import ShardContent
+from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
+from trackstar.store.tensor_file import check_digest
+
+LOCK_FILE = ".lock"
+OWN_NAMES = {LOCK_FILE, "manifest.json", "shards", "derived"}
+OWN_NAMES |= {f"{name}.safetensors" for name in (SECOND_MOMENT, AUTOCORRELATION, PROGRESS)}
+
+Note = Callable[[str], None]
+
+
+@final
+class IndexWriter:
+    """The one process that writes an index. Made by `open`; a context manager that gives the index free at its end.
+
+    A process that is killed, or fails, at any moment leaves at most the shard in flight unwritten. Opening again with
+    the same manifest goes on after the last finished shard.
+    """
+
+    def __init__(self, path: Path, lock: filelock.BaseFileLock, manifest: Manifest, on_note: Note) -> None:
+        self._path = path
+        self._lock = lock
+        self._manifest = manifest
+        self._on_note = on_note
+        self._shards: list[Shard] = []
+        self._tensors = IndexTensors(path)
+
+    @classmethod
+    def open(cls, path: str | Path, manifest: Manifest, *, on_note: Note = lambda note: None) -> "IndexWriter":
+        """Begin an index at `path`, or go on with the one that is there.
+
+        Every shard of an unfinished index is read and compared with its digest; a damaged one is removed, to be made
+        again with all that follow. A finished index whose files are missing or cut off becomes unfinished again.
+
+        Args:
+            path: A folder that is empty, missing, or an index made with the same manifest.
+            manifest: What the index is made with; its `completion` is None.
+            on_note: Told, in one line each, whatever is found there and done about it.
+
+        Raises:
+            IndexLockedError: Another process is writing this index.
+            IndexMismatchError: The index there was made with something else, or holds a shard of another index; the
+                message names the first field that differs.
+            DamagedIndexError: Its manifest cannot be read.
+            StoreError: The folder holds something else, or cannot be written.
+        """
+        assert manifest.completion is None, "an index begins unfinished"
+        Manifest.from_json(manifest.to_json())  # what is written can be read
+        folder = Path(path)
+        _refuse_foreign_folder(folder)
+        make_folder(folder)
+        writer = cls(folder, _locked(folder), manifest, on_note)
+        try:
+            writer._begin_or_resume()
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the index free for other writers; what is finished stays."""
+        self._lock.release()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest on the disk; its descriptive fields are those of the run that began the index."""
+        return self._manifest
+
+    @property
+    def completed(self) -> bool:
+        """Whether the index is finished, and nothing is left to write."""
+        return self._manifest.completion is not None
+
+    @property
+    def shards_done(self) -> tuple[Shard, ...]:
+        """The finished shards, from the first without a gap."""
+        return tuple(self._shards)
+
+    @property
+    def resume_point(self) -> ResumePoint:
+        """Where the next shard begins."""
+        return self._shards[-1].end if self._shards else ResumePoint(row=0, record=0, window=0, skipped=0)
+
+    def write_shard(self, content: ShardContent) -> Shard:
+        """Write the next shard, durably. Every shard but the last has exactly the manifest's `shard_examples` rows.
+
+        Raises:
+            StoreError: It cannot be written, such as where the disk is full; nothing is left of it, and finished shards
+                are kept.
+        """
+        assert not self.completed, "the index is finished"
+        before = self.resume_point
+        assert before.row == len(self._shards) * self._manifest.shard_examples, "the last shard was written already"
+        assert (before.record, before.window) < (content.next_record, content.next_window), content.next_record
+        assert before.skipped <= content.skipped, content.skipped
+        shard = write_shard_file(self._path / "shards", self._manifest, len(self._shards), content)
+        self._shards.append(shard)
+        return shard
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write `second_moment` or `autocorrelation`, durably, and give the digest that `tensors_digest` gives.
+
+        Raises:
+            StoreError: It cannot be written.
+            IndexMismatchError: It is a second moment other than the manifest's.
+        """
+        return self._tensors.write(name, tensors, self._manifest)
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """What `write_tensors` wrote, checked against its digest, memory-mapped.
+
+        Raises:
+            DamagedIndexError: It is missing or not what was written.
+        """
+        return self._tensors.read(name, self._manifest)
+
+    def save_progress(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was accumulated over the finished shards, so that a later run need not go over them again.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        self._tensors.save_progress(tensors, self._shards)
+
+    def load_progress(self) -> tuple[int, dict[str, Tensor]]:
+        """What `save_progress` last kept, and over how many of `shards_done`, from the first.
+
+        Returns:
+            (0, {}) where nothing was kept, or not over shards that are still these.
+        """
+        return self._tensors.load_progress(self._shards)
+
+    def finish(self, *, records: int, skipped: int) -> Manifest:
+        """Write the completed manifest: the index is finished from the moment that its file is renamed.
+
+        `second_moment`, unless the manifest's digest is None, and `autocorrelation` must have been written.
+
+        Args:
+            records: Number of the corpus's records that were read.
+            skipped: Number of those without a scorable token.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
+        assert not self.completed, "the index is finished"
+        assert self._shards, "an index has at least one shard"
+        assert 0 <= self.resume_point.skipped <= skipped <= records, (records, skipped)
+        if self._manifest.second_moment.digest is not None:
+            self._tensors.read(SECOND_MOMENT, self._manifest)
+        completion = CompletionEntry(
+            rows=self.resume_point.row,
+            tokens=sum(shard.tokens for shard in self._shards),
+            targets=sum(shard.targets for shard in self._shards),
+            records=records,
+            skipped=skipped,
+            shards=tuple(
+                ShardEntry(file=shard.path.name, rows=shard.rows, digest=shard.digest) for shard in self._shards
+            ),
+            autocorrelation_digest=self._tensors.digest(AUTOCORRELATION),
+        )
+        self._replace_manifest(dataclasses.replace(self._manifest, completion=completion))
+        self._remove_leftovers()
+        return self._manifest
+
+    def _begin_or_resume(self) -> None:
+        found = load_manifest(self._path)
+        if found is None:
+            _refuse_foreign_folder(self._path)
+            self._remove_leftovers()
+            self._replace_manifest(self._manifest)
+        else:
+            self._adopt(found)
+            self._remove_leftovers()
+        make_folder(self._path / "shards")
+        if self.completed:
+            self._check_completed()
+        if not self.completed:
+            self._find_shards()
+
+    def _adopt(self, found: Manifest) -> None:
+        different = differences(found, self._manifest)
+        if different:
+            field, was, wanted = different[0]
+            more = f" (and {len(different) - 1} more fields differ)" if len(different) > 1 else ""
+            raise IndexMismatchError(
+                f"{self._path}: the index was made with {field} = {was!r}, but now {wanted!r} is asked for{more}; "
+                "ask for the same, or choose another folder"
+            )
+        self._manifest = found
+
+    def _check_completed(self) -> None:
+        completion = self._manifest.completion
+        assert completion is not None
+        try:
+            self._shards = [
+                open_shard(self._path / "shards" / entry.file, self._manifest, number, entry)
+                for number, entry in enumerate(completion.shards)
+            ]
+            self._tensors.check_headers(self._manifest)
+        except DamagedIndexError as error:
+            self._on_note(f"the finished index is damaged and will be finished again: {error}")
+            self._shards = []
+            self._replace_manifest(dataclasses.replace(self._manifest, completion=None))
+
+    def _find_shards(self) -> None:
+        folder = self._path / "shards"
+        numbers = _shard_numbers(folder)
+        if numbers:
+            size = sum(_size(folder / shard_file_name(number)) for number in numbers)
+            self._on_note(f"checking {len(numbers)} shard files ({size / 1e6:.1f} MB) of an earlier run")
+        for number in range(len(numbers)):
+            path = folder / shard_file_name(number)
+            shard = self._good_shard(path, number) if path.exists() else None
+            if shard is None:
+                break
+            self._shards.append(shard)
+            if shard.rows < self._manifest.shard_examples:
+                break
+        later = [number for number in numbers if number > len(self._shards)]
+        if later:
+            missing = len(self._shards)
+            self._on_note(f"shard {missing} is missing: it and the {len(later)} after it will be made again")
+
+    def _good_shard(self, path: Path, number: int) -> Shard | None:
+        try:
+            shard = open_shard(path, self._manifest, number)
+            check_digest(shard.file)
+        except DamagedIndexError as error:
+            self._on_note(f"shard {number} is damaged and will be made again: {error}")
+            if not remove_if_there(path):
+                raise StoreError(f"{path}: damaged and cannot be removed; make its folder writable") from error
+            return None
+        return shard
+
+    def _replace_manifest(self, manifest: Manifest) -> None:
+        write_text(self._path / "manifest.json", manifest.to_json())
+        self._manifest = manifest
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed runs left unfinished, and once the index is finished, its progress file."""
+        for folder in (self._path, self._path / "shards", self._path / "derived"):
+            for name in _names(folder):
+                if name.endswith(PARTIAL_SUFFIX) and remove_if_there(folder / name):
+                    self._on_note(f"removed {name}, left unfinished by an interrupted run")
+        if self.completed:
+            remove_if_there(self._path / f"{PROGRESS}.safetensors")
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    """An index begins in a folder that has nothing but what an interrupted beginning leaves."""
+    if (folder / "manifest.json").exists():
+        return
+    for name in _names(folder):
+        if name not in {LOCK_FILE, "shards", f"manifest.json{PARTIAL_SUFFIX}"} or _names(folder / "shards"):
+            raise StoreError(
+                f"{folder}: holds {name!r} but no manifest.json, expected an index or an empty folder; "
+                "choose another folder"
+            )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _shard_numbers(folder: Path) -> list[int]:
+    return [int(name[:6]) for name in _names(folder) if re.fullmatch(r"[0-9]{6,}\.safetensors", name)]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _locked(folder: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise IndexLockedError(
+            f"{folder}: another process is writing this index; wait until it ends, or choose another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise StoreError(f"{folder}: cannot be locked for writing ({error}); make the folder writable") from error
+    return lock

@@ -1,0 +1,136 @@
+"""Small indexes for the tests of the store: the same manifest, examples and codes every time."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trackstar import store
+from trackstar.examples import TokenizedExample
+
+SIDE = 4
+SHARD_EXAMPLES = 3
+EXAMPLES = 8
+SECOND_MOMENT = {"rows/a": torch.arange(5.0) + 1, "columns/a": torch.arange(3.0) + 2}
+AUTOCORRELATION = {"blocks": torch.arange(2.0 * 16 * 16).reshape(2, 16, 16)}
+
+
+def small_manifest(codec: Literal["float32", "bfloat16", "float16"] = "float32", *, seed: int = 7) -> store.Manifest:
+    """The manifest of an index with two layer blocks of 4×4 dimensions and three examples a shard."""
+    return store.Manifest(
+        format_version=store.FORMAT_VERSION,
+        trackstar_version="0.1.0",
+        model=store.ModelEntry(
+            source="models/tiny",
+            revision=None,
+            gguf_file=None,
+            architecture="LlamaForCausalLM",
+            digest="a" * 32,
+            dtype="float32",
+        ),
+        tokenizer=store.TokenizerEntry(digest="b" * 32),
+        corpus=store.CorpusEntry(source="corpus.jsonl", digest="c" * 32, text_field="text", id_field=None, limit=None),
+        windows=store.WindowsEntry(tokens=128, overlap=1),
+        second_moment=store.SecondMomentEntry(
+            kind="factored", source="estimated", digest=store.tensors_digest(SECOND_MOMENT), floor=1e-30
+        ),
+        projection=store.ProjectionEntry(seed=seed, side=SIDE, digest="d" * 32),
+        layer_blocks=tuple(
+            store.LayerBlockEntry(
+                name=f"{kind}.0-1",
+                kind=kind,
+                layers=(0, 1),
+                matrices=(store.MatrixEntry(name=f"model.layers.0.{kind}.a", rows=5, columns=3),),
+            )
+            for kind in ("attention", "mlp")
+        ),
+        coverage=store.CoverageEntry(matrices=2, parameters=30, total_parameters=100, left_out=("embed_tokens",)),
+        output="loss",
+        codec=codec,
+        shard_examples=SHARD_EXAMPLES,
+        completion=None,
+    )
+
+
+def small_example(row: int) -> TokenizedExample:
+    """Example `row`: each record has two windows, and a record without a scorable token lies between two of them."""
+    record, window = 2 * (row // 2), row % 2
+    tokens = 2 + row % 3
+    return TokenizedExample(
+        example_id=f"r{record}" if window == 0 else f"r{record}#1",
+        parent_id=f"r{record}",
+        record=record,
+        window=window,
+        text=f"Zürich {row} \N{SNOWMAN}\ud800 " + "x" * row,
+        token_ids=np.arange(row, row + tokens, dtype=np.int32),
+        target_mask=np.arange(tokens) > 0,
+    )
+
+
+def small_projected_gradients(rows: range) -> Tensor:
+    """φ of the examples `rows`, of magnitudes from 1e-9 on."""
+    columns = torch.arange(2.0 * SIDE * SIDE)
+    return torch.stack([torch.cos(columns * (row + 1)) * 10.0 ** (row - 9) for row in rows])
+
+
+def small_content(
+    first: int, stop: int, codec: str = "float32", *, example: Callable[[int], TokenizedExample] = small_example
+) -> store.ShardContent:
+    """The shard of the examples `first` to `stop`."""
+    rows = range(first, stop)
+    codes, scales = store.encode(small_projected_gradients(rows), codec)
+    return store.ShardContent(
+        codes=codes,
+        scales=scales,
+        losses=torch.tensor([1.5 * (row + 1) for row in rows]),
+        examples=[example(row) for row in rows],
+        next_record=2 * (stop // 2),
+        next_window=stop % 2,
+        skipped=stop // 2,
+    )
+
+
+def write_small_index(
+    path: Path,
+    manifest: store.Manifest | None = None,
+    *,
+    examples: int = EXAMPLES,
+    on_note: Callable[[str], None] = lambda note: None,
+    after_step: Callable[[], None] = lambda: None,
+) -> store.Manifest:
+    """Write, or finish, an index as a pipeline does."""
+    manifest = manifest or small_manifest()
+    with store.IndexWriter.open(path, manifest, on_note=on_note) as writer:
+        if writer.completed:
+            return writer.manifest
+        after_step()
+        writer.write_tensors("second_moment", SECOND_MOMENT)
+        while writer.resume_point.row < examples:
+            first = writer.resume_point.row
+            stop = min(first + manifest.shard_examples, examples)
+            writer.write_shard(small_content(first, stop, manifest.codec))
+            after_step()
+            writer.save_progress({"sum": torch.full((3,), float(stop))})
+            after_step()
+        writer.write_tensors("autocorrelation", AUTOCORRELATION)
+        after_step()
+        return writer.finish(records=2 * (examples // 2) + 2, skipped=examples // 2 + 1)
+
+
+def index_bytes(path: Path) -> dict[str, bytes]:
+    """Every file of an index but the lock, by its name in the folder."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def completed(manifest: store.Manifest, **changes: object) -> store.Manifest:
+    """The manifest with some fields of its completion changed."""
+    assert manifest.completion is not None
+    return dataclasses.replace(manifest, completion=dataclasses.replace(manifest.completion, **changes))
