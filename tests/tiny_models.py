@@ -79,7 +79,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GPT2LMHeadModel",
         {"n_embd": 24, "n_inner": 56, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT_TOKENS},
     ),
-    "olmo": ("OlmoConfig", "OlmoForCausalLM", {**_ALL_HEADS, "clip_qkv": None, "tie_word_embeddings": False}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", {**_ALL_HEADS, "clip_qkv": 1.5, "tie_word_embeddings": False}),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_GROUPED_QUERY, "tie_word_embeddings": False}),
 }
 

@@ -191,8 +191,8 @@ def test_mixing_rank_scales_the_papers_thousand():
 
 
 def test_paper_mixing_equals_a_number_computed_by_hand():
-    # 128 dimensions in two blocks: k = round(1000 · 128 / 65,536) = 2. Pooled: s_eval = 9, 6, ... and s_train = 8, 2, ...
-    # so that λ 6 = (1 - λ) 2 and λ = 1/4.
+    # 128 dimensions: k = round(1000 · 128 / 65,536) = 2. Pooled, s_eval is 9, 6, ... and s_train 8, 2, ...;
+    # so λ 6 = (1 - λ) 2.
     def blocks(first: list[float], second: list[float]) -> list[Tensor]:
         return [torch.diag(torch.tensor(values + [0.1] * (64 - len(values)))) for values in (first, second)]
 
