@@ -221,6 +221,18 @@ class Whitening:
         """R⁻¹φ = WᵀWφ: a query in this form meets candidates as stored."""
         return self._each(self.apply(projected_gradients), self.factors)
 
+    def norms(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples"]:
+        """‖Wφ‖ of each example; the zeros above W's diagonal are left out in tiles."""
+        count, (blocks, dim, _) = len(projected_gradients), self.factors.shape
+        phi = projected_gradients.reshape(count, blocks, dim).transpose(0, 1)
+        squares = torch.zeros(count, device=phi.device)
+        tile = max(64, -(-dim // 8))
+        for start in range(0, dim, tile):
+            stop = min(start + tile, dim)
+            whitened = torch.bmm(phi[:, :, :stop], self.factors[:, start:stop, :stop].mT)
+            squares += whitened.square_().sum(dim=(0, 2))
+        return squares.sqrt()
+
     def _each(self, projected_gradients: Tensor, right: Tensor) -> Tensor:
         count, blocks = len(projected_gradients), len(self.factors)
         phi = projected_gradients.reshape(count, blocks, -1).transpose(0, 1)

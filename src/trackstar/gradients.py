@@ -72,12 +72,15 @@ def gradient_pass(
             handle.remove()
 
 
-def _forward_hook(matrix: WeightMatrix, consumer: GradientConsumer) -> Callable[..., None]:
-    def forward(_module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+def _forward_hook(matrix: WeightMatrix, consumer: GradientConsumer) -> Callable[..., Tensor | None]:
+    def forward(_module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         kept = consumer.keep(matrix, arguments[0].detach())
-        if not output.requires_grad:
+        starts_graph = not output.requires_grad
+        if starts_graph:
             output.requires_grad_(True)
         output.register_hook(lambda gradients: consumer.add(matrix, kept, gradients))
+        # A leaf of the graph must not be changed in place, as OLMo does when it clips; a copy of it may.
+        return output.clone() if starts_graph else None
 
     return forward
 

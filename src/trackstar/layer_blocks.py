@@ -6,6 +6,7 @@ a head are left out. A model in which any other matrix would be missed is refuse
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
@@ -14,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from trackstar.errors import OptionError, UnsupportedModelError
 
 Kind = Literal["attention", "mlp"]
+# A block's name, kind, first and last layer, and its matrices' names.
+NamedBlock = tuple[str, Kind, tuple[int, int], Sequence[str]]
 
 # model.layers.3.self_attn.q_proj, gpt_neox.layers.3.attention.dense, transformer.h.3.attn.c_attn ...
 ATTENTION_PATTERN = r".*\.(?:layers|h)\.(\d+)\.(?:self_attn|attn|attention|self_attention)\..+"
@@ -136,6 +139,27 @@ def find_layer_blocks(
     for kind, names in found.items():
         blocks += _pooled(kind, names, linears, blocks_per_kind, first_block=len(blocks))
     return tuple(blocks)
+
+
+def named_layer_blocks(module: nn.Module, blocks: Sequence[NamedBlock]) -> tuple[LayerBlock, ...]:
+    """Layer blocks that were named before, such as by an index.
+
+    A matrix's own layer is not needed any more; each gets its block's first.
+
+    Raises:
+        UnsupportedModelError: The model has no linear layer of that name.
+    """
+    linears = _linear_modules(module)
+    result = []
+    for number, (name, kind, (first, last), names) in enumerate(blocks):
+        missing = [matrix for matrix in names if matrix not in linears]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: has no linear layer {missing[0]}; expected the model that was indexed"
+            )
+        matrices = tuple(_matrix(matrix, first, kind, number, linears[matrix]) for matrix in names)
+        result.append(LayerBlock(name=name, kind=kind, first_layer=first, last_layer=last, matrices=matrices))
+    return tuple(result)
 
 
 def coverage(module: nn.Module, blocks: tuple[LayerBlock, ...]) -> Coverage:

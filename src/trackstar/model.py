@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from trackstar.errors import ModelError, OptionError
-from trackstar.layer_blocks import Coverage, LayerBlock, WeightMatrix, coverage, find_layer_blocks
+from trackstar.layer_blocks import (
+    Coverage,
+    LayerBlock,
+    NamedBlock,
+    WeightMatrix,
+    coverage,
+    find_layer_blocks,
+    named_layer_blocks,
+)
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_TOKENS = 5
@@ -61,7 +69,7 @@ class LanguageModel:
     """
 
     module: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     blocks: tuple[LayerBlock, ...]
     coverage: Coverage
     head: Head
@@ -128,7 +136,7 @@ def load_model(
     device: str = "cpu",
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
-    layer_blocks: int = 8,
+    layer_blocks: int | Sequence[NamedBlock] = 8,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer from a folder, a hub name or GGUF weights.
 
@@ -143,7 +151,7 @@ def load_model(
         device: A torch device, such as `cpu` or `cuda`.
         attention_pattern: See `find_layer_blocks`.
         mlp_pattern: See `find_layer_blocks`.
-        layer_blocks: Blocks for each of attention and MLP.
+        layer_blocks: Blocks for each of attention and MLP, or the very blocks of an index.
 
     Raises:
         ModelError: It cannot be loaded, holds values that are not finite, or computes its logits in a way that
@@ -182,12 +190,15 @@ def wrap_model(
     folder: Path | None = None,
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
-    layer_blocks: int = 8,
+    layer_blocks: int | Sequence[NamedBlock] = 8,
 ) -> LanguageModel:
     """Freeze a Transformers model that is already in memory and name its layer blocks; errors as `load_model`."""
-    blocks = find_layer_blocks(
-        module, blocks_per_kind=layer_blocks, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern
-    )
+    if isinstance(layer_blocks, int):
+        blocks = find_layer_blocks(
+            module, blocks_per_kind=layer_blocks, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern
+        )
+    else:
+        blocks = named_layer_blocks(module, layer_blocks)
     for parameter_name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(

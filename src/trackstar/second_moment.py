@@ -6,7 +6,6 @@ costs nothing. An elementwise V does not fold; it is the exact, slower choice.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -76,16 +75,6 @@ class SecondMoment:
     moments: Mapping[str, Moment]
     source: str
     floor: float = DEFAULT_FLOOR
-
-    def digest(self) -> str | None:
-        """BLAKE2b-128 of all its numbers; None where there is no V."""
-        if self.kind == "none":
-            return None
-        digest = hashlib.blake2b(digest_size=16)
-        for key, tensor in sorted(self.tensors().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
         """What an index keeps of it: `row/NAME` and `column/NAME`, or `entries/NAME`."""

@@ -1,7 +1,7 @@
 """The index on disk: its manifest, its shards, writing and reading them. FORMAT.md says what lies where."""
 
 from trackstar.store.codecs import codec_dtype, decode, encode
-from trackstar.store.index_tensors import tensors_digest
+from trackstar.store.index_tensors import IndexTensors, tensors_digest
 from trackstar.store.manifest import (
     FORMAT_VERSION,
     CodecName,
@@ -23,6 +23,7 @@ from trackstar.store.manifest import (
 from trackstar.store.reader import CodeChunk, Index
 from trackstar.store.shard_content import ShardContent
 from trackstar.store.shards import ResumePoint, Shard, StoredExample
+from trackstar.store.verification import VerificationReport, verify
 from trackstar.store.writer import IndexWriter
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "CorpusEntry",
     "CoverageEntry",
     "Index",
+    "IndexTensors",
     "IndexWriter",
     "LayerBlockEntry",
     "Manifest",
@@ -46,6 +48,7 @@ __all__ = [
     "ShardEntry",
     "StoredExample",
     "TokenizerEntry",
+    "VerificationReport",
     "WindowsEntry",
     "codec_dtype",
     "decode",
@@ -53,4 +56,5 @@ __all__ = [
     "encode",
     "load_manifest",
     "tensors_digest",
+    "verify",
 ]

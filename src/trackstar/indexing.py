@@ -1,0 +1,302 @@
+"""From corpus to index: tokenize, take gradients, project, store, sum R_train; shard after shard, resumable."""
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
+from trackstar.curvature import Autocorrelation
+from trackstar.errors import CorpusError, DamagedIndexError, GradientError
+from trackstar.examples import Corpus, TokenizedExample, tokenize_examples
+from trackstar.gradients import gradient_pass
+from trackstar.model import LanguageModel
+from trackstar.optimizer_state import find_optimizer_state, second_moment_from_state
+from trackstar.projection import ProjectedGradients
+from trackstar.second_moment import (
+    NO_SECOND_MOMENT,
+    SecondMoment,
+    checked_second_moment,
+    estimate_second_moment,
+)
+from trackstar.store import (
+    IndexTensors,
+    IndexWriter,
+    Shard,
+    ShardContent,
+    WindowsEntry,
+    codec_dtype,
+    decode,
+    encode,
+    load_manifest,
+)
+
+# How often, in seconds, the sums of R_train are put aside, so that a resumed run need not add up all shards again.
+_SAVE_PROGRESS_EVERY = 600.0
+# Rows added to R_train at once: each shard is cut at the same rows whether it has just been made or is read again, so
+# that a resumed run's sums are those of an undisturbed one, bit for bit.
+_ROWS_AT_ONCE = 512
+
+
+class GradientProjector:
+    """From tokenized examples to φ = P(∇Loss/√V) and losses, in batches of similar length.
+
+    Hooks stay on the model until it is closed; use it as a context manager.
+
+    Args:
+        model: The model.
+        second_moment: V.
+        seed: Of the projections.
+        side: Rows and columns of a block of φ.
+        batch_tokens: Most tokens of a batch, padding included.
+        note: Told when memory runs out and batches are made smaller.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        second_moment: SecondMoment,
+        *,
+        seed: int,
+        side: int,
+        batch_tokens: int,
+        note: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._projected = ProjectedGradients(model, second_moment, seed=seed, side=side)
+        self._batch_tokens = batch_tokens
+        self._note = note
+        self._stack = ExitStack()
+        self._pass: Callable[[Batch], Tensor] | None = None
+
+    def __enter__(self) -> "GradientProjector":
+        self._pass = self._stack.enter_context(gradient_pass(self._model, self._projected))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def dimensions(self) -> int:
+        """Dimensions of φ."""
+        return self._projected.dimensions
+
+    def batches(self, examples: Sequence[TokenizedExample]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Places of a batch's examples, their φ in float32 and their losses in nats, on the model's device.
+
+        Raises:
+            GradientError: A loss or gradient is not finite; the message names the example.
+        """
+        assert self._pass is not None, "used outside its context"
+        run = self._pass
+
+        def run_batch(places: list[int]) -> tuple[Tensor, Tensor]:
+            losses = run(make_batch(examples, places, device=self._model.device))
+            return self._projected.result(), losses
+
+        plan = plan_batches([len(example.token_ids) for example in examples], self._batch_tokens)
+        for places, (phi, losses) in run_adaptively(plan, run_batch, self._note):
+            finite = torch.isfinite(phi).all(dim=1) & torch.isfinite(losses)
+            if not finite.all():
+                worst = examples[places[int(finite.int().argmin())]]
+                raise GradientError(
+                    f"{worst.example_id}: its loss or gradient is not finite, expected numbers; check the model's "
+                    "weights and V, or leave the example out"
+                )
+            yield places, phi, losses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusPosition:
+    """Where reading stands: the record and window that come next, and how many records had nothing to score."""
+
+    record: int
+    window: int
+    skipped: int
+
+
+def tokenized_windows(
+    corpus: Corpus, model: LanguageModel, start: CorpusPosition, *, window_tokens: int, overlap: int
+) -> Iterator[tuple[TokenizedExample | None, CorpusPosition]]:
+    """Windows in the corpus's order from `start` on, each with the position after it; None for a record without any."""
+    skipped = start.skipped
+    # Examples are needed twice: for their windows and, where there are none, for their place.
+    first, second = itertools.tee(corpus.examples(start.record))
+    tokenized = tokenize_examples(first, model.tokenizer, window_tokens=window_tokens, overlap=overlap)
+    for example, windows in zip(second, tokenized, strict=True):
+        if not windows:
+            skipped += 1
+            yield None, CorpusPosition(record=example.record + 1, window=0, skipped=skipped)
+        for number, window in enumerate(windows):
+            if example.record == start.record and number < start.window:
+                continue
+            last = number + 1 == len(windows)
+            after = (example.record + 1, 0) if last else (example.record, number + 1)
+            yield window, CorpusPosition(record=after[0], window=after[1], skipped=skipped)
+
+
+def write_shards(
+    writer: IndexWriter,
+    corpus: Corpus,
+    model: LanguageModel,
+    projector: GradientProjector,
+    *,
+    advance: Callable[[int], None],
+) -> CorpusPosition:
+    """Write every shard that is still missing.
+
+    Args:
+        writer: The open index.
+        corpus: Where the examples come from.
+        model: Whose tokenizer splits them.
+        projector: Gives φ.
+        advance: Told how many examples have been done, documents counted once.
+
+    Returns:
+        The position at the corpus's end.
+
+    Raises:
+        CorpusError: No record of the corpus has a token to score.
+    """
+    manifest = writer.manifest
+    resume = writer.resume_point
+    start = CorpusPosition(record=resume.record, window=resume.window, skipped=resume.skipped)
+    windows = tokenized_windows(
+        corpus, model, start, window_tokens=manifest.windows.tokens, overlap=manifest.windows.overlap
+    )
+    r_train = _RunningAutocorrelation(writer)
+    at = start
+    held: list[TokenizedExample] = []
+    position = start
+    for window, position in windows:
+        if window is None:
+            continue
+        held.append(window)
+        at = position
+        if len(held) == manifest.shard_examples:
+            r_train.add(_write_shard(writer, held, at, projector, advance))
+            held = []
+    if held:
+        # Records without a token to score that end the corpus belong to no shard; `finish` counts them.
+        r_train.add(_write_shard(writer, held, at, projector, advance))
+    if not writer.shards_done:
+        raise CorpusError(
+            f"{corpus.name}: none of its {position.record} records has a token to score, expected texts of two tokens "
+            "or more"
+        )
+    writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
+    return position
+
+
+def _write_shard(
+    writer: IndexWriter,
+    examples: Sequence[TokenizedExample],
+    after: CorpusPosition,
+    projector: GradientProjector,
+    advance: Callable[[int], None],
+) -> Shard:
+    codec = writer.manifest.codec
+    codes = torch.empty(len(examples), projector.dimensions, dtype=codec_dtype(codec))
+    scales, losses = torch.empty(len(examples)), torch.empty(len(examples))
+    for places, phi, batch_losses in projector.batches(examples):
+        rows = torch.tensor(places)
+        batch_codes, batch_scales = encode(phi, codec)
+        codes[rows] = batch_codes.cpu()
+        scales[rows] = batch_scales.cpu()
+        losses[rows] = batch_losses.cpu()
+        advance(sum(examples[place].window == 0 for place in places))
+    content = ShardContent(
+        codes=codes,
+        scales=scales,
+        losses=losses,
+        examples=examples,
+        next_record=after.record,
+        next_window=after.window,
+        skipped=after.skipped,
+    )
+    return writer.write_shard(content)
+
+
+class _RunningAutocorrelation:
+    """R_train over the shards as stored, so that it is a function of the finished shards and nothing else."""
+
+    def __init__(self, writer: IndexWriter) -> None:
+        manifest = writer.manifest
+        self._writer = writer
+        blocks = len(manifest.layer_blocks)
+        self._sums = Autocorrelation(blocks, manifest.projection.side**2)
+        counted, kept = writer.load_progress()
+        if counted:
+            self._sums.sums.copy_(kept["sums"])
+            self._sums.examples = sum(shard.rows for shard in writer.shards_done[:counted])
+        self._saved = time.monotonic()
+        for shard in writer.shards_done[counted:]:
+            self._add_rows(shard)
+
+    def add(self, shard: Shard) -> None:
+        """Add a shard that has just been written; now and then put the sums aside."""
+        self._add_rows(shard)
+        if time.monotonic() - self._saved > _SAVE_PROGRESS_EVERY:
+            self._writer.save_progress({"sums": self._sums.sums})
+            self._saved = time.monotonic()
+
+    def mean(self) -> Tensor:
+        """R_train."""
+        return self._sums.mean()
+
+    def _add_rows(self, shard: Shard) -> None:
+        for first in range(0, shard.rows, _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            self._sums.add(decode(shard.codes[rows], shard.scales[rows]))
+
+
+def chosen_second_moment(
+    asked: str | Path | SecondMoment,
+    model: LanguageModel,
+    corpus: Corpus,
+    windows: WindowsEntry,
+    *,
+    kind: Literal["factored", "elementwise"],
+    examples: int,
+    seed: int,
+    batch_tokens: int,
+    out: Path,
+    note: Callable[[str], None],
+) -> SecondMoment:
+    """V as asked for: given, none, from optimizer state, or estimated; see `build_index`.
+
+    An estimate that an interrupted run has already made for the same index is taken from there.
+    """
+    if isinstance(asked, SecondMoment):
+        return checked_second_moment(asked, model.matrices)
+    if str(asked) == "none":
+        return NO_SECOND_MOMENT
+    state = None
+    if str(asked) == "auto":
+        state = find_optimizer_state(model.folder) if model.folder is not None else None
+    elif str(asked) != "estimate":
+        state = Path(asked)
+        state = (find_optimizer_state(state) or state) if state.is_dir() else state
+    if state is not None:
+        return checked_second_moment(second_moment_from_state(state, model, kind=kind), model.matrices)
+    source = f"estimated from {examples} examples drawn with seed {seed}"
+    begun = load_manifest(out)
+    if begun is not None and begun.second_moment.source == source and begun.second_moment.kind == kind:
+        with contextlib.suppress(DamagedIndexError):  # it is estimated again
+            kept = IndexTensors(out).read("second_moment", begun)
+            return SecondMoment.from_tensors(kept, source=source, floor=begun.second_moment.floor)
+    note(f"second moment: {'no optimizer state beside the model, so V is ' if asked == 'auto' else ''}{source}")
+    sample = tokenize_examples(
+        corpus.sample(examples, seed), model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap
+    )
+    # A long document's first window stands for it.
+    chosen = [parts[0] for parts in sample if parts]
+    moment = estimate_second_moment(model, chosen, kind=kind, token_budget=batch_tokens, note=note)
+    return checked_second_moment(dataclasses.replace(moment, source=source), model.matrices)

@@ -1,0 +1,142 @@
+"""What an index was made with: written into its manifest, and checked when the index is asked."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from trackstar.errors import IndexMismatchError
+from trackstar.examples import Corpus
+from trackstar.model import LanguageModel, load_model
+from trackstar.projection import projection_digest
+from trackstar.second_moment import DEFAULT_FLOOR, SecondMoment
+from trackstar.store import (
+    FORMAT_VERSION,
+    CodecName,
+    CorpusEntry,
+    CoverageEntry,
+    Index,
+    LayerBlockEntry,
+    Manifest,
+    MatrixEntry,
+    ModelEntry,
+    ProjectionEntry,
+    SecondMomentEntry,
+    TokenizerEntry,
+    WindowsEntry,
+    tensors_digest,
+)
+
+
+def make_manifest(
+    model: LanguageModel,
+    corpus: Corpus,
+    windows: WindowsEntry,
+    moment: SecondMoment,
+    *,
+    seed: int,
+    side: int,
+    codec: CodecName,
+    shard_examples: int,
+) -> Manifest:
+    """The manifest of an index that is about to be made: all that decides its content."""
+    covered = model.coverage
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        trackstar_version=version("trackstar-tda"),
+        model=ModelEntry(
+            source=model.source,
+            revision=model.revision,
+            gguf_file=model.gguf_file,
+            architecture=model.architecture,
+            digest=model.digest(),
+            dtype=dtype_name(model),
+        ),
+        tokenizer=TokenizerEntry(digest=model.tokenizer_digest()),
+        corpus=CorpusEntry(
+            source=corpus.name,
+            digest=corpus.digest(),
+            text_field=corpus.text_field,
+            id_field=corpus.id_field,
+            limit=corpus.limit,
+        ),
+        windows=windows,
+        second_moment=SecondMomentEntry(
+            kind=moment.kind,
+            source=moment.source,
+            digest=None if moment.kind == "none" else tensors_digest(moment.tensors()),
+            floor=moment.floor if moment.kind != "none" else DEFAULT_FLOOR,
+        ),
+        projection=ProjectionEntry(
+            seed=seed, side=side, digest=projection_digest(model.matrices, seed=seed, side=side)
+        ),
+        layer_blocks=tuple(
+            LayerBlockEntry(
+                name=block.name,
+                kind=block.kind,
+                layers=(block.first_layer, block.last_layer),
+                matrices=tuple(
+                    MatrixEntry(name=matrix.name, rows=matrix.rows, columns=matrix.columns) for matrix in block.matrices
+                ),
+            )
+            for block in model.blocks
+        ),
+        coverage=CoverageEntry(
+            matrices=covered.matrices,
+            parameters=covered.parameters,
+            total_parameters=covered.total_parameters,
+            left_out=covered.left_out,
+        ),
+        output="loss",
+        codec=codec,
+        shard_examples=shard_examples,
+        completion=None,
+    )
+
+
+def model_of_index(
+    index: Index, model: LanguageModel | str | Path | None = None, *, device: str = "cpu"
+) -> LanguageModel:
+    """The model that an index was made with, checked by digest.
+
+    Raises:
+        IndexMismatchError: It, its tokenizer or the projections drawn for it are not what the index was made with.
+    """
+    manifest = index.manifest
+    entry = manifest.model
+    if not isinstance(model, LanguageModel):
+        given = None if model is None else str(model)
+        same_place = given is None or given == entry.source
+        model = load_model(
+            given or entry.source,
+            revision=entry.revision if same_place else None,
+            gguf_file=entry.gguf_file if same_place else None,
+            dtype=entry.dtype,
+            device=device,
+            layer_blocks=[
+                (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
+                for block in manifest.layer_blocks
+            ],
+        )
+    projection = manifest.projection
+    checks = [
+        ("model.architecture", entry.architecture, model.architecture),
+        ("model.dtype", entry.dtype, dtype_name(model)),
+        ("model.digest", entry.digest, model.digest()),
+        ("tokenizer.digest", manifest.tokenizer.digest, model.tokenizer_digest()),
+        (
+            "projection.digest",
+            projection.digest,
+            projection_digest(model.matrices, seed=projection.seed, side=projection.side),
+        ),
+    ]
+    for field, expected, found in checks:
+        if expected != found:
+            raise IndexMismatchError(
+                f"{index.path}: made with {field} {expected}, but {model.source} has {found}; give the model that was "
+                "indexed (--model), or index again"
+            )
+    return model
+
+
+def dtype_name(model: LanguageModel) -> str:
+    """The name of the dtype that gradients are computed in."""
+    return str(model.dtype).removeprefix("torch.")

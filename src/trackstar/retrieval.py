@@ -1,0 +1,208 @@
+"""Influence of every candidate on every query, and the most positive and negative of them (Eq. 1-2), exactly.
+
+With W the whitening (WᵀW = R⁻¹), Eq. 1 is φ_q R⁻¹ φ_m / (‖Wφ_q‖ ‖Wφ_m‖). The query's side, R⁻¹φ_q / ‖Wφ_q‖, is made
+once; a candidate meets it as stored, and its norm under R comes from one pass over the index that is kept with it.
+Every method that scores by inner products is of this form: query vectors and a multiplier a candidate.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trackstar.curvature import Whitening
+from trackstar.errors import GradientError, OptionError
+from trackstar.progress import Progress
+from trackstar.store import Index, decode
+
+# A chunk's codes as float32: small enough that they are multiplied while still in the processor's cache.
+_SCAN_BYTES = 4 << 20
+# Rows whitened at once: enough for an efficient matrix product.
+_WHITENING_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scorer:
+    """Inner products with a multiplier a candidate: score(q, m) = vector_q · φ_m · multiplier_m.
+
+    Attributes:
+        vectors: What each query meets the candidates with.
+        multipliers: A factor for each candidate; 0 for one without any gradient, which is then never a proponent.
+    """
+
+    vectors: Float[Tensor, "queries dimensions"]
+    multipliers: Float[Tensor, "candidates"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TopCandidates:
+    """The k most positive and the k most negative candidates of each query, the strongest first.
+
+    Attributes:
+        proponents: Rows of the index.
+        proponent_scores: Their scores, descending.
+        opponents: Rows of the index.
+        opponent_scores: Their scores, ascending.
+    """
+
+    proponents: Int64[Tensor, "queries k"]
+    proponent_scores: Float[Tensor, "queries k"]
+    opponents: Int64[Tensor, "queries k"]
+    opponent_scores: Float[Tensor, "queries k"]
+
+
+def trackstar_scorer(
+    index: Index,
+    queries: Float[Tensor, "queries dimensions"],
+    whitening: Whitening,
+    *,
+    key: str | None = None,
+    progress: bool = False,
+) -> Scorer:
+    """Eq. 1-2: whitened by R and of unit norm on both sides.
+
+    Args:
+        index: The candidates.
+        queries: φ of each query.
+        whitening: Of the R that both sides are corrected by.
+        key: Names that R: the candidates' norms under it are kept with the index by this name.
+        progress: Whether the pass over the index is shown.
+
+    Raises:
+        GradientError: A query's gradient is zero, so that its direction says nothing.
+    """
+    norms = torch.linalg.vector_norm(whitening.apply(queries), dim=1)
+    zero = (norms == 0).nonzero()
+    if len(zero):
+        raise GradientError(f"query {int(zero[0])}: its projected gradient is zero, expected one that is not")
+    vectors = whitening.apply_inverse(queries) / norms[:, None]
+    return Scorer(vectors=vectors, multipliers=_inverse(whitened_norms(index, whitening, key=key, progress=progress)))
+
+
+def dot_product_scorer(index: Index, queries: Float[Tensor, "queries dimensions"]) -> Scorer:
+    """Gradient dot product, φ_q·φ_m: no R, no unit norm (Table 2)."""
+    return Scorer(vectors=queries, multipliers=torch.ones(index.rows))
+
+
+def cosine_scorer(index: Index, queries: Float[Tensor, "queries dimensions"], *, progress: bool = False) -> Scorer:
+    """Gradient cosine, φ_q·φ_m / (‖φ_q‖ ‖φ_m‖): unit norm but no R (Table 2)."""
+    norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
+    return Scorer(vectors=queries / norms.clamp_min(1e-30), multipliers=_inverse(norms_of(index, progress=progress)))
+
+
+def whitened_norms(
+    index: Index, whitening: Whitening, *, key: str | None = None, progress: bool = False
+) -> Float[Tensor, "candidates"]:
+    """‖Wφ_m‖ of every candidate: one pass, kept with the index under `key`, which names the R."""
+    kept = index.load_derived(f"norms-{key}") if key else None
+    if kept is not None:
+        return kept["norms"]
+    norms = torch.empty(index.rows)
+    with _shown(progress, "Candidates' norms under R", index.rows) as bar:
+        for first, phi in _decoded(index, _WHITENING_BYTES):
+            norms[first : first + len(phi)] = whitening.norms(phi)
+            bar.advance(len(phi))
+    if key:
+        index.save_derived(f"norms-{key}", {"norms": norms})
+    return norms
+
+
+def norms_of(index: Index, *, progress: bool = False) -> Float[Tensor, "candidates"]:
+    """‖φ_m‖ of every candidate."""
+    norms = torch.empty(index.rows)
+    with _shown(progress, "Candidates' norms", index.rows) as bar:
+        for first, phi in _decoded(index, _SCAN_BYTES):
+            norms[first : first + len(phi)] = torch.linalg.vector_norm(phi, dim=1)
+            bar.advance(len(phi))
+    return norms
+
+
+def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "queries candidates"]]]:
+    """Scores of consecutive candidates: the first one's row, and queries × candidates; one pass over the index."""
+    vectors = scorer.vectors.float()
+    rows = max(1, _SCAN_BYTES // (4 * index.dimensions))
+    # One chunk's codes in float32, reused: fresh memory a chunk would cost more than the product.
+    values = torch.empty(rows, index.dimensions)
+    columns = vectors.T.contiguous() if len(vectors) > 1 else vectors[0]
+    for chunk in index.iterate(rows):
+        part = values[: len(chunk.codes)]
+        part.copy_(chunk.codes)
+        product = part @ columns
+        product = product.reshape(len(part), len(vectors))
+        factors = chunk.scales * scorer.multipliers[chunk.first_row : chunk.first_row + len(part)]
+        yield chunk.first_row, (product * factors[:, None]).T
+
+
+def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidates"]:
+    """Every candidate's score for every query, in memory; for pools that are small enough."""
+    result = torch.empty(len(scorer.vectors), index.rows)
+    for first, part in scores(index, scorer):
+        result[:, first : first + part.shape[1]] = part
+    return result
+
+
+def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
+    """The k proponents and k opponents of each query, exactly, by one pass over the index.
+
+    Of candidates with equal scores the one that comes first in the index ranks first.
+
+    Args:
+        index: The candidates.
+        scorer: How they are scored.
+        k: How many; all of them where there are fewer.
+        progress: Whether the pass is shown.
+
+    Raises:
+        OptionError: k is not positive.
+    """
+    if k < 1:
+        raise OptionError(f"--top {k}: expected 1 or more candidates a query")
+    queries = len(scorer.vectors)
+    best = (torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+    worst = (torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+    with _shown(progress, "Scan", index.rows) as bar:
+        # Merging is done for many chunks at once: it costs more than a small chunk's product.
+        for rows, part in _gathered(scores(index, scorer), 4096):
+            best = _merged(best, part, rows, k)
+            worst = _merged(worst, -part, rows, k)
+            bar.advance(len(rows))
+    return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
+
+
+def _gathered(
+    parts: Iterator[tuple[int, Tensor]], candidates: int
+) -> Iterator[tuple[Int64[Tensor, "rows"], Float[Tensor, "queries rows"]]]:
+    held: list[Tensor] = []
+    first, count = 0, 0
+    for start, part in parts:
+        first = first if held else start
+        held.append(part)
+        count += part.shape[1]
+        if count >= candidates:
+            yield torch.arange(first, first + count), torch.cat(held, dim=1)
+            held, count = [], 0
+    if held:
+        yield torch.arange(first, first + count), torch.cat(held, dim=1)
+
+
+def _merged(best: tuple[Tensor, Tensor], values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of what was best so far and new values; the sort is stable, so earlier rows win ties."""
+    joined = torch.cat([best[0], values], dim=1)
+    joined_rows = torch.cat([best[1], rows.expand(len(values), -1)], dim=1)
+    order = joined.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return joined.gather(1, order), joined_rows.gather(1, order)
+
+
+def _decoded(index: Index, chunk_bytes: int) -> Iterator[tuple[int, Float[Tensor, "rows dimensions"]]]:
+    for chunk in index.iterate(max(1, chunk_bytes // (4 * index.dimensions))):
+        yield chunk.first_row, decode(chunk.codes, chunk.scales)
+
+
+def _inverse(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+def _shown(progress: bool, title: str, rows: int) -> Progress:
+    return Progress(title, unit="examples", total=rows, shown=progress)
