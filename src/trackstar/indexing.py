@@ -171,7 +171,7 @@ def write_shards(
     windows = tokenized_windows(
         corpus, model, start, window_tokens=manifest.windows.tokens, overlap=manifest.windows.overlap
     )
-    r_train = _RunningAutocorrelation(writer)
+    r_train = RunningAutocorrelation(writer)
     at = start
     held: list[TokenizedExample] = []
     position = start
@@ -181,11 +181,11 @@ def write_shards(
         held.append(window)
         at = position
         if len(held) == manifest.shard_examples:
-            r_train.add(_write_shard(writer, held, at, projector, advance))
+            r_train.add(write_shard(writer, held, at, projector, advance))
             held = []
     if held:
         # Records without a token to score that end the corpus belong to no shard; `finish` counts them.
-        r_train.add(_write_shard(writer, held, at, projector, advance))
+        r_train.add(write_shard(writer, held, at, projector, advance))
     if not writer.shards_done:
         raise CorpusError(
             f"{corpus.name}: none of its {position.record} records has a token to score, expected texts of two tokens "
@@ -195,13 +195,22 @@ def write_shards(
     return position
 
 
-def _write_shard(
+def write_shard(
     writer: IndexWriter,
     examples: Sequence[TokenizedExample],
     after: CorpusPosition,
     projector: GradientProjector,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda _examples: None,
 ) -> Shard:
+    """Write one shard: φ of the examples, encoded, with what is needed to show and recompute them.
+
+    Args:
+        writer: The open index.
+        examples: The shard's examples, in the order of its rows.
+        after: Where the next shard begins.
+        projector: Gives φ.
+        advance: Told how many documents have been done.
+    """
     codec = writer.manifest.codec
     codes = torch.empty(len(examples), projector.dimensions, dtype=codec_dtype(codec))
     scales, losses = torch.empty(len(examples)), torch.empty(len(examples))
@@ -224,7 +233,7 @@ def _write_shard(
     return writer.write_shard(content)
 
 
-class _RunningAutocorrelation:
+class RunningAutocorrelation:
     """R_train over the shards as stored, so that it is a function of the finished shards and nothing else."""
 
     def __init__(self, writer: IndexWriter) -> None:

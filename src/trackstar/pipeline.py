@@ -31,7 +31,7 @@ from trackstar.second_moment import NO_SECOND_MOMENT, SecondMoment
 from trackstar.store import CodecName, Index, IndexWriter, WindowsEntry, codec_dtype
 
 # A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
-_SHARD_BYTES = 128 << 20
+_SHARD_BYTES = 64 << 20
 
 
 def build_index(
@@ -89,7 +89,7 @@ def build_index(
         side: √d, rows and columns of a block of φ (64 in the paper).
         seed: Of the projections and of the sample that V is estimated from.
         codec: What φ is stored as: `float32`, `bfloat16` or `float16`.
-        shard_examples: Examples of a shard; None makes shards of about 128 MiB.
+        shard_examples: Examples of a shard; None makes shards of about 64 MiB, 4,096 examples at most.
         batch_tokens: Most tokens of a batch, padding included; peak memory follows it.
         progress: Whether progress is shown where stderr is a terminal.
 
@@ -281,7 +281,7 @@ def _ranked(index: Index, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
 
 
 def _shard_rows(dimensions: int, codec: str) -> int:
-    return min(16_384, max(64, _SHARD_BYTES // (dimensions * codec_dtype(codec).itemsize)))
+    return min(4096, max(64, _SHARD_BYTES // (dimensions * codec_dtype(codec).itemsize)))
 
 
 def _count(corpus: Corpus, progress: bool) -> int | None:

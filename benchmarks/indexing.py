@@ -1,0 +1,216 @@
+"""Speed of the whole indexing pass against a plain training pass over the same batches, interleaved in one run.
+
+The indexing pass: forward and backward for per-example gradients, 65,536 dimensions, a factored V folded in, float16
+codes written to disk durably with a checksum, R_train summed. The plain pass: the Transformers model's own forward
+with labels and backward, every weight trainable, gradients set to None between batches, no optimizer step.
+
+    python benchmarks/indexing.py [--rounds 5] [--threads 2] [--cases 135m-8x128 ...]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from measurement import save
+from trackstar.errors import TrackstarError
+from trackstar.examples import TokenizedExample, open_corpus
+from trackstar.indexing import CorpusPosition, GradientProjector, RunningAutocorrelation, write_shard
+from trackstar.model import LanguageModel, wrap_model
+from trackstar.provenance import make_manifest
+from trackstar.second_moment import FactoredMoment, SecondMoment
+from trackstar.store import IndexWriter, WindowsEntry
+
+# Name: shape of the model, examples a batch, tokens an example, dtype, batches a round.
+CASES = {
+    "135m-8x128": ("llama-135m", 8, 128, "float32", 8),
+    "135m-4x256": ("llama-135m", 4, 256, "float32", 8),
+    "135m-25x40": ("llama-135m", 25, 40, "float32", 8),
+    "135m-8x128-bfloat16": ("llama-135m", 8, 128, "bfloat16", 4),
+    "14m-8x128": ("neox-14m", 8, 128, "float32", 32),
+    "14m-25x40": ("neox-14m", 25, 40, "float32", 32),
+    "1b-8x512-bfloat16": ("llama-1b", 8, 512, "bfloat16", 16),
+}
+CPU_CASES = [name for name in CASES if not name.startswith("1b")]
+BARS = {"llama-135m": 0.62, "neox-14m": 0.75, "llama-1b": 0.75}
+
+
+def make_model(shape: str, dtype: str, device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if shape == "llama-135m":
+        config = LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49_152,
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(config)
+    elif shape == "neox-14m":
+        config = GPTNeoXConfig(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, vocab_size=50_304
+        )
+        model = GPTNeoXForCausalLM(config)
+    else:
+        config = LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            vocab_size=32_000,
+        )
+        model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, device, getattr(torch, dtype))
+    return model
+
+
+def given_second_moment(model: LanguageModel) -> SecondMoment:
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(size: int) -> torch.Tensor:
+        return torch.rand(size, generator=generator) + 0.1
+
+    moments = {m.name: FactoredMoment(row=factor(m.rows), column=factor(m.columns)) for m in model.matrices}
+    return SecondMoment(kind="factored", moments=moments, source="random, for the benchmark")
+
+
+def plain_pass(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
+    for token_ids in batches:
+        model.zero_grad(set_to_none=True)
+        model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
+
+
+class _NoTokenizer:
+    """The benchmark's examples are tokens from the start."""
+
+    is_fast = True
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
+    shape, examples_per_batch, tokens, dtype, batches_per_round = CASES[name]
+    trained = make_model(shape, dtype, device).train()
+    model = wrap_model(make_model(shape, dtype, device), _NoTokenizer())  # type: ignore[arg-type]
+    count = examples_per_batch * batches_per_round
+    vocabulary = model.head.weight.shape[0]
+    token_ids = np.random.default_rng(0).integers(vocabulary, size=(count, tokens), dtype=np.int32)
+    target_mask = np.arange(tokens) > 0
+    examples = [
+        TokenizedExample(
+            example_id=f"e{number}",
+            parent_id=f"e{number}",
+            record=number,
+            window=0,
+            text="",
+            token_ids=row,
+            target_mask=target_mask,
+        )
+        for number, row in enumerate(token_ids)
+    ]
+    plain_batches = list(torch.from_numpy(token_ids.astype(np.int64)).to(device).split(examples_per_batch))
+    moment = given_second_moment(model)
+    corpus = open_corpus(["tokens made for the benchmark"])
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = make_manifest(
+            model, corpus, WindowsEntry(tokens=tokens, overlap=1), moment, seed=0, side=64, codec="float16",
+            shard_examples=count,
+        )  # fmt: skip
+        with (
+            IndexWriter.open(Path(folder) / "index", manifest) as writer,
+            GradientProjector(
+                model, moment, seed=0, side=64, batch_tokens=examples_per_batch * tokens, note=print
+            ) as projector,
+        ):
+            r_train = RunningAutocorrelation(writer)
+            record = 0
+
+            def indexing_pass() -> None:
+                nonlocal record
+                record += count
+                after = CorpusPosition(record=record, window=0, skipped=0)
+                moved = [_at(example, record - count + place) for place, example in enumerate(examples)]
+                r_train.add(write_shard(writer, moved, after, projector))
+
+            times = interleaved(indexing_pass, lambda: plain_pass(trained, plain_batches), rounds, device)
+    ratios = [ours / plain for ours, plain in times]
+    total = count * tokens
+    return {
+        "model": shape,
+        "batch": f"{examples_per_batch}x{tokens}",
+        "dtype": dtype,
+        "dimensions": len(model.blocks) * 64 * 64,
+        "tokens_per_round": total,
+        "indexing_tokens_per_s": round(total / statistics.median(ours for ours, _ in times), 1),
+        "plain_tokens_per_s": round(total / statistics.median(plain for _, plain in times), 1),
+        "time_ratio_median": round(statistics.median(ratios), 4),
+        "time_ratios": [round(ratio, 4) for ratio in ratios],
+        "bar": BARS[shape],
+    }
+
+
+def _at(example: TokenizedExample, record: int) -> TokenizedExample:
+    return TokenizedExample(
+        example_id=example.example_id,
+        parent_id=example.parent_id,
+        record=record,
+        window=0,
+        text=example.text,
+        token_ids=example.token_ids,
+        target_mask=example.target_mask,
+    )
+
+
+def interleaved(
+    first: Callable[[], None], second: Callable[[], None], rounds: int, device: str
+) -> list[tuple[float, float]]:
+    """Seconds of both, one after the other each round; a first round warms up and does not count."""
+    times = []
+    for number in range(rounds + 1):
+        pair = []
+        for run in (first, second):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            pair.append(time.perf_counter() - start)
+        if number:
+            times.append((pair[0], pair[1]))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="*", choices=CASES)
+    parser.add_argument("--name", default=None)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    cases = arguments.cases or (list(CASES) if arguments.device == "cuda" else CPU_CASES)
+    figures = {}
+    for case in cases:
+        try:
+            figures[case] = measure(case, rounds=arguments.rounds, device=arguments.device)
+        except TrackstarError as error:
+            figures[case] = {"error": str(error)}
+        print(case, figures[case], flush=True)
+    name = arguments.name or f"indexing-{arguments.device}-{arguments.threads}-threads"
+    save(name, {"threads": arguments.threads, "device": arguments.device, "cases": figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Peak memory of indexing does not follow the corpus: corpora of growing size, each indexed in a fresh process.
+
+python benchmarks/memory.py [--sizes 500 2000 8000]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from measurement import save
+
+SIDE, BATCH_TOKENS = 32, 1024
+
+
+def index_once(count: int) -> None:
+    """In the child: index `count` synthetic sentences and print what memory it took, in MiB."""
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from trackstar.model import wrap_model
+    from trackstar.pipeline import build_index
+
+    torch.manual_seed(0)
+    words = [f"w{number}" for number in range(1000)]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, vocab_size=1000
+    )
+    model = wrap_model(LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=backend))
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        with corpus.open("w", encoding="utf-8") as file:
+            for _ in range(count):
+                text = " ".join(generator.choice(words, size=int(generator.integers(10, 60))))
+                file.write(json.dumps({"text": text}) + "\n")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        build_index(
+            model, str(corpus), Path(folder) / "index", side=SIDE, second_moment_examples=64,
+            shard_examples=256, batch_tokens=BATCH_TOKENS, progress=False,
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"examples": count, "before_mib": before // 1024, "peak_mib": after // 1024}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[500, 2000, 8000])
+    parser.add_argument("--child", type=int)
+    arguments = parser.parse_args()
+    if arguments.child:
+        index_once(arguments.child)
+        return
+    figures = []
+    for size in arguments.sizes:
+        result = subprocess.run(
+            [sys.executable, __file__, "--child", str(size)], capture_output=True, text=True, check=True
+        )
+        figures.append(json.loads(result.stdout.splitlines()[-1]))
+        print(figures[-1], flush=True)
+    r_mib = 16 * (SIDE**2) ** 2 * 4 / 2**20
+    save(
+        "memory-cpu",
+        {
+            "side": SIDE,
+            "batch_tokens": BATCH_TOKENS,
+            "r_train_mib": r_mib,
+            "runs": figures,
+            "peak_growth_mib": figures[-1]["peak_mib"] - figures[0]["peak_mib"],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
