@@ -1,0 +1,197 @@
+"""The demo: train a small model on real facts, index everything it was trained on, ask what moved its answers."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from trackstar.correction import task_correction
+from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
+from trackstar.evaluation import Attribution, attribution, gold_ranks
+from trackstar.examples import Query
+from trackstar.model import LanguageModel, load_model
+from trackstar.pipeline import answer_queries, build_index, generate, query_gradients
+from trackstar.pretraining import pretrain
+from trackstar.results import QueryReport, QueryResult, write_results
+from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
+from trackstar.store import Index
+from trackstar.terminal import print_line, print_query_result, print_table
+
+# 16 blocks of 16×16: 4,096 dimensions, enough for a few thousand sentences, and R is small.
+_SIDE = 16
+_SHOWN_RIGHT, _SHOWN_WRONG = 6, 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What the demo found.
+
+    Attributes:
+        accuracy: Share of the queries that the model answers right.
+        methods: Attribution metrics of each method over all queries, by name.
+        answers: The model's own completion of each query, by query.
+        seconds: Wall time of each stage, by name.
+    """
+
+    accuracy: float
+    methods: Mapping[str, Attribution]
+    answers: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+
+def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
+    """Run the whole demo in `out` and print what happens; a run that was interrupted goes on.
+
+    Leaves `corpus.jsonl`, `queries.jsonl`, the checkpoints in `model/`, the indexes `index/` and `index-without-v/`,
+    `results.jsonl` and `report.json`.
+
+    Raises:
+        TrackstarError: `out` cannot be written, or holds something else.
+    """
+    seconds: dict[str, float] = {}
+    start = time.monotonic()
+
+    def lap(stage: str) -> None:
+        nonlocal start
+        now = time.monotonic()
+        seconds[stage] = round(now - start, 1)
+        start = now
+
+    corpus = demo_corpus(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    sentences, queries = _write_inputs(corpus, out)
+    print_line(
+        f"1. {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and distractors: "
+        f"{sentences}"
+    )
+    print_line("2. training a language model on them from scratch, with Adafactor")
+    checkpoint = pretrain(str(sentences), out / "model", DEMO_PRETRAINING)
+    lap("training")
+    model = load_model(checkpoint)
+    print_line(f"   {model.coverage.total_parameters:,} parameters, trained in {seconds['training']:.0f} s")
+    answers = {query.query_id: generate(model, query.prompt, max_new_tokens=12) for query in corpus.queries}
+    right = [query for query in corpus.queries if _is_right(query, answers[query.query_id])]
+    accuracy = len(right) / len(corpus.queries)
+    print_line(f"   it answers {len(right)} of {len(corpus.queries)} questions right ({accuracy:.0%})")
+    lap("answering")
+    print_line("3. indexing every training example, V from the run's own optimizer state")
+    index = build_index(model, str(sentences), out / "index", side=_SIDE)
+    plain = build_index(model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none")
+    lap("indexing")
+    print_line("4. which training examples made the model say that?")
+    report = _shown_queries(index, model, corpus, answers)
+    write_results(report, out / "results.jsonl")
+    for result in report.results:
+        gold = corpus.gold[_fact_of(result.query)]
+        print_query_result(result, gold=set(gold), title=_title(result, corpus, answers))
+    lap("shown queries")
+    print_line("5. does it find the sentences that state the fact? All facts, all sentences:")
+    methods = _evaluated(index, plain, model, corpus)
+    lap("evaluation")
+    _print_methods(methods)
+    demo = DemoReport(accuracy=accuracy, methods=methods, answers=answers, seconds=seconds)
+    (out / "report.json").write_text(json.dumps(dataclasses.asdict(demo), indent=1), encoding="utf-8")
+    print_line(f"Everything is in {out}. Ask it something yourself:")
+    print_line(f'   .venv/bin/trackstar query --index {out / "index"} --prompt "{corpus.queries[0].prompt}" --generate')
+    print_line(f"   .venv/bin/trackstar query --index {out / 'index'} --queries {queries}")
+    return demo
+
+
+def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
+    sentences, queries = out / "corpus.jsonl", out / "queries.jsonl"
+    with sentences.open("w", encoding="utf-8") as file:
+        for example in corpus.sentences:
+            file.write(json.dumps({"id": example.example_id, "text": example.text}, ensure_ascii=False) + "\n")
+    with queries.open("w", encoding="utf-8") as file:
+        for query in corpus.queries:
+            line = {"query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}
+            file.write(json.dumps({**query.record, **line}, ensure_ascii=False) + "\n")
+    return sentences, queries
+
+
+def _is_right(query: Query, answer: str) -> bool:
+    return answer.strip().casefold().startswith(query.completion.strip().casefold())
+
+
+def _fact_of(query: Query) -> str:
+    return query.query_id.removesuffix(" (model's answer)")
+
+
+def _shown_queries(index: Index, model: LanguageModel, corpus: DemoCorpus, answers: Mapping[str, str]) -> QueryReport:
+    """About ten of the queries with what the model itself says: right answers and wrong ones.
+
+    A wrong answer is explained as it is: what made the model say *that*?
+    """
+    chosen: list[Query] = []
+    by_relation: dict[object, int] = {}
+    for right, most in ((True, _SHOWN_RIGHT), (False, _SHOWN_WRONG)):
+        candidates = [q for q in corpus.queries if _is_right(q, answers[q.query_id]) is right]
+        # One relation after the other, so that those shown are of all kinds.
+        candidates.sort(key=lambda query: _occurrence(by_relation, query))
+        for query in candidates[:most]:
+            answer = answers[query.query_id].strip().rstrip(".")
+            if right or not answer:
+                chosen.append(query)
+            else:
+                name = f"{query.query_id} (model's answer)"
+                chosen.append(dataclasses.replace(query, query_id=name, completion=answer))
+        by_relation.clear()
+    return answer_queries(index, chosen, model=model, k=3, task=corpus.queries)
+
+
+def _occurrence(seen: dict[object, int], query: Query) -> int:
+    relation = query.record.get("relation")
+    seen[relation] = seen.get(relation, 0) + 1
+    return seen[relation]
+
+
+def _title(result: QueryResult, corpus: DemoCorpus, answers: Mapping[str, str]) -> str:
+    fact = _fact_of(result.query)
+    truth = next(query.completion for query in corpus.queries if query.query_id == fact)
+    if _is_right(dataclasses.replace(result.query, completion=truth), answers[fact]):
+        return "right"
+    return f"wrong, the truth is {truth}"
+
+
+def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCorpus) -> dict[str, Attribution]:
+    """TrackStar, and the gradient dot product and cosine of Table 2, over all queries and all candidates."""
+    phi, _ = query_gradients(index, model, corpus.queries)
+    raw, _ = query_gradients(plain, model, corpus.queries)
+    correction = task_correction(index, phi)
+    only_train = task_correction(index, phi, mixing=0.0)
+    scorers: dict[str, tuple[Index, Scorer]] = {
+        "gradient dot product": (plain, dot_product_scorer(plain, raw)),
+        "gradient cosine": (plain, cosine_scorer(plain, raw)),
+        "cosine, V": (index, cosine_scorer(index, phi)),
+        "cosine, V, R_train": (index, trackstar_scorer(index, phi, only_train.whitening)),
+        "TrackStar": (index, trackstar_scorer(index, phi, correction.whitening)),
+    }
+    rows = {example.example_id: row for row, example in enumerate(corpus.sentences)}
+    gold = [[rows[name] for name in corpus.gold[query.query_id]] for query in corpus.queries]
+    return {name: _attribution(all_scores(pool, scorer), gold) for name, (pool, scorer) in scorers.items()}
+
+
+def _attribution(scores: Float[Tensor, "queries candidates"], gold: Sequence[Sequence[int]]) -> Attribution:
+    return attribution(gold_ranks(scores, gold))
+
+
+def _print_methods(methods: Mapping[str, Attribution]) -> None:
+    rows = [
+        (
+            name,
+            f"{found.mrr:.3f}  ({found.mrr_interval[0]:.3f}-{found.mrr_interval[1]:.3f})",
+            f"{found.recall:.3f}  ({found.recall_interval[0]:.3f}-{found.recall_interval[1]:.3f})",
+        )
+        for name, found in methods.items()
+    ]
+    print_table(("method", "MRR (95% interval)", "recall@10 (95% interval)"), rows)
+    best = max((name for name in methods if name != "TrackStar"), key=lambda name: methods[name].mrr)
+    ours, other = methods["TrackStar"].mrr, methods[best].mrr
+    if ours > other:
+        print_line(f"The corrections matter here: {ours:.3f} against {other:.3f} for the next best, {best}.")
+    else:
+        print_line(f"The corrections do not pay here: {ours:.3f} against {other:.3f} for {best}.")
