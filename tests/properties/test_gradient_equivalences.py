@@ -1,0 +1,159 @@
+"""What a projected gradient must not depend on: batches, padding, order, neighbours; and how losses and targets add."""
+
+import dataclasses
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from comparisons import assert_rows_close, language_model, package_phi, random_examples, with_targets
+from tiny_models import ARCHITECTURES, CORE_ARCHITECTURES, tiny_model, tiny_tokenizer
+from trackstar.batching import Batch, make_batch, plan_batches
+from trackstar.gradients import gradient_pass
+from trackstar.model import wrap_model
+from trackstar.projection import ProjectedGradients
+from trackstar.second_moment import (
+    NO_SECOND_MOMENT,
+    FactoredMoment,
+    Moment,
+    SecondMoment,
+    estimate_second_moment,
+)
+
+LENGTHS = [14, 3, 25, 9, 9, 2, 17]
+# float32 sums taken in another order: the stated tolerance of everything that only batches differently.
+TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_projected_gradient_does_not_depend_on_batch_size(architecture: str):
+    model, examples = language_model(architecture), random_examples(LENGTHS)
+    alone = package_phi(model, examples, token_budget=1)
+    assert_rows_close(package_phi(model, examples, token_budget=10_000), alone, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_projected_gradient_does_not_depend_on_the_amount_of_padding(architecture: str):
+    model, examples = language_model(architecture), random_examples(LENGTHS)
+    padded = package_phi(model, examples, pad_to=40)
+    assert_rows_close(padded, package_phi(model, examples, token_budget=1), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_projected_gradient_does_not_depend_on_what_padding_holds(architecture: str):
+    model, examples = language_model(architecture), random_examples([6, 11])
+    batch = make_batch(examples, [0, 1], pad_to=20)
+    noise = torch.randint(0, 300, batch.token_ids.shape, generator=torch.Generator().manual_seed(0))
+    is_padding = torch.arange(20) >= torch.tensor([[6], [11]])
+    other = Batch(
+        token_ids=torch.where(is_padding, noise, batch.token_ids), target_mask=batch.target_mask, places=batch.places
+    )
+    consumer = ProjectedGradients(model, NO_SECOND_MOMENT, side=4)
+    with gradient_pass(model, consumer) as run:
+        losses = run(batch)
+        phi = consumer.result().clone()
+        torch.testing.assert_close(run(other), losses, rtol=1e-6, atol=0)
+        assert_rows_close(consumer.result(), phi, tolerance=TOLERANCE)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(order=st.permutations(range(len(LENGTHS))), token_budget=st.sampled_from([1, 20, 60, 1000]))
+def test_projected_gradient_does_not_depend_on_order_or_neighbours(order: list[int], token_budget: int):
+    model, examples = language_model("llama"), random_examples(LENGTHS)
+    found = package_phi(model, [examples[place] for place in order], token_budget=token_budget)
+    expected = package_phi(model, examples, token_budget=1)
+    assert_rows_close(found, expected[list(order)], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", CORE_ARCHITECTURES)
+def test_tokens_after_the_last_target_do_not_matter(architecture: str):
+    model = language_model(architecture)
+    (example,) = random_examples([16])
+    early = with_targets(example, [1 <= t < 9 for t in range(16)])
+    cut = dataclasses.replace(early, token_ids=early.token_ids[:9], target_mask=early.target_mask[:9])
+    phi = package_phi(model, [early, cut], token_budget=1)
+    assert_rows_close(phi[:1], phi[1:], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["none", "factored", "elementwise"])
+def test_projected_gradients_of_parts_of_the_targets_add_up(kind: str):
+    model = language_model("qwen3")
+    (example,) = random_examples([18])
+    moment = NO_SECOND_MOMENT
+    if kind != "none":
+        moment = estimate_second_moment(model, random_examples(LENGTHS, seed=1), kind=kind)  # pyright: ignore[reportArgumentType]
+    odd = with_targets(example, [t % 2 == 1 for t in range(18)])
+    even = with_targets(example, [t > 0 and t % 2 == 0 for t in range(18)])
+    whole, one, two = package_phi(model, [example, odd, even], moment)
+    assert_rows_close((one + two)[None], whole[None], tolerance=TOLERANCE)
+
+
+def test_gradients_do_not_depend_on_the_global_random_state_or_earlier_passes():
+    model, examples = language_model("gpt2"), random_examples(LENGTHS)  # GPT-2's configuration has dropout
+    torch.manual_seed(0)
+    first = package_phi(model, examples)
+    torch.manual_seed(1)
+    assert torch.equal(package_phi(model, examples), first)
+
+
+def test_pass_leaves_the_model_as_it_was():
+    model, examples = language_model("llama"), random_examples([5])
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    package_phi(model, examples)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert all(parameter.grad is None for parameter in model.module.parameters())
+    assert not any(module._forward_hooks for module in model.module.modules())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_second_moment_of_a_ninth_triples_the_projected_gradient(architecture: str):
+    model, examples = language_model(architecture), random_examples(LENGTHS)
+
+    def moment(scale: float) -> SecondMoment:
+        draw = torch.Generator().manual_seed(0)
+        moments: dict[str, Moment] = {
+            matrix.name: FactoredMoment(
+                row=scale * torch.rand(matrix.rows, generator=draw),
+                column=scale * torch.rand(matrix.columns, generator=draw),
+            )
+            for matrix in model.matrices
+        }
+        return SecondMoment(kind="factored", moments=moments, source="drawn")
+
+    ninth, whole = (package_phi(model, examples, moment(scale)) for scale in (1 / 9, 1.0))
+    assert_rows_close(ninth, 3 * whole, tolerance=TOLERANCE)
+
+
+def test_coverage_counts_matrices_alone_neither_biases_nor_norms_nor_embeddings():
+    module = tiny_model("qwen2")
+    model = wrap_model(module, tiny_tokenizer(), layer_blocks=2)
+    assert {module.get_parameter(matrix.parameter).ndim for matrix in model.matrices} == {2}
+    covered = sum(matrix.rows * matrix.columns for matrix in model.matrices)
+    assert model.coverage.parameters == covered
+    assert model.coverage.total_parameters == sum(parameter.numel() for parameter in module.parameters())
+    assert model.coverage.left_out == ("model.embed_tokens.weight",)
+
+
+@hypothesis.given(lengths=st.lists(st.integers(2, 50), max_size=30), token_budget=st.integers(1, 120))
+def test_planned_batches_hold_every_example_once_within_the_budget(lengths: list[int], token_budget: int):
+    batches = plan_batches(lengths, token_budget)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    for batch in batches:
+        widest = max(lengths[place] for place in batch)
+        assert len(batch) == 1 or len(batch) * widest <= token_budget
+    widths = [lengths[batch[0]] for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_batch_pads_on_the_right_and_never_makes_padding_a_target():
+    examples = random_examples([2, 5, 3])
+    batch = make_batch(examples, [2, 0, 1])
+    assert batch.token_ids.shape == (3, 5)
+    for row, place in enumerate(batch.places):
+        length = len(examples[place].token_ids)
+        assert batch.token_ids[row, :length].tolist() == examples[place].token_ids.tolist()
+        assert batch.target_mask[row].tolist() == [*examples[place].target_mask.tolist(), *[False] * (5 - length)]
+    assert not np.any(batch.target_mask[:, 0].numpy())
