@@ -110,4 +110,4 @@ def write_error(path: Path, error: OSError) -> StoreError:
         advice = "free some space and run the same command again: finished shards are kept"
     else:
         advice = "make the place writable, or choose another"
-    return StoreError(f"{path}: cannot be written ({error.strerror}); {advice}")
+    return StoreError(f"{path}: cannot be written ({error.strerror or error}); {advice}")

@@ -59,21 +59,29 @@ class IndexTensors:
     def write(self, name: str, tensors: Mapping[str, Tensor], manifest: Manifest) -> str:
         """Write `second_moment` or `autocorrelation`; gives its digest."""
         path = self._place(name)
-        expected = manifest.second_moment.digest
-        if name == SECOND_MOMENT and tensors_digest(tensors) != expected:
-            raise IndexMismatchError(
-                f"{path}: second_moment.digest is {tensors_digest(tensors)!r}, the manifest says {expected!r}; "
-                "use the second moment that the index was begun with, or choose another folder"
-            )
+        if name == SECOND_MOMENT:
+            found, expected = tensors_digest(tensors), manifest.second_moment.digest
+            if found != expected:
+                raise IndexMismatchError(
+                    f"{path}: the index was made with second_moment.digest {expected!r}, but {found!r} is given now; "
+                    "use the second moment that the index was begun with, or choose another folder"
+                )
         return write_tensor_file(path, in_order(tensors), TENSORS_METADATA)
 
     def read(self, name: str, manifest: Manifest) -> dict[str, Tensor]:
         """What `write` wrote, checked; where the manifest knows the digest, against that."""
-        return checked_tensors(self._open(name, manifest))
+        return checked_tensors(self.open(name, manifest))
 
-    def digest(self, name: str) -> str:
-        """The digest in the file's header."""
-        return open_tensor_file(self._place(name)).digest
+    def open(self, name: str, manifest: Manifest) -> TensorFile:
+        """The file of `second_moment` or `autocorrelation`: its header, against the manifest, not its data."""
+        file = open_tensor_file(self._place(name))
+        completion = manifest.completion
+        known = manifest.second_moment.digest
+        if name == AUTOCORRELATION:
+            known = completion.autocorrelation_digest if completion is not None else None
+        if known is not None and file.digest != known:
+            raise damaged(file.path, f"digest {file.digest}, expected {known} as the manifest says")
+        return file
 
     def check_headers(self, manifest: Manifest) -> None:
         """Check, without reading their data, that the files of a finished index are there.
@@ -81,9 +89,9 @@ class IndexTensors:
         Raises:
             DamagedIndexError: One is missing, cut off, or not the manifest's.
         """
-        self._open(AUTOCORRELATION, manifest)
+        self.open(AUTOCORRELATION, manifest)
         if manifest.second_moment.digest is not None:
-            self._open(SECOND_MOMENT, manifest)
+            self.open(SECOND_MOMENT, manifest)
 
     def save_progress(self, tensors: Mapping[str, Tensor], shards: Sequence[Shard]) -> None:
         """Keep what was accumulated over `shards`."""
@@ -109,14 +117,3 @@ class IndexTensors:
     def _place(self, name: str) -> Path:
         assert name in (SECOND_MOMENT, AUTOCORRELATION), name
         return self._path / f"{name}.safetensors"
-
-    def _open(self, name: str, manifest: Manifest) -> TensorFile:
-        file = open_tensor_file(self._place(name))
-        completion = manifest.completion
-        known = {
-            SECOND_MOMENT: manifest.second_moment.digest,
-            AUTOCORRELATION: completion.autocorrelation_digest if completion is not None else None,
-        }[name]
-        if known is not None and file.digest != known:
-            raise damaged(file.path, f"digest {file.digest}, expected {known} as the manifest says")
-        return file

@@ -7,11 +7,12 @@ Nothing in it depends on when or where it was written, so that two runs give the
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from trackstar.errors import DamagedIndexError
+from trackstar.errors import DamagedIndexError, StoreError
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 
 FORMAT_VERSION = 1
@@ -224,6 +225,15 @@ class Manifest:
         """Number of dimensions of a projected gradient: side² a layer block."""
         return self.projection.side**2 * len(self.layer_blocks)
 
+    def check(self) -> None:
+        """Check what types alone do not say.
+
+        Raises:
+            FieldError: A value cannot be that of an index; the message names the field, what was found and what was
+                expected.
+        """
+        _check_values(self)
+
     def to_json(self) -> str:
         """The canonical text of manifest.json, with the digest of itself as the last field."""
         fields = dataclasses.asdict(self)
@@ -242,7 +252,7 @@ class Manifest:
             _check_version(fields)
             digest = fields.pop(DIGEST_FIELD, None)
             manifest = parse_object(cls, fields)
-            _check_values(manifest)
+            manifest.check()
         except FieldError as error:
             raise DamagedIndexError(
                 f"{file}: {error}; restore the file from a copy, or make the index again in an empty folder"
@@ -268,7 +278,8 @@ def load_manifest(path: str | Path) -> Manifest | None:
     """The manifest of the index at `path`, finished or not; None where there is none.
 
     Raises:
-        DamagedIndexError: There is one, and it cannot be read.
+        DamagedIndexError: There is one, and it is not as it was written.
+        StoreError: There is one, and it cannot be read.
     """
     file = Path(path) / "manifest.json"
     try:
@@ -281,9 +292,7 @@ def load_manifest(path: str | Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DamagedIndexError(
-            f"{file}: cannot be read ({error.strerror}); make the file readable or restore it from a copy"
-        ) from error
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); make it a file that can be read") from error
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -351,11 +360,13 @@ def _check_version(fields: dict[str, object]) -> None:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """What types alone do not say."""
     _expect("format_version", manifest.format_version, manifest.format_version == FORMAT_VERSION, str(FORMAT_VERSION))
     _expect("shard_examples", manifest.shard_examples, manifest.shard_examples >= 1, "at least 1")
     _expect("projection.side", manifest.projection.side, manifest.projection.side >= 1, "at least 1")
     _expect("layer_blocks", manifest.layer_blocks, len(manifest.layer_blocks) >= 1, "at least one layer block")
+    floor = manifest.second_moment.floor
+    _expect("second_moment.floor", floor, math.isfinite(floor) and floor >= 0, "a finite number, at least 0")
+    _expect("codec", manifest.codec, manifest.codec in get_args(CodecName), f"one of {', '.join(get_args(CodecName))}")
     _expect("windows.tokens", manifest.windows.tokens, manifest.windows.tokens >= 2, "at least 2")
     completion = manifest.completion
     if completion is None:

@@ -30,7 +30,16 @@ from trackstar.store.tensor_file import (
 )
 
 SHARD_FORMAT = "trackstar-shard-1"
-LARGEST_NUMBER = 2**63 - 1
+SHARD_METADATA = {
+    "format",
+    "manifest_digest",
+    "number",
+    "first_row",
+    "targets",
+    "next_record",
+    "next_window",
+    "skipped",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +118,7 @@ class Shard:
         Raises:
             DamagedIndexError: One is not; the message names its row.
         """
-        scales = self._read("scales")
+        scales = self.read("scales")
         mantissas, exponents = np.frexp(scales)
         wrong = np.flatnonzero(~((mantissas == 0.5) & (exponents > -126)))
         if wrong.size:
@@ -120,22 +129,22 @@ class Shard:
     @property
     def losses(self) -> Float32[Tensor, "rows"]:
         """Summed cross-entropy of each example's target tokens, in nats."""
-        return torch.from_numpy(self._read("losses"))
+        return torch.from_numpy(self.read("losses"))
 
     @property
     def target_counts(self) -> Int32[Tensor, "rows"]:
         """Number of each example's tokens whose cross-entropy counts."""
-        return torch.from_numpy(self._read("target_counts"))
+        return torch.from_numpy(self.read("target_counts"))
 
     @property
     def records(self) -> Int64[Tensor, "rows"]:
         """The corpus's record that each example comes from."""
-        return torch.from_numpy(self._read("records"))
+        return torch.from_numpy(self.read("records"))
 
     @property
     def windows(self) -> Int32[Tensor, "rows"]:
         """Each example's window of its record."""
-        return torch.from_numpy(self._read("windows"))
+        return torch.from_numpy(self.read("windows"))
 
     def example(self, row: int) -> StoredExample:
         """The example at `row`, counted from the shard's first; only its own bytes are read.
@@ -160,7 +169,8 @@ class Shard:
         for index in range(stop - first):
             yield part.example(index)
 
-    def _read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
+        """A tensor with one dimension, as it is in the file."""
         with TensorFileReader(self.file) as reader:
             return reader.read(name)
 
@@ -180,7 +190,7 @@ class _ExamplePart:
     @classmethod
     def read(cls, shard: Shard, reader: TensorFileReader, first: int, stop: int) -> "_ExamplePart":
         offsets, values = {}, {}
-        for kind, names in _RAGGED.items():
+        for kind, names in RAGGED.items():
             offsets[kind] = found = reader.read(f"{kind}_offsets", first, stop + 1)
             length = shard.file.places[names[0]].shape[0]
             if found[0] < 0 or found[-1] > length or np.any(np.diff(found) < 0):
@@ -215,7 +225,7 @@ class _ExamplePart:
         return self.values[name][offsets[index] - offsets[0] : offsets[index + 1] - offsets[0]]
 
     def _string(self, kind: str, index: int) -> str:
-        content = self._part(kind, _RAGGED[kind][0], index).tobytes()
+        content = self._part(kind, RAGGED[kind][0], index).tobytes()
         try:
             return content.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
@@ -224,7 +234,7 @@ class _ExamplePart:
 
 
 # Sequences of one example after the other: OFFSETS[i] to OFFSETS[i + 1] of each are example i's.
-_RAGGED = {"token": ("tokens", "target_masks"), "text": ("text",), "id": ("ids",), "parent": ("parents",)}
+RAGGED = {"token": ("tokens", "target_masks"), "text": ("text",), "id": ("ids",), "parent": ("parents",)}
 
 
 def write_shard_file(folder: Path, manifest: Manifest, number: int, content: ShardContent) -> Shard:
@@ -282,6 +292,18 @@ def open_shard(path: Path, manifest: Manifest, number: int, entry: ShardEntry | 
     return shard
 
 
+def shard_rows(file: TensorFile) -> int:
+    """Number of examples in a shard's file.
+
+    Raises:
+        DamagedIndexError: The file is not a shard's.
+    """
+    try:
+        return _length(file, "losses")
+    except FieldError as error:
+        raise damaged(file.path, str(error)) from error
+
+
 def _parse_shard(file: TensorFile) -> Shard:
     rows, tokens = _length(file, "losses"), _length(file, "tokens")
     first_row = _number(file, "first_row")
@@ -320,7 +342,7 @@ def _check_shard(shard: Shard, manifest: Manifest, number: int, entry: ShardEntr
     expected = {
         "number": (shard.number, number),
         "first_row": (shard.first_row, number * manifest.shard_examples),
-        "metadata": (len(shard.file.metadata), 8),
+        "metadata": (sorted(shard.file.metadata), sorted(SHARD_METADATA)),
     }
     if entry is not None:
         expected["rows"] = (shard.rows, entry.rows)

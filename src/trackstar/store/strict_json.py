@@ -17,9 +17,13 @@ class FieldError(ValueError):
         super().__init__(f"{field} is {abridged(found)}, expected {expected}")
 
 
+class Words(str):
+    """What was found, where that is no value but something to say of it; shown without quotes."""
+
+
 def abridged(found: object) -> str:
     """One short line that shows a value, whatever it is."""
-    shown = ascii(found)
+    shown = str(found) if isinstance(found, Words) else ascii(found)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
@@ -34,20 +38,20 @@ def read_strictly(text: str) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         repeated = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
         if repeated is not None:
-            raise FieldError(repeated, "there more than once", "one value")
+            raise FieldError(abridged(repeated), Words("there more than once"), "one value")
         return dict(pairs)
 
     def constant(name: str) -> object:
-        raise FieldError("a number", name, "a finite number")
+        raise FieldError("a number", Words(name), "a finite number")
 
     try:
         content = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except FieldError:
         raise
     except RecursionError as error:
-        raise FieldError("the text", "nested too deeply", "a JSON object") from error
+        raise FieldError("the text", Words("nested too deeply"), "a JSON object") from error
     except ValueError as error:  # not JSON, or an integer of thousands of digits
-        raise FieldError("the text", f"not JSON ({error})", "a JSON object") from error
+        raise FieldError("the text", Words(f"not JSON ({error})"), "a JSON object") from error
     if not isinstance(content, dict):
         raise FieldError("the text", content, "a JSON object")
     return content
@@ -65,10 +69,10 @@ def parse_object(kind: type[T], content: object, field: str = "") -> T:
     prefix = f"{field}." if field else ""
     missing = [name for name in hints if name not in content]
     if missing:
-        raise FieldError(f"{prefix}{missing[0]}", "missing", _described(hints[missing[0]]))
+        raise FieldError(f"{prefix}{missing[0]}", Words("missing"), _described(hints[missing[0]]))
     unknown = [name for name in content if name not in hints]
     if unknown:
-        raise FieldError(f"{prefix}{unknown[0]}", "there", "no field of this name")
+        raise FieldError(f"{prefix}{unknown[0]}", Words("unknown"), "no field of this name")
     return kind(**{name: _parse(hint, content[name], f"{prefix}{name}") for name, hint in hints.items()})
 
 

@@ -14,7 +14,7 @@ from typing import final
 import filelock
 from torch import Tensor
 
-from trackstar.errors import DamagedIndexError, IndexLockedError, IndexMismatchError, StoreError
+from trackstar.errors import DamagedIndexError, IndexLockedError, IndexMismatchError, OptionError, StoreError
 from trackstar.store.durable_files import PARTIAL_SUFFIX, make_folder, remove_if_there, write_error, write_text
 from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, SECOND_MOMENT, IndexTensors
 from trackstar.store.manifest import (
@@ -27,12 +27,10 @@ from trackstar.store.manifest import (
 )
 from trackstar.store.shard_content import ShardContent
 from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
+from trackstar.store.strict_json import FieldError, abridged
 from trackstar.store.tensor_file import check_digest
 
 LOCK_FILE = ".lock"
-OWN_NAMES = {LOCK_FILE, "manifest.json", "shards", "derived"}
-OWN_NAMES |= {f"{name}.safetensors" for name in (SECOND_MOMENT, AUTOCORRELATION, PROGRESS)}
-
 Note = Callable[[str], None]
 
 
@@ -69,10 +67,14 @@ class IndexWriter:
             IndexMismatchError: The index there was made with something else, or holds a shard of another index; the
                 message names the first field that differs.
             DamagedIndexError: Its manifest cannot be read.
+            OptionError: A value of the manifest cannot be that of an index.
             StoreError: The folder holds something else, or cannot be written.
         """
         assert manifest.completion is None, "an index begins unfinished"
-        Manifest.from_json(manifest.to_json())  # what is written can be read
+        try:
+            manifest.check()
+        except FieldError as error:
+            raise OptionError(f"{path}: no index can be made where {error}; choose another value") from error
         folder = Path(path)
         _refuse_foreign_folder(folder)
         make_folder(folder)
@@ -161,7 +163,10 @@ class IndexWriter:
         Returns:
             (0, {}) where nothing was kept, or not over shards that are still these.
         """
-        return self._tensors.load_progress(self._shards)
+        count, tensors = self._tensors.load_progress(self._shards)
+        if count == 0 and self._shards:
+            self._on_note("what was accumulated over the finished shards was not kept and is computed from them again")
+        return count, tensors
 
     def finish(self, *, records: int, skipped: int) -> Manifest:
         """Write the completed manifest: the index is finished from the moment that its file is renamed.
@@ -179,7 +184,7 @@ class IndexWriter:
         assert self._shards, "an index has at least one shard"
         assert 0 <= self.resume_point.skipped <= skipped <= records, (records, skipped)
         if self._manifest.second_moment.digest is not None:
-            self._tensors.read(SECOND_MOMENT, self._manifest)
+            self._tensors.open(SECOND_MOMENT, self._manifest)
         completion = CompletionEntry(
             rows=self.resume_point.row,
             tokens=sum(shard.tokens for shard in self._shards),
@@ -189,7 +194,7 @@ class IndexWriter:
             shards=tuple(
                 ShardEntry(file=shard.path.name, rows=shard.rows, digest=shard.digest) for shard in self._shards
             ),
-            autocorrelation_digest=self._tensors.digest(AUTOCORRELATION),
+            autocorrelation_digest=self._tensors.open(AUTOCORRELATION, self._manifest).digest,
         )
         self._replace_manifest(dataclasses.replace(self._manifest, completion=completion))
         self._remove_leftovers()
@@ -214,9 +219,10 @@ class IndexWriter:
         different = differences(found, self._manifest)
         if different:
             field, was, wanted = different[0]
-            more = f" (and {len(different) - 1} more fields differ)" if len(different) > 1 else ""
+            more = f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""
             raise IndexMismatchError(
-                f"{self._path}: the index was made with {field} = {was!r}, but now {wanted!r} is asked for{more}; "
+                f"{self._path}: the index was made with {field} {abridged(was)}, but {abridged(wanted)} is asked for "
+                f"now{more}; "
                 "ask for the same, or choose another folder"
             )
         self._manifest = found
@@ -224,14 +230,21 @@ class IndexWriter:
     def _check_completed(self) -> None:
         completion = self._manifest.completion
         assert completion is not None
+        damage: list[DamagedIndexError] = []
+        for number, entry in enumerate(completion.shards):
+            path = self._path / "shards" / entry.file
+            try:
+                self._shards.append(open_shard(path, self._manifest, number, entry))
+            except DamagedIndexError as error:
+                _remove_damaged(path)
+                damage.append(error)
         try:
-            self._shards = [
-                open_shard(self._path / "shards" / entry.file, self._manifest, number, entry)
-                for number, entry in enumerate(completion.shards)
-            ]
             self._tensors.check_headers(self._manifest)
         except DamagedIndexError as error:
+            damage.append(error)
+        for error in damage:
             self._on_note(f"the finished index is damaged and will be finished again: {error}")
+        if damage:
             self._shards = []
             self._replace_manifest(dataclasses.replace(self._manifest, completion=None))
 
@@ -260,8 +273,7 @@ class IndexWriter:
             check_digest(shard.file)
         except DamagedIndexError as error:
             self._on_note(f"shard {number} is damaged and will be made again: {error}")
-            if not remove_if_there(path):
-                raise StoreError(f"{path}: damaged and cannot be removed; make its folder writable") from error
+            _remove_damaged(path)
             return None
         return shard
 
@@ -281,14 +293,19 @@ class IndexWriter:
 
 def _refuse_foreign_folder(folder: Path) -> None:
     """An index begins in a folder that has nothing but what an interrupted beginning leaves."""
-    if (folder / "manifest.json").exists():
-        return
-    for name in _names(folder):
-        if name not in {LOCK_FILE, "shards", f"manifest.json{PARTIAL_SUFFIX}"} or _names(folder / "shards"):
-            raise StoreError(
-                f"{folder}: holds {name!r} but no manifest.json, expected an index or an empty folder; "
-                "choose another folder"
-            )
+    names = set(_names(folder))
+    foreign = names - {LOCK_FILE, f"manifest.json{PARTIAL_SUFFIX}"}
+    if foreign and "manifest.json" not in names:
+        raise StoreError(
+            f"{folder}: holds {abridged(min(foreign))} but no manifest.json, expected an index or an empty folder; "
+            "choose another folder"
+        )
+
+
+def _remove_damaged(path: Path) -> None:
+    remove_if_there(path)
+    if path.exists():
+        raise StoreError(f"{path}: damaged, and cannot be removed; make its folder writable")
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,0 +1,60 @@
+"""Whether what a shard holds makes sense: what its digest cannot tell, since whoever wrote it wrote the digest too."""
+
+import numpy as np
+import torch
+
+from trackstar.store.shards import RAGGED, ResumePoint, Shard
+from trackstar.store.tensor_file import damaged
+
+ROWS_AT_ONCE = 256
+
+
+def check_content(shard: Shard, *, begin: ResumePoint) -> None:
+    """Check every value of a shard that was opened; its bytes are as its digest says.
+
+    Args:
+        shard: The shard.
+        begin: Where the shard before it ended.
+
+    Raises:
+        DamagedIndexError: A value cannot be that of a shard; the message names the file and the row.
+    """
+    _check_numbers(shard)
+    _check_examples(shard, begin)
+
+
+def _check_numbers(shard: Shard) -> None:
+    """Scales, losses and codes are finite; scales are powers of two."""
+    scales, codes = shard.scales, shard.codes
+    assert len(scales) == shard.rows
+    wrong = torch.nonzero(~torch.isfinite(shard.losses)).flatten()
+    if len(wrong):
+        raise damaged(shard.path, f"row {int(wrong[0])} has a loss that is not finite")
+    for first in range(0, shard.rows, ROWS_AT_ONCE):
+        finite = torch.isfinite(codes[first : first + ROWS_AT_ONCE]).all(dim=1)
+        if not bool(finite.all()):
+            row = first + int(torch.nonzero(~finite)[0])
+            raise damaged(shard.path, f"row {row} has a code that is not finite")
+
+
+def _check_examples(shard: Shard, begin: ResumePoint) -> None:
+    """Offsets cover all values; masks and counts agree; places in the corpus rise from `begin` to the shard's end."""
+    for kind, names in RAGGED.items():
+        offsets, length = shard.read(f"{kind}_offsets"), shard.file.places[names[0]].shape[0]
+        if offsets[0] != 0 or offsets[-1] != length or np.any(np.diff(offsets) < 0):
+            raise damaged(shard.path, f"{kind}_offsets do not rise from 0 to {length}")
+    counts = shard.target_counts.tolist()
+    before = (begin.record, begin.window)
+    after = (shard.end.record, shard.end.window)
+    for stored, count in zip(shard.examples(), counts, strict=True):
+        example, row = stored.example, stored.row - shard.first_row
+        mask = example.target_mask
+        if len(mask) == 0 or mask[0] or count != np.count_nonzero(mask) or count == 0:
+            raise damaged(shard.path, f"row {row} has a target mask that does not fit its {count} targets")
+        if not before <= (example.record, example.window) < after:
+            found = (example.record, example.window)
+            raise damaged(shard.path, f"row {row} is of record and window {found}, expected {before} to {after}")
+    if sum(counts) != shard.targets:
+        raise damaged(shard.path, f"{shard.targets} targets in the header, {sum(counts)} in the rows")
+    if shard.end.skipped < begin.skipped:
+        raise damaged(shard.path, f"{shard.end.skipped} skipped records, expected at least {begin.skipped}")

@@ -1,0 +1,448 @@
+"""Whatever is wrong with an index on the disk, opening it says so in one line, and writing it on mends what it can."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from small_index import index_bytes, small_content, small_manifest, write_small_index
+from trackstar import store
+from trackstar.errors import DamagedIndexError, IncompleteIndexError, IndexMismatchError, StoreError
+from trackstar.store import durable_files
+from trackstar.store.shards import write_shard_file
+
+SHARD = "shards/000001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "index"
+    write_small_index(path)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, finished: Path) -> Path:
+    """A finished index to spoil."""
+    shutil.copytree(finished, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def cut(name: str, length: int) -> Callable[[Path], None]:
+    """Keep only the first `length` bytes of a file, or all but the last of them where it is negative."""
+
+    def change(path: Path) -> None:
+        size = (path / name).stat().st_size
+        os.truncate(path / name, length if length >= 0 else size + length)
+
+    return change
+
+
+def overwrite(name: str, place: int, content: bytes) -> Callable[[Path], None]:
+    """Put `content` at byte `place` of a file, counted from its end where it is negative."""
+
+    def change(path: Path) -> None:
+        old = (path / name).read_bytes()
+        place_from_start = place if place >= 0 else len(old) + place
+        new = old[:place_from_start] + content + old[place_from_start + len(content) :]
+        (path / name).write_bytes(new)
+
+    return change
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def replace_by(name: str, other: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        shutil.copyfile(path / other, path / name)
+
+    return change
+
+
+def shard_of_another_index(path: Path) -> None:
+    write_shard_file(path / "shards", small_manifest(seed=8), 1, small_content(3, 6))
+
+
+def shard_with_other_content(path: Path) -> None:
+    """Whole in itself and of this index, but not the shard that the manifest lists."""
+    write_shard_file(path / "shards", small_manifest(), 1, small_content(0, 3))
+
+
+def tensors_of_another_run(path: Path) -> None:
+    other = path.parent / "other"
+    with store.IndexWriter.open(other, small_manifest()) as writer:
+        writer.write_tensors("autocorrelation", {"blocks": torch.zeros(2)})
+    shutil.copyfile(other / "autocorrelation.safetensors", path / "autocorrelation.safetensors")
+
+
+# Each: what happens to a finished index, and what opening it for reading says.
+FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
+    "no manifest": (remove("manifest.json"), StoreError, r"no index is there \(no manifest.json\); give the folder of"),
+    "an empty manifest": (cut("manifest.json", 0), DamagedIndexError, "manifest.json: the text is not JSON"),
+    "half a manifest": (cut("manifest.json", 700), DamagedIndexError, "manifest.json: the text is not JSON"),
+    "a manifest of zeros": (
+        overwrite("manifest.json", 0, bytes(3000)),
+        DamagedIndexError,
+        "manifest.json: the text is not JSON",
+    ),
+    "an edited manifest": (
+        overwrite("manifest.json", 21, b"9"),
+        DamagedIndexError,
+        "manifest.json: format_version is 9, expected at most 1",
+    ),
+    "a missing shard": (remove(SHARD), DamagedIndexError, f"{SHARD}: missing, expected it to be there; restore"),
+    "an empty shard": (cut(SHARD, 0), DamagedIndexError, f"{SHARD}: 0 bytes, expected at least a header"),
+    "a shard cut in its header": (cut(SHARD, 1000), DamagedIndexError, f"{SHARD}: a header of 4088 bytes in a file of"),
+    "a shard cut in its data": (cut(SHARD, -1), DamagedIndexError, rf"{SHARD}: \d+ bytes, expected \d+"),
+    "a shard with a byte more": (
+        lambda path: (path / SHARD).write_bytes((path / SHARD).read_bytes() + b"x"),
+        DamagedIndexError,
+        rf"{SHARD}: \d+ bytes, expected \d+",
+    ),
+    "a shard of zeros": (
+        overwrite(SHARD, 0, bytes(4600)),
+        DamagedIndexError,
+        f"{SHARD}: a header of 0 bytes in a file of",
+    ),
+    "another number of tensors": (
+        overwrite(SHARD, 500, b'"codez"'),
+        DamagedIndexError,
+        f"{SHARD}: ",
+    ),
+    "two shards exchanged": (
+        replace_by(SHARD, "shards/000000.safetensors"),
+        DamagedIndexError,
+        f"{SHARD}: number is 0, expected 1",
+    ),
+    "a shard of another index": (
+        shard_of_another_index,
+        IndexMismatchError,
+        f"{SHARD}: belongs to the index with manifest digest '[0-9a-f]+', expected '[0-9a-f]+'; move the file back",
+    ),
+    "another shard in its place": (
+        shard_with_other_content,
+        DamagedIndexError,
+        f"{SHARD}: digest is '[0-9a-f]+', expected [0-9a-f]+, as the manifest says",
+    ),
+    "tensors that are no shard": (
+        replace_by(SHARD, "second_moment.safetensors"),
+        DamagedIndexError,
+        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-1'",
+    ),
+    "no second moment": (remove("second_moment.safetensors"), DamagedIndexError, "second_moment.safetensors: missing"),
+    "no autocorrelation": (
+        remove("autocorrelation.safetensors"),
+        DamagedIndexError,
+        "autocorrelation.safetensors: mis",
+    ),
+    "another autocorrelation": (
+        tensors_of_another_run,
+        DamagedIndexError,
+        "autocorrelation.safetensors: digest [0-9a-f]+, expected [0-9a-f]+ as the manifest says",
+    ),
+    "half an autocorrelation": (
+        cut("autocorrelation.safetensors", 5000),
+        DamagedIndexError,
+        "autocorrelation.safetensors: 5000 bytes, expected 6144",
+    ),
+    "a folder in a shard's place": (
+        lambda path: ((path / SHARD).unlink(), (path / SHARD).mkdir()),
+        StoreError,
+        f"{SHARD}: cannot be read \\(Is a directory\\)",
+    ),
+    "a folder in the manifest's place": (
+        lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").mkdir()),
+        StoreError,
+        r"manifest.json: cannot be read \(Is a directory\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_opening_a_spoiled_index_says_what_is_wrong_in_one_line(index: Path, name: str) -> None:
+    spoil, kind, expected = FAULTS[name]
+    spoil(index)
+    before = index_bytes(index)
+    with pytest.raises(kind, match=expected) as caught:
+        store.Index.open(index)
+    message = str(caught.value)
+    assert message.startswith(str(index))
+    assert "\n" not in message
+    assert "; " in message  # and what to do
+    assert type(caught.value) is kind
+    assert index_bytes(index) == before
+
+
+MENDED = [name for name in FAULTS if "manifest" not in name and "folder" not in name and "another index" not in name]
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_running_again_mends_a_spoiled_index_byte_for_byte(index: Path, finished: Path, name: str) -> None:
+    spoil, _, _ = FAULTS[name]
+    spoil(index)
+    notes: list[str] = []
+    write_small_index(index, on_note=notes.append)
+    assert notes[0].startswith("the finished index is damaged and will be finished again: ")
+    assert all("\n" not in note for note in notes)
+    assert index_bytes(index) == index_bytes(finished)
+
+
+def test_running_again_never_removes_another_indexs_shard(index: Path) -> None:
+    shard_of_another_index(index)
+    before = index_bytes(index)
+    with pytest.raises(IndexMismatchError, match=f"{SHARD}: belongs to the index with"):
+        write_small_index(index)
+    assert index_bytes(index) == before
+
+
+def unfinished(path: Path) -> None:
+    """An index of two full shards, its writer gone."""
+    with store.IndexWriter.open(path, small_manifest()) as writer:
+        writer.write_tensors("second_moment", {"rows/a": torch.arange(5.0) + 1, "columns/a": torch.arange(3.0) + 2})
+        for first in (0, 3):
+            writer.write_shard(small_content(first, first + 3))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("place", [10, 50, 300, 3000, 4100, -1])
+def test_a_damaged_shard_of_an_unfinished_index_is_made_again_and_said(
+    tmp_path: Path, finished: Path, number: int, place: int
+) -> None:
+    unfinished(tmp_path)
+    file = tmp_path / "shards" / f"00000{number}.safetensors"
+    overwrite(str(file), place, b"\xa5")(tmp_path)
+    notes: list[str] = []
+    with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as writer:
+        assert len(writer.shards_done) == number
+        assert writer.resume_point.row == 3 * number
+        assert not file.exists()
+    assert notes[0].startswith("checking 2 shard files (0.0 MB) of an earlier run")
+    assert notes[1].startswith(f"shard {number} is damaged and will be made again: {file}: ")
+    write_small_index(tmp_path)
+    assert index_bytes(tmp_path) == index_bytes(finished)
+
+
+def test_shards_after_a_missing_one_are_made_again_and_said(tmp_path: Path) -> None:
+    unfinished(tmp_path)
+    (tmp_path / "shards" / "000000.safetensors").unlink()
+    notes: list[str] = []
+    with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as writer:
+        assert writer.resume_point == store.ResumePoint(row=0, record=0, window=0, skipped=0)
+    assert notes[-1] == "shard 0 is missing: it and the 1 after it will be made again"
+
+
+def test_the_resume_point_is_where_the_last_shard_said_that_the_next_begins(tmp_path: Path) -> None:
+    unfinished(tmp_path)
+    with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
+        assert not writer.completed
+        assert [shard.first_row for shard in writer.shards_done] == [0, 3]
+        assert writer.resume_point == store.ResumePoint(row=6, record=6, window=0, skipped=3)
+
+
+def test_an_unfinished_index_says_how_much_is_there_and_how_to_finish(tmp_path: Path) -> None:
+    unfinished(tmp_path)
+    expected = "not finished, 2 shards with 6 examples are there; run the same `trackstar index` command again"
+    with pytest.raises(IncompleteIndexError, match=expected):
+        store.Index.open(tmp_path)
+    index = store.Index.open(tmp_path, allow_incomplete=True)
+    assert (index.rows, len(index.shards)) == (6, 2)
+    assert index.tensors("second_moment").keys() == {"rows/a", "columns/a"}
+
+
+def test_leftover_partial_files_are_removed_and_said(tmp_path: Path, finished: Path) -> None:
+    unfinished(tmp_path)
+    (tmp_path / "derived").mkdir()
+    leftovers = ["manifest.json.partial", "shards/000002.safetensors.partial", "derived/x.safetensors.1-a.partial"]
+    for name in leftovers:
+        (tmp_path / name).write_bytes(b"half a file")
+    notes: list[str] = []
+    write_small_index(tmp_path, on_note=notes.append)
+    assert notes[:3] == [f"removed {Path(name).name}, left unfinished by an interrupted run" for name in leftovers]
+    assert index_bytes(tmp_path) == index_bytes(finished)
+
+
+def test_a_finished_index_is_left_as_it_is(index: Path) -> None:
+    times = {file: file.stat().st_mtime_ns for file in index.rglob("*.*") if file.name != ".lock"}
+    notes: list[str] = []
+    with store.IndexWriter.open(index, small_manifest(), on_note=notes.append) as writer:
+        assert writer.completed
+        assert len(writer.shards_done) == 3
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    assert notes == []
+
+
+# Places where no index can be
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "shards", "second_moment.safetensors", ".git"])
+def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if "." not in name[1:] else (tmp_path / name).write_text("mine")
+    with pytest.raises(StoreError, match=f"holds '{name}' but no manifest.json, expected an index or an empty folder"):
+        store.IndexWriter.open(tmp_path, small_manifest())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index").write_text("mine")
+    for place in (tmp_path / "index", tmp_path / "index" / "below"):
+        with pytest.raises(StoreError, match=r"cannot be written \((Not a directory|File exists)\); make the place"):
+            store.IndexWriter.open(place, small_manifest())
+        with pytest.raises(StoreError, match="no index is there"):
+            store.Index.open(place)
+    assert (tmp_path / "index").read_text() == "mine"
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    write_small_index(tmp_path / "a" / "b" / "c")
+    assert store.Index.open(str(tmp_path / "a" / "b" / "c")).rows == 8
+
+
+def test_files_that_the_user_put_beside_an_index_do_no_harm(index: Path) -> None:
+    (index / "README.txt").write_text("what this is")
+    (index / "shards" / ".DS_Store").write_bytes(b"\0")
+    assert store.Index.open(index).rows == 8
+    with store.IndexWriter.open(index, small_manifest()) as writer:
+        assert writer.completed
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[Path]:
+    """A folder that is this process's own, without the power to write where permissions forbid it."""
+    superuser = os.geteuid() == 0
+    folder = Path(tempfile.mkdtemp(dir=Path(tempfile.gettempdir()).resolve()))
+    folder.chmod(0o755)
+    if superuser:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if superuser:
+            os.seteuid(0)
+        for path in folder.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_folder_that_cannot_be_written_can_be_read_but_keeps_nothing_derived() -> None:
+    with unprivileged() as folder:
+        write_small_index(folder / "index")
+        for path in (folder / "index" / "shards", folder / "index"):
+            path.chmod(0o555)
+        index = store.Index.open(folder / "index")
+        assert index.example(5).row == 5
+        assert index.save_derived("whitening", {"w": torch.ones(3)}) is False
+        assert index.load_derived("whitening") is None
+        with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\); make the place writable"):
+            store.IndexWriter.open(folder / "index" / "new", small_manifest())
+        assert store.verify(folder / "index").ok
+
+
+def test_a_file_that_may_not_be_read_is_said() -> None:
+    with unprivileged() as folder:
+        write_small_index(folder / "index")
+        (folder / "index" / SHARD).chmod(0)
+        with pytest.raises(
+            StoreError, match=f"{SHARD}: cannot be read \\(Permission denied\\); make the file readable"
+        ):
+            store.Index.open(folder / "index")
+        (folder / "index" / "manifest.json").chmod(0)
+        with pytest.raises(StoreError, match=r"manifest.json: cannot be read \(Permission denied\)"):
+            store.Index.open(folder / "index")
+
+
+def test_a_shard_that_shrinks_while_it_is_open_is_damage_not_a_crash(index: Path) -> None:
+    opened = store.Index.open(index)
+    os.truncate(index / SHARD, 4200)
+    with pytest.raises(DamagedIndexError, match=rf"{SHARD}: 4200 bytes, expected \d+"):
+        _ = opened.shards[1].codes
+    with pytest.raises(DamagedIndexError, match=rf"{SHARD}: ends at byte \d+, expected \d+ bytes"):
+        opened.example(4)
+    (index / SHARD).unlink()
+    for read in (lambda: opened.shards[1].codes, lambda: opened.example(4)):
+        with pytest.raises(DamagedIndexError, match=f"{SHARD}: missing"):
+            read()
+
+
+@pytest.mark.parametrize("kind", ["token", "text", "id", "parent"])
+@pytest.mark.parametrize("offset", [-1, 10**12])
+def test_offsets_that_lead_astray_are_damage_when_an_example_is_read(index: Path, kind: str, offset: int) -> None:
+    place = store.Index.open(index).shards[1].file.places[f"{kind}_offsets"]
+    overwrite(SHARD, place.start + 8, offset.to_bytes(8, "little", signed=True))(index)
+    opened = store.Index.open(index)
+    with pytest.raises(DamagedIndexError, match=rf"{SHARD}: {kind}_offsets of rows 0 to 1 do not rise from 0 to \d+"):
+        opened.example(3)
+    assert opened.example(5).row == 5
+
+
+def test_text_that_is_not_utf_8_is_damage_and_names_its_row(index: Path) -> None:
+    place = store.Index.open(index).shards[1].file.places["text"]
+    overwrite(SHARD, place.stop - 1, b"\xff")(index)
+    with pytest.raises(DamagedIndexError, match=f"{SHARD}: the text of row 2 is not UTF-8 at byte"):
+        store.Index.open(index).example(5)
+
+
+# Derived caches
+
+
+def test_derived_tensors_come_back_until_they_are_damaged_or_the_index_changes(index: Path, tmp_path: Path) -> None:
+    tensors = {"whitening": torch.arange(6.0).view(2, 3), "ids": torch.arange(3)}
+    opened = store.Index.open(index)
+    assert opened.load_derived("whitened-train") is None
+    assert opened.save_derived("whitened-train", tensors) is True
+    found = opened.load_derived("whitened-train")
+    assert found is not None
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert store.Index.open(index).load_derived("whitened-train") is not None
+    assert opened.load_derived("another") is None
+    shutil.copytree(index / "derived", tmp_path / "other" / "derived")
+    write_small_index(tmp_path / "made")
+    shutil.rmtree(tmp_path / "other")
+    file = "derived/whitened-train.safetensors"
+    shutil.copyfile(index / file, index / "derived" / "renamed.safetensors")
+    assert opened.load_derived("renamed") is None
+    overwrite(file, -1, b"\xff")(index)
+    assert opened.load_derived("whitened-train") is None
+    assert opened.save_derived("whitened-train", tensors) is True
+    assert opened.load_derived("whitened-train") is not None
+    write_small_index(tmp_path / "larger", examples=9)
+    shutil.copytree(index / "derived", tmp_path / "larger" / "derived")
+    assert store.Index.open(tmp_path / "larger").load_derived("whitened-train") is None
+
+
+def test_nothing_derived_is_kept_for_an_unfinished_index(tmp_path: Path) -> None:
+    unfinished(tmp_path)
+    index = store.Index.open(tmp_path, allow_incomplete=True)
+    assert index.save_derived("x", {"a": torch.ones(1)}) is False
+    assert index.load_derived("x") is None
+
+
+@pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
+def test_a_derived_cache_that_cannot_be_written_is_no_error(
+    index: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    opened = store.Index.open(index)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(durable_files.os, step, refuse)
+        assert opened.save_derived("x", {"a": torch.ones(1)}) is False
+    assert list((index / "derived").glob("*")) == []
+
+
+def test_a_second_moment_other_than_the_manifests_is_refused(tmp_path: Path) -> None:
+    with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
+        with pytest.raises(IndexMismatchError, match=r"made with second_moment.digest '[0-9a-f]+', but '[0-9a-f]+' is"):
+            writer.write_tensors("second_moment", {"rows/a": torch.ones(5)})
+        assert not (tmp_path / "second_moment.safetensors").exists()

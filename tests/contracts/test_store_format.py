@@ -1,0 +1,221 @@
+"""The bytes of an index: FORMAT.md says what they are, other software can read them, and they never change unasked."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from small_index import (
+    SECOND_MOMENT,
+    index_bytes,
+    small_content,
+    small_manifest,
+    small_projected_gradients,
+    write_small_index,
+)
+from trackstar import store
+from trackstar.errors import DamagedIndexError, StoreError
+from trackstar.store import shards, tensor_file
+from trackstar.store.manifest import CodecName
+
+# A changed digest here is a changed format: it needs a new FORMAT_VERSION, and readers of the old one.
+GOLDEN: dict[CodecName, str] = {
+    "float32": "b6f689b6c9cb790cce3146113ef71ada1327283cdcc68e6974c4de60e58e93f4",
+    "bfloat16": "8f912d78176747427234a584d990af23223821af1382f44b89f075c84643471f",
+    "float16": "179ca3b4f26ba4a034574805780baf87f8c63d6e5189b630bec5012be2f07b14",
+}
+
+
+@pytest.mark.parametrize("codec", list(GOLDEN))
+def test_the_format_is_the_one_that_was_released(tmp_path: Path, codec: CodecName) -> None:
+    completion = write_small_index(tmp_path, small_manifest(codec)).completion
+    assert completion is not None
+    assert completion.shards[1].digest == GOLDEN[codec]
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
+    write_small_index(tmp_path / "one")
+    write_small_index(tmp_path / "two")
+    assert index_bytes(tmp_path / "one") == index_bytes(tmp_path / "two")
+    assert set(index_bytes(tmp_path / "one")) == {
+        "manifest.json",
+        "second_moment.safetensors",
+        "autocorrelation.safetensors",
+        "shards/000000.safetensors",
+        "shards/000001.safetensors",
+        "shards/000002.safetensors",
+    }
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "float16"])
+def test_other_readers_of_safetensors_read_a_shard(tmp_path: Path, codec: CodecName) -> None:
+    write_small_index(tmp_path, small_manifest(codec))
+    file = tmp_path / "shards" / "000001.safetensors"
+    tensors = load_file(file)
+    values = tensors["codes"].float() * tensors["scales"][:, None]
+    assert torch.equal(values, small_projected_gradients(range(3, 6)))
+    assert tensors["tokens"].dtype is torch.int32
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["format"] == "trackstar-shard-1"
+    assert metadata["manifest_digest"] == small_manifest(codec).identity_digest()
+    assert (metadata["number"], metadata["first_row"]) == ("1", "3")
+    assert (metadata["next_record"], metadata["next_window"], metadata["skipped"]) == ("6", "0", "3")
+    found = load_file(tmp_path / "second_moment.safetensors")
+    assert all(torch.equal(found[name], SECOND_MOMENT[name]) for name in SECOND_MOMENT)
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "float16"])
+def test_codes_come_first_and_begin_at_a_page(tmp_path: Path, codec: CodecName) -> None:
+    write_small_index(tmp_path, small_manifest(codec))
+    for shard in store.Index.open(tmp_path).shards:
+        name, place = next(iter(shard.file.places.items()))
+        assert name == "codes"
+        assert place.start % 4096 == 0
+        assert shard.path.stat().st_size == shard.file.size
+
+
+def test_an_independent_reading_of_the_format_finds_the_same_digest(tmp_path: Path) -> None:
+    """As FORMAT.md puts it: BLAKE2b-256 of the file with bytes 35 to 98 as "0"."""
+    write_small_index(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        content = file.read_bytes()
+        expected = hashlib.blake2b(content[:35] + b"0" * 64 + content[99:], digest_size=32).hexdigest()
+        assert content[35:99].decode("ascii") == expected
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    digest = manifest.pop("digest")
+    text = json.dumps(manifest, indent=1) + "\n"
+    assert digest == hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def test_a_large_header_moves_the_data_by_whole_pages(tmp_path: Path) -> None:
+    tensors = {f"{number:04d}": torch.tensor([float(number)]) for number in range(300)}
+    tensor_file.write_tensor_file(tmp_path / "many", tensors, {})
+    file = tensor_file.open_tensor_file(tmp_path / "many")
+    assert file.places["0000"].start % 4096 == 0
+    assert file.places["0000"].start > 4096
+    assert tensor_file.map_tensor(file, "0123").item() == 123.0
+    tensor_file.check_digest(file)
+
+
+def test_tensors_of_every_shape_and_type_come_back(tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {
+        str(dtype): torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype) for dtype in tensor_file.DTYPE_NAMES
+    }
+    tensors |= {"none": torch.empty(0, 5), "scalar": torch.tensor(3.5), "part": torch.arange(12.0).view(3, 4).T[1:]}
+    tensor_file.write_tensor_file(tmp_path / "all", tensors, {})
+    file = tensor_file.open_tensor_file(tmp_path / "all")
+    for name, tensor in tensors.items():
+        found = tensor_file.map_tensor(file, name)
+        assert found.dtype is tensor.dtype
+        assert torch.equal(found, tensor)
+
+
+# Hostile headers: what is put in the place of a good header, and what the error must say.
+GOOD: dict[str, Any] = {
+    "__metadata__": {"digest": "0" * 64},
+    "codes": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
+    "scales": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
+}
+
+
+def _with(**changes: Any) -> dict[str, Any]:
+    return {**GOOD, "scales": {**GOOD["scales"], **changes}}
+
+
+HEADERS: dict[str, tuple[Any, str]] = {
+    "negative offsets": (_with(data_offsets=[-8, 0]), r"scales.data_offsets is \[-8, 0\], expected \[16, 24\]"),
+    "overlapping tensors": (_with(data_offsets=[8, 16]), r"scales.data_offsets is \[8, 16\], expected \[16, 24\]"),
+    "a hole": (_with(data_offsets=[20, 28]), r"scales.data_offsets is \[20, 28\], expected \[16, 24\]"),
+    "offsets past the end": (_with(shape=[2**40], data_offsets=[16, 16 + 2**42]), "4120 bytes, expected 4398046515216"),
+    "a shape past all numbers": (_with(shape=[2**62, 2**62], data_offsets=[16, 24]), "scales.data_offsets is"),
+    "offsets that are true": (
+        {**GOOD, "codes": {"dtype": "U8", "shape": [1], "data_offsets": [False, True]}},
+        r"codes.data_offsets is \[False, True\]",
+    ),
+    "an unknown dtype": (_with(dtype="F8_E4M3"), "scales.dtype is 'F8_E4M3', expected one of F64, F32"),
+    "a dtype that is a list": (_with(dtype=["F32"]), r"scales.dtype is \['F32'\], expected one of F64, F32"),
+    "a negative shape": (_with(shape=[-2]), r"scales.shape is \[-2\], expected a list of whole numbers"),
+    "a shape with a fraction": (_with(shape=[2.0]), r"scales.shape is \[2.0\], expected a list of whole numbers"),
+    "a shape that is a number": (_with(shape=2), "scales.shape is 2, expected a list of whole numbers"),
+    "no shape": (
+        {**GOOD, "scales": {"dtype": "F32"}},
+        "scales is {'dtype': 'F32'}, expected dtype, shape and data_off",
+    ),
+    "a tensor that is a list": ({**GOOD, "scales": []}, r"scales is \[\], expected dtype, shape and data_offsets"),
+    "metadata that is no string": (
+        {**GOOD, "__metadata__": {"digest": "0" * 64, "number": 3}},
+        "__metadata__.number is 3, expected a string",
+    ),
+    "a digest that is too short": (
+        {**GOOD, "__metadata__": {"digest": "0"}},
+        "__metadata__.digest is '0', expected 64",
+    ),
+    "a digest twice": (
+        b'{"__metadata__":{"digest":"' + b"0" * 64 + b'","digest":"1"}}',
+        "'digest' is there more than once",
+    ),
+    "no metadata": ({"codes": GOOD["codes"]}, "the beginning is b'"),
+    "no JSON": (b'{"__metadata__":{"digest":"', "the text is not JSON"),
+    "not ASCII": (b'{"__metadata__":{"digest":"\xc3\xa4', "byte 27 is 195, expected ASCII"),
+    "deep nesting": (b'{"__metadata__":{"digest":"","x":' + b"[" * 200_000, "nested too deeply"),
+    "a name that is a path": (
+        {**GOOD, "../../etc/passwd": {"dtype": "F64", "shape": [9], "data_offsets": [24, 96]}},
+        "4120 bytes, expected 4192",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_hostile_header_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    header, expected = HEADERS[name]
+    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % 4096)
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(24))
+    with pytest.raises(DamagedIndexError, match=expected) as caught:
+        tensor_file.open_tensor_file(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "0 bytes, expected at least a header"),
+        (b"1234567", "7 bytes, expected at least a header"),
+        (b"\xff" * 9000, "a header of 18446744073709551615 bytes in a file of 9000"),
+        ((2**40).to_bytes(8, "little") + bytes(5000), "a header of 1099511627776 bytes in a file of 5008"),
+        ((4088).to_bytes(8, "little") + bytes(4087), "a header of 4088 bytes in a file of 4095"),
+        ((4089).to_bytes(8, "little") + bytes(5000), "a header of 4089 bytes in a file of 5008"),
+        (bytes(5000), "a header of 0 bytes in a file of 5000"),
+    ],
+)
+def test_a_hostile_length_is_refused_without_reading_that_much(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DamagedIndexError, match=expected):
+        tensor_file.open_tensor_file(path)
+
+
+def test_a_sparse_file_of_a_terabyte_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.safetensors"
+    with path.open("wb") as file:
+        file.write((2**39 - 8).to_bytes(8, "little"))
+        file.truncate(2**40)
+    with pytest.raises(DamagedIndexError, match="a header of 549755813880 bytes"):
+        tensor_file.open_tensor_file(path)
+
+
+def test_a_big_endian_machine_is_refused_before_it_writes_other_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
+        monkeypatch.setattr(shards.sys, "byteorder", "big")
+        with pytest.raises(StoreError, match="big-endian"):
+            writer.write_shard(small_content(0, 3))
