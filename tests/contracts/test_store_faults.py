@@ -14,6 +14,7 @@ from small_index import index_bytes, small_content, small_manifest, write_small_
 from trackstar import store
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, IndexMismatchError, StoreError
 from trackstar.store import durable_files
+from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import write_shard_file
 
 SHARD = "shards/000001.safetensors"
@@ -67,12 +68,12 @@ def replace_by(name: str, other: str) -> Callable[[Path], None]:
 
 
 def shard_of_another_index(path: Path) -> None:
-    write_shard_file(path / "shards", small_manifest(seed=8), 1, small_content(3, 6))
+    write_shard_file(path / "shards", ShardPlan.of(small_manifest(seed=8)), 1, small_content(3, 6))
 
 
 def shard_with_other_content(path: Path) -> None:
     """Whole in itself and of this index, but not the shard that the manifest lists."""
-    write_shard_file(path / "shards", small_manifest(), 1, small_content(0, 3))
+    write_shard_file(path / "shards", ShardPlan.of(small_manifest()), 1, small_content(0, 3))
 
 
 def tensors_of_another_run(path: Path) -> None:

@@ -28,7 +28,7 @@ from trackstar.errors import DamagedIndexError, OptionError
 from trackstar.examples import TokenizedExample
 from trackstar.store import codecs, tensor_file
 from trackstar.store.manifest import CodecName
-from trackstar.store.shard_content import shard_tensors
+from trackstar.store.shard_content import ShardPlan, shard_tensors
 
 CODECS: list[CodecName] = ["float32", "bfloat16", "float16"]
 RELATIVE_ERROR = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -277,7 +277,7 @@ def test_codes_are_written_from_the_buffer_that_holds_them(tmp_path: Path, monke
         assert len(chunk) <= 100 or isinstance(chunk, bytes)
 
     monkeypatch.setattr(tensor_file, "write_all", noted)
-    tensor_file.write_tensor_file(tmp_path / "shard", shard_tensors(content, small_manifest()), {})
+    tensor_file.write_tensor_file(tmp_path / "shard", shard_tensors(content, ShardPlan.of(small_manifest())), {})
     assert inside.count(True) == -(-length // 100)
 
 

@@ -14,6 +14,7 @@ from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
 from trackstar.store.derived_cache import DerivedCache
 from trackstar.store.index_tensors import IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
+from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import Shard, StoredExample, open_shard
 
 
@@ -75,8 +76,9 @@ class Index:
                     "run the same `trackstar index` command again to finish it"
                 )
             return cls(folder, manifest, shards)
+        plan = ShardPlan.of(manifest)
         shards = tuple(
-            open_shard(folder / "shards" / entry.file, manifest, number, entry)
+            open_shard(folder / "shards" / entry.file, plan, number, entry)
             for number, entry in enumerate(manifest.completion.shards)
         )
         index = cls(folder, manifest, shards)
@@ -162,13 +164,14 @@ class Index:
 
 
 def _shards_so_far(folder: Path, manifest: Manifest) -> tuple[Shard, ...]:
+    plan = ShardPlan.of(manifest)
     shards: list[Shard] = []
     for number in itertools.count():
         path = folder / "shards" / shard_file_name(number)
         if not path.exists():
             break
         try:
-            shards.append(open_shard(path, manifest, number))
+            shards.append(open_shard(path, plan, number))
         except DamagedIndexError:
             if path.exists():
                 raise

@@ -14,6 +14,33 @@ from trackstar.store.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """What all shards of an index have in common.
+
+    Attributes:
+        index: The identity digest of the index's manifest.
+        examples: The number of examples in every shard but the last.
+        dimensions: Number of dimensions of a projected gradient.
+        dtype: The dtype of the codes.
+    """
+
+    index: str
+    examples: int
+    dimensions: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "ShardPlan":
+        """The plan that a manifest fixes."""
+        return cls(
+            index=manifest.identity_digest(),
+            examples=manifest.shard_examples,
+            dimensions=manifest.dimensions,
+            dtype=codec_dtype(manifest.codec),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ShardContent:
     """What a shard is written from.
 
@@ -36,13 +63,13 @@ class ShardContent:
     skipped: int
 
 
-def shard_tensors(content: ShardContent, manifest: Manifest) -> dict[str, Tensor]:
+def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
     """The tensors of a shard's file, in their order in it; the codes are not copied."""
     examples = content.examples
     rows = len(examples)
-    assert 1 <= rows <= manifest.shard_examples, rows
-    assert content.codes.shape == (rows, manifest.dimensions), content.codes.shape
-    assert content.codes.dtype is codec_dtype(manifest.codec), content.codes.dtype
+    assert 1 <= rows <= plan.examples, rows
+    assert content.codes.shape == (rows, plan.dimensions), content.codes.shape
+    assert content.codes.dtype is plan.dtype, content.codes.dtype
     assert content.scales.shape == content.losses.shape == (rows,)
     token_offsets, tokens = _ragged([example.token_ids for example in examples], np.int32)
     _, masks = _ragged([example.target_mask for example in examples], np.uint8)

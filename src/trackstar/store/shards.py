@@ -16,9 +16,8 @@ from torch import Tensor
 
 from trackstar.errors import IndexMismatchError, StoreError
 from trackstar.examples import TokenizedExample
-from trackstar.store.codecs import codec_dtype
-from trackstar.store.manifest import Manifest, ShardEntry, shard_file_name
-from trackstar.store.shard_content import ShardContent, shard_tensors
+from trackstar.store.manifest import ShardEntry, shard_file_name
+from trackstar.store.shard_content import ShardContent, ShardPlan, shard_tensors
 from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import (
     TensorFile,
@@ -237,7 +236,7 @@ class _ExamplePart:
 RAGGED = {"token": ("tokens", "target_masks"), "text": ("text",), "id": ("ids",), "parent": ("parents",)}
 
 
-def write_shard_file(folder: Path, manifest: Manifest, number: int, content: ShardContent) -> Shard:
+def write_shard_file(folder: Path, plan: ShardPlan, number: int, content: ShardContent) -> Shard:
     """Write shard `number`, durably, and open it.
 
     Raises:
@@ -245,12 +244,12 @@ def write_shard_file(folder: Path, manifest: Manifest, number: int, content: Sha
     """
     if sys.byteorder != "little":
         raise StoreError("this machine's numbers are big-endian, an index's are little-endian; use another machine")
-    tensors = shard_tensors(content, manifest)
+    tensors = shard_tensors(content, plan)
     metadata = {
         "format": SHARD_FORMAT,
-        "manifest_digest": manifest.identity_digest(),
+        "manifest_digest": plan.index,
         "number": str(number),
-        "first_row": str(number * manifest.shard_examples),
+        "first_row": str(number * plan.examples),
         "targets": str(int(tensors["target_counts"].sum())),
         "next_record": str(content.next_record),
         "next_window": str(content.next_window),
@@ -258,15 +257,15 @@ def write_shard_file(folder: Path, manifest: Manifest, number: int, content: Sha
     }
     path = folder / shard_file_name(number)
     write_tensor_file(path, tensors, metadata)
-    return open_shard(path, manifest, number)
+    return open_shard(path, plan, number)
 
 
-def open_shard(path: Path, manifest: Manifest, number: int, entry: ShardEntry | None = None) -> Shard:
-    """Open the file of shard `number`: its header, against the manifest and the file's size, not its data.
+def open_shard(path: Path, plan: ShardPlan, number: int, entry: ShardEntry | None = None) -> Shard:
+    """Open the file of shard `number`: its header, against the plan and the file's size, not its data.
 
     Args:
         path: The file.
-        manifest: The index's manifest.
+        plan: The index's plan.
         number: The shard's number.
         entry: What the completed manifest says of it.
 
@@ -278,15 +277,15 @@ def open_shard(path: Path, manifest: Manifest, number: int, entry: ShardEntry | 
     file = open_tensor_file(path)
     if file.metadata.get("format") != SHARD_FORMAT:
         raise damaged(path, f"format {file.metadata.get('format')!r}, expected {SHARD_FORMAT!r}")
-    found_index, expected_index = file.metadata.get("manifest_digest"), manifest.identity_digest()
-    if found_index != expected_index:
+    found_index = file.metadata.get("manifest_digest")
+    if found_index != plan.index:
         raise IndexMismatchError(
-            f"{path}: belongs to the index with manifest digest {found_index!r}, expected {expected_index!r}; "
+            f"{path}: belongs to the index with manifest digest {found_index!r}, expected {plan.index!r}; "
             "move the file back to its own index"
         )
     try:
         shard = _parse_shard(file)
-        _check_shard(shard, manifest, number, entry)
+        _check_shard(shard, plan, number, entry)
     except FieldError as error:
         raise damaged(path, str(error)) from error
     return shard
@@ -338,10 +337,10 @@ def _length(file: TensorFile, name: str) -> int:
     return place.shape[0]
 
 
-def _check_shard(shard: Shard, manifest: Manifest, number: int, entry: ShardEntry | None) -> None:
+def _check_shard(shard: Shard, plan: ShardPlan, number: int, entry: ShardEntry | None) -> None:
     expected = {
         "number": (shard.number, number),
-        "first_row": (shard.first_row, number * manifest.shard_examples),
+        "first_row": (shard.first_row, number * plan.examples),
         "metadata": (sorted(shard.file.metadata), sorted(SHARD_METADATA)),
     }
     if entry is not None:
@@ -351,15 +350,15 @@ def _check_shard(shard: Shard, manifest: Manifest, number: int, entry: ShardEntr
             raise FieldError(name, found, str(wanted))
     if entry is not None and shard.digest != entry.digest:
         raise FieldError("digest", shard.digest, f"{entry.digest}, as the manifest says")
-    if not 1 <= shard.rows <= manifest.shard_examples:
-        raise FieldError("rows", shard.rows, f"1 to {manifest.shard_examples}")
-    _check_places(shard, manifest)
+    if not 1 <= shard.rows <= plan.examples:
+        raise FieldError("rows", shard.rows, f"1 to {plan.examples}")
+    _check_places(shard, plan)
 
 
-def _check_places(shard: Shard, manifest: Manifest) -> None:
+def _check_places(shard: Shard, plan: ShardPlan) -> None:
     rows, tokens = shard.rows, shard.tokens
     expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {
-        "codes": (codec_dtype(manifest.codec), (rows, manifest.dimensions)),
+        "codes": (plan.dtype, (rows, plan.dimensions)),
         "records": (torch.int64, (rows,)),
         "token_offsets": (torch.int64, (rows + 1,)),
         "text_offsets": (torch.int64, (rows + 1,)),

@@ -12,6 +12,7 @@ from trackstar.store.durable_files import PARTIAL_SUFFIX
 from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, SECOND_MOMENT, IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_check import check_content
+from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import ResumePoint, open_shard, shard_rows
 from trackstar.store.tensor_file import TensorFile, check_digest, open_tensor_file
 
@@ -123,19 +124,20 @@ class _Verification:
             )
         else:
             count = len(manifest.completion.shards)
+        plan = ShardPlan.of(manifest)
         for number in range(count):
             with self._collecting():
-                self._check_shard(manifest, number)
+                self._check_shard(manifest, plan, number)
         for number in there:
             if number >= count:
                 path = self._shard_path(number)
                 self.problems.append(f"{path}: not among the {count} shards of the manifest; move it away")
 
-    def _check_shard(self, manifest: Manifest, number: int) -> None:
+    def _check_shard(self, manifest: Manifest, plan: ShardPlan, number: int) -> None:
         path = self._shard_path(number)
         entry = manifest.completion.shards[number] if manifest.completion is not None else None
         self._on_file(path)
-        shard = open_shard(path, manifest, number, entry)
+        shard = open_shard(path, plan, number, entry)
         self._check_bytes(shard.file)
         check_content(shard, begin=self._end)
         self._end = shard.end

@@ -25,7 +25,7 @@ from trackstar.store.manifest import (
     load_manifest,
     shard_file_name,
 )
-from trackstar.store.shard_content import ShardContent
+from trackstar.store.shard_content import ShardContent, ShardPlan
 from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
 from trackstar.store.strict_json import FieldError, abridged
 from trackstar.store.tensor_file import check_digest
@@ -46,6 +46,7 @@ class IndexWriter:
         self._path = path
         self._lock = lock
         self._manifest = manifest
+        self._plan = ShardPlan.of(manifest)
         self._on_note = on_note
         self._shards: list[Shard] = []
         self._tensors = IndexTensors(path)
@@ -128,7 +129,7 @@ class IndexWriter:
         assert before.row == len(self._shards) * self._manifest.shard_examples, "the last shard was written already"
         assert (before.record, before.window) < (content.next_record, content.next_window), content.next_record
         assert before.skipped <= content.skipped, content.skipped
-        shard = write_shard_file(self._path / "shards", self._manifest, len(self._shards), content)
+        shard = write_shard_file(self._path / "shards", self._plan, len(self._shards), content)
         self._shards.append(shard)
         return shard
 
@@ -234,7 +235,7 @@ class IndexWriter:
         for number, entry in enumerate(completion.shards):
             path = self._path / "shards" / entry.file
             try:
-                self._shards.append(open_shard(path, self._manifest, number, entry))
+                self._shards.append(open_shard(path, self._plan, number, entry))
             except DamagedIndexError as error:
                 _remove_damaged(path)
                 damage.append(error)
@@ -269,7 +270,7 @@ class IndexWriter:
 
     def _good_shard(self, path: Path, number: int) -> Shard | None:
         try:
-            shard = open_shard(path, self._manifest, number)
+            shard = open_shard(path, self._plan, number)
             check_digest(shard.file)
         except DamagedIndexError as error:
             self._on_note(f"shard {number} is damaged and will be made again: {error}")
