@@ -1,4 +1,4 @@
-"""What goes into the index and what is asked of it: training examples, queries, and their readers."""
+"""What goes into the index and what is asked of it, as data: training examples, queries, and both tokenized."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,7 +30,8 @@ class Query:
         query_id: Its name in results.
         prompt: What the model reads.
         completion: What the model says; only its tokens enter the query's loss.
-        record: Every other field of the query's line (the release's `relation`, `entity0` ...), kept for results.
+        record: The query's whole line as read (the release's `relation`, `entity0` ...), kept for results; empty for a
+            query that did not come from a file.
     """
 
     query_id: str

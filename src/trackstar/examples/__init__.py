@@ -1,0 +1,21 @@
+"""Training examples and queries: what they are, how they are read, and how they become tokens."""
+
+from trackstar.examples.corpus import Corpus, open_corpus
+from trackstar.examples.queries import prompt_tokens, query_text, read_queries, tokenize_query
+from trackstar.examples.records import Example, Query, TokenizedExample
+from trackstar.examples.tokenization import Tokenizer, tokenize_example, tokenize_examples
+
+__all__ = [
+    "Corpus",
+    "Example",
+    "Query",
+    "TokenizedExample",
+    "Tokenizer",
+    "open_corpus",
+    "prompt_tokens",
+    "query_text",
+    "read_queries",
+    "tokenize_example",
+    "tokenize_examples",
+    "tokenize_query",
+]

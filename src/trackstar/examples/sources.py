@@ -1,0 +1,315 @@
+"""Where a corpus's records come from: files, a `datasets.Dataset`, or a sequence in memory.
+
+A source gives its records in order, from any record on, and a digest of its content. It knows nothing of limits,
+fallback names or tokens.
+"""
+# ruff: noqa: D102 - a method is documented once, where it is abstract.
+
+import abc
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from trackstar.errors import CorpusError
+from trackstar.examples.fields import Fields, checked_name, checked_text, encodable, json_object, missing_field, picked
+from trackstar.examples.files import (
+    DataFile,
+    Place,
+    content_digest,
+    decoded,
+    one_line,
+    open_raw,
+    raw_lines,
+)
+from trackstar.examples.records import Example
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+ROWS_AT_ONCE = 1024
+
+
+class Record(NamedTuple):
+    """One record: its number from 0, the stem of its fallback name, its own name where it has one, its text."""
+
+    number: int
+    stem: str
+    identifier: str | None
+    text: str
+
+
+class Source(abc.ABC):
+    """Records in order.
+
+    Attributes:
+        name: What messages and manifests call it.
+        kind: What it holds, for people.
+    """
+
+    name: str
+    kind: str
+
+    @abc.abstractmethod
+    def field_names(self) -> tuple[str, ...]:
+        """The first record's fields; empty where records are bare text.
+
+        Raises:
+            CorpusError: There is no first record, or it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        """The records from number `start` on; what comes before is skipped without being checked.
+
+        Raises:
+            CorpusError: A record cannot be read; the message names it.
+        """
+
+    @abc.abstractmethod
+    def count(self) -> int:
+        """How many records there are; they are not checked.
+
+        Raises:
+            CorpusError: A file cannot be read.
+        """
+
+    @abc.abstractmethod
+    def content_digest(self, fields: Fields) -> str:
+        """BLAKE2b-128 of everything that the records are made from."""
+
+
+class LineSource(Source):
+    """Files of lines: JSON objects, or bare text."""
+
+    def __init__(self, place: Place) -> None:
+        self.name = place.name
+        self._files = place.files
+        self._json = place.files[0].format == "jsonl"
+        self.kind = f"{'JSON lines' if self._json else 'text lines'}, {described_files(place)}"
+
+    def field_names(self) -> tuple[str, ...]:
+        for file in self._files:
+            for number, line in raw_lines(file):
+                return tuple(json_object(line, f"{file.name}:{number}")) if self._json else ()
+        raise CorpusError(f"{self.name}: holds no record; expected at least one line that is not blank")
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        record = -1
+        for file in self._files:
+            for number, line in raw_lines(file):
+                record += 1
+                if record < start:
+                    continue
+                place = f"{file.name}:{number}"
+                if self._json:
+                    identifier, text = picked(json_object(line, place), fields, place)
+                else:
+                    identifier, text = None, decoded(line, place)
+                yield Record(record, file.stem, identifier, text)
+
+    def count(self) -> int:
+        return sum(1 for file in self._files for _ in raw_lines(file))
+
+    def content_digest(self, fields: Fields) -> str:
+        return files_digest(self._files, stems=fields.identifier is None)
+
+
+class ParquetSource(Source):
+    """Parquet files; only the columns of the text and the name are read."""
+
+    def __init__(self, place: Place) -> None:
+        self.name = place.name
+        self.kind = f"Parquet, {described_files(place)}"
+        self._files = place.files
+
+    def field_names(self) -> tuple[str, ...]:
+        with open_raw(self._files[0]) as stream:
+            return tuple(_parquet(stream, self._files[0]).schema_arrow.names)
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        record = 0
+        for file in self._files:
+            with open_raw(file) as stream:
+                table = _parquet(stream, file)
+                columns = [name for name in fields if name is not None]
+                for name in columns:
+                    if name not in table.schema_arrow.names:
+                        raise missing_field(name, table.schema_arrow.names, file.name)
+                first = record
+                for group in range(table.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    if record + rows > start:
+                        batches = _parquet_batches(table, group, columns, file)
+                        yield from _rows(batches, fields, start, record, file, first)
+                    record += rows
+
+    def count(self) -> int:
+        rows = 0
+        for file in self._files:
+            with open_raw(file) as stream:
+                rows += _parquet(stream, file).metadata.num_rows
+        return rows
+
+    def content_digest(self, fields: Fields) -> str:
+        return files_digest(self._files, stems=fields.identifier is None)
+
+
+class DatasetSource(Source):
+    """A `datasets.Dataset`, in memory or mapped from a folder."""
+
+    def __init__(self, dataset: Any, *, name: str, stem: str) -> None:
+        self.name = name
+        self.kind = "datasets.Dataset"
+        self._dataset = dataset
+        self._stem = stem
+
+    def field_names(self) -> tuple[str, ...]:
+        if not len(self._dataset):
+            raise CorpusError(f"{self.name}: holds no record; expected at least one")
+        return tuple(self._dataset.column_names)
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        columns = [name for name in fields if name is not None]
+        for name in columns:
+            if name not in self._dataset.column_names:
+                raise missing_field(name, self._dataset.column_names, self.name)
+        table = self._dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
+        for first in range(start, len(table), ROWS_AT_ONCE):
+            try:
+                rows = table[first : min(first + ROWS_AT_ONCE, len(table))]
+            except Exception as error:
+                raise CorpusError(f"{self.name}: cannot be read from record {first} on ({one_line(error)})") from error
+            texts, identifiers = _columns(rows, fields, f"{self.name}: record", first)
+            for row, (text, identifier) in enumerate(zip(texts, identifiers, strict=True), start=first):
+                place = f"{self.name}: record {row}"
+                yield Record(
+                    row, self._stem, checked_name(identifier, fields, place), checked_text(text, fields, place)
+                )
+
+    def count(self) -> int:
+        return len(self._dataset)
+
+    def content_digest(self, fields: Fields) -> str:
+        return _records_digest(self.records(0, fields))
+
+
+class SequenceSource(Source):
+    """Strings, mappings or examples in memory."""
+
+    def __init__(self, items: Sequence[object]) -> None:
+        self.name = "in memory"
+        self.kind = "sequence"
+        self._items = items
+
+    def field_names(self) -> tuple[str, ...]:
+        if not len(self._items):
+            raise CorpusError("the sequence of examples is empty; expected at least one")
+        first = self._items[0]
+        return tuple(map(str, first)) if isinstance(first, Mapping) else ()
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        for number in range(start, len(self._items)):
+            item, place = self._items[number], f"record {number}"
+            if isinstance(item, Example):
+                identifier, text = (
+                    encodable(item.example_id, f"{place}: the id"),
+                    checked_text(item.text, fields, place),
+                )
+            elif isinstance(item, str):
+                identifier, text = None, checked_text(item, fields, place)
+            elif isinstance(item, Mapping):
+                identifier, text = picked(item, fields, place)
+            else:
+                found = type(item).__name__
+                raise CorpusError(f"{place}: found {found}, expected a string, a mapping or an Example")
+            yield Record(number, "example", identifier, text)
+
+    def count(self) -> int:
+        return len(self._items)
+
+    def content_digest(self, fields: Fields) -> str:
+        return _records_digest(self.records(0, fields))
+
+
+def described_files(place: Place) -> str:
+    """How many files are read, and which lie beside them unread."""
+    count = f"{len(place.files)} file{'s' if len(place.files) > 1 else ''}"
+    return count if not place.left_out else f"{count}; not read: {', '.join(place.left_out)}"
+
+
+def files_digest(files: Sequence[DataFile], *, stems: bool) -> str:
+    """BLAKE2b-128 over the files' digests in order, and over their stems where names are made from them."""
+    lines = [f"{content_digest(file)} {file.format} {file.stem if stems else ''}" for file in files]
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _records_digest(records: Iterator[Record]) -> str:
+    """BLAKE2b-128 over every record's name and text, each preceded by its length."""
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        name = b"" if record.identifier is None else record.identifier.encode()
+        text = record.text.encode()
+        digest.update(struct.pack("<?QQ", record.identifier is not None, len(name), len(text)))
+        digest.update(name)
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def _parquet(stream: Any, file: DataFile) -> "pq.ParquetFile":
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(stream)
+    except Exception as error:
+        reason = one_line(error)
+        raise CorpusError(
+            f"{file.name}: not a Parquet file ({reason}); expected whole Parquet; make it again"
+        ) from error
+
+
+def _parquet_batches(
+    table: "pq.ParquetFile", group: int, columns: list[str], file: DataFile
+) -> Iterator["pa.RecordBatch"]:
+    try:
+        yield from table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(dict.fromkeys(columns)))
+    except Exception as error:
+        reason = one_line(error)
+        raise CorpusError(f"{file.name}: row group {group} is damaged ({reason}); make the file again") from error
+
+
+def _rows(
+    batches: Iterator["pa.RecordBatch"], fields: Fields, start: int, record: int, file: DataFile, first: int
+) -> Iterator[Record]:
+    """A row group's records from number `start` on; `record` is its first record's number, `first` the file's."""
+    for batch in batches:
+        skipped = min(max(start - record, 0), batch.num_rows)
+        record += skipped
+        texts, identifiers = _columns(batch.slice(skipped), fields, f"{file.name}: row", record - first)
+        for text, identifier in zip(texts, identifiers, strict=True):
+            place = f"{file.name}: row {record - first}"
+            yield Record(record, file.stem, checked_name(identifier, fields, place), checked_text(text, fields, place))
+            record += 1
+
+
+def _columns(
+    rows: "pa.RecordBatch | pa.Table", fields: Fields, place: str, first: int
+) -> tuple[list[object], list[object]]:
+    """The text and the name of each row as Python objects; names are None where records have none."""
+    texts = _values(rows.column(fields.text), place, first)
+    if fields.identifier is None:
+        return texts, [None] * len(texts)
+    return texts, _values(rows.column(fields.identifier), place, first)
+
+
+def _values(column: Any, place: str, first: int) -> list[object]:
+    try:
+        return cast("list[object]", column.to_pylist())
+    except UnicodeDecodeError:
+        for row, value in enumerate(column, start=first):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise CorpusError(f"{place} {row}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
+        raise

@@ -1,0 +1,96 @@
+"""Tell a person at a terminal how far long work is, and everybody what must be said."""
+
+import sys
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
+
+if TYPE_CHECKING:
+    import rich.progress
+
+
+@runtime_checkable
+class TextStream(Protocol):
+    """What lines can be written to."""
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        ...
+
+    def write(self, text: str, /) -> int:
+        """Write text."""
+        ...
+
+    def flush(self) -> None:
+        """Write what waits."""
+        ...
+
+
+class Progress:
+    """A bar with rate and time left on stderr, drawn only where stderr is a terminal.
+
+    Example:
+        with Progress("Indexing", unit="tokens", total=1_000_000) as progress:
+            progress.advance(4096)
+            progress.note("3 records have no token to score and were skipped")
+
+    Args:
+        title: What is being done.
+        unit: What is counted, in the plural: the rate is shown in it per second.
+        total: How much there is to do; None where that is not known, and then no time left is shown.
+        stream: Where to write; None is stderr.
+        shown: Whether there may be a bar; notes are printed all the same.
+    """
+
+    def __init__(
+        self, title: str, *, unit: str, total: int | None = None, stream: TextStream | None = None, shown: bool = True
+    ) -> None:
+        self._stream: TextStream = sys.stderr if stream is None else stream
+        self._bar = _bar(title, unit, total, self._stream) if shown and self._stream.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, amount: int) -> None:
+        """Count `amount` more units as done."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0], amount)
+
+    def note(self, line: str) -> None:
+        """Print one plain line, at a terminal above the bar; control characters in it become spaces."""
+        plain = "".join(character if character.isprintable() else " " for character in line)
+        if self._bar is None:
+            self._stream.write(f"{plain}\n")
+            self._stream.flush()
+        else:
+            self._bar.console.print(plain, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _bar(title: str, unit: str, total: int | None, stream: TextStream) -> "rich.progress.Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%" if total else f"{{task.completed:,.0f}} {unit}"),
+        RateColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=cast("IO[str]", stream)),
+    )
+    bar.add_task(title, total=total)
+    return bar
