@@ -1,10 +1,8 @@
 """Whatever is wrong with an index on the disk, opening it says so in one line, and writing it on mends what it can."""
 
-import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 from small_index import index_bytes, small_content, small_manifest, write_small_index
 from trackstar import store
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, IndexMismatchError, StoreError
-from trackstar.store import durable_files
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import write_shard_file
 
@@ -230,13 +227,42 @@ def test_a_damaged_shard_of_an_unfinished_index_is_made_again_and_said(
     assert index_bytes(tmp_path) == index_bytes(finished)
 
 
-def test_shards_after_a_missing_one_are_made_again_and_said(tmp_path: Path) -> None:
+def test_a_shard_after_a_missing_one_is_said_and_can_be_adopted_once_that_is_there(tmp_path: Path) -> None:
     unfinished(tmp_path)
+    before = index_bytes(tmp_path)
+    inode = (tmp_path / SHARD).stat().st_ino
     (tmp_path / "shards" / "000000.safetensors").unlink()
     notes: list[str] = []
     with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as writer:
+        assert notes[-1] == "shard 0 is missing and will be made again; 1 after it are there"
         assert writer.resume_point == store.ResumePoint(row=0, record=0, window=0, skipped=0)
-    assert notes[-1] == "shard 0 is missing: it and the 1 after it will be made again"
+        assert writer.adopt_shard() is None
+        writer.write_shard(small_content(0, 3))
+        adopted = writer.adopt_shard()
+        assert adopted is not None
+        assert (adopted.number, writer.resume_point.row) == (1, 6)
+        assert writer.adopt_shard() is None
+    assert index_bytes(tmp_path) == before
+    assert (tmp_path / SHARD).stat().st_ino == inode
+
+
+def test_a_damaged_shard_is_not_adopted(tmp_path: Path) -> None:
+    unfinished(tmp_path)
+    (tmp_path / "shards" / "000000.safetensors").unlink()
+    overwrite(SHARD, 4100, b"\xa5")(tmp_path)
+    notes: list[str] = []
+    with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as writer:
+        writer.write_shard(small_content(0, 3))
+        assert writer.adopt_shard() is None
+        assert notes[-1].startswith("shard 1 is damaged and will be made again: ")
+        assert not (tmp_path / SHARD).exists()
+
+
+def test_shards_after_a_missing_one_can_be_written_again(tmp_path: Path, finished: Path) -> None:
+    unfinished(tmp_path)
+    (tmp_path / "shards" / "000000.safetensors").unlink()
+    write_small_index(tmp_path)
+    assert index_bytes(tmp_path) == index_bytes(finished)
 
 
 def test_the_resume_point_is_where_the_last_shard_said_that_the_next_begins(tmp_path: Path) -> None:
@@ -279,87 +305,6 @@ def test_a_finished_index_is_left_as_it_is(index: Path) -> None:
     assert notes == []
 
 
-# Places where no index can be
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "shards", "second_moment.safetensors", ".git"])
-def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir() if "." not in name[1:] else (tmp_path / name).write_text("mine")
-    with pytest.raises(StoreError, match=f"holds '{name}' but no manifest.json, expected an index or an empty folder"):
-        store.IndexWriter.open(tmp_path, small_manifest())
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "index").write_text("mine")
-    for place in (tmp_path / "index", tmp_path / "index" / "below"):
-        with pytest.raises(StoreError, match=r"cannot be written \((Not a directory|File exists)\); make the place"):
-            store.IndexWriter.open(place, small_manifest())
-        with pytest.raises(StoreError, match="no index is there"):
-            store.Index.open(place)
-    assert (tmp_path / "index").read_text() == "mine"
-
-
-def test_missing_folders_are_made(tmp_path: Path) -> None:
-    write_small_index(tmp_path / "a" / "b" / "c")
-    assert store.Index.open(str(tmp_path / "a" / "b" / "c")).rows == 8
-
-
-def test_files_that_the_user_put_beside_an_index_do_no_harm(index: Path) -> None:
-    (index / "README.txt").write_text("what this is")
-    (index / "shards" / ".DS_Store").write_bytes(b"\0")
-    assert store.Index.open(index).rows == 8
-    with store.IndexWriter.open(index, small_manifest()) as writer:
-        assert writer.completed
-
-
-@contextlib.contextmanager
-def unprivileged() -> Iterator[Path]:
-    """A folder that is this process's own, without the power to write where permissions forbid it."""
-    superuser = os.geteuid() == 0
-    folder = Path(tempfile.mkdtemp(dir=Path(tempfile.gettempdir()).resolve()))
-    folder.chmod(0o755)
-    if superuser:
-        os.chown(folder, 65534, 65534)
-        os.seteuid(65534)
-    try:
-        yield folder
-    finally:
-        if superuser:
-            os.seteuid(0)
-        for path in folder.rglob("*"):
-            if path.is_dir():
-                path.chmod(0o755)
-        shutil.rmtree(folder)
-
-
-def test_a_folder_that_cannot_be_written_can_be_read_but_keeps_nothing_derived() -> None:
-    with unprivileged() as folder:
-        write_small_index(folder / "index")
-        for path in (folder / "index" / "shards", folder / "index"):
-            path.chmod(0o555)
-        index = store.Index.open(folder / "index")
-        assert index.example(5).row == 5
-        assert index.save_derived("whitening", {"w": torch.ones(3)}) is False
-        assert index.load_derived("whitening") is None
-        with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\); make the place writable"):
-            store.IndexWriter.open(folder / "index" / "new", small_manifest())
-        assert store.verify(folder / "index").ok
-
-
-def test_a_file_that_may_not_be_read_is_said() -> None:
-    with unprivileged() as folder:
-        write_small_index(folder / "index")
-        (folder / "index" / SHARD).chmod(0)
-        with pytest.raises(
-            StoreError, match=f"{SHARD}: cannot be read \\(Permission denied\\); make the file readable"
-        ):
-            store.Index.open(folder / "index")
-        (folder / "index" / "manifest.json").chmod(0)
-        with pytest.raises(StoreError, match=r"manifest.json: cannot be read \(Permission denied\)"):
-            store.Index.open(folder / "index")
-
-
 def test_a_shard_that_shrinks_while_it_is_open_is_damage_not_a_crash(index: Path) -> None:
     opened = store.Index.open(index)
     os.truncate(index / SHARD, 4200)
@@ -391,59 +336,16 @@ def test_text_that_is_not_utf_8_is_damage_and_names_its_row(index: Path) -> None
         store.Index.open(index).example(5)
 
 
-# Derived caches
-
-
-def test_derived_tensors_come_back_until_they_are_damaged_or_the_index_changes(index: Path, tmp_path: Path) -> None:
-    tensors = {"whitening": torch.arange(6.0).view(2, 3), "ids": torch.arange(3)}
-    opened = store.Index.open(index)
-    assert opened.load_derived("whitened-train") is None
-    assert opened.save_derived("whitened-train", tensors) is True
-    found = opened.load_derived("whitened-train")
-    assert found is not None
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert store.Index.open(index).load_derived("whitened-train") is not None
-    assert opened.load_derived("another") is None
-    shutil.copytree(index / "derived", tmp_path / "other" / "derived")
-    write_small_index(tmp_path / "made")
-    shutil.rmtree(tmp_path / "other")
-    file = "derived/whitened-train.safetensors"
-    shutil.copyfile(index / file, index / "derived" / "renamed.safetensors")
-    assert opened.load_derived("renamed") is None
-    overwrite(file, -1, b"\xff")(index)
-    assert opened.load_derived("whitened-train") is None
-    assert opened.save_derived("whitened-train", tensors) is True
-    assert opened.load_derived("whitened-train") is not None
-    write_small_index(tmp_path / "larger", examples=9)
-    shutil.copytree(index / "derived", tmp_path / "larger" / "derived")
-    assert store.Index.open(tmp_path / "larger").load_derived("whitened-train") is None
-
-
-def test_nothing_derived_is_kept_for_an_unfinished_index(tmp_path: Path) -> None:
-    unfinished(tmp_path)
-    index = store.Index.open(tmp_path, allow_incomplete=True)
-    assert index.save_derived("x", {"a": torch.ones(1)}) is False
-    assert index.load_derived("x") is None
-
-
-@pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
-def test_a_derived_cache_that_cannot_be_written_is_no_error(
-    index: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    opened = store.Index.open(index)
-
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(durable_files.os, step, refuse)
-        assert opened.save_derived("x", {"a": torch.ones(1)}) is False
-    assert list((index / "derived").glob("*")) == []
-
-
 def test_a_second_moment_other_than_the_manifests_is_refused(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         with pytest.raises(IndexMismatchError, match=r"made with second_moment.digest '[0-9a-f]+', but '[0-9a-f]+' is"):
             writer.write_tensors("second_moment", {"rows/a": torch.ones(5)})
         assert not (tmp_path / "second_moment.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["second_moment", "autocorrelation"])
+def test_tensors_are_checked_byte_by_byte_when_they_are_read(index: Path, name: str) -> None:
+    overwrite(f"{name}.safetensors", -1, b"\xa5")(index)
+    opened = store.Index.open(index)
+    with pytest.raises(DamagedIndexError, match=rf"{name}.safetensors: its content has digest [0-9a-f]+, expected"):
+        opened.tensors(name)

@@ -116,6 +116,28 @@ def test_tensors_of_every_shape_and_type_come_back(tmp_path: Path) -> None:
         assert torch.equal(found, tensor)
 
 
+def test_format_md_names_every_field_tensor_and_file(tmp_path: Path) -> None:
+    text = (Path(shards.__file__).parent / "FORMAT.md").read_text()
+    write_small_index(tmp_path)
+    with store.IndexWriter.open(tmp_path / "unfinished", small_manifest()) as writer:
+        writer.save_progress({"sums": torch.ones(1)})
+    store.Index.open(tmp_path).save_derived("x", {"a": torch.ones(1)})
+    names: set[str] = set()
+    for file in tmp_path.rglob("*.safetensors"):
+        opened = tensor_file.open_tensor_file(file)
+        names |= set(opened.metadata) | {opened.metadata["format"]}
+        names |= set(opened.places) if opened.metadata["format"] == shards.SHARD_FORMAT else set()
+    names |= set(_keys(json.loads((tmp_path / "manifest.json").read_text())))
+    assert len(names) > 60
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+def _keys(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [*value, *(key for part in value.values() for key in _keys(part))]
+    return [key for part in value for key in _keys(part)] if isinstance(value, list) else []
+
+
 # Hostile headers: what is put in the place of a good header, and what the error must say.
 GOOD: dict[str, Any] = {
     "__metadata__": {"digest": "0" * 64},

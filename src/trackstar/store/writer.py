@@ -55,8 +55,8 @@ class IndexWriter:
     def open(cls, path: str | Path, manifest: Manifest, *, on_note: Note = lambda note: None) -> "IndexWriter":
         """Begin an index at `path`, or go on with the one that is there.
 
-        Every shard of an unfinished index is read and compared with its digest; a damaged one is removed, to be made
-        again with all that follow. A finished index whose files are missing or cut off becomes unfinished again.
+        The shards of an unfinished index are read and compared with their digests, up to the first that is missing or
+        damaged; a damaged one is removed. A finished index whose files are missing or cut off becomes unfinished again.
 
         Args:
             path: A folder that is empty, missing, or an index made with the same manifest.
@@ -131,6 +131,23 @@ class IndexWriter:
         assert before.skipped <= content.skipped, content.skipped
         shard = write_shard_file(self._path / "shards", self._plan, len(self._shards), content)
         self._shards.append(shard)
+        return shard
+
+    def adopt_shard(self) -> Shard | None:
+        """The next shard, where a good file of it is there already: one after a shard that had to be made again.
+
+        It then counts among `shards_done`, and `resume_point` is where it ends; nothing needs to be computed for it.
+
+        Returns:
+            None where there is no such file, or it is damaged (which is said, and the file removed).
+        """
+        assert not self.completed, "the index is finished"
+        if self.resume_point.row < len(self._shards) * self._manifest.shard_examples:
+            return None  # the last shard was a short one, and none can come after it
+        path = self._path / "shards" / shard_file_name(len(self._shards))
+        shard = self._good_shard(path, len(self._shards)) if path.exists() else None
+        if shard is not None:
+            self._shards.append(shard)
         return shard
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
@@ -255,18 +272,12 @@ class IndexWriter:
         if numbers:
             size = sum(_size(folder / shard_file_name(number)) for number in numbers)
             self._on_note(f"checking {len(numbers)} shard files ({size / 1e6:.1f} MB) of an earlier run")
-        for number in range(len(numbers)):
-            path = folder / shard_file_name(number)
-            shard = self._good_shard(path, number) if path.exists() else None
-            if shard is None:
-                break
-            self._shards.append(shard)
-            if shard.rows < self._manifest.shard_examples:
-                break
-        later = [number for number in numbers if number > len(self._shards)]
+        while self.adopt_shard() is not None:
+            pass
+        missing = len(self._shards)
+        later = [number for number in numbers if number > missing]
         if later:
-            missing = len(self._shards)
-            self._on_note(f"shard {missing} is missing: it and the {len(later)} after it will be made again")
+            self._on_note(f"shard {missing} is missing and will be made again; {len(later)} after it are there")
 
     def _good_shard(self, path: Path, number: int) -> Shard | None:
         try:
