@@ -93,12 +93,17 @@ BAD_FILES = [
     Bad(
         "no_text.jsonl",
         b'{"id": "a", "content": "x"}',
-        '{}:1: no field "text"; found id, content; name the one to read',
+        '{}:1: no field "text"; found id, content; name the one to read with --text-field',
     ),
     Bad("no_text_later.jsonl", GOOD + b'{"id": "b"}', '{}:2: no field "text"; found id; '),
     Bad("no_id_later.jsonl", GOOD + b'{"text": "x"}', '{}:2: no field "id"; found text; '),
     Bad("no_such_field.jsonl", GOOD, '{}:1: no field "body"; found id, text; ', {"text_field": "body"}),
-    Bad("no_such_id.jsonl", GOOD, '{}:1: no field "key"; found id, text; ', {"id_field": "key"}),
+    Bad(
+        "no_such_id.jsonl",
+        GOOD,
+        '{}:1: no field "key"; found id, text; name the one to read with --id-field',
+        {"id_field": "key"},
+    ),
     Bad("no_fields.jsonl", b"{}", '{}:1: no field "text"; found no fields; '),
     Bad("text_number.jsonl", GOOD + b'{"id": "b", "text": 3}', '{}:2: field "text" is a number; expected a string'),
     Bad("text_null.jsonl", GOOD + b'{"id": "b", "text": null}', '{}:2: field "text" is null; expected a string'),
@@ -136,7 +141,11 @@ BAD_FILES = [
     Bad("plain.parquet", LINES, "{}: not a Parquet file ("),
     Bad("cut.parquet", _parquet({"text": ["x"] * 100})[:-20], "{}: not a Parquet file ("),
     Bad("no_rows.parquet", _parquet({"text": []}), "{}: holds no record; expected at least one"),
-    Bad("no_column.parquet", _parquet({"content": ["x"]}), '{}: no field "text"; found content; name the one to read'),
+    Bad(
+        "no_column.parquet",
+        _parquet({"content": ["x"]}),
+        '{}: no field "text"; found content; name the one to read with --text-field',
+    ),
     Bad("text_int.parquet", _parquet({"text": [1, 2]}), '{}: row 0: field "text" is a number; expected a string'),
     Bad("text_null.parquet", _parquet({"text": ["x", None]}), '{}: row 1: field "text" is null; expected a string'),
     Bad(
@@ -149,11 +158,11 @@ BAD_FILES = [
     ),
     Bad("notes.docx", GOOD, "{}: its name does not tell what it holds; expected an ending .jsonl"),
     Bad("table.parquet.gz", GOOD, "{}: its name does not tell what it holds; expected an ending .jsonl"),
-    Bad("limit.jsonl", GOOD, "limit is 0; expected at least 1", {"limit": 0}),
+    Bad("limit.jsonl", GOOD, "--limit 0: expected at least 1", {"limit": 0}),
     Bad(
         "id_of_text.txt",
         b"one\n",
-        '{}: id_field is "id", but bare text has no fields; leave it out',
+        "--id-field id: {} holds bare text, which has no fields; leave",
         {"id_field": "id"},
     ),
 ]
@@ -208,7 +217,7 @@ def _raised(action: Callable[[], object], kind: type[TrackstarError]) -> str:
 def test_bad_corpus_file_is_one_line_that_names_file_and_record(bad: Bad, tmp_path: Path) -> None:
     path = tmp_path / bad.name
     path.write_bytes(bad.content)
-    kind = OptionError if "limit is" in bad.message or "id_field is" in bad.message else CorpusError
+    kind = OptionError if bad.message.startswith("--") else CorpusError
     message = _raised(lambda: list(open_corpus(str(path), **bad.options).examples()), kind)
     assert message.startswith(bad.message.replace("{}", str(path)))
 
@@ -381,14 +390,14 @@ def _query(prompt: str, completion: str) -> Query:
 
 def test_windows_without_room_are_refused(tiny_tokenizer: Any) -> None:
     for window_tokens, overlap, message in [
-        (2, 1, "window_tokens is 2; expected at least 3, for 1 special tokens, 1 of overlap and one target"),
-        (9, 8, "window_tokens is 9; expected at least 10, for 1 special tokens, 8 of overlap and one target"),
-        (9, 0, "overlap is 0; expected at least 1, so that a window's first target has a context"),
+        (2, 1, "--window-tokens 2: expected at least 3, for 1 special tokens, 1 of overlap and one target"),
+        (9, 8, "--window-tokens 9: expected at least 10, for 1 special tokens, 8 of overlap and one target"),
+        (9, 0, "--overlap 0: expected at least 1, so that a window's first target has a context"),
     ]:
         options = {"window_tokens": window_tokens, "overlap": overlap}
         assert _raised(lambda o=options: tokenize_example(_example("x"), tiny_tokenizer, **o), OptionError) == message
     message = _raised(lambda: tokenize_query(_query("a", "b"), tiny_tokenizer, window_tokens=2), OptionError)
-    assert message.startswith("window_tokens is 2; ")
+    assert message.startswith("--window-tokens 2: ")
 
 
 def test_text_that_cannot_be_tokenized_names_the_example(tiny_tokenizer: Any) -> None:

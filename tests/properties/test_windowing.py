@@ -12,6 +12,7 @@ from trackstar.examples import (
     Example,
     Query,
     TokenizedExample,
+    prompt_tokens,
     query_text,
     tokenize_example,
     tokenize_examples,
@@ -190,6 +191,18 @@ def test_query_targets_do_not_depend_on_how_the_tokenizer_trims_white_space(trim
         query = Query(query_id="q", prompt=prompt, completion=completion)
         tokenized = tokenize_query(query, tokenizer, window_tokens=64)
         assert tokenizer.decode(tokenized.token_ids[tokenized.target_mask]) == target
+
+
+@pytest.mark.parametrize("prompt", ["", "The capital is"])
+@pytest.mark.parametrize("special", SPECIAL_TOKENS)
+def test_prompt_to_go_on_from_is_the_beginning_of_the_same_training_text(prompt: str, special: SpecialTokens) -> None:
+    tokenizer = tiny_tokenizer(special)
+    longer = _whole(tokenizer, f"{prompt}\n")
+    prefix = prompt_tokens(prompt, tokenizer)
+    assert prefix == longer[: len(prefix)]
+    assert tokenizer.decode(prefix, skip_special_tokens=True) == prompt
+    assert prefix.count(BOS) == (special != "plain")
+    assert EOS not in prefix
 
 
 def test_prompt_and_completion_are_joined_by_one_space_where_there_is_none() -> None:

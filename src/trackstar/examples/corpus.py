@@ -43,11 +43,11 @@ def open_corpus(
         OptionError: `limit` is below 1, or `id_field` is given for bare text.
     """
     if limit is not None and limit < 1:
-        raise OptionError(f"limit is {limit}; expected at least 1")
+        raise OptionError(f"--limit {limit}: expected at least 1")
     source = _source(data)
     found = source.field_names()
     if id_field is not None and not found:
-        raise OptionError(f'{source.name}: id_field is "{id_field}", but bare text has no fields; leave it out')
+        raise OptionError(f"--id-field {id_field}: {source.name} holds bare text, which has no fields; leave it out")
     if id_field is None:
         id_field = next((name for name in ID_FIELDS if name in found), None)
     corpus = Corpus(source=source, text_field=text_field, id_field=id_field, limit=limit)

@@ -39,7 +39,7 @@ def picked(record: Mapping[Any, object], fields: Fields, place: str) -> tuple[st
     """The record's name and text, checked."""
     for name in fields:
         if name is not None and name not in record:
-            raise missing_field(name, [str(key) for key in record], place)
+            raise missing_field(name, fields, [str(key) for key in record], place)
     identifier = None if fields.identifier is None else checked_name(record[fields.identifier], fields, place)
     return identifier, checked_text(record[fields.text], fields, place)
 
@@ -86,10 +86,12 @@ def checked_name(value: object, fields: Fields, place: str) -> str | None:
     raise CorpusError(f'{place}: field "{fields.identifier}" is {found}; expected a name: a string or a whole number')
 
 
-def missing_field(name: str, found: Sequence[str], place: str) -> CorpusError:
+def missing_field(name: str, fields: Fields, found: Sequence[str], place: str) -> CorpusError:
     """The line that tells which field is missing and which are there."""
     shown = ", ".join(found[:_MOST_SHOWN]) + (" ..." if len(found) > _MOST_SHOWN else "")
-    return CorpusError(f'{place}: no field "{name}"; found {one_line(shown) or "no fields"}; name the one to read')
+    option = "--text-field" if name == fields.text else "--id-field"
+    found_fields = one_line(shown) or "no fields"
+    return CorpusError(f'{place}: no field "{name}"; found {found_fields}; name the one to read with {option}')
 
 
 def json_kind(value: object) -> str:

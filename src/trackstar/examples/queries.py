@@ -7,7 +7,7 @@ import numpy as np
 
 from trackstar.errors import CorpusError
 from trackstar.examples.fields import encodable, json_object
-from trackstar.examples.files import find_files, raw_lines
+from trackstar.examples.files import find_files, one_line, raw_lines
 from trackstar.examples.records import Query, TokenizedExample
 from trackstar.examples.tokenization import Tokenizer, check_window, encode, fast_backend, special_around
 
@@ -110,9 +110,10 @@ def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
         CorpusError: The prompt holds half a surrogate pair.
         ModelError: The tokenizer is not a fast one, or fails.
     """
-    encoding = encode(fast_backend(tokenizer), prompt, "prompt")
-    _, after = special_around(encoding)
-    return encoding.ids[: len(encoding.ids) - after]
+    # Around an empty text, the tokens before and after could not be told apart.
+    encoding = encode(fast_backend(tokenizer), prompt or "a", "prompt")
+    before, after = special_around(encoding)
+    return encoding.ids[: len(encoding.ids) - after if prompt else before]
 
 
 def _check_targets(what: str, targets: int, *, context: int, room: int) -> None:
@@ -143,7 +144,7 @@ def _query(line: Mapping[str, object], where: str, prompt_field: str | None, fal
 def _text(line: Mapping[str, object], fields: Sequence[str], where: str, what: str) -> str:
     field = next((name for name in fields if name in line), None)
     if field is None:
-        found = ", ".join(list(line)[:12]) or "no fields"
+        found = one_line(", ".join(list(line)[:12])) or "no fields"
         raise CorpusError(f"{where}: no {what}; expected a field {' or '.join(fields)}; found {found}")
     value = line[field]
     if not isinstance(value, str):

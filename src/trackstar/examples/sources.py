@@ -136,7 +136,7 @@ class ParquetSource(Source):
                 columns = [name for name in fields if name is not None]
                 for name in columns:
                     if name not in table.schema_arrow.names:
-                        raise missing_field(name, table.schema_arrow.names, file.name)
+                        raise missing_field(name, fields, table.schema_arrow.names, file.name)
                 first = record
                 for group in range(table.num_row_groups):
                     rows = table.metadata.row_group(group).num_rows
@@ -174,7 +174,7 @@ class DatasetSource(Source):
         columns = [name for name in fields if name is not None]
         for name in columns:
             if name not in self._dataset.column_names:
-                raise missing_field(name, self._dataset.column_names, self.name)
+                raise missing_field(name, fields, self._dataset.column_names, self.name)
         table = self._dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
         for first in range(start, len(table), ROWS_AT_ONCE):
             try:

@@ -92,10 +92,10 @@ def check_window(backend: "Backend", *, window_tokens: int, overlap: int) -> Non
     """
     special = backend.num_special_tokens_to_add(False)
     if overlap < 1:
-        raise OptionError(f"overlap is {overlap}; expected at least 1, so that a window's first target has a context")
+        raise OptionError(f"--overlap {overlap}: expected at least 1, so that a window's first target has a context")
     if window_tokens < special + overlap + 1:
         raise OptionError(
-            f"window_tokens is {window_tokens}; expected at least {special + overlap + 1}, for {special} special "
+            f"--window-tokens {window_tokens}: expected at least {special + overlap + 1}, for {special} special "
             f"tokens, {overlap} of overlap and one target"
         )
 
