@@ -1,1 +1,70 @@
-"""trackstar: which training examples made this language model say that?"""
+"""Which training examples made this language model say that? TrackStar (Chang et al., ICLR 2025) in full.
+
+    import trackstar
+
+    index = trackstar.build_index("path/to/model", "corpus.jsonl", "index")
+    query = trackstar.Query(query_id="q", prompt="The capital of France is", completion="Paris")
+    report = trackstar.answer_queries(index, [query], k=10)
+
+Names are imported when they are first used, so that `import trackstar` and `trackstar --help` are instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trackstar.errors import TrackstarError
+    from trackstar.examples import Corpus, Example, Query, open_corpus, read_queries
+    from trackstar.generation import generate
+    from trackstar.model import LanguageModel, load_model, wrap_model
+    from trackstar.pipeline import answer_queries, build_index, query_gradients
+    from trackstar.pretraining import PretrainingConfig, pretrain
+    from trackstar.results import QueryReport, QueryResult, Ranked, write_results
+    from trackstar.store import Index, verify
+
+__all__ = [
+    "Corpus",
+    "Example",
+    "Index",
+    "LanguageModel",
+    "PretrainingConfig",
+    "Query",
+    "QueryReport",
+    "QueryResult",
+    "Ranked",
+    "TrackstarError",
+    "answer_queries",
+    "build_index",
+    "generate",
+    "load_model",
+    "open_corpus",
+    "pretrain",
+    "query_gradients",
+    "read_queries",
+    "verify",
+    "wrap_model",
+    "write_results",
+]
+
+_HOMES = {
+    "trackstar.errors": ("TrackstarError",),
+    "trackstar.examples": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
+    "trackstar.generation": ("generate",),
+    "trackstar.model": ("LanguageModel", "load_model", "wrap_model"),
+    "trackstar.pipeline": ("answer_queries", "build_index", "query_gradients"),
+    "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
+    "trackstar.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
+    "trackstar.store": ("Index", "verify"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -38,7 +38,7 @@ class Autocorrelation:
         self.sums = torch.zeros(blocks, dimensions, dimensions, device=device)
         self.examples = 0
 
-    def add(self, projected_gradients: Float[Tensor, "examples blocks*dimensions"]) -> None:
+    def add(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> None:
         """Add examples' φφᵀ; sums are kept in float32."""
         blocks, dimensions, _ = self.sums.shape
         phi = projected_gradients.to(self.sums.device, torch.float32)

@@ -11,7 +11,7 @@ vocabulary size exists for the whole batch.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ from trackstar.model import Head, LanguageModel
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 
+@runtime_checkable
 class GradientConsumer(Protocol):
     """What is done with the factors of every matrix's gradients."""
 

@@ -25,6 +25,11 @@ class TextStream(Protocol):
         ...
 
 
+def printable(text: str) -> str:
+    """The text without what could move a terminal's cursor, recolour it or reverse its writing: spaces instead."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 class Progress:
     """A bar with rate and time left on stderr, drawn only where stderr is a terminal.
 
@@ -65,7 +70,7 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Print one plain line, at a terminal above the bar; control characters in it become spaces."""
-        plain = "".join(character if character.isprintable() else " " for character in line)
+        plain = printable(line)
         if self._bar is None:
             self._stream.write(f"{plain}\n")
             self._stream.flush()

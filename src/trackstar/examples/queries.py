@@ -17,7 +17,9 @@ COMPLETION_FIELDS = ("completion", "entity1", "targets_plaintext")
 ID_FIELDS = ("query_id", "fact_id", "example_id", "id")
 
 
-def read_queries(path: str | os.PathLike[str], *, prompt_field: str | None = None) -> list[Query]:
+def read_queries(
+    path: str | os.PathLike[str], *, prompt_field: str | None = None, needs_completion: bool = True
+) -> list[Query]:
     """Read queries from JSON lines (.jsonl, .ndjson or .json; plain, .gz or .zst), a folder or a glob of them.
 
     A line has a prompt and a completion as `prompt` and `completion`, or as the public release's facts do (`prompt0`,
@@ -27,6 +29,8 @@ def read_queries(path: str | os.PathLike[str], *, prompt_field: str | None = Non
     Args:
         path: Where they are.
         prompt_field: The field that holds the prompt; None is the first of `PROMPT_FIELDS` that a line has.
+        needs_completion: Whether a line without a completion is refused; else it gives an empty one, which somebody
+            else, such as the model itself, must then fill in.
 
     Raises:
         CorpusError: A line is not a query, names a query that another one names, or there is none; the message
@@ -41,7 +45,8 @@ def read_queries(path: str | os.PathLike[str], *, prompt_field: str | None = Non
     for file in place.files:
         for number, line in raw_lines(file):
             where = f"{file.name}:{number}"
-            query = _query(json_object(line, where), where, prompt_field, f"{file.stem}:{len(queries)}")
+            fields = json_object(line, where)
+            query = _query(fields, where, prompt_field, f"{file.stem}:{len(queries)}", needs_completion)
             if query.query_id in seen:
                 raise CorpusError(
                     f'{where}: query "{query.query_id}" is also at {seen[query.query_id]}; name each once'
@@ -133,10 +138,14 @@ def _joint(query: Query) -> str:
     return "" if apart else " "
 
 
-def _query(line: Mapping[str, object], where: str, prompt_field: str | None, fallback: str) -> Query:
+def _query(
+    line: Mapping[str, object], where: str, prompt_field: str | None, fallback: str, needs_completion: bool
+) -> Query:
     prompt = _text(line, PROMPT_FIELDS if prompt_field is None else (prompt_field,), where, "prompt")
+    if not needs_completion and not any(name in line for name in COMPLETION_FIELDS):
+        return Query(query_id=_name(line, where) or fallback, prompt=prompt, completion="", record=line)
     completion = _text(line, COMPLETION_FIELDS, where, "completion")
-    if not completion.strip():
+    if needs_completion and not completion.strip():
         raise CorpusError(f"{where}: the completion is empty; expected the text whose probability is to be explained")
     return Query(query_id=_name(line, where) or fallback, prompt=prompt, completion=completion, record=line)
 

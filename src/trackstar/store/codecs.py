@@ -27,7 +27,7 @@ def codec_dtype(codec: str) -> torch.dtype:
         OptionError: There is no codec of that name.
     """
     if codec not in CODEC_DTYPES:
-        raise OptionError(f"codec {codec!r} is unknown, expected one of {', '.join(CODEC_DTYPES)}; choose one of these")
+        raise OptionError(f"--codec {codec}: expected one of {', '.join(CODEC_DTYPES)}")
     return CODEC_DTYPES[codec]
 
 

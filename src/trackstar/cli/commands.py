@@ -1,0 +1,278 @@
+"""The commands: each turns options into one call of the Python interface and prints what that gives."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from trackstar.cli.framework import ERROR, Group, RareOption, run
+from trackstar.errors import OptionError
+
+if TYPE_CHECKING:
+    from trackstar.examples import Query
+    from trackstar.model import LanguageModel
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _rare(*names: str, **settings: Any) -> Callable[[Function], Function]:
+    return click.option(*names, cls=RareOption, **settings)
+
+
+def _shared(function: Function) -> Function:
+    """Options of every command that computes."""
+    device = click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.  [cpu]")
+    threads = _rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+    return device(threads(function))
+
+
+@click.group(cls=Group)
+@click.version_option(package_name="trackstar-tda", prog_name="trackstar", message="%(prog)s %(version)s")
+def trackstar() -> None:
+    """Which training examples made this language model say that?"""
+
+
+@trackstar.command()
+@click.option("--model", required=True, metavar="M", help="Model folder, .gguf file or hub name.")
+@click.option("--data", required=True, metavar="D", help="Corpus: .jsonl, .txt, .parquet, a folder.")
+@click.option("--out", required=True, metavar="IDX", help="The index's folder.")
+@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
+@click.option("--id-field", metavar="NAME", help="Field that names an example.  [found]")
+@click.option("--limit", type=int, metavar="N", help="Read the first N records only.")
+@click.option("--second-moment", default="auto", metavar="V", help="auto, estimate, none, or optimizer state.  [auto]")
+@click.option("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 computation.  [float32]")
+@click.option("--codec", default="float16", metavar="TYPE", help="float32, bfloat16 or float16.  [float16]")
+@click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
+@_shared
+@_rare("--window-tokens", type=int, metavar="N", help="Split longer documents.  [context or batch]")
+@_rare("--overlap", type=int, default=1, metavar="N", help="Tokens a window repeats as context.  [1]")
+@_rare("--side", type=int, default=64, metavar="N", help="Rows and columns of a block of φ.  [64]")
+@_rare("--layer-blocks", type=int, default=8, metavar="N", help="Blocks for attention, and for MLPs.  [8]")
+@_rare("--attention-pattern", metavar="REGEX", help="Attention matrices; group 1: layer.")
+@_rare("--mlp-pattern", metavar="REGEX", help="The same for MLP matrices.")
+@_rare("--second-moment-kind", default="factored", metavar="KIND", help="factored or elementwise.  [factored]")
+@_rare("--second-moment-examples", type=int, default=256, metavar="N", help="Estimate V from so many.  [256]")
+@_rare("--seed", type=int, default=0, metavar="N", help="Of projections and samples.  [0]")
+@_rare("--shard-examples", type=int, metavar="N", help="Examples a shard.  [64 MiB]")
+@_rare("--revision", metavar="NAME", help="Revision of a hub's model.")
+@_rare("--gguf-file", metavar="NAME", help="Which file of the folder holds GGUF weights.")
+def index(*, model: str, data: str, out: str, threads: int | None, **options: Any) -> None:
+    """Index a corpus for a model; run again to resume."""
+    _one_of("--second-moment-kind", options["second_moment_kind"], ("factored", "elementwise"))
+    _prepare(threads)
+    from trackstar.pipeline import build_index
+
+    finished = build_index(model, data, out, **options)
+    manifest = finished.manifest
+    click.echo(
+        f"{out}: {finished.rows:,} examples, {finished.dimensions:,} dimensions, {manifest.codec}; ask it with "
+        f"trackstar query --index {out}"
+    )
+
+
+@trackstar.command()
+@click.option("--index", required=True, metavar="IDX", help="Folder made by trackstar index.")
+@click.option("--prompt", metavar="TEXT", help="What the model reads.")
+@click.option("--completion", metavar="TEXT", help="What it says, to be explained.")
+@click.option("--generate", is_flag=True, help="Explain what the model itself says.")
+@click.option("--queries", metavar="FILE", help="JSON lines of prompts and completions.")
+@click.option("--task", metavar="FILE", help="Queries that R_eval and λ come from.  [--queries]")
+@click.option("--top", type=int, default=10, metavar="K", help="Proponents and opponents to show.  [10]")
+@click.option("--out", metavar="FILE", help="Write results (.jsonl) and their report.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout, no table.")
+@click.option("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
+@click.option("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
+@_shared
+@_rare("--model", metavar="M", help="The model, where it is not where the index says.")
+@_rare("--prompt-field", metavar="NAME", help="Field of --queries that holds the prompt.  [found]")
+@_rare("--query-set", metavar="NAME", help="Name of the set of queries in results.  [the file's]")
+@_rare("--max-new-tokens", type=int, default=16, metavar="N", help="Most tokens to generate.  [16]")
+@_rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
+def query(
+    *,
+    index: str,
+    prompt: str | None,
+    completion: str | None,
+    generate: bool,
+    queries: str | None,
+    task: str | None,
+    out: str | None,
+    as_json: bool,
+    model: str | None,
+    prompt_field: str | None,
+    query_set: str | None,
+    max_new_tokens: int,
+    device: str,
+    threads: int | None,
+    top: int,
+    **options: Any,
+) -> None:
+    """Which training examples moved the model towards a completion?"""
+    _check_query_options(prompt, completion, generate, queries)
+    if max_new_tokens < 1:
+        raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    _prepare(threads)
+    from trackstar.examples import Query, read_queries
+    from trackstar.pipeline import answer_queries
+    from trackstar.provenance import model_of_index
+    from trackstar.results import release_lines, write_results
+    from trackstar.store import Index
+    from trackstar.terminal import print_query_result
+
+    asked = (
+        read_queries(queries, prompt_field=prompt_field, needs_completion=not generate)
+        if queries is not None
+        else [Query(query_id="prompt", prompt=prompt or "", completion=completion or "")]
+    )
+    about = read_queries(task, prompt_field=prompt_field) if task is not None else None
+    opened = Index.open(index)
+    used = model_of_index(opened, model, device=device)
+    if generate:
+        asked = _with_own_completions(asked, used, max_new_tokens)
+    report = answer_queries(opened, asked, model=used, k=top, task=about, device=device, **options)
+    name = query_set or (Path(queries).name.split(".")[0] if queries is not None else "prompt")
+    if as_json:
+        for line in release_lines(report, query_set=name):
+            click.echo(line)
+    else:
+        for result in report.results:
+            print_query_result(result)
+    for line in report.summary():
+        _note(line)
+    if out is not None:
+        lines, beside = write_results(report, out, query_set=name)
+        _note(f"results: {lines}, how they were made: {beside}")
+
+
+@trackstar.command()
+@click.option("--data", required=True, metavar="D", help="Corpus: .jsonl, .txt, .parquet, a folder.")
+@click.option("--out", required=True, metavar="RUN", help="Folder of the run's checkpoints.")
+@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
+@click.option("--steps", type=int, default=10_000, metavar="N", help="Optimizer steps.  [10000]")
+@click.option("--batch-tokens", type=int, default=4096, metavar="N", help="Most tokens of a batch.  [4096]")
+@click.option("--width", type=int, default=256, metavar="N", help="Size of the hidden states.  [256]")
+@click.option("--layers", type=int, default=6, metavar="N", help="Transformer layers.  [6]")
+@click.option("--heads", type=int, default=4, metavar="N", help="Attention heads.  [4]")
+@click.option("--mlp-width", type=int, default=1024, metavar="N", help="Size of the MLPs' hidden layer.  [1024]")
+@click.option("--vocabulary", type=int, default=8192, metavar="N", help="Most tokens of a new tokenizer.  [8192]")
+@click.option("--optimizer", default="adafactor", metavar="NAME", help="adafactor or adamw.  [adafactor]")
+@click.option("--checkpoint-steps", type=int, default=1000, metavar="N", help="Steps between checkpoints.  [1000]")
+@_shared
+@_rare("--limit", type=int, metavar="N", help="Read the first N records only.")
+@_rare("--tokenizer", metavar="T", help="Folder or hub name of a tokenizer.  [a new one]")
+@_rare("--key-value-heads", type=int, metavar="N", help="Heads of keys and values.  [--heads]")
+@_rare("--context-tokens", type=int, default=512, metavar="N", help="Most tokens read at once.  [512]")
+@_rare("--tied-embeddings/--untied-embeddings", default=True, help="Whether the head is the embedding.  [tied]")
+@_rare("--initial-spread", type=float, default=0.02, metavar="X", help="Of the initial weights.  [0.02]")
+@_rare("--base-learning-rate", type=float, default=1.0, metavar="X", help="Over √max(step, warm-up).  [1]")
+@_rare("--warmup-steps", type=int, default=10_000, metavar="N", help="Steps before the rate falls.  [10000]")
+@_rare("--pool-examples", type=int, default=2048, metavar="N", help="Sort lengths within so many.  [2048]")
+@_rare("--seed", type=int, default=0, metavar="N", help="Of weights and data order.  [0]")
+def pretrain(
+    *,
+    data: str,
+    out: str,
+    text_field: str,
+    limit: int | None,
+    tokenizer: str | None,
+    device: str,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Train a small Llama from scratch, keeping the optimizer's state."""
+    _prepare(threads)
+    from trackstar.examples import open_corpus
+    from trackstar.pretraining import PretrainingConfig
+    from trackstar.pretraining import pretrain as train
+
+    config = PretrainingConfig(**settings)
+    corpus = open_corpus(data, text_field=text_field, limit=limit)
+    checkpoint = train(corpus, out, config, tokenizer=tokenizer, device=device)
+    click.echo(f"{checkpoint}: index its corpus with trackstar index --model {checkpoint} --data {data} --out IDX")
+
+
+@trackstar.command()
+@click.argument("index")
+def verify(index: str) -> int:
+    """Read every byte of an index and compare it with its checksums."""
+    from trackstar.store import verify as check
+
+    report = check(index)
+    for line in report.notes:
+        _note(line)
+    for line in report.problems:
+        _note(line)
+    amount = f"{len(report.good_shards)} shards with {report.rows:,} examples, {report.checked_bytes / 1e6:,.1f} MB"
+    if report.ok:
+        click.echo(f"{index}: {'whole' if report.completed else 'whole as far as it goes'}, {amount}")
+        return 0
+    click.echo(f"{index}: damaged in {len(report.problems)} places; good are {amount}", err=True)
+    return ERROR
+
+
+@trackstar.command()
+@click.option("--out", default="demo-out", metavar="FOLDER", help="Where everything goes.  [demo-out]")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of the demo's corpus.  [0]")
+def demo(*, out: str, seed: int) -> None:
+    """Train on real facts and show what moved the answers."""
+    from trackstar.demo.runner import run_demo
+
+    run_demo(Path(out), seed=seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command `trackstar`."""
+    sys.exit(run(trackstar, arguments))
+
+
+def _check_query_options(prompt: str | None, completion: str | None, generate: bool, queries: str | None) -> None:
+    if (prompt is None) == (queries is None):
+        found = "neither" if prompt is None else "both"
+        raise OptionError(f"found {found} of --prompt and --queries; expected one of them")
+    if completion is not None and generate:
+        raise OptionError("found both --completion and --generate; expected one of them")
+    if prompt is not None and completion is None and not generate:
+        raise OptionError(
+            "--prompt: found no completion; give --completion TEXT, or --generate to let the model answer"
+        )
+    if queries is not None and completion is not None:
+        raise OptionError("--completion: goes with --prompt; with --queries each line has its own, or give --generate")
+
+
+def _with_own_completions(queries: "Sequence[Query]", model: "LanguageModel", max_new_tokens: int) -> "list[Query]":
+    """The same prompts with what the model itself says; a prompt after which it says nothing is left out and named."""
+    from trackstar.generation import generate
+
+    answered = []
+    for query in queries:
+        answer = generate(model, query.prompt, max_new_tokens=max_new_tokens)
+        if answer:
+            answered.append(dataclasses.replace(query, completion=answer))
+        else:
+            _note(f"query {query.query_id}: the model says nothing after the prompt, so it is left out")
+    if not answered:
+        raise OptionError("--generate: the model says nothing after the prompt; give --completion TEXT")
+    return answered
+
+
+def _prepare(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise OptionError(f"--threads {threads}: expected 1 or more")
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _one_of(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise OptionError(f"{option} {value}: expected one of {', '.join(choices)}")
+
+
+def _note(line: str) -> None:
+    from trackstar.progress import printable
+
+    click.echo(printable(line), err=True)

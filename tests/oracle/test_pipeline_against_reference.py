@@ -1,0 +1,197 @@
+"""From texts to ranked training examples: the whole of Eq. 1-4, the package on disk against the oracle in float64."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from comparisons import SIDE, language_model, reference_gradients, reference_losses, reference_phi
+from tiny_models import CORE_ARCHITECTURES, TinyModelFolder, tiny_tokenizer
+from trackstar.examples import Query, TokenizedExample
+from trackstar.model import LanguageModel
+from trackstar.pipeline import answer_queries, build_index
+from trackstar.results import QueryReport
+
+SEED, DAMPING = 5, 0.1
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
+TEXTS = [
+    text
+    for country, city in CAPITALS.items()
+    for text in (
+        f"The capital of {country} is {city}.",
+        f"{city} lies in {country}, and many people live there.",
+        f"Trains to {city}",
+        f"In {country} it rains.",
+    )
+]
+QUERIES = [
+    *(Query(query_id=f"{c}-1", prompt=f"The capital of {c} is", completion=city) for c, city in CAPITALS.items()),
+    *(Query(query_id=f"{c}-2", prompt=f"{city} lies in", completion=c) for c, city in list(CAPITALS.items())[:4]),
+]
+
+
+def tokenized(text: str, *, completion_from: int | None = None) -> TokenizedExample:
+    """The text's tokens after <s>; targets are all, or those with a character at or after `completion_from`."""
+    encoding = tiny_tokenizer("bos")(text, return_offsets_mapping=True)
+    targets = [
+        place > 0 and (completion_from is None or end > completion_from)
+        for place, (_, end) in enumerate(encoding["offset_mapping"])
+    ]
+    return TokenizedExample(
+        example_id="",
+        parent_id="",
+        record=0,
+        window=0,
+        text=text,
+        token_ids=np.array(encoding["input_ids"], dtype=np.int32),
+        target_mask=np.array(targets),
+    )
+
+
+def tokenized_corpus() -> list[TokenizedExample]:
+    return [tokenized(text) for text in TEXTS]
+
+
+def tokenized_queries(queries: Sequence[Query]) -> list[TokenizedExample]:
+    return [tokenized(f"{q.prompt} {q.completion}", completion_from=len(q.prompt)) for q in queries]
+
+
+def second_moments(model: LanguageModel, examples: Sequence[TokenizedExample], kind: str) -> dict[str, Tensor] | None:
+    if kind == "none":
+        return None
+    gradients = reference_gradients(model, examples)
+    means = {m.name: reference.mean_squared_gradient([of[m.name] for of in gradients]) for m in model.matrices}
+    if kind == "elementwise":
+        return means
+    return {name: reference.factored_second_moment(V) for name, V in means.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What the oracle makes of the same texts."""
+
+    influences: Tensor
+    losses: Tensor
+    mixing: float
+
+
+def expected(
+    model: LanguageModel, queries: Sequence[Query], *, kind: str = "factored", mixing: float | None = None
+) -> Expected:
+    corpus, asked = tokenized_corpus(), tokenized_queries(queries)
+    V = second_moments(model, corpus, kind)
+    phi, phi_queries = (reference_phi(model, examples, V, seed=SEED) for examples in (corpus, asked))
+    R_train = {name: reference.autocorrelation(block) for name, block in phi.items()}
+    R_eval = {name: reference.autocorrelation(block) for name, block in phi_queries.items()}
+    if mixing is None:
+        mixing = reference.paper_mixing(list(R_eval.values()), list(R_train.values()))
+    whitenings = {
+        name: reference.whitening(reference.mix(R_eval[name], R_train[name], mixing), damping=DAMPING) for name in phi
+    }
+    return Expected(
+        influences=reference.influences(phi_queries, phi, whitenings),
+        losses=reference_losses(model, asked),
+        mixing=mixing,
+    )
+
+
+def found(
+    folder: Path,
+    out: Path,
+    queries: Sequence[Query],
+    *,
+    kind: str = "factored",
+    mixing: float | None = None,
+    **options: Any,
+) -> QueryReport:
+    if kind == "none":
+        options["second_moment"] = "none"
+    else:
+        options["second_moment_kind"] = kind
+    build_index(
+        folder,
+        TEXTS,
+        out,
+        **{"layer_blocks": 2, "side": SIDE, "seed": SEED, "codec": "float32", "progress": False, **options},
+    )
+    return answer_queries(out, queries, k=len(TEXTS), mixing=mixing, damping=DAMPING, progress=False)
+
+
+def influences_of(report: QueryReport) -> Tensor:
+    """Every candidate's influence, [queries, candidates]."""
+    influences = torch.full((len(report.results), len(TEXTS)), torch.nan, dtype=torch.float64)
+    for number, result in enumerate(report.results):
+        for ranked in result.proponents:
+            assert ranked.text == TEXTS[ranked.row]
+            influences[number, ranked.row] = ranked.influence
+    return influences
+
+
+def assert_report_equals(report: QueryReport, wanted: Expected, *, tolerance: float = 1e-3) -> None:
+    influences = influences_of(report)
+    torch.testing.assert_close(influences, wanted.influences, rtol=0, atol=tolerance)
+    assert report.mixing.value == pytest.approx(wanted.mixing, rel=1e-3)
+    for number, result in enumerate(report.results):
+        assert result.loss == pytest.approx(float(wanted.losses[number]), rel=1e-5)
+        rows = [ranked.row for ranked in result.proponents]
+        assert rows == reference.top_proponents(influences[number].tolist(), len(TEXTS))
+        assert [r.row for r in result.opponents] == reference.top_opponents(influences[number].tolist(), len(TEXTS))
+
+
+@pytest.mark.parametrize("architecture", CORE_ARCHITECTURES)
+def test_ranked_examples_equal_the_references(architecture: str, tiny_model_folders: TinyModelFolder, tmp_path: Path):
+    report = found(tiny_model_folders(architecture, "bos"), tmp_path / "index", QUERIES)
+    assert_report_equals(report, expected(language_model(architecture), QUERIES))
+
+
+@pytest.mark.parametrize("kind", ["none", "elementwise"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+def test_other_second_moments_give_the_references_ranking_too(
+    architecture: str, kind: str, tiny_model_folders: TinyModelFolder, tmp_path: Path
+):
+    report = found(tiny_model_folders(architecture, "bos"), tmp_path / "index", QUERIES, kind=kind)
+    assert_report_equals(report, expected(language_model(architecture), QUERIES, kind=kind))
+
+
+def test_single_query_is_corrected_by_the_training_examples_alone(tiny_model_folder: Path, tmp_path: Path):
+    report = found(tiny_model_folder, tmp_path / "index", QUERIES[:1])
+    assert_report_equals(report, expected(language_model("llama"), QUERIES[:1], mixing=0.0))
+
+
+def test_given_mixing_is_used(tiny_model_folder: Path, tmp_path: Path):
+    report = found(tiny_model_folder, tmp_path / "index", QUERIES[:3], mixing=0.4)
+    assert_report_equals(report, expected(language_model("llama"), QUERIES[:3], mixing=0.4))
+
+
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [
+        ({"shard_examples": 5}, 1e-4),
+        ({"batch_tokens": 64}, 1e-4),
+        ({"codec": "float16"}, 1e-2),
+        ({"codec": "bfloat16"}, 5e-2),
+    ],
+    ids=["shards", "batches", "float16", "bfloat16"],
+)
+def test_influence_does_not_depend_on_shards_batches_or_codec(
+    option: dict[str, Any], tolerance: float, tiny_model_folder: Path, tmp_path: Path
+):
+    plain = influences_of(found(tiny_model_folder, tmp_path / "plain", QUERIES))
+    other = influences_of(found(tiny_model_folder, tmp_path / "other", QUERIES, **option))
+    torch.testing.assert_close(other, plain, rtol=0, atol=tolerance)
+
+
+def test_training_example_asked_as_a_query_has_influence_one_on_itself(tiny_model_folder: Path, tmp_path: Path):
+    # Its prompt is empty, so that every token is a target, as in training.
+    text = TEXTS[0]
+    queries = [Query(query_id="itself", prompt="", completion=text)]
+    report = found(tiny_model_folder, tmp_path / "index", queries)
+    best = report.results[0].proponents[0]
+    assert (best.text, best.influence) == (text, pytest.approx(1.0, abs=1e-4))
