@@ -307,5 +307,10 @@ def chosen_second_moment(
     )
     # A long document's first window stands for it.
     chosen = [parts[0] for parts in sample if parts]
+    if not chosen:
+        raise CorpusError(
+            f"{corpus.name}: none of {examples} records drawn from it has a token to score, expected texts of two "
+            "tokens or more to estimate V from"
+        )
     moment = estimate_second_moment(model, chosen, kind=kind, token_budget=batch_tokens, note=note)
     return checked_second_moment(dataclasses.replace(moment, source=source), model.matrices)

@@ -346,6 +346,11 @@ def _probe(module: PreTrainedModel, head: Head, matrices: list[WeightMatrix], so
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.isfinite(expected).all():
+        raise ModelError(
+            f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; its weights are too "
+            "large for the computation, or damaged"
+        )
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
         raise ModelError(

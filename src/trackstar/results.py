@@ -4,10 +4,13 @@ Results are written as the JSON lines of the paper's public release, so that its
 has no field for (λ and both spectra, damping, coverage) goes into one JSON report beside them.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +193,20 @@ def release_lines(report: QueryReport, *, query_set: str) -> list[str]:
     return [json.dumps(result.to_release(query_set), ensure_ascii=False) for result in report.results]
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """See before long work whether its results can be written there; what is there is left alone.
+
+    Raises:
+        OptionError: They cannot.
+    """
+    target = Path(path)
+    with _writing(target) as partial:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial.touch()
+        partial.unlink()
+
+
 def write_results(
     report: QueryReport, path: str | os.PathLike[str], *, query_set: str = "queries"
 ) -> tuple[Path, Path]:
@@ -216,13 +233,21 @@ def write_results(
 
 
 def _replace(path: Path, text: str) -> None:
+    with _writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of which nothing is left if the block fails."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        yield partial
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise OptionError(
             f"{path}: results cannot be written ({error.strerror or error}); make the place writable, or choose another"
         ) from error

@@ -1,6 +1,7 @@
 """The commands: each turns options into one call of the Python interface and prints what that gives."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ def trackstar() -> None:
 def index(*, model: str, data: str, out: str, threads: int | None, **options: Any) -> None:
     """Index a corpus for a model; run again to resume."""
     _one_of("--second-moment-kind", options["second_moment_kind"], ("factored", "elementwise"))
+    _one_of("--codec", options["codec"], ("float32", "bfloat16", "float16"))
     _prepare(threads)
     from trackstar.pipeline import build_index
 
@@ -118,10 +120,12 @@ def query(
     from trackstar.examples import Query, read_queries
     from trackstar.pipeline import answer_queries
     from trackstar.provenance import model_of_index
-    from trackstar.results import release_lines, write_results
+    from trackstar.results import check_writable, release_lines, write_results
     from trackstar.store import Index
     from trackstar.terminal import print_query_result
 
+    if out is not None:
+        check_writable(out)
     asked = (
         read_queries(queries, prompt_field=prompt_field, needs_completion=not generate)
         if queries is not None
@@ -183,6 +187,7 @@ def pretrain(
     **settings: Any,
 ) -> None:
     """Train a small Llama from scratch, keeping the optimizer's state."""
+    _one_of("--optimizer", settings["optimizer"], ("adafactor", "adamw"))
     _prepare(threads)
     from trackstar.examples import open_corpus
     from trackstar.pretraining import PretrainingConfig
@@ -259,6 +264,9 @@ def _with_own_completions(queries: "Sequence[Query]", model: "LanguageModel", ma
 
 
 def _prepare(threads: int | None) -> None:
+    """Settle what must be settled before anything heavy is imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars
     if threads is not None:
         if threads < 1:
             raise OptionError(f"--threads {threads}: expected 1 or more")

@@ -87,7 +87,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
 def _run(command: click.Command, arguments: Sequence[str] | None) -> int:
     again = "interrupted; run the same command again to go on from what is finished"
     try:
-        status = command.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        status = command.main(
+            args=list(arguments) if arguments is not None else None, prog_name="trackstar", standalone_mode=False
+        )
         sys.stdout.flush()
     except click.ClickException as error:
         context = getattr(error, "ctx", None)

@@ -1,0 +1,301 @@
+"""Every mistake that a user can make at the command line: one clear line that names it, an exit status, no traceback.
+
+Bad records of corpora and queries have a table of their own, in test_corpus_errors.py.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiny_models import save_tiny_model, tiny_tokenizer
+from trackstar.cli import framework
+from trackstar.cli import trackstar as command_group
+
+TEXTS = [
+    "The capital of France is Paris.",
+    "Berlin is in Germany.",
+    "Gold is Au.",
+    "People in Brazil speak Portuguese.",
+]
+
+
+class World(NamedTuple):
+    """What a case may use and spoil: copies in a folder of its own."""
+
+    folder: Path
+    model: Path
+    corpus: Path
+    index: Path
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+
+class Case(NamedTuple):
+    """A command made from the world ({...} are its paths), what is spoiled first, the line, and the exit status."""
+
+    name: str
+    command: str
+    line: str
+    spoil: Callable[[World], object] = lambda world: None
+    status: int = 1
+
+
+INDEX = "index --model {model} --data {corpus} --out {folder}/new --side 4"
+ASK = "query --index {index} --prompt Paris --completion France"
+
+
+def _spoil_weight(value: float) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        weights = load_file(world.model / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] = value
+        save_file(weights, world.model / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def _drop_weight(world: World) -> None:
+    weights = load_file(world.model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, world.model / "model.safetensors", metadata={"format": "pt"})
+
+
+def _truncate(name: str, kept: int) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        path = world.folder / name
+        path.write_bytes(path.read_bytes()[:kept])
+
+    return spoil
+
+
+def _remove(name: str) -> Callable[[World], None]:
+    return lambda world: (world.folder / name).unlink()
+
+
+def _edit_config(world: World) -> None:
+    path = world.model / "config.json"
+    config = json.loads(path.read_text())
+    config["architectures"], config["model_type"] = ["MambaForCausalLM"], "mamba"
+    path.write_text(json.dumps(config))
+
+
+def _mixture_of_experts(world: World) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shutil.rmtree(world.model)
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=300, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(world.model)
+    tiny_tokenizer("bos").save_pretrained(world.model)
+
+
+def _state(content: dict[str, torch.Tensor]) -> Callable[[World], None]:
+    return lambda world: save_file(content, world.folder / "state.safetensors")
+
+
+def _unfinished(world: World) -> None:
+    """As a killed indexer leaves it."""
+    from trackstar.store import load_manifest
+
+    manifest = load_manifest(world.index)
+    assert manifest is not None
+    import dataclasses
+
+    (world.index / "manifest.json").write_text(dataclasses.replace(manifest, completion=None).to_json())
+
+
+def _other_manifest_format(world: World) -> None:
+    path = world.index / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+
+
+def _other_model(world: World) -> None:
+    shutil.rmtree(world.model)
+    save_tiny_model(world.model, "llama", seed=9)
+
+
+def _bytes_of_shard_changed(world: World) -> None:
+    path = world.index / "autocorrelation.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 255
+    path.write_bytes(content)
+
+
+CASES = [
+    # Options
+    Case("no command", "fly", "trackstar: No such command 'fly'.", status=2),
+    Case("unknown option", "index --modle x", "trackstar index: No such option", status=2),
+    Case("missing option", "index --model m", "trackstar index: Missing option '--data'", status=2),
+    Case("number expected", INDEX + " --limit many", "trackstar index: Invalid value for '--limit'", status=2),
+    Case("missing argument", "verify", "trackstar verify: Missing argument 'INDEX'", status=2),
+    Case("limit", INDEX + " --limit 0", "trackstar: --limit 0: expected at least 1"),
+    Case("dtype", INDEX + " --dtype int8", "trackstar: --dtype int8: expected one of float32, bfloat16"),
+    Case("codec", INDEX + " --codec jpeg", "trackstar: --codec jpeg: expected one of float32, bfloat16, float16"),
+    Case("device", INDEX + " --device abacus", "trackstar: --device abacus: not usable here"),
+    Case("side", INDEX + " --side 0", "trackstar: --side 0: expected 1 or more"),
+    Case("threads", INDEX + " --threads 0", "trackstar: --threads 0: expected 1 or more"),
+    Case("batch", INDEX + " --batch-tokens 0", "trackstar: --batch-tokens 0: expected 1 or more"),
+    Case("shard", INDEX + " --shard-examples -1", "trackstar: --shard-examples -1: expected 1 or more"),
+    Case("blocks", INDEX + " --layer-blocks 0", "trackstar: layer blocks: found 0, expected 1 or more"),
+    Case("window too long", INDEX + " --window-tokens 999", "trackstar: --window-tokens 999: the model reads at most 64"),
+    Case("window too short", INDEX + " --window-tokens 2", "trackstar: --window-tokens 2: expected at least 3"),
+    Case("overlap", INDEX + " --overlap 0", "trackstar: --overlap 0: expected at least 1"),
+    Case("V's kind", INDEX + " --second-moment-kind big", "trackstar: --second-moment-kind big: expected one of"),
+    Case("V's sample", INDEX + " --second-moment-examples 0", "trackstar: --second-moment-examples 0: expected 1"),
+    Case("pattern", INDEX + " --attention-pattern [", "trackstar: --attention-pattern '[': not a regular expression"),
+    Case("pattern's group", INDEX + " --mlp-pattern x", "trackstar: --mlp-pattern 'x': expected a first group"),
+    # Models
+    Case("no model", "index --model ./none --data {corpus} --out {folder}/new", "trackstar: ./none: no such folder"),
+    Case("model is a file", "index --model {corpus} --data {corpus} --out {folder}/new", "trackstar: {corpus}: a file;"),
+    Case("empty model folder", INDEX, "trackstar: {model}: found no config.json and 0 .gguf files", lambda w: [
+        path.unlink() for path in w.model.iterdir()
+    ]),
+    Case("broken config", INDEX, "trackstar: {model}: cannot be loaded as a causal language model (", _truncate("model/config.json", 20)),
+    Case("cut weights", INDEX, "trackstar: {model}: cannot be loaded as a causal language model (", _truncate("model/model.safetensors", 900)),
+    Case("no weights", INDEX, "trackstar: {model}: cannot be loaded as a causal language model (", _remove("model/model.safetensors")),
+    Case("lacking weight", INDEX, "trackstar: {model}: its weights lack 1 parameters of LlamaForCausalLM, first model.layers.1.mlp.up_proj.weight", _drop_weight),
+    Case("NaN weight", INDEX, "trackstar: {model}: model.layers.1.mlp.up_proj.weight holds NaN or infinite weights", _spoil_weight(float("nan"))),
+    Case("infinite weight", INDEX, "trackstar: {model}: model.layers.1.mlp.up_proj.weight holds NaN or infinite", _spoil_weight(float("inf"))),
+    Case("no tokenizer", INDEX, "trackstar: {model}: its tokenizer cannot be loaded (", lambda w: [
+        path.unlink() for path in w.model.glob("tokenizer*")
+    ]),
+    Case("model without attention", INDEX, "trackstar: {model}: ", _edit_config),
+    Case("experts", INDEX, "trackstar: MixtralForCausalLM: ", _mixture_of_experts),
+    Case("bad GGUF", "index --model {folder}/x.gguf --data {corpus} --out {folder}/new", "trackstar: {folder}: cannot be loaded", lambda w: w.write("x.gguf", b"GGUFxxxx")),
+    # Optimizer state
+    Case("no state", INDEX + " --second-moment {folder}/none.pt", "trackstar: {folder}/none.pt: no such file; expected an optimizer's state"),
+    Case("state of nothing", INDEX + " --second-moment {corpus}", "trackstar: {corpus}: unknown kind of file"),
+    Case("state without matrix", INDEX + " --second-moment {folder}/state.safetensors", "trackstar: {folder}/state.safetensors: ", _state({"exp_avg_sq/model.norm.weight": torch.ones(24)})),
+    Case("no pickle", INDEX + " --second-moment {folder}/bad.pt", "trackstar: {folder}/bad.pt: cut off, or holds more than tensors and plain values", lambda w: w.write("bad.pt", b"not torch")),
+    # Corpora
+    Case("no corpus", "index --model {model} --data {folder}/none.jsonl --out {folder}/new", "trackstar: {folder}/none.jsonl: "),
+    Case("empty corpus", INDEX, "trackstar: {corpus}: holds no record", lambda w: w.write("corpus.jsonl", "")),
+    Case("binary corpus", INDEX, "trackstar: {corpus}:1: byte 0 is NUL", lambda w: w.write("corpus.jsonl", bytes(64))),
+    Case("broken record", INDEX, 'trackstar: {corpus}:2: broken JSON', lambda w: w.write("corpus.jsonl", '{"text": "fine"}\n{"text')),
+    Case("missing field", INDEX + " --text-field body", 'trackstar: {corpus}:1: no field "body"; found id, text'),
+    Case("nothing to score", INDEX, "trackstar: {corpus}: none of 256 records drawn from it has a token to score", lambda w: w.write("corpus.jsonl", '{"text": ""}')),
+    Case("unknown format", "index --model {model} --data {folder}/a.docx --out {folder}/new", "trackstar: {folder}/a.docx: ", lambda w: w.write("a.docx", "x")),
+    # The index's folder
+    Case("out is a file", "index --model {model} --data {corpus} --out {corpus} --side 4", "trackstar: {corpus}"),
+    Case("out is full of others", INDEX,  "trackstar: {folder}/new: holds 'letter.txt' but no manifest.json", lambda w: [
+        (w.folder / "new").mkdir(), (w.folder / "new" / "letter.txt").write_text("Dear")
+    ]),
+    Case("other settings", "index --model {model} --data {corpus} --out {index} --side 2", "trackstar: {index}: the index was made with projection.side 4, but 2 is asked for now"),
+    Case("other corpus", "index --model {model} --data {folder}/other.txt --out {index} --side 4", "trackstar: {index}: the index was made with corpus.digest", lambda w: w.write("other.txt", "Rome is in Italy.\n")),
+    Case("other model", "index --model {model} --data {corpus} --out {index} --side 4", "trackstar: {index}: the index was made with model.digest", _other_model),
+    # Asking
+    Case("no index", "query --index {folder}/none --prompt a --completion b", "trackstar: {folder}/none: no index is there (no manifest.json)"),
+    Case("nothing asked", "query --index {index}", "trackstar: found neither of --prompt and --queries"),
+    Case("asked twice", ASK + " --queries {corpus}", "trackstar: found both of --prompt and --queries"),
+    Case("no completion", "query --index {index} --prompt Paris", "trackstar: --prompt: found no completion; give --completion TEXT, or --generate"),
+    Case("both answers", ASK + " --generate", "trackstar: found both --completion and --generate"),
+    Case("completion of many", "query --index {index} --queries {corpus} --completion x", "trackstar: --completion: goes with --prompt"),
+    Case("empty completion", "query --index {index} --prompt Paris --completion=", "trackstar: query prompt: the completion is empty"),
+    Case("top", ASK + " --top 0", "trackstar: --top 0: expected 1 or more"),
+    Case("mixing", ASK + " --mixing 1.5", "trackstar: --mixing 1.5: expected a number from 0"),
+    Case("damping", ASK + " --damping -1", "trackstar: --damping -1.0: expected 0 or more"),
+    Case("too little damping", ASK + " --damping 0", "trackstar: attention.0-0: R is singular with damping 0"),
+    Case("tokens", "query --index {index} --prompt Paris --generate --max-new-tokens 0", "trackstar: --max-new-tokens 0: expected 1"),
+    Case("no room to answer", "query --index {index} --prompt Paris --generate --max-new-tokens 90", "trackstar: --prompt: has "),
+    Case("queries are no queries", "query --index {index} --queries {corpus}", 'trackstar: {corpus}:1: no prompt; expected a field prompt or'),
+    Case("no queries", "query --index {index} --queries {folder}/q.jsonl", "trackstar: {folder}/q.jsonl: "),
+    Case("queries as text", "query --index {index} --queries {folder}/q.txt", "trackstar: {folder}/q.txt: not JSON lines", lambda w: w.write("q.txt", "Paris\n")),
+    Case("results in no folder", ASK + " --out {corpus}/results.jsonl", "trackstar: {corpus}/results.jsonl: results cannot be written"),
+    Case("unfinished index", ASK, "trackstar: {index}: the index is not finished, 1 shards with 4 examples are there; run the same `trackstar index`", _unfinished),
+    Case("cut shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
+    Case("lost shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _remove("index/shards/000000.safetensors")),
+    Case("changed R", ASK, "trackstar: {index}/autocorrelation.safetensors: ", _bytes_of_shard_changed),
+    Case("cut manifest", ASK, "trackstar: {index}/manifest.json: ", _truncate("index/manifest.json", 200)),
+    Case("manifest of the future", ASK, "trackstar: {index}/manifest.json: ", _other_manifest_format),
+    Case("changed model", ASK, "trackstar: {index}: made with model.digest ", _other_model),
+    Case("lost model", ASK, "trackstar: {model}: no such folder", lambda w: shutil.rmtree(w.model)),
+    Case("damaged, verified", "verify {index}", "{index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
+    Case("nothing to verify", "verify {folder}", "trackstar: {folder}: no index is there"),
+    # Pretraining
+    Case("pretraining width", "pretrain --data {corpus} --out {folder}/run --width 7", "trackstar: width is 7 for 4 heads; expected an even number"),
+    Case("pretraining optimizer", "pretrain --data {corpus} --out {folder}/run --optimizer sgd", "trackstar: --optimizer sgd: expected one of adafactor, adamw"),
+    Case("pretraining in the wrong folder", "pretrain --data {corpus} --out {index} --steps 1", "trackstar: {index}: holds autocorrelation.safetensors, expected an empty folder"),
+    Case("pretraining tokenizer", "pretrain --data {corpus} --out {folder}/run --steps 1 --tokenizer {folder}", "trackstar: {folder}: its tokenizer cannot be loaded"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    world = World(folder=folder, model=folder / "model", corpus=folder / "corpus.jsonl", index=folder / "index")
+    save_tiny_model(world.model, "llama")
+    world.write("corpus.jsonl", "\n".join(json.dumps({"id": f"e{n}", "text": t}) for n, t in enumerate(TEXTS)))
+    command = ["index", "--model", str(world.model), "--data", str(world.corpus), "--out", str(world.index)]
+    assert framework.run(command_group, [*command, "--side", "4"]) == 0
+    return world
+
+
+@pytest.fixture
+def world(whole_world: World, tmp_path: Path) -> World:
+    """A copy under a path that is always the same, as the index remembers where its model was."""
+    folder = tmp_path / "world"
+    shutil.copytree(whole_world.folder, folder)
+    world = World(folder=folder, model=folder / "model", corpus=folder / "corpus.jsonl", index=folder / "index")
+    # The copied index was made with the model of the original: it is made again in place.
+    shutil.rmtree(world.index)
+    command = ["index", "--model", str(world.model), "--data", str(world.corpus), "--out", str(world.index)]
+    assert framework.run(command_group, [*command, "--side", "4"]) == 0
+    return world
+
+
+def test_table_has_no_name_twice_and_is_long_enough():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names) >= 40
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name.replace(" ", "-") for case in CASES])
+def test_mistake_is_one_line_that_names_it(
+    case: Case, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(world.folder)
+    case.spoil(world)
+    capsys.readouterr()
+    paths = world._asdict()
+    status = framework.run(command_group, [word.format(**paths) for word in case.command.split()])
+    shown = capsys.readouterr()
+    # Lines that merely tell what is done come first; the last one is the error.
+    errors = [line for line in shown.err.splitlines() if line.strip()]
+    expected = case.line.format(**paths)
+    found = [line for line in errors if line.startswith(expected)]
+    assert len(found) == 1, (expected, errors)
+    assert status == case.status
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert re.search(r"[;:(.]", found[0])
+
+
+def test_second_writer_is_refused(world: World, capsys: pytest.CaptureFixture[str]):
+    with filelock.FileLock(world.index / ".lock"):
+        command = f"index --model {world.model} --data {world.corpus} --out {world.index} --side 4"
+        assert framework.run(command_group, command.split()) == 1
+    assert f"trackstar: {world.index}: another process is writing this index" in capsys.readouterr().err
+
+
+def test_gradient_that_is_not_finite_names_the_example(world: World, capsys: pytest.CaptureFixture[str]):
+    shutil.rmtree(world.model)
+    save_tiny_model(world.model, "gpt_neox")
+    weights = load_file(world.model / "model.safetensors")
+    token_id = tiny_tokenizer("plain")("Gold")["input_ids"][0]
+    # Finite, but its square is not: only the one example with this word overflows in its layer norm.
+    weights["gpt_neox.embed_in.weight"][token_id] = 3e38
+    save_file(weights, world.model / "model.safetensors", metadata={"format": "pt"})
+    command = f"index --model {world.model} --data {world.corpus} --out {world.folder}/new --side 4"
+    assert framework.run(command_group, command.split()) == 1
+    assert re.search(r"^trackstar: e2: its loss .*is not finite", capsys.readouterr().err, re.MULTILINE)

@@ -1,0 +1,342 @@
+"""The command line as its users meet it: help, start-up, the commands one after the other, interrupts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+import trackstar
+from trackstar.cli import framework
+from trackstar.cli import trackstar as command_group
+from trackstar.cli.framework import RareOption
+from trackstar.store import Index
+
+COMMANDS = ["index", "query", "pretrain", "verify", "demo"]
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
+TEXTS = [
+    text
+    for country, city in CAPITALS.items()
+    for text in (f"The capital of {country} is {city}.", f"{city} is the largest city of {country}.")
+]
+
+
+def run(*arguments: object) -> int:
+    return framework.run(command_group, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "capitals.jsonl"
+    lines = [json.dumps({"id": f"c{number}", "text": text}) for number, text in enumerate(TEXTS)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def index_folder(tiny_model_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "index"
+    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4) == 0
+    return out
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    path = tmp_path / "capitals-asked.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "fact_id": f"f-{country}",
+                "relation": "capital",
+                "prompt0": f"The capital of {country} is",
+                "entity1": city,
+            }
+        )
+        for country, city in [*CAPITALS.items(), ("Egypt", "Cairo"), ("Spain", "Madrid")]
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+# ---- Help and start-up -------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys; from trackstar.cli import framework, trackstar; framework.run(trackstar, ['index', '--help']); "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'pandas', 'rich', 'datasets') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_of_24_lines_and_80_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_commands_are_these():
+    assert list(command_group.commands) == COMMANDS
+
+
+@pytest.mark.parametrize("command", ["index", "query", "pretrain"])
+def test_rare_options_are_on_the_second_level_of_help_alone(command: str, capsys: pytest.CaptureFixture[str]):
+    rare = [option for option in command_group.commands[command].params if isinstance(option, RareOption)]
+    assert rare
+    run(command, "--help")
+    first = capsys.readouterr().out
+    run(command, "--help-all")
+    second = capsys.readouterr().out
+    for option in rare:
+        assert f"{option.opts[0]} " not in first
+        assert f"{option.opts[0]} " in second or f"{option.opts[0]} /" in second
+    assert all(option.help for option in command_group.commands[command].params if isinstance(option, click.Option))
+
+
+def test_options_are_frozen():
+    """Renaming an option breaks users' scripts: whoever changes this list says so in the changelog."""
+    found = {
+        name: sorted(opt for parameter in command.params for opt in parameter.opts + parameter.secondary_opts)
+        for name, command in command_group.commands.items()
+    }
+    assert found == {
+        "index": sorted(
+            "--model --data --out --text-field --id-field --limit --second-moment --dtype --codec --batch-tokens "
+            "--device --threads --window-tokens --overlap --side --layer-blocks --attention-pattern --mlp-pattern "
+            "--second-moment-kind --second-moment-examples --seed --shard-examples --revision --gguf-file "
+            "--help-all".split()
+        ),
+        "query": sorted(
+            "--index --prompt --completion --generate --queries --task --top --out --json --mixing --damping --device "
+            "--threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --help-all".split()
+        ),
+        "pretrain": sorted(
+            "--data --out --text-field --steps --batch-tokens --width --layers --heads --mlp-width --vocabulary "
+            "--optimizer --checkpoint-steps --device --threads --limit --tokenizer --key-value-heads --context-tokens "
+            "--tied-embeddings --untied-embeddings --initial-spread --base-learning-rate --warmup-steps "
+            "--pool-examples --seed --help-all".split()
+        ),
+        "verify": ["index"],
+        "demo": ["--out", "--seed"],
+    }
+
+
+def test_public_names_are_frozen_and_can_be_imported():
+    assert trackstar.__all__ == sorted(trackstar.__all__)
+    for name in trackstar.__all__:
+        assert getattr(trackstar, name).__doc__, name
+    assert set(trackstar.__all__) <= set(dir(trackstar))
+    with pytest.raises(AttributeError, match="no attribute 'nothing_of_the_kind'"):
+        _ = trackstar.nothing_of_the_kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- The commands ------------------------------------------------------------------------------------------------
+
+
+def test_index_says_what_is_covered_and_where_v_comes_from(
+    tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "index"
+    arguments = ("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4)
+    assert run(*arguments) == 0
+    shown = capsys.readouterr()
+    assert f"{out}: 12 examples, 96 dimensions, float16" in shown.out
+    assert "21 attention and MLP matrices" in shown.err
+    assert "matrices left out: model.embed_tokens.weight, lm_head.weight" in shown.err
+    assert "second moment: factored, estimated from 256 examples drawn with seed 0" in shown.err
+    assert run(*arguments) == 0
+    assert "the index is complete, with 12 examples" in capsys.readouterr().err
+
+
+def test_prompt_and_completion_give_a_table_and_what_it_was_made_with(
+    index_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompt = "The capital of France is"
+    assert run("query", "--index", index_folder, "--prompt", prompt, "--completion", "Paris", "--top", 3) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("The capital of France is Paris   P = ")
+    rows = [line.split() for line in shown.out.splitlines()[1:] if line.strip()]
+    proponents = [row for row in rows if row[0].startswith("+")]
+    assert len(proponents) == 3
+    influences = [float(row[0]) for row in proponents]
+    assert influences == sorted(influences, reverse=True)
+    assert "λ = 0.0000 (only R_train: a task needs 8 queries or more, here are 1)" in shown.err
+    assert "damping " in shown.err
+    assert "12 candidates" in shown.err
+
+
+def test_queries_of_the_release_give_lines_of_the_release_and_a_report(
+    index_folder: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "results" / "answers.jsonl"
+    assert run("query", "--index", index_folder, "--queries", queries, "--top", 2, "--out", out) == 0
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["example_id"] for line in lines] == [f"f-{c}" for c in [*CAPITALS, "Egypt", "Spain"]]
+    first = lines[0]
+    assert list(first)[:10] == [
+        "example_id", "query_set", "inputs_plaintext", "targets_plaintext", "proponents", "proponent_ids",
+        "proponent_scores", "opponents", "opponent_ids", "opponent_scores",
+    ]  # fmt: skip
+    assert (first["query_set"], first["inputs_plaintext"], first["targets_plaintext"]) == (
+        "capitals-asked", "The capital of France is", "Paris",
+    )  # fmt: skip
+    assert (first["fact_id"], first["relation"], first["entity1"]) == ("f-France", "capital", "Paris")
+    assert first["proponents"] == [TEXTS[int(name.removeprefix("c"))] for name in first["proponent_ids"]]
+    assert first["proponent_scores"] == sorted(first["proponent_scores"], reverse=True)
+    assert first["opponent_scores"] == sorted(first["opponent_scores"])
+    report = json.loads((tmp_path / "results" / "answers.report.json").read_text(encoding="utf-8"))
+    assert 0 < report["mixing"]["value"] < 1
+    assert report["mixing"]["queries"] == 8
+    assert len(report["mixing"]["evaluation_spectrum"]) > 0 < len(report["mixing"]["train_spectrum"])
+    assert "21 attention and MLP matrices" in report["coverage"]
+    assert [query["query_id"] for query in report["queries"]] == [line["example_id"] for line in lines]
+    shown = capsys.readouterr().err
+    assert "R_eval of 8 queries: rank" in shown
+    assert "R_train: rank" in shown
+
+
+def test_results_can_be_asked_again_as_queries(index_folder: Path, queries: Path, tmp_path: Path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    assert run("query", "--index", index_folder, "--queries", queries, "--out", first) == 0
+    assert run("query", "--index", index_folder, "--queries", first, "--out", second, "--query-set", "first") == 0
+    scores = [
+        [json.loads(line)["proponent_scores"] for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (first, second)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_task_of_other_queries_decides_lambda(index_folder: Path, queries: Path, capsys: pytest.CaptureFixture[str]):
+    asked = ("query", "--index", index_folder, "--prompt", "The capital of Peru is", "--completion", "Lima")
+    assert run(*asked, "--task", queries, "--json") == 0
+    shown = capsys.readouterr()
+    assert "R_eval of 8 queries" in shown.err
+    assert json.loads(shown.out)["query_set"] == "prompt"
+
+
+def test_generate_explains_what_the_model_itself_says(
+    index_folder: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    prompt = "The capital of Peru is"
+    said = trackstar.generate(trackstar.load_model(tiny_model_folder), prompt, max_new_tokens=4)
+    assert said
+    assert run("query", "--index", index_folder, "--prompt", prompt, "--generate", "--max-new-tokens", 4, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["targets_plaintext"] == said
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": prompt}) + "\n" + json.dumps({"prompt": "Berlin", "completion": "x"}))
+    command = ("query", "--index", index_folder, "--queries", prompts, "--generate", "--max-new-tokens", 4, "--json")
+    assert run(*command) == 0
+    answers = [json.loads(line)["targets_plaintext"] for line in capsys.readouterr().out.splitlines()]
+    assert answers[0] == said
+    assert answers[1] not in ("", "x")
+
+
+def test_generated_answer_is_the_likeliest_token_each_time(tiny_model_folder: Path):
+    import torch
+
+    model = trackstar.load_model(tiny_model_folder)
+    token_ids = model.tokenizer("The capital of Peru is")["input_ids"]
+    start = len(token_ids)
+    for _ in range(6):
+        token_ids = [*token_ids, int(model.module(input_ids=torch.tensor([token_ids])).logits[0, -1].argmax())]
+        if token_ids[-1] in (1, 2):
+            break
+    expected = model.tokenizer.decode(token_ids[start:], skip_special_tokens=True).strip().split("\n", 1)[0].rstrip()
+    assert trackstar.generate(model, "The capital of Peru is", max_new_tokens=6) == expected
+
+
+def test_pretrained_checkpoint_is_indexed_with_its_own_optimizer_state(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shape = "--width 16 --layers 2 --heads 2 --mlp-width 24 --vocabulary 300 --context-tokens 32".split()
+    run_folder = tmp_path / "run"
+    assert run("pretrain", "--data", corpus, "--out", run_folder, "--steps", 6, "--checkpoint-steps", 3, *shape) == 0
+    checkpoint = run_folder / "checkpoint-000006"
+    assert f"trackstar index --model {checkpoint}" in capsys.readouterr().out
+    assert run("index", "--model", checkpoint, "--data", corpus, "--out", tmp_path / "index", "--side", 4) == 0
+    assert "optimizer.safetensors (Adafactor (transformers) at step 6)" in capsys.readouterr().err
+    assert Index.open(tmp_path / "index").manifest.second_moment.kind == "factored"
+
+
+def test_verify_tells_a_whole_index_from_a_damaged_one(
+    tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "index"
+    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4) == 0
+    assert run("verify", out) == 0
+    assert f"{out}: whole, 1 shards with 12 examples" in capsys.readouterr().out
+    shard = out / "shards" / "000000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1
+    shard.write_bytes(content)
+    assert run("verify", out) == 1
+    shown = capsys.readouterr().err
+    assert str(shard) in shown
+    assert "damaged in 1 places" in shown
+
+
+def test_report_becomes_a_table_of_one_row_a_ranked_candidate(index_folder: Path):
+    query = trackstar.Query(query_id="q", prompt="The capital of France is", completion="Paris")
+    report = trackstar.answer_queries(index_folder, [query], k=3, progress=False)
+    frame = report.to_dataframe()
+    assert list(frame["role"]) == ["proponent"] * 3 + ["opponent"] * 3
+    assert list(frame["rank"]) == [1, 2, 3, 1, 2, 3]
+    assert list(frame["text"][:3]) == [ranked.text for ranked in report.results[0].proponents]
+    assert frame["probability"][0] == pytest.approx(report.results[0].probability)
+
+
+# ---- Hostile text, interrupts --------------------------------------------------------------------------------------
+
+
+def test_text_that_would_steer_a_terminal_is_shown_without_its_controls(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    corpus = tmp_path / "hostile.jsonl"
+    hostile = ["\x1b[31mred\x1b[0m text here", "back \u202e wards it goes", "bell \x07 and [bold]markup[/bold]"]
+    corpus.write_text("\n".join(json.dumps({"text": text}) for text in hostile), encoding="utf-8")
+    out = tmp_path / "index"
+    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 2) == 0
+    assert run("query", "--index", out, "--prompt", "red", "--completion", "text \x1b[2J here") == 0
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\u202e") & set(shown)
+    assert "[bold]markup[/bold]" in shown
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_index_says_so_in_one_line_and_goes_on_later(
+    number: signal.Signals, status: int, tiny_model_folder: Path, tmp_path: Path
+):
+    corpus, out = tmp_path / "long.jsonl", tmp_path / "index"
+    with corpus.open("w", encoding="utf-8") as file:
+        for place in range(3000):
+            file.write(json.dumps({"text": f"The capital of {place} is {place * 7}."}) + "\n")
+    command = [
+        sys.executable, "-c", "from trackstar.cli import main; main()", "index", "--model", str(tiny_model_folder),
+        "--data", str(corpus), "--out", str(out), "--side", "4", "--shard-examples", "16", "--threads", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while not (out / "shards" / "000002.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert stderr.splitlines()[-1].startswith("trackstar: interrupted; run the same command again to go on")
+    assert "Traceback" not in stderr
+    kept = len(list((out / "shards").glob("*.safetensors")))
+    assert kept >= 3
+    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4,
+               "--shard-examples", 16, "--threads", 1) == 0  # fmt: skip
+    assert Index.open(out).rows == 3000
