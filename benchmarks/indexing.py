@@ -132,7 +132,7 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
                 model, moment, seed=0, side=64, batch_tokens=examples_per_batch * tokens, note=print
             ) as projector,
         ):
-            r_train = RunningAutocorrelation(writer)
+            r_train = RunningAutocorrelation(writer, device=model.device)
             record = 0
 
             def indexing_pass() -> None:

@@ -171,7 +171,7 @@ def write_shards(
     windows = tokenized_windows(
         corpus, model, start, window_tokens=manifest.windows.tokens, overlap=manifest.windows.overlap
     )
-    r_train = RunningAutocorrelation(writer)
+    r_train = RunningAutocorrelation(writer, device=model.device)
     at = start
     held: list[TokenizedExample] = []
     position = start
@@ -234,13 +234,18 @@ def write_shard(
 
 
 class RunningAutocorrelation:
-    """R_train over the shards as stored, so that it is a function of the finished shards and nothing else."""
+    """R_train over the shards as stored, so that it is a function of the finished shards and nothing else.
 
-    def __init__(self, writer: IndexWriter) -> None:
+    Args:
+        writer: The open index.
+        device: Where the sums are kept and added to: blocks × side⁴ × 4 bytes (1 GiB in the paper's setting).
+    """
+
+    def __init__(self, writer: IndexWriter, *, device: torch.device | str = "cpu") -> None:
         manifest = writer.manifest
         self._writer = writer
         blocks = len(manifest.layer_blocks)
-        self._sums = Autocorrelation(blocks, manifest.projection.side**2)
+        self._sums = Autocorrelation(blocks, manifest.projection.side**2, device=device)
         counted, kept = writer.load_progress()
         if counted:
             self._sums.sums.copy_(kept["sums"])
@@ -253,17 +258,18 @@ class RunningAutocorrelation:
         """Add a shard that has just been written; now and then put the sums aside."""
         self._add_rows(shard)
         if time.monotonic() - self._saved > _SAVE_PROGRESS_EVERY:
-            self._writer.save_progress({"sums": self._sums.sums})
+            self._writer.save_progress({"sums": self._sums.sums.cpu()})
             self._saved = time.monotonic()
 
     def mean(self) -> Tensor:
         """R_train."""
-        return self._sums.mean()
+        return self._sums.mean().cpu()
 
     def _add_rows(self, shard: Shard) -> None:
         for first in range(0, shard.rows, _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            self._sums.add(decode(shard.codes[rows], shard.scales[rows]))
+            device = self._sums.sums.device
+            self._sums.add(decode(shard.codes[rows].to(device), shard.scales[rows].to(device)))
 
 
 def chosen_second_moment(

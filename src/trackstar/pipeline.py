@@ -289,7 +289,7 @@ def _shard_rows(dimensions: int, codec: str) -> int:
 
 def _count(corpus: Corpus, progress: bool) -> int | None:
     """How many records there are, for the time left; only where somebody watches."""
-    return sum(1 for _ in corpus.examples()) if progress and sys.stderr.isatty() else None
+    return corpus.count() if progress and sys.stderr.isatty() else None
 
 
 def _positive(option: str, value: int | None) -> None:
