@@ -59,7 +59,12 @@ def _double(model_id: int, module: torch.nn.Module) -> torch.nn.Module:
     return reference.double_copy(module)
 
 
-def reference_gradients(model: LanguageModel, examples: Sequence[TokenizedExample]) -> list[dict[str, Tensor]]:
+def reference_gradients(
+    model: LanguageModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    output: reference.Output = reference.loss_output,
+) -> list[dict[str, Tensor]]:
     """Each example's G of every matrix by its module path, from the oracle."""
     double = _double(id(model.module), model.module)
     gradients = []
@@ -69,6 +74,7 @@ def reference_gradients(model: LanguageModel, examples: Sequence[TokenizedExampl
             torch.from_numpy(example.token_ids),
             torch.from_numpy(example.target_mask),
             [f"{matrix.name}.weight" for matrix in model.matrices],
+            output=output,
         )
         gradients.append({name.removesuffix(".weight"): gradient for name, gradient in named.items()})
     return gradients

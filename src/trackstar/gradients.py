@@ -5,13 +5,15 @@ product of g_t = ∂Loss/∂y_t and a_t. Forward hooks hand each matrix's inputs
 outputs' gradients; the consumer sums what it wants of them. Only activations' gradients are computed: all weights are
 frozen and the graph starts at the first matrices' outputs.
 
-The head's part is taken in closed form, (softmax - one-hot)·W, over chunks of target positions, so that no tensor of
-vocabulary size exists for the whole batch.
+The head's part is taken in closed form, for the loss (softmax - one-hot)·W, over chunks of target positions, so that no
+tensor of vocabulary size exists for the whole batch.
+
+What is differentiated is the loss; TRAK's margin and the logit are there to be compared with it (paper, Table A.3).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +22,9 @@ from torch import Tensor
 from trackstar.batching import Batch
 from trackstar.layer_blocks import WeightMatrix
 from trackstar.model import Head, LanguageModel
+
+# What is differentiated, each summed over the target tokens: the cross-entropy, log(p/(1-p)), or the token's own logit.
+Output = Literal["loss", "margin", "logit"]
 
 # Logits of a chunk of positions take about this many bytes: small enough to stay in a last-level cache, large enough
 # for an efficient matrix product.
@@ -45,11 +50,12 @@ class GradientConsumer(Protocol):
 
 @contextmanager
 def gradient_pass(
-    model: LanguageModel, consumer: GradientConsumer
+    model: LanguageModel, consumer: GradientConsumer, *, output: Output = "loss"
 ) -> Iterator[Callable[[Batch], Float[Tensor, "batch"]]]:
     """Hook the model's matrices; inside, call the yielded function with a batch to run forward and backward.
 
-    The function returns each example's loss: the sum of its target tokens' cross-entropies, in nats (paper, §3).
+    The function returns each example's loss: the sum of its target tokens' cross-entropies, in nats (paper, §3). The
+    gradients are those of `output`.
     """
     handles = [
         model.module.get_submodule(matrix.name).register_forward_hook(_forward_hook(matrix, consumer))
@@ -61,7 +67,7 @@ def gradient_pass(
         with torch.enable_grad():
             hidden = model.hidden_states(model.embeddings(batch.token_ids))
         losses, hidden_gradients = loss_and_hidden_gradients(
-            model.head, hidden.detach(), batch.token_ids, batch.target_mask
+            model.head, hidden.detach(), batch.token_ids, batch.target_mask, output=output
         )
         hidden.backward(hidden_gradients)
         return losses
@@ -92,11 +98,18 @@ def loss_and_hidden_gradients(
     hidden: Float[Tensor, "batch tokens width"],
     token_ids: Int[Tensor, "batch tokens"],
     target_mask: Bool[Tensor, "batch tokens"],
+    *,
+    output: Output = "loss",
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch tokens width"]]:
-    """Summed cross-entropies and their gradients by the head's inputs, in closed form.
+    """Summed cross-entropies, and the gradients of `output` by the head's inputs, in closed form.
 
-    The token at position t + 1 is predicted from the hidden state at t. With logits z, ∂CE/∂z = softmax(z) - onehot;
-    a soft cap c multiplies this by 1 - (z/c)².
+    The token at position t + 1 is predicted from the hidden state at t. With logits z and the target y,
+
+        loss    ∂CE/∂z = softmax(z) - onehot(y)
+        margin  log(p/(1-p)) = z_y - logsumexp of the others: onehot(y) - softmax of the others (Park et al. 2023)
+        logit   onehot(y)
+
+    A soft cap c multiplies each by 1 - (z/c)².
 
     Returns:
         Each example's loss in nats, in float32, and the gradients by `hidden`, in its dtype.
@@ -110,22 +123,31 @@ def loss_and_hidden_gradients(
     chunk = max(16, _CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * vocabulary))
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
-        cross_entropies, by_states = _cross_entropy_gradient(head, states[part], targets[part])
+        cross_entropies, by_states = _output_gradient(head, states[part], targets[part], output)
         losses.index_add_(0, example[part], cross_entropies)
         gradients[example[part], position[part]] = by_states
     return losses, gradients
 
 
-def _cross_entropy_gradient(
-    head: Head, states: Float[Tensor, "positions width"], targets: Int[Tensor, "positions"]
+def _output_gradient(
+    head: Head, states: Float[Tensor, "positions width"], targets: Int[Tensor, "positions"], output: Output
 ) -> tuple[Float[Tensor, "positions"], Float[Tensor, "positions width"]]:
     logits = head.logits(states).float()
     rows = torch.arange(len(targets), device=targets.device)
     cap_slope = None if head.cap is None else 1 - (logits / head.cap).square()
-    log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
-    cross_entropies = -log_probabilities[rows, targets]
-    by_logits = log_probabilities.exp_()
-    by_logits[rows, targets] -= 1.0
+    if output == "loss":
+        log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+        cross_entropies = -log_probabilities[rows, targets]
+        by_logits = log_probabilities.exp_()
+        by_logits[rows, targets] -= 1.0
+    else:
+        cross_entropies = torch.logsumexp(logits, dim=-1) - logits[rows, targets]
+        if output == "margin":
+            logits[rows, targets] = -torch.inf
+            by_logits = torch.softmax(logits, dim=-1).neg_()
+        else:
+            by_logits = torch.zeros_like(logits)
+        by_logits[rows, targets] = 1.0
     if cap_slope is not None:
         by_logits *= cap_slope
     by_states = by_logits.to(states.dtype) @ head.weight

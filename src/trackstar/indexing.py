@@ -16,7 +16,7 @@ from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
 from trackstar.curvature import Autocorrelation
 from trackstar.errors import CorpusError, DamagedIndexError, GradientError
 from trackstar.examples import Corpus, TokenizedExample, tokenize_examples
-from trackstar.gradients import gradient_pass
+from trackstar.gradients import Output, gradient_pass
 from trackstar.model import LanguageModel
 from trackstar.optimizer_state import find_optimizer_state, second_moment_from_state
 from trackstar.projection import ProjectedGradients
@@ -57,6 +57,7 @@ class GradientProjector:
         side: Rows and columns of a block of φ.
         batch_tokens: Most tokens of a batch, padding included.
         note: Told when memory runs out and batches are made smaller.
+        output: What is differentiated.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class GradientProjector:
         side: int,
         batch_tokens: int,
         note: Callable[[str], None],
+        output: Output = "loss",
     ) -> None:
         self._model = model
+        self._output: Output = output
         self._projected = ProjectedGradients(model, second_moment, seed=seed, side=side)
         self._batch_tokens = batch_tokens
         self._note = note
@@ -77,7 +80,7 @@ class GradientProjector:
         self._pass: Callable[[Batch], Tensor] | None = None
 
     def __enter__(self) -> "GradientProjector":
-        self._pass = self._stack.enter_context(gradient_pass(self._model, self._projected))
+        self._pass = self._stack.enter_context(gradient_pass(self._model, self._projected, output=self._output))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from trackstar.correction import task_correction
 from trackstar.errors import OptionError
 from trackstar.examples import Corpus, Query, open_corpus, tokenize_query
+from trackstar.gradients import Output
 from trackstar.indexing import GradientProjector, chosen_second_moment, write_shards
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
@@ -59,6 +60,7 @@ def build_index(
     codec: CodecName = "float16",
     shard_examples: int | None = None,
     batch_tokens: int = 2048,
+    output: Output = "loss",
     progress: bool = True,
 ) -> Index:
     """Index a corpus: φ = P(∇Loss/√V) of every training example, and R_train (Eq. 2-4).
@@ -91,6 +93,7 @@ def build_index(
         codec: What φ is stored as: `float32`, `bfloat16` or `float16`.
         shard_examples: Examples of a shard; None makes shards of about 64 MiB, 4,096 examples at most.
         batch_tokens: Most tokens of a batch, padding included; peak memory follows it.
+        output: What is differentiated: the `loss`, or to be compared with it TRAK's `margin` or the `logit`.
         progress: Whether progress is shown where stderr is a terminal.
 
     Returns:
@@ -136,7 +139,9 @@ def build_index(
             note=bar.note,
         )
         rows = shard_examples or _shard_rows(len(model.blocks) * side**2, codec)
-        manifest = make_manifest(model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows)
+        manifest = make_manifest(
+            model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows, output=output
+        )
         with IndexWriter.open(out, manifest, on_note=bar.note) as writer:
             if writer.completed:
                 bar.note(f"{out}: the index is complete, with {writer.manifest.completion.rows} examples")  # type: ignore[union-attr]
@@ -161,7 +166,13 @@ def _fill(
         writer.write_tensors("second_moment", moment.tensors())
     projection = writer.manifest.projection
     with GradientProjector(
-        model, moment, seed=projection.seed, side=projection.side, batch_tokens=batch_tokens, note=bar.note
+        model,
+        moment,
+        seed=projection.seed,
+        side=projection.side,
+        batch_tokens=batch_tokens,
+        note=bar.note,
+        output=writer.manifest.output,
     ) as projector:
         end = write_shards(writer, corpus, model, projector, advance=bar.advance)
     if end.skipped:
@@ -257,7 +268,13 @@ def query_gradients(
     with (
         Progress("Queries' gradients", unit="queries", total=len(examples), shown=progress) as bar,
         GradientProjector(
-            model, moment, seed=projection.seed, side=projection.side, batch_tokens=batch_tokens, note=bar.note
+            model,
+            moment,
+            seed=projection.seed,
+            side=projection.side,
+            batch_tokens=batch_tokens,
+            note=bar.note,
+            output=manifest.output,
         ) as projector,
     ):
         for places, batch_phi, batch_losses in projector.batches(examples):

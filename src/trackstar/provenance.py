@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trackstar.errors import IndexMismatchError
 from trackstar.examples import Corpus
+from trackstar.gradients import Output
 from trackstar.model import LanguageModel, load_model
 from trackstar.projection import projection_digest
 from trackstar.second_moment import DEFAULT_FLOOR, SecondMoment
@@ -36,6 +37,7 @@ def make_manifest(
     side: int,
     codec: CodecName,
     shard_examples: int,
+    output: Output = "loss",
 ) -> Manifest:
     """The manifest of an index that is about to be made: all that decides its content."""
     covered = model.coverage
@@ -85,7 +87,7 @@ def make_manifest(
             total_parameters=covered.total_parameters,
             left_out=covered.left_out,
         ),
-        output="loss",
+        output=output,
         codec=codec,
         shard_examples=shard_examples,
         completion=None,

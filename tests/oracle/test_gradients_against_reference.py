@@ -23,7 +23,7 @@ from comparisons import (
 from tiny_models import ARCHITECTURES, CORE_ARCHITECTURES, matrix_parameters, tiny_model, tiny_tokenizer
 from trackstar.batching import make_batch
 from trackstar.examples import TokenizedExample
-from trackstar.gradients import gradient_pass, loss_and_hidden_gradients
+from trackstar.gradients import Output, gradient_pass, loss_and_hidden_gradients
 from trackstar.layer_blocks import WeightMatrix
 from trackstar.model import Head, wrap_model
 from trackstar.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
@@ -64,6 +64,27 @@ def test_losses_and_gradients_of_a_padded_batch_equal_the_references_one_by_one(
         losses = run(make_batch(examples, range(len(examples))))
     torch.testing.assert_close(losses.double(), reference_losses(model, examples), rtol=1e-5, atol=1e-5)
     expected = reference_gradients(model, examples)
+    for matrix in model.matrices:
+        assert_rows_close(
+            consumer.gradients[matrix.name], torch.stack([of[matrix.name] for of in expected]), label=matrix.name
+        )
+
+
+OUTPUTS: dict[Output, reference.Output] = {
+    "loss": reference.loss_output,
+    "margin": reference.margin_output,
+    "logit": reference.logit_output,
+}
+
+
+@pytest.mark.parametrize("output", ["margin", "logit"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_gradients_of_other_output_functions_equal_the_references(architecture: str, output: Output):
+    model, examples, consumer = language_model(architecture), mixed_examples(), Materialized()
+    with gradient_pass(model, consumer, output=output) as run:
+        losses = run(make_batch(examples, range(len(examples))))
+    torch.testing.assert_close(losses.double(), reference_losses(model, examples), rtol=1e-5, atol=1e-5)
+    expected = reference_gradients(model, examples, output=OUTPUTS[output])
     for matrix in model.matrices:
         assert_rows_close(
             consumer.gradients[matrix.name], torch.stack([of[matrix.name] for of in expected]), label=matrix.name
@@ -132,9 +153,10 @@ def test_bfloat16_gradients_point_where_the_references_do():
     cap=st.sampled_from([None, 2.0, 30.0]),
     biased=st.booleans(),
     padding=st.integers(0, 3),
+    output=st.sampled_from(["loss", "margin", "logit"]),
 )
 def test_closed_form_of_the_heads_gradient_equals_autograds(
-    seed: int, scale: float, cap: float | None, biased: bool, padding: int
+    seed: int, scale: float, cap: float | None, biased: bool, padding: int, output: Output
 ):
     draw = torch.Generator().manual_seed(seed)
     head = Head(
@@ -147,14 +169,14 @@ def test_closed_form_of_the_heads_gradient_equals_autograds(
     token_ids = torch.randint(0, 11, (3, 6 + padding), generator=draw)
     mask = torch.rand(3, 6 + padding, generator=draw) < 0.6
     mask[:, 0], mask[:, 6:], mask[:, 2] = False, False, True
-    losses, gradients = loss_and_hidden_gradients(head, hidden, token_ids, mask)
+    losses, gradients = loss_and_hidden_gradients(head, hidden, token_ids, mask, output=output)
     for example in range(3):
         states = hidden[example].double().requires_grad_(True)
         logits = states @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
         logits = scale * logits if cap is None else cap * torch.tanh(scale * logits / cap)
         loss = reference.loss_output(logits, token_ids[example], mask[example])
         torch.testing.assert_close(losses[example].double(), loss.detach(), rtol=1e-5, atol=1e-5)
-        (expected,) = torch.autograd.grad(loss, states)
+        (expected,) = torch.autograd.grad(OUTPUTS[output](logits, token_ids[example], mask[example]), states)
         torch.testing.assert_close(gradients[example].double(), expected, rtol=1e-4, atol=1e-5)
 
 

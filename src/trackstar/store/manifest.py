@@ -199,7 +199,7 @@ class Manifest:
         projection: P.
         layer_blocks: The blocks of a projected gradient, in the order in which they lie in a row.
         coverage: How much of the model the gradient covers.
-        output: What is differentiated; always the loss.
+        output: What is differentiated.
         codec: The number format of the codes.
         shard_examples: The number of examples in every shard but the last.
         completion: What the finished index holds.
@@ -215,7 +215,7 @@ class Manifest:
     projection: ProjectionEntry
     layer_blocks: tuple[LayerBlockEntry, ...]
     coverage: CoverageEntry
-    output: Literal["loss"]
+    output: Literal["loss", "margin", "logit"]
     codec: CodecName
     shard_examples: int
     completion: CompletionEntry | None
