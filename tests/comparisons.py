@@ -101,8 +101,19 @@ def reference_phi(
     side: int = SIDE,
 ) -> dict[str, Tensor]:
     """φ by layer block, [examples, side²], from the oracle, with the package's P₀ and P₁ and the given V."""
+    return reference_phi_of(model, reference_gradients(model, examples), second_moments, seed=seed, side=side)
+
+
+def reference_phi_of(
+    model: LanguageModel,
+    gradients: Sequence[Mapping[str, Tensor]],
+    second_moments: Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    side: int = SIDE,
+) -> dict[str, Tensor]:
+    """The same from gradients that are there already."""
     drawn = {matrix.name: projections(matrix, seed=seed, side=side) for matrix in model.matrices}
-    gradients = reference_gradients(model, examples)
 
     def phi(block: LayerBlock, of: Mapping[str, Tensor]) -> Tensor:
         names = [matrix.name for matrix in block.matrices]

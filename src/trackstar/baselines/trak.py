@@ -1,0 +1,163 @@
+"""TRAK (Park et al. 2023) with one model, as published and with R over tokens (paper, Table 2 and §5.3).
+
+With φ the projected gradients of the multi-class margin f = log(p/(1-p)), one row a candidate,
+
+    score(q, m) = φ_q (ΦᵀΦ)⁻¹ φ_m · (1 - p̄_m)
+
+where p̄_m is the mean probability of the candidate's target tokens: Q of the original, the derivative of the loss by
+the margin. There is no V, no unit norm and no mixing. (ΦᵀΦ)⁻¹ over candidates is R_train⁻¹ up to a factor.
+
+Over tokens, R is the mean of φφᵀ of single target tokens' margins: the Gauss-Newton matrix of a language model, whose
+loss is a sum over tokens. Each candidate lends one token, drawn at random.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trackstar.baselines.gradients import GradientMethod, IndexedGradients, check_index
+from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
+from trackstar.curvature import Autocorrelation, shrinkage_damping, whitening
+from trackstar.examples import Query, TokenizedExample
+from trackstar.indexing import GradientProjector
+from trackstar.model import LanguageModel
+from trackstar.progress import Progress
+from trackstar.retrieval import Scorer, all_scores
+from trackstar.second_moment import NO_SECOND_MOMENT
+from trackstar.store import Index
+
+TRAK = GradientMethod(name="TRAK", second_moment=False, correction="train", unit_norm=False, output="margin")
+
+
+class TRAKRetriever:
+    """TRAK over an index of margin gradients without V.
+
+    Args:
+        gradients: The index with its model.
+        per: Whether R is over `examples`, as published, or over single `tokens`.
+        damping: Fraction of a block's mean eigenvalue added to R; None is chosen by shrinkage.
+        seed: Of the tokens that are drawn.
+        batch_tokens: Most tokens of a batch, padding included.
+
+    Raises:
+        IndexMismatchError: The index does not hold margin gradients without V.
+    """
+
+    def __init__(
+        self,
+        gradients: IndexedGradients,
+        *,
+        per: Literal["examples", "tokens"] = "examples",
+        damping: float | None = None,
+        seed: int = 0,
+        batch_tokens: int = 2048,
+    ) -> None:
+        check_index(gradients.index, TRAK)
+        self._gradients = gradients
+        self._per: Literal["examples", "tokens"] = per
+        self._damping = damping
+        self._seed = seed
+        self._batch_tokens = batch_tokens
+
+    @property
+    def name(self) -> str:
+        """The method's name in tables."""
+        return "TRAK" if self._per == "examples" else "TRAK, R over tokens"
+
+    def scores(self, queries: Sequence[Query]) -> Float[Tensor, "queries candidates"]:
+        """See `Retriever.scores`."""
+        index, model, progress = self._gradients.index, self._gradients.model, self._gradients.progress
+        phi = self._gradients.of(queries)
+        if self._per == "examples":
+            r, count = index.tensors("autocorrelation")["autocorrelation"], index.rows
+        else:
+            r, count = token_autocorrelation(
+                index, model, seed=self._seed, batch_tokens=self._batch_tokens, progress=progress
+            )
+        damping = shrinkage_damping(r, count) if self._damping is None else self._damping
+        names = [block.name for block in index.manifest.layer_blocks]
+        vectors = whitening(r, damping=damping, names=names).apply_inverse(phi)
+        probabilities = mean_target_probabilities(index, model, batch_tokens=self._batch_tokens, progress=progress)
+        return all_scores(index, Scorer(vectors=vectors, multipliers=1 - probabilities))
+
+
+@torch.no_grad()
+def mean_target_probabilities(
+    index: Index, model: LanguageModel, *, batch_tokens: int = 2048, progress: bool = False
+) -> Float[Tensor, "candidates"]:
+    """p̄: the mean probability of each candidate's target tokens; one forward pass, kept with the index."""
+    kept = index.load_derived("mean-target-probabilities")
+    if kept is not None:
+        return kept["probabilities"]
+    examples = [stored.example for stored in index.examples()]
+    probabilities = torch.empty(len(examples))
+
+    def run(places: list[int]) -> Tensor:
+        return _mean_probabilities(model, make_batch(examples, places, device=model.device))
+
+    with Progress("Candidates' probabilities", unit="examples", total=len(examples), shown=progress) as bar:
+        plan = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
+        for places, found in run_adaptively(plan, run, bar.note):
+            probabilities[torch.tensor(places)] = found.cpu()
+            bar.advance(len(places))
+    index.save_derived("mean-target-probabilities", {"probabilities": probabilities})
+    return probabilities
+
+
+def _mean_probabilities(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch"]:
+    hidden = model.hidden_states(model.embeddings(batch.token_ids))
+    example, position = batch.target_mask[:, 1:].nonzero(as_tuple=True)
+    targets = batch.token_ids[example, position + 1]
+    sums = torch.zeros(len(batch.places), device=hidden.device)
+    for part in torch.arange(len(targets), device=hidden.device).split(256):
+        log_probabilities = torch.log_softmax(model.head.logits(hidden[example[part], position[part]]).float(), dim=-1)
+        chosen = log_probabilities.gather(1, targets[part, None])[:, 0].exp()
+        sums.index_add_(0, example[part], chosen)
+    return sums / batch.target_mask.sum(dim=1)
+
+
+def token_autocorrelation(
+    index: Index, model: LanguageModel, *, seed: int = 0, batch_tokens: int = 2048, progress: bool = False
+) -> tuple[Float[Tensor, "blocks dim dim"], int]:
+    """R over single tokens: the mean of φφᵀ of one target token's margin of every candidate, and how many they are."""
+    examples = [_with_one_target(stored.example, seed) for stored in index.examples()]
+    manifest = index.manifest
+    sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=model.device)
+    with (
+        Progress("R over tokens", unit="tokens", total=len(examples), shown=progress) as bar,
+        GradientProjector(
+            model,
+            NO_SECOND_MOMENT,
+            seed=manifest.projection.seed,
+            side=manifest.projection.side,
+            batch_tokens=batch_tokens,
+            note=bar.note,
+            output=manifest.output,
+        ) as projector,
+    ):
+        held: list[Tensor] = []
+        for places, phi, _ in projector.batches(examples):
+            held.append(phi)
+            if sum(map(len, held)) >= 256:  # adding a few rows costs as much as adding many
+                sums.add(torch.cat(held))
+                held = []
+            bar.advance(len(places))
+        if held:
+            sums.add(torch.cat(held))
+    return sums.mean().cpu(), len(examples)
+
+
+def _with_one_target(example: TokenizedExample, seed: int) -> TokenizedExample:
+    """The same tokens with one of the targets, drawn by seed and name, and nothing after it."""
+    targets = np.flatnonzero(example.target_mask)
+    digest = hashlib.blake2b(f"{seed} {example.example_id}".encode(), digest_size=8).digest()
+    chosen = int(targets[int.from_bytes(digest, "little") % len(targets)])
+    target_mask = np.zeros(chosen + 1, dtype=bool)
+    target_mask[chosen] = True
+    return dataclasses.replace(example, token_ids=example.token_ids[: chosen + 1], target_mask=target_mask)
