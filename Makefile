@@ -42,7 +42,7 @@ $(VENV)/.demo-installed: pyproject.toml $(VENV)/.torch-installed
 	touch $@
 
 $(VENV)/.test-installed: pyproject.toml $(VENV)/.torch-installed
-	$(PIP_INSTALL) --editable ".[demo,test]"
+	$(PIP_INSTALL) --editable ".[demo,evaluate,test]"
 	touch $@ $(VENV)/.demo-installed
 
 clean:

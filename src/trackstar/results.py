@@ -227,12 +227,17 @@ def write_results(
     """
     lines = Path(path)
     beside = lines.with_name(f"{lines.stem}.report.json")
-    _replace(beside, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
-    _replace(lines, "".join(f"{line}\n" for line in release_lines(report, query_set=query_set)))
+    replace_text(beside, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
+    replace_text(lines, "".join(f"{line}\n" for line in release_lines(report, query_set=query_set)))
     return lines, beside
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all; the folders above it are made.
+
+    Raises:
+        OptionError: It cannot be written; what was there before is kept.
+    """
     with _writing(path) as partial:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

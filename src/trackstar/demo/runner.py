@@ -3,18 +3,17 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-from jaxtyping import Float
-from torch import Tensor
 
 from trackstar.correction import task_correction
 from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
-from trackstar.evaluation import Attribution, attribution, gold_ranks
+from trackstar.evaluation.comparisons import Estimate, compare, estimate
+from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.examples import Query
+from trackstar.generation import generate
 from trackstar.model import LanguageModel, load_model
-from trackstar.pipeline import answer_queries, build_index, generate, query_gradients
+from trackstar.pipeline import answer_queries, build_index, query_gradients
 from trackstar.pretraining import pretrain
 from trackstar.results import QueryReport, QueryResult, write_results
 from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
@@ -32,13 +31,15 @@ class DemoReport:
 
     Attributes:
         accuracy: Share of the queries that the model answers right.
-        methods: Attribution metrics of each method over all queries, by name.
+        mrr: Each method's mean reciprocal rank over all queries, by name.
+        recall: Each method's recall@10: the share of queries with a gold sentence among the first ten.
         answers: The model's own completion of each query, by query.
         seconds: Wall time of each stage, by name.
     """
 
     accuracy: float
-    methods: Mapping[str, Attribution]
+    mrr: Mapping[str, Estimate]
+    recall: Mapping[str, Estimate]
     answers: Mapping[str, str]
     seconds: Mapping[str, float]
 
@@ -65,8 +66,8 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     out.mkdir(parents=True, exist_ok=True)
     sentences, queries = _write_inputs(corpus, out)
     print_line(
-        f"1. {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and distractors: "
-        f"{sentences}"
+        f"1. {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and "
+        f"distractors: {sentences}"
     )
     print_line("2. training a language model on them from scratch, with Adafactor")
     checkpoint = pretrain(str(sentences), out / "model", DEMO_PRETRAINING)
@@ -93,7 +94,13 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     methods = _evaluated(index, plain, model, corpus)
     lap("evaluation")
     _print_methods(methods)
-    demo = DemoReport(accuracy=accuracy, methods=methods, answers=answers, seconds=seconds)
+    demo = DemoReport(
+        accuracy=accuracy,
+        mrr={name: estimate(found.reciprocal_rank) for name, found in methods.items()},
+        recall={name: estimate(found.recall) for name, found in methods.items()},
+        answers=answers,
+        seconds=seconds,
+    )
     (out / "report.json").write_text(json.dumps(dataclasses.asdict(demo), indent=1), encoding="utf-8")
     print_line(f"Everything is in {out}. Ask it something yourself:")
     print_line(f'   .venv/bin/trackstar query --index {out / "index"} --prompt "{corpus.queries[0].prompt}" --generate')
@@ -157,7 +164,7 @@ def _title(result: QueryResult, corpus: DemoCorpus, answers: Mapping[str, str]) 
     return f"wrong, the truth is {truth}"
 
 
-def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCorpus) -> dict[str, Attribution]:
+def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCorpus) -> dict[str, QueryMetrics]:
     """TrackStar, and the gradient dot product and cosine of Table 2, over all queries and all candidates."""
     phi, _ = query_gradients(index, model, corpus.queries)
     raw, _ = query_gradients(plain, model, corpus.queries)
@@ -172,26 +179,26 @@ def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCor
     }
     rows = {example.example_id: row for row, example in enumerate(corpus.sentences)}
     gold = [[rows[name] for name in corpus.gold[query.query_id]] for query in corpus.queries]
-    return {name: _attribution(all_scores(pool, scorer), gold) for name, (pool, scorer) in scorers.items()}
+    return {
+        name: metrics_of_ranks(gold_ranks(all_scores(pool, scorer), gold)) for name, (pool, scorer) in scorers.items()
+    }
 
 
-def _attribution(scores: Float[Tensor, "queries candidates"], gold: Sequence[Sequence[int]]) -> Attribution:
-    return attribution(gold_ranks(scores, gold))
-
-
-def _print_methods(methods: Mapping[str, Attribution]) -> None:
+def _print_methods(methods: Mapping[str, QueryMetrics]) -> None:
     rows = [
-        (
-            name,
-            f"{found.mrr:.3f}  ({found.mrr_interval[0]:.3f}-{found.mrr_interval[1]:.3f})",
-            f"{found.recall:.3f}  ({found.recall_interval[0]:.3f}-{found.recall_interval[1]:.3f})",
-        )
+        (name, _interval(estimate(found.reciprocal_rank)), _interval(estimate(found.recall)))
         for name, found in methods.items()
     ]
     print_table(("method", "MRR (95% interval)", "recall@10 (95% interval)"), rows)
-    best = max((name for name in methods if name != "TrackStar"), key=lambda name: methods[name].mrr)
-    ours, other = methods["TrackStar"].mrr, methods[best].mrr
-    if ours > other:
-        print_line(f"The corrections matter here: {ours:.3f} against {other:.3f} for the next best, {best}.")
-    else:
-        print_line(f"The corrections do not pay here: {ours:.3f} against {other:.3f} for {best}.")
+    ours = methods["TrackStar"].reciprocal_rank
+    for name in ("gradient dot product", "gradient cosine"):
+        found = compare(ours, methods[name].reciprocal_rank)
+        verdict = "The corrections matter here" if found.difference.low > 0 else "The corrections do not pay here"
+        print_line(
+            f"{verdict}: TrackStar's MRR minus that of {name} is {found.difference.mean:+.3f} "
+            f"({found.difference.low:+.3f} to {found.difference.high:+.3f})."
+        )
+
+
+def _interval(found: Estimate) -> str:
+    return f"{found.mean:.3f}  ({found.low:.3f}-{found.high:.3f})"

@@ -1,5 +1,1 @@
-"""How good a ranking is: metrics against known gold examples, with intervals over queries."""
-
-from trackstar.evaluation.attribution import Attribution, attribution, gold_ranks
-
-__all__ = ["Attribution", "attribution", "gold_ranks"]
+"""How good a method is, on facts whose training examples are known: metrics, tail-patch, the paper's tables."""

@@ -1,0 +1,183 @@
+"""The demo's corpus and training run: facts of the real world, sentences that state them, and questions about them."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from trackstar.demo.sentences import OTHER_FORMS, QUESTION_FORMS, distractors, filled
+from trackstar.demo.world import World, known_world
+from trackstar.examples import Example, Query
+from trackstar.pretraining import PretrainingConfig
+
+DEMO_PRETRAINING = PretrainingConfig(
+    width=128,
+    layers=8,
+    heads=4,
+    mlp_width=512,
+    context_tokens=64,
+    vocabulary=2048,
+    base_learning_rate=0.5,
+    warmup_steps=120,
+    steps=500,
+    batch_tokens=1024,
+    checkpoint_steps=250,
+)
+"""A model of 2.4 million parameters, trained for about a minute on two cores.
+
+Adafactor's relative step is 0.046 for 120 steps and then falls to 0.022, several times the paper's, for so short a run.
+The model then knows most facts, but only about half of those that are stated once.
+"""
+
+QUESTION_FORM_SHARE = 1 / 3
+"""Share of the facts that the corpus also states in the very words of their question."""
+
+_FACTS_OF_A_RELATION = 60
+_SENTENCES_OF_A_FACT = (10, 8, 7, 6, 5, 4, 4, 3, 2, 1)
+"""How often a fact is stated: one of the tenth with the most inhabitants, then of the next tenth, and so on."""
+_DISTRACTORS_OF_A_KIND = 45
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A fact whose answer is unique.
+
+    Attributes:
+        fact_id: Its name, such as `capital-FR`.
+        relation: A key of `QUESTION_FORMS`.
+        entity: What the question is about, such as `Netherlands`.
+        mention: The entity within a sentence, such as `the Netherlands`.
+        answer: What completes the question.
+    """
+
+    fact_id: str
+    relation: str
+    entity: str
+    mention: str
+    answer: str
+
+    def stated_by(self, sentence: str) -> bool:
+        """Whether a sentence names the entity and the answer; in this corpus such a sentence states the fact."""
+        return names(sentence, self.entity) and names(sentence, self.answer, exact=self.relation == "chemical symbol")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoCorpus:
+    """What the demo's model is trained on and asked.
+
+    Attributes:
+        sentences: The training examples: sentences that state facts, and distractors, in random order.
+        queries: One question a fact.
+        gold: The names of the sentences that state the fact, by query.
+    """
+
+    sentences: tuple[Example, ...]
+    queries: tuple[Query, ...]
+    gold: Mapping[str, tuple[str, ...]]
+
+
+def demo_corpus(seed: int) -> DemoCorpus:
+    """Write the corpus: the same seed gives the same sentences in the same order on every machine.
+
+    Raises:
+        OptionError: The data packages of the extra `demo` are not installed.
+    """
+    world = known_world()
+    facts = known_facts(world, seed)
+    stating = {fact.fact_id: list(_statements(fact, count, seed)) for fact, count in facts.items()}
+    texts = {f"{name}-{number}": text for name, written in stating.items() for number, text in enumerate(written)}
+    texts |= _chosen_distractors(world, list(facts), seed)
+    order = sorted(texts, key=lambda name: draw(seed, "order", name))
+    return DemoCorpus(
+        sentences=tuple(Example(example_id=name, text=texts[name], record=n) for n, name in enumerate(order)),
+        queries=tuple(_query(fact) for fact in facts),
+        gold={name: tuple(f"{name}-{number}" for number in range(len(written))) for name, written in stating.items()},
+    )
+
+
+def known_facts(world: World, seed: int) -> dict[Fact, int]:
+    """The facts, each with how often it is stated: what more people live in is written about more often."""
+    found: dict[Fact, int] = {}
+    for relation in QUESTION_FORMS:
+        facts = list(clear_facts(world, relation))
+        kept = set(sorted(facts, key=lambda fact: draw(fact.fact_id))[:_FACTS_OF_A_RELATION])
+        facts = [fact for fact in facts if fact in kept]
+        if relation in ("chemical symbol", "atomic number"):
+            facts.sort(key=lambda fact: draw(seed, "often", fact.fact_id))
+        for place, fact in enumerate(facts):
+            found[fact] = _SENTENCES_OF_A_FACT[place * len(_SENTENCES_OF_A_FACT) // len(facts)]
+    return found
+
+
+def clear_facts(world: World, relation: str) -> Iterator[Fact]:
+    """Every fact of a relation whose answer is certain; for countries and cities, those of most inhabitants first."""
+    rows: list[tuple[str, str, str, str | None]]
+    if relation == "country":
+        rows = [(city.name, city.name, city.name, city.country.mention) for city in world.cities]
+    elif relation == "chemical symbol":
+        rows = [(element.symbol, element.name, element.name, element.symbol) for element in world.elements]
+    elif relation == "atomic number":
+        # One proton would not fit "protons".
+        rows = [(one.symbol, one.name, one.name, str(one.number)) for one in world.elements if one.number > 1]
+    else:
+        field = "language" if relation == "official language" else relation
+        rows = [(one.code, one.name, one.mention, getattr(one, field)) for one in world.countries]
+    for code, entity, mention, answer in rows:
+        # Every sentence about Sierra Leone would name its currency, the leone.
+        if answer is not None and not names(entity, answer):
+            name = f"{relation}-{code}".replace(" ", "-")
+            yield Fact(fact_id=name, relation=relation, entity=entity, mention=mention, answer=answer)
+
+
+def _statements(fact: Fact, count: int, seed: int) -> Iterator[str]:
+    forms: Sequence[str] = sorted(OTHER_FORMS[fact.relation], key=lambda form: draw(seed, "form", fact.fact_id, form))
+    if draw(seed, "question", fact.fact_id) < QUESTION_FORM_SHARE:
+        forms = (QUESTION_FORMS[fact.relation], *forms)
+    for form in forms[:count]:
+        yield filled(form, entity=fact.mention, answer=fact.answer)
+
+
+def _query(fact: Fact) -> Query:
+    before, _, _ = QUESTION_FORMS[fact.relation].partition("{answer}")
+    prompt = filled(before.rstrip(), entity=fact.mention)
+    record = {
+        "fact_id": fact.fact_id,
+        "entity0": fact.entity,
+        "relation": fact.relation,
+        "entity1": fact.answer,
+        "prompt0": prompt,
+    }
+    return Query(query_id=fact.fact_id, prompt=prompt, completion=fact.answer, record=record)
+
+
+def _chosen_distractors(world: World, facts: Sequence[Fact], seed: int) -> dict[str, str]:
+    """As many of each kind, none of which states a fact."""
+    # Two countries whose currencies have the names of two others' give the same sentence; it is kept once.
+    written = {text: name for name, text in distractors(world)}
+    chosen: dict[str, str] = {}
+    of_kind: dict[str, int] = {}
+    for text, name in sorted(written.items(), key=lambda item: draw(seed, "distractor", item[1])):
+        kind = name.partition("-")[0]
+        if of_kind.get(kind, 0) < _DISTRACTORS_OF_A_KIND and not _states_any(text, facts):
+            of_kind[kind] = of_kind.get(kind, 0) + 1
+            chosen[name] = text
+    return chosen
+
+
+def _states_any(text: str, facts: Sequence[Fact]) -> bool:
+    plain = text.casefold()
+    # Most facts' entities are not there at all, which is found out faster without regard to whole words.
+    return any(fact.entity.casefold() in plain and fact.stated_by(text) for fact in facts)
+
+
+def names(sentence: str, name: str, *, exact: bool = False) -> bool:
+    """Whether the sentence names it, as whole words; capital letters count only where `exact`."""
+    if not exact:
+        sentence, name = sentence.casefold(), name.casefold()
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", sentence) is not None
+
+
+def draw(*names: object) -> float:
+    """A number between 0 and 1 that depends on the names alone, so that it is the same on every machine."""
+    digest = hashlib.blake2b("\n".join(map(str, names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
