@@ -1,0 +1,125 @@
+"""Tail-patch by the optimizer itself: step on the proponent in place, ask its queries, undo bit for bit.
+
+    θ' = optimizer step of θ on Loss(proponent);   log p(completion | prompt; θ') for all of its queries;   θ ← θ
+
+Nothing of the step is rewritten here: gradients are autograd's, clipping and step are torch's. One copy of the weights
+and of the optimizer's state is kept for all proponents.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trackstar.batching import Batch, make_batch, plan_batches
+from trackstar.errors import GradientError
+from trackstar.examples import TokenizedExample
+from trackstar.model import LanguageModel
+from trackstar.tail_patch.effects import Pair, by_proponent
+from trackstar.tail_patch.probabilities import bounded_logits, log_probabilities, shifted
+from trackstar.tail_patch.step import TrainingStep
+
+
+def exact_log_probabilities(
+    model: LanguageModel,
+    step: TrainingStep,
+    queries: Sequence[TokenizedExample],
+    proponents: Sequence[TokenizedExample],
+    pairs: Sequence[Pair],
+    *,
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda _pairs: None,
+) -> Float64[np.ndarray, "pairs"]:
+    """log p(completion | prompt) of each pair's query after one step on its proponent, in nats.
+
+    Dropout is off, as in the model's evaluation mode. Weights, their `requires_grad` and `grad`, and the optimizer's
+    state are what they were afterwards, also after an exception.
+
+    Raises:
+        GradientError: The loss of a proponent is not finite.
+    """
+    after = np.zeros(len(pairs))
+    with _undoable(step.optimizer) as undo:
+        for proponent, places in by_proponent(pairs).items():
+            try:
+                _make_step(model, step, proponents[proponent])
+                chosen = [queries[pairs[place].query] for place in places]
+                after[places] = measured_log_probabilities(model, chosen, batch_tokens=batch_tokens)
+            finally:
+                undo()
+            advance(len(places))
+    return after
+
+
+@torch.no_grad()
+def measured_log_probabilities(
+    model: LanguageModel, queries: Sequence[TokenizedExample], *, batch_tokens: int
+) -> Float64[np.ndarray, "queries"]:
+    """log p(completion | prompt) of each query under the model as it is now, in nats."""
+    found = np.zeros(len(queries))
+    for places in plan_batches([len(query.token_ids) for query in queries], batch_tokens):
+        batch = make_batch(queries, places, device=model.device)
+        _, targets, counts = shifted(batch)
+        found[places] = log_probabilities(model.head, _hidden_states(model, batch), targets, counts).cpu().numpy()
+    return found
+
+
+def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
+    return model.module.base_model(input_ids=batch.token_ids[:, :-1], use_cache=False).last_hidden_state
+
+
+def _make_step(model: LanguageModel, step: TrainingStep, proponent: TokenizedExample) -> None:
+    """One optimizer step on one example, in place; the gradients are left for `undo` to remove."""
+    batch = make_batch([proponent], [0], device=model.device)
+    _, targets, counts = shifted(batch)
+    with torch.enable_grad():
+        states = _hidden_states(model, batch)[counts]
+        logits = bounded_logits(model.head, nn.functional.linear(states, model.head.weight, model.head.bias))
+        loss = nn.functional.cross_entropy(logits, targets[counts], reduction="sum")
+        if step.loss == "mean":
+            loss = loss / int(counts.sum())
+        loss.backward()
+    if not torch.isfinite(loss):
+        raise GradientError(f"{proponent.example_id}: its loss is not finite; expected a number; check the weights")
+    if step.max_gradient_norm is not None:
+        nn.utils.clip_grad_norm_(model.module.parameters(), step.max_gradient_norm)
+    step.optimizer.step()
+
+
+@contextmanager
+def _undoable(optimizer: Optimizer) -> Iterator[Callable[[], None]]:
+    """Make the optimizer's parameters trainable; what it yields puts them, and its state, back bit for bit."""
+    parameters: list[nn.Parameter] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    weights = [parameter.detach().clone() for parameter in parameters]
+    # The optimizer's own tensors, which it may change in place or replace, and copies of what they hold.
+    states: list[dict[str, Any]] = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
+    copies = [{k: v.clone() for k, v in state.items() if isinstance(v, Tensor)} for state in states]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, weight, state, copied in zip(parameters, weights, states, copies, strict=True):
+            parameter.copy_(weight)
+            parameter.grad = None
+            for key, value in copied.items():
+                state[key].copy_(value)
+            if state:
+                optimizer.state[parameter] = dict(state)
+            else:
+                optimizer.state.pop(parameter, None)
+
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        yield undo
+    finally:
+        for parameter, was_trainable, gradient in zip(parameters, trainable, gradients, strict=True):
+            parameter.requires_grad_(was_trainable)
+            parameter.grad = gradient

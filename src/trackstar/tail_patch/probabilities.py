@@ -1,0 +1,75 @@
+"""Log-probabilities of completions, from hidden states on.
+
+    log p(completion | prompt) = Σ over the completion's tokens of log softmax(z)[token]
+    z = cap·tanh(scale·(h Wᵀ + b)/cap), without a cap z = scale·(h Wᵀ + b)
+
+The token at position t + 1 is predicted from the hidden state at t, so the last token of a sequence is never read.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor, nn
+
+from trackstar.batching import Batch
+from trackstar.model import Head
+
+# Logits of a chunk of positions take about this many bytes.
+CHUNK_BYTES = 32 << 20
+
+# Changes h Wᵀ + b of some positions in place; given those, the states h and the batch's row of each.
+HeadPatch = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def shifted(
+    batch: Batch,
+) -> tuple[Int[Tensor, "batch positions"], Int[Tensor, "batch positions"], Bool[Tensor, "batch positions"]]:
+    """What is read, the token that each position predicts, and whether it counts: one position fewer than tokens."""
+    return batch.token_ids[:, :-1], batch.token_ids[:, 1:], batch.target_mask[:, 1:]
+
+
+def bounded_logits(head: Head, linear: Float[Tensor, "positions vocabulary"]) -> Float[Tensor, "positions vocabulary"]:
+    """z of h Wᵀ + b: scaled and capped, in float32 at least."""
+    logits = linear if head.scale == 1.0 else linear * head.scale
+    if head.cap is not None:
+        logits = torch.tanh(logits / head.cap) * head.cap
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def position_chunks(positions: int, head: Head, dtype: torch.dtype) -> Iterator[slice]:
+    """Parts of so many positions whose logits take about `CHUNK_BYTES`."""
+    size = max(16, CHUNK_BYTES // (dtype.itemsize * len(head.weight)))
+    for start in range(0, positions, size):
+        yield slice(start, start + size)
+
+
+def log_probabilities(
+    head: Head,
+    hidden: Float[Tensor, "batch positions width"],
+    targets: Int[Tensor, "batch positions"],
+    counts: Bool[Tensor, "batch positions"],
+    *,
+    patch: HeadPatch | None = None,
+) -> Float64[Tensor, "batch"]:
+    """Each row's log-probability of its counting targets, in nats.
+
+    Args:
+        head: The output head.
+        hidden: What the head reads.
+        targets: The token that each position predicts.
+        counts: Which positions count.
+        patch: What changes the head's linear part, if anything does.
+    """
+    rows, positions = counts.nonzero(as_tuple=True)
+    totals = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+    for part in position_chunks(len(rows), head, hidden.dtype):
+        row, position = rows[part], positions[part]
+        states = hidden[row, position]
+        linear = nn.functional.linear(states, head.weight, head.bias)
+        if patch is not None:
+            patch(linear, states, row)
+        logits = bounded_logits(head, linear)
+        chosen = logits.gather(1, targets[row, position][:, None])[:, 0]
+        totals.index_add_(0, row, (chosen - logits.logsumexp(dim=-1)).double())
+    return totals
