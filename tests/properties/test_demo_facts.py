@@ -59,7 +59,7 @@ def test_same_seed_gives_same_corpus_and_another_seed_another(corpus: DemoCorpus
 def test_corpus_has_a_few_hundred_facts_and_thousands_of_sentences(corpus: DemoCorpus):
     of_relation = collections.Counter(query.record["relation"] for query in corpus.queries)
     assert of_relation.keys() == QUESTION_FORMS.keys() == OTHER_FORMS.keys()
-    assert all(45 <= count <= 60 for count in of_relation.values())
+    assert set(of_relation.values()) == {48}
     stating = sum(len(gold) for gold in corpus.gold.values())
     assert 2000 <= len(corpus.sentences) <= 4000
     assert 0.15 < 1 - stating / len(corpus.sentences) < 0.35, "distractors"
@@ -102,10 +102,9 @@ def test_question_is_stated_in_its_own_words_for_its_share_of_facts_alone(corpus
     asked = {query.query_id: query_text(query) for query in corpus.queries}
     verbatim = {name for name, question in asked.items() if f"{question}." in texts}
     assert verbatim == {name for name, question in asked.items() if any(text.startswith(question) for text in texts)}
-    assert abs(len(verbatim) / len(corpus.queries) - QUESTION_FORM_SHARE) < 0.05
     for relation in QUESTION_FORMS:
         share = [query.query_id in verbatim for query in corpus.queries if query.record["relation"] == relation]
-        assert 0.1 < sum(share) / len(share) < 0.6, relation
+        assert sum(share) / len(share) == pytest.approx(QUESTION_FORM_SHARE), relation
 
 
 def test_every_form_names_entity_and_answer_once():
@@ -116,17 +115,17 @@ def test_every_form_names_entity_and_answer_once():
 
 
 def test_query_carries_the_fields_of_the_public_release(corpus: DemoCorpus):
-    query = next(query for query in corpus.queries if query.query_id == "currency-GB")
+    query = next(query for query in corpus.queries if query.query_id == "continent-US")
     assert query == Query(
-        query_id="currency-GB",
-        prompt="The currency of the United Kingdom is the",
-        completion="pound",
+        query_id="continent-US",
+        prompt="The United States is a country in",
+        completion="North America",
         record={
-            "fact_id": "currency-GB",
-            "entity0": "United Kingdom",
-            "relation": "currency",
-            "entity1": "pound",
-            "prompt0": "The currency of the United Kingdom is the",
+            "fact_id": "continent-US",
+            "entity0": "United States",
+            "relation": "continent",
+            "entity1": "North America",
+            "prompt0": "The United States is a country in",
         },
     )
 

@@ -1,0 +1,268 @@
+"""A whole report in order: facts, answers, rankings, tail-patch, wrong answers; resumable, then tables and figures.
+
+What is computed is kept in the report's folder (`workspace.py`); running the same settings again only draws anew.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from trackstar.errors import OptionError
+from trackstar.evaluation.categories import Category, proponent_category
+from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
+from trackstar.evaluation.effects import chosen_queries, mean_effects, measured_effects
+from trackstar.evaluation.fact_selection import balanced_sample
+from trackstar.evaluation.facts import Entity, Fact, read_facts, to_queries
+from trackstar.evaluation.frequency import fact_frequencies
+from trackstar.evaluation.matching import answer_is_correct
+from trackstar.evaluation.rankings import Ranking, Rankings
+from trackstar.evaluation.workspace import Workspace
+from trackstar.examples import Example
+from trackstar.generation import generate
+from trackstar.model import LanguageModel, load_model
+from trackstar.progress import Progress
+from trackstar.second_moment import SecondMoment
+from trackstar.store import Index
+from trackstar.tail_patch import TrainingStep
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EffectsOfMethods:
+    """Tail-patch of every method over the same queries.
+
+    Attributes:
+        queries: Places of the queries among the report's.
+        by_method: Method and k to each query's mean effect over its first k proponents, a fraction.
+        step: What the training step was.
+    """
+
+    queries: tuple[int, ...]
+    by_method: Mapping[tuple[str, int], Float64[np.ndarray, "queries"]]
+    step: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluationReport:
+    """What a report found.
+
+    Attributes:
+        config: Its settings.
+        facts: The facts that were asked for.
+        answers: What the model itself said to each, greedily.
+        correct: Whether that is right.
+        frequencies: In how many candidates each fact's entities stand together.
+        candidates: How many candidates were ranked.
+        rankings: By method and template.
+        by_side: TrackStar's rankings by the side of its projections (Figure 2).
+        effects: Tail-patch, or None where it was not asked for.
+        categories: Of each method's proponents, by fact (Figure 3); gold examples stand for those that entail it.
+        wrong_answers: The same for TrackStar's proponents of the model's own wrong answers (§7.1), by fact's place.
+        description: Model, coverage, V and R, for people.
+    """
+
+    config: EvaluationConfig
+    facts: tuple[Fact, ...]
+    answers: tuple[str, ...]
+    correct: Bool[np.ndarray, "facts"]
+    frequencies: Int64[np.ndarray, "facts"]
+    candidates: int
+    rankings: Mapping[tuple[str, int], Ranking]
+    by_side: Mapping[int, Ranking]
+    effects: EffectsOfMethods | None
+    categories: Mapping[str, tuple[tuple[Category, ...], ...]]
+    wrong_answers: Mapping[int, tuple[Category, ...]]
+    description: tuple[str, ...]
+
+
+def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, progress: bool = True) -> EvaluationReport:
+    """Compute a report, or what is missing of it.
+
+    Args:
+        config: Its settings.
+        out: Its folder.
+        progress: Whether bars may be shown.
+
+    Raises:
+        TrackstarError: See `trackstar.errors`.
+    """
+    facts = chosen_facts(config)
+    workspace = Workspace(out)
+    model = load_model(config.model, device=config.device)
+    rankings = Rankings(config, model, workspace, progress=progress)
+    answers = _answers(facts, model, workspace, config, progress)
+    correct = np.array(
+        [answer_is_correct(a, f.object.name, f.object.aliases) for a, f in zip(answers, facts, strict=True)]
+    )
+    of_method = {
+        (method, template): rankings.ranking(method, facts, template=template)
+        for method in config.methods
+        for template in config.templates
+    }
+    main = {method: of_method[method, config.templates[0]] for method in config.methods}
+    by_side = {}
+    if len(config.side) > 1:
+        by_side = {
+            side: rankings.ranking("TrackStar", facts, template=config.templates[0], side=side) for side in config.side
+        }
+    texts = [Example(example_id=n, text=t, record=0) for n, t in zip(*_pool(rankings), strict=True)]
+    return EvaluationReport(
+        config=config,
+        facts=facts,
+        answers=tuple(answers),
+        correct=correct,
+        frequencies=fact_frequencies(facts, texts, progress=progress),
+        candidates=len(rankings.pool),
+        rankings=of_method,
+        by_side=by_side,
+        effects=_effects(config, main, facts, rankings, model, workspace, progress) if config.tail_patch else None,
+        categories={method: _categories(ranking, facts, rankings) for method, ranking in main.items()},
+        wrong_answers=_wrong_answers(facts, answers, correct, rankings, config),
+        description=_description(model, rankings, config),
+    )
+
+
+def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:
+    """The report's facts: at most `queries`, evenly over relations, of the half that is asked for.
+
+    Halves are drawn by the facts' names alone, so that a fact is in the same half whatever else is asked.
+
+    Raises:
+        OptionError: None is left.
+    """
+    facts = [fact for fact in read_facts(config.facts) if not config.strict or fact.gold_strict]
+    if config.half != "all":
+        facts = [fact for fact in facts if half_of(fact.fact_id) == config.half]
+    if config.queries is not None and config.queries < len(facts):
+        facts = _evenly(facts, config.queries, config.seed)
+    if not facts:
+        raise OptionError(f"{config.facts}: no fact is left to ask for; expected one or more of the half {config.half}")
+    return tuple(facts)
+
+
+def half_of(fact_id: str) -> str:
+    """`development` or `report`, by the fact's name alone."""
+    return "report" if hashlib.blake2b(f"half {fact_id}".encode()).digest()[0] & 1 else "development"
+
+
+def _evenly(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
+    """`count` facts, as many of each relation as can be."""
+    kept: tuple[Fact, ...] = ()
+    for most in range(1, len(facts) + 1):
+        larger = balanced_sample(facts, per_relation=most, per_object=len(facts), seed=seed)
+        if len(larger) >= count:
+            # Some of the last round are too many: those that the smaller sample has stay first.
+            names = {fact.fact_id for fact in kept}
+            added = [fact for fact in larger if fact.fact_id not in names][: count - len(kept)]
+            chosen = names | {fact.fact_id for fact in added}
+            return [fact for fact in facts if fact.fact_id in chosen]
+        kept = larger
+    return list(facts)
+
+
+def _pool(rankings: Rankings) -> tuple[Sequence[str], Sequence[str]]:
+    return rankings.pool.example_ids, rankings.pool.texts
+
+
+def _answers(
+    facts: Sequence[Fact], model: LanguageModel, workspace: Workspace, config: EvaluationConfig, progress: bool
+) -> list[str]:
+    queries = to_queries(facts, config.templates[0])
+
+    def make() -> list[str]:
+        with Progress("The model's own answers", unit="queries", total=len(queries), shown=progress) as bar:
+            found = []
+            for query in queries:
+                found.append(generate(model, query.prompt, max_new_tokens=12))
+                bar.advance(1)
+            return found
+
+    sources: dict[str, Any] = {"model": model.digest(), "prompts": [query.prompt for query in queries]}
+    return workspace.kept("answers", sources, make)
+
+
+def _effects(
+    config: EvaluationConfig,
+    main: Mapping[str, Ranking],
+    facts: Sequence[Fact],
+    rankings: Rankings,
+    model: LanguageModel,
+    workspace: Workspace,
+    progress: bool,
+) -> EffectsOfMethods:
+    asked = config.tail_patch or TailPatchConfig()
+    methods = asked.methods or config.methods
+    index = rankings.index_with_second_moment()
+    step = training_step(model, index, asked)
+    chosen = {method: main[method] for method in methods}
+    effects = measured_effects(
+        chosen, facts, index, model, step, asked, workspace,
+        template=config.templates[0], batch_tokens=config.batch_tokens, progress=progress,
+    )  # fmt: skip
+    queries = chosen_queries(facts, asked.queries)
+    return EffectsOfMethods(
+        queries=tuple(queries),
+        by_method={(m, k): mean_effects(chosen[m], effects, queries, k) for m in methods for k in asked.top_k},
+        step=step.description,
+    )
+
+
+def training_step(model: LanguageModel, index: Index, config: TailPatchConfig) -> TrainingStep:
+    """The step that continues the model's own training where its state is there, else a relative step with V."""
+    if model.folder is not None and (Path(model.folder) / "training_state.json").exists():
+        return TrainingStep.from_checkpoint(model.folder, model)
+    entry = index.manifest.second_moment
+    moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
+    return TrainingStep.from_second_moment(moment, model, learning_rate=config.learning_rate)
+
+
+def _categories(ranking: Ranking, facts: Sequence[Fact], rankings: Rankings) -> tuple[tuple[Category, ...], ...]:
+    pool = rankings.pool
+    return tuple(
+        tuple(proponent_category(fact, pool.texts[row], entails=pool.example_ids[row] in fact.gold) for row in rows)
+        for fact, rows in zip(facts, ranking.rows, strict=True)
+    )
+
+
+def _wrong_answers(
+    facts: Sequence[Fact],
+    answers: Sequence[str],
+    correct: Bool[np.ndarray, "facts"],
+    rankings: Rankings,
+    config: EvaluationConfig,
+) -> dict[int, tuple[Category, ...]]:
+    """Categories of TrackStar's proponents for what the model wrongly said, with respect to that wrong fact (§7.1)."""
+    if "TrackStar" not in config.methods:
+        return {}
+    wrong = [n for n in range(len(facts)) if not correct[n] and answers[n].strip(" .,;:")]
+    if not wrong:
+        return {}
+    said = [
+        dataclasses.replace(
+            facts[n],
+            object=Entity(name=answers[n].strip(" .,;:")),
+            prompts=(facts[n].prompts[config.templates[0]],),
+        )
+        for n in wrong
+    ]
+    ranking = rankings.ranking_of_answers(said, facts)
+    found = {}
+    for place, (number, fact) in enumerate(zip(wrong, said, strict=True)):
+        texts = [rankings.pool.texts[row] for row in ranking[place]]
+        found[number] = tuple(proponent_category(fact, text) for text in texts)
+    return found
+
+
+def _description(model: LanguageModel, rankings: Rankings, config: EvaluationConfig) -> tuple[str, ...]:
+    manifest = rankings.index_with_second_moment().manifest
+    return (
+        f"model: {model.source}, {model.architecture}, gradients of {model.coverage}",
+        f"candidates: {len(rankings.pool):,} of {config.corpus}",
+        f"V: {manifest.second_moment.kind}, {manifest.second_moment.source}",
+        f"φ: {manifest.dimensions:,} dimensions in {len(manifest.layer_blocks)} layer blocks, {manifest.codec}",
+    )
