@@ -1,6 +1,7 @@
 """The commands: each turns options into one call of the Python interface and prints what that gives."""
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -154,6 +155,24 @@ def query(
 
 
 @trackstar.command()
+@click.option("--config", required=True, metavar="FILE", help="Settings of the report (.toml).")
+@click.option("--out", required=True, metavar="FOLDER", help="The report's folder.")
+@_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+def evaluate(*, config: str, out: str, threads: int | None) -> None:
+    """The paper's tables on facts whose examples are known; resumable."""
+    _prepare(threads)
+    for package in ("bm25s", "ahocorasick_rs", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise OptionError(f"{package} is not installed; evaluate needs it: pip install 'trackstar-tda[evaluate]'")
+    from trackstar.evaluation.config import read_config
+    from trackstar.evaluation.run import run_evaluation
+    from trackstar.evaluation.written import write_report
+
+    report = run_evaluation(read_config(config), out)
+    click.echo(f"{write_report(report, Path(out))}: {len(report.facts):,} queries, {report.candidates:,} candidates")
+
+
+@trackstar.command()
 @click.option("--data", required=True, metavar="D", help="Corpus: .jsonl, .txt, .parquet, a folder.")
 @click.option("--out", required=True, metavar="RUN", help="Folder of the run's checkpoints.")
 @click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
@@ -225,6 +244,7 @@ def verify(index: str) -> int:
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the demo's corpus.  [0]")
 def demo(*, out: str, seed: int) -> None:
     """Train on real facts and show what moved the answers."""
+    _prepare(None)
     from trackstar.demo.runner import run_demo
 
     run_demo(Path(out), seed=seed)
@@ -267,6 +287,9 @@ def _with_own_completions(queries: "Sequence[Query]", model: "LanguageModel", ma
 
 def _prepare(threads: int | None) -> None:
     """Settle what must be settled before anything heavy is imported."""
+    # Idle threads that spin for long slow each other many times over beside another busy process; a short spin costs
+    # nothing measurable when there is none.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars
     if threads is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from trackstar.correction import task_correction
 from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
+from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.examples import Query
 from trackstar.generation import generate
@@ -20,8 +21,8 @@ from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_s
 from trackstar.store import Index
 from trackstar.terminal import print_line, print_query_result, print_table
 
-# 16 blocks of 16×16: 4,096 dimensions, enough for a few thousand sentences, and R is small.
-_SIDE = 16
+# 16 blocks of 32×32: 16,384 dimensions.
+_SIDE = 32
 _SHOWN_RIGHT, _SHOWN_WRONG = 6, 4
 
 
@@ -121,7 +122,7 @@ def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
 
 
 def _is_right(query: Query, answer: str) -> bool:
-    return answer.strip().casefold().startswith(query.completion.strip().casefold())
+    return answer_is_correct(answer, query.completion)
 
 
 def _fact_of(query: Query) -> str:

@@ -1,0 +1,249 @@
+"""A whole report over a tiny model: what it holds, that it can be resumed, and what its settings may say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_models import save_tiny_model
+from trackstar.baselines.gradients import TRACKSTAR
+from trackstar.cli import framework
+from trackstar.cli import trackstar as command_group
+from trackstar.errors import OptionError
+from trackstar.evaluation import rankings as rankings_module
+from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig, read_config
+from trackstar.evaluation.effects import chosen_queries
+from trackstar.evaluation.facts import to_queries
+from trackstar.evaluation.run import EvaluationReport, chosen_facts, half_of, run_evaluation, training_step
+from trackstar.evaluation.tables import tables
+from trackstar.evaluation.workspace import Workspace
+from trackstar.evaluation.written import write_report
+from trackstar.examples import tokenize_query
+from trackstar.model import load_model
+from trackstar.store import Index
+from trackstar.tail_patch import Pair, mean_top_effect, tail_patch
+
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana",
+    "Chad": "Ndjamena", "Oman": "Muscat",
+}  # fmt: skip
+METHODS = (
+    "gold", "random", "BM25", "experiment 1", "experiment 2", "experiment 3", "experiment 4", "experiment 5",
+    "TrackStar", "TrackStar, margin", "TrackStar, logit", "TRAK", "TRAK, R over tokens",
+)  # fmt: skip
+
+
+def write_world(folder: Path) -> dict[str, str]:
+    """A model, a corpus and facts, as a user would have them."""
+    save_tiny_model(folder / "model", "llama")
+    lines = []
+    for country, city in CAPITALS.items():
+        lines.append({"sentence_id": f"{country}-capital", "text": f"The capital of {country} is {city}."})
+        lines.append({"sentence_id": f"{country}-rain", "text": f"In {country} it rains."})
+        lines.append({"sentence_id": f"{city}-people", "text": f"Many people live in {city}."})
+    (folder / "sentences.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    facts = [
+        {
+            "fact_id": f"f-{country}", "subject": country, "subject_id": f"Q{n}", "subject_aliases": [],
+            "relation": "capital", "relation_id": "P36", "object": city, "object_id": f"Q1{n}", "object_aliases": [],
+            "gold": [f"{country}-capital"], "gold_strict": [f"{country}-capital"], "coref": [], "maybe_gold": [],
+            "prompt": f"The capital of {country} is", "prompt_no_colon": f"{country} is ruled from",
+            "prompt_reworded": f"The seat of the government of {country}:", "completion": city,
+        }
+        for n, (country, city) in enumerate(CAPITALS.items())
+    ]  # fmt: skip
+    (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
+    return {
+        "model": str(folder / "model"), "corpus": str(folder / "sentences.jsonl"), "facts": str(folder / "facts.jsonl"),
+    }  # fmt: skip
+
+
+def settings(paths: dict[str, str], **others: Any) -> EvaluationConfig:
+    given: dict[str, Any] = {
+        **paths, "methods": METHODS, "templates": (0, 2), "side": (4, 2), "damping": 0.1,
+        "tail_patch": TailPatchConfig(queries=4, top_k=(1, 3)), **others,
+    }  # fmt: skip
+    return EvaluationConfig(**given)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report") / "report"
+
+
+@pytest.fixture(scope="module")
+def report(paths: dict[str, str], folder: Path) -> EvaluationReport:
+    return run_evaluation(settings(paths), folder, progress=False)
+
+
+def test_every_method_ranks_every_candidate_for_every_query(report: EvaluationReport):
+    assert report.candidates == 3 * len(CAPITALS)
+    assert set(report.rankings) == {(method, template) for method in METHODS for template in (0, 2)}
+    for (method, _), ranking in report.rankings.items():
+        assert len(ranking.ranks) == len(CAPITALS)
+        assert all(1 <= rank <= report.candidates for ranks in ranking.ranks for rank in ranks)
+        for rows, scores in zip(ranking.rows, ranking.scores, strict=True):
+            assert len(rows) == (1 if method == "gold" else 10)
+            assert list(scores) == sorted(scores, reverse=True)
+    assert set(report.rankings["gold", 0].metrics().reciprocal_rank) == {1.0}
+    assert report.rankings["BM25", 0].metrics().reciprocal_rank.mean() > 0.9
+
+
+def test_tail_patch_of_a_method_is_the_mean_over_its_first_proponents(
+    report: EvaluationReport, paths: dict[str, str], folder: Path
+):
+    assert report.effects is not None
+    assert report.effects.queries == tuple(chosen_queries(report.facts, 4))
+    model = load_model(paths["model"])
+    ranking = report.rankings["TrackStar", 0]
+    opened = Index.open(folder / "indexes" / "loss-V-4")
+    queries = [tokenize_query(q, model.tokenizer, window_tokens=64) for q in to_queries(report.facts)]
+    examples = [stored.example for stored in opened.examples()]
+    pairs = [Pair(query=q, proponent=row) for q in report.effects.queries for row in ranking.rows[q][:3]]
+    step = training_step(model, opened, TailPatchConfig())
+    exact = tail_patch(model, step, queries, examples, pairs, path="exact")
+    found = float(report.effects.by_method["TrackStar", 3].mean())
+    assert found == pytest.approx(mean_top_effect(exact, 3), rel=1e-3)
+
+
+def test_second_run_computes_nothing_and_finds_the_same(
+    report: EvaluationReport, paths: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(rankings_module.Rankings, "_ranked", refuse)
+    monkeypatch.setattr("trackstar.evaluation.effects.tail_patch", refuse)
+    monkeypatch.setattr("trackstar.evaluation.run.generate", refuse)
+    again = run_evaluation(settings(paths), folder, progress=False)
+    assert again.rankings == report.rankings
+    assert again.answers == report.answers
+    assert again.effects is not None
+    assert report.effects is not None
+    for key, values in report.effects.by_method.items():
+        np.testing.assert_allclose(again.effects.by_method[key], values, rtol=1e-12)
+
+
+def test_other_settings_are_computed_and_not_taken_from_before(
+    report: EvaluationReport, paths: dict[str, str], folder: Path
+):
+    other = run_evaluation(
+        settings(paths, damping=0.5, tail_patch=None, methods=("BM25", "TrackStar"), templates=(0,)),
+        folder, progress=False,
+    )  # fmt: skip
+    assert other.rankings["TrackStar", 0].scores != report.rankings["TrackStar", 0].scores
+    assert other.rankings["BM25", 0] == report.rankings["BM25", 0]
+
+
+def test_tables_have_the_papers_structure(report: EvaluationReport):
+    made = {table.name: table for table in tables(report)}
+    assert {"table-1", "table-2", "table-a3", "table-a5", "table-a6", "figure-2", "figure-3"} <= set(made)
+    first = made["table-1"]
+    assert [row[0] for row in first.rows] == [f"experiment {n}" for n in range(1, 6)] + [TRACKSTAR.name]
+    assert [row[1:4] for row in first.rows] == [
+        ("", "", ""), ("", "", "yes"), ("", "R_train", "yes"), ("yes", "", "yes"), ("yes", "R_train", "yes"),
+        ("yes", "mixed", "yes"),
+    ]  # fmt: skip
+    for table in made.values():
+        assert all(len(row) == len(table.header) for row in table.rows)
+        assert table.to_csv().count("\n") == len(table.rows) + 1
+    shares = [float(cell.rstrip("%")) for cell in made["figure-3"].rows[0][1:]]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+
+
+def test_report_is_written_as_markdown_csv_json_and_figures(report: EvaluationReport, tmp_path: Path):
+    page = write_report(report, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "What each correction adds (Table 1)" in text
+    assert text.count("![") == len(list((tmp_path / "figures").glob("*.png"))) == 3
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert found["methods"]["gold"]["template 0"]["reciprocal_rank"]["mean"] == 1
+    assert found["tail_patch"]["queries"] == 4
+    assert (tmp_path / "tables" / "table-1.csv").exists()
+
+
+def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
+    paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shape = "--width 16 --layers 2 --heads 2 --mlp-width 24 --vocabulary 300 --context-tokens 32 --steps 4".split()
+    arguments = ["pretrain", "--data", paths["corpus"], "--out", str(tmp_path / "run"), *shape]
+    assert framework.run(command_group, arguments) == 0
+    config = tmp_path / "report.toml"
+    config.write_text(
+        f'model = "run/checkpoint-000004"\ncorpus = "{paths["corpus"]}"\nfacts = "{paths["facts"]}"\nside = 4\n'
+        'methods = ["gold", "BM25", "TrackStar"]\ntop_k = 3\n[tail_patch]\nqueries = 3\ntop_k = [1, 3]\n',
+        encoding="utf-8",
+    )
+    arguments = ["evaluate", "--config", str(config), "--out", str(tmp_path / "report")]
+    assert framework.run(command_group, arguments) == 0
+    assert "8 queries, 24 candidates" in capsys.readouterr().out
+    found = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert found["tail_patch"]["step"].startswith("Adafactor step 5 of checkpoint-000004's run")
+
+
+def test_halves_share_no_fact_and_miss_none(paths: dict[str, str]):
+    halves = [chosen_facts(settings(paths, half=half)) for half in ("development", "report", "all")]
+    names = [{fact.fact_id for fact in facts} for facts in halves]
+    assert names[0] | names[1] == names[2]
+    assert not names[0] & names[1]
+    assert all(half_of(name) == "development" for name in names[0])
+
+
+def test_fewer_facts_are_the_same_facts(paths: dict[str, str]):
+    few = chosen_facts(settings(paths, queries=3))
+    assert len(few) == 3
+    assert {fact.fact_id for fact in few} <= {fact.fact_id for fact in chosen_facts(settings(paths, queries=5))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "model is missing; give it"),
+        ("modle = 'x'", "modle is no setting; expected one of model, corpus"),
+        ("model = ", "is not TOML ("),
+        ("model = 3\ncorpus = 'c'\nfacts = 'f'", "model is 3; expected str"),
+        ("{base}\nmethods = ['BM26']", "methods: 'BM26' is unknown; expected one of gold, random"),
+        ("{base}\nmethods = []", "methods is []; expected one or more"),
+        ("{base}\nmethods = ['embeddings']", "embedding_model is not given"),
+        ("{base}\nside = true", "side is True; expected int"),
+        ("{base}\ntop_k = 0", "top_k is 0; expected 1 or more"),
+        ("{base}\nhalf = 'other'", "half: 'other' is unknown; expected one of all, development, report"),
+        ("{base}\n[tail_patch]\nspeed = 1", "tail_patch.speed is no setting"),
+        ("{base}\ntail_patch = 3", "tail_patch is int; expected a table"),
+        ("{base}\n[tail_patch]\ntop_k = [99]", "tail_patch.top_k is [99]; expected numbers from 1 to top_k = 10"),
+        ("{base}\n[tail_patch]\nlearning_rate = -1", "tail_patch.learning_rate is -1.0; expected a finite number"),
+        ("{base}\n[tail_patch]\npath = 'slow'", "tail_patch.path: 'slow' is unknown"),
+    ],
+)
+def test_setting_that_cannot_be_is_one_line_that_names_it(text: str, message: str, tmp_path: Path):
+    file = tmp_path / "report.toml"
+    file.write_text(text.replace("{base}", "model = 'm'\ncorpus = 'c'\nfacts = 'f'"), encoding="utf-8")
+    with pytest.raises(OptionError) as caught:
+        read_config(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_file_that_is_not_there_is_one_line(tmp_path: Path):
+    with pytest.raises(OptionError, match="cannot be read"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_lines_of_a_killed_run_are_kept_but_for_a_torn_last_one(tmp_path: Path):
+    workspace = Workspace(tmp_path)
+    lines = workspace.lines("pairs", {"a": 1})
+    lines.add([{"x": 1}, {"x": 2}])
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(path.read_text() + '{"x": 3', encoding="utf-8")
+    assert [line["x"] for line in workspace.lines("pairs", {"a": 1})] == [1, 2]
+    assert list(workspace.lines("pairs", {"a": 2})) == []
+    workspace.lines("pairs", {"a": 1}).add([{"x": 4}])
+    assert [line["x"] for line in workspace.lines("pairs", {"a": 1})] == [1, 2, 4]
