@@ -16,7 +16,14 @@ from trackstar.evaluation import rankings as rankings_module
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig, read_config
 from trackstar.evaluation.effects import chosen_queries
 from trackstar.evaluation.facts import to_queries
-from trackstar.evaluation.run import EvaluationReport, chosen_facts, half_of, run_evaluation, training_step
+from trackstar.evaluation.run import (
+    EvaluationReport,
+    chosen_facts,
+    first_phrase,
+    half_of,
+    run_evaluation,
+    training_step,
+)
 from trackstar.evaluation.tables import tables
 from trackstar.evaluation.workspace import Workspace
 from trackstar.evaluation.written import write_report
@@ -247,3 +254,17 @@ def test_lines_of_a_killed_run_are_kept_but_for_a_torn_last_one(tmp_path: Path):
     assert list(workspace.lines("pairs", {"a": 2})) == []
     workspace.lines("pairs", {"a": 1}).add([{"x": 4}])
     assert [line["x"] for line in workspace.lines("pairs", {"a": 1})] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase"),
+    [
+        (" Belgrade, the capital", "Belgrade"),
+        ("New Delhi.", "New Delhi"),
+        ("...", ""),
+        ("", ""),
+        ("Rome\nItaly", "Rome"),
+    ],
+)
+def test_wrong_answer_is_what_was_said_before_the_first_punctuation(answer: str, phrase: str):
+    assert first_phrase(answer) == phrase

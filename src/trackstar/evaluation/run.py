@@ -6,6 +6,7 @@ What is computed is kept in the report's folder (`workspace.py`); running the sa
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,11 @@ def _categories(ranking: Ranking, facts: Sequence[Fact], rankings: Rankings) -> 
     )
 
 
+def first_phrase(answer: str) -> str:
+    """What the model said before it went on: up to the first mark of punctuation."""
+    return re.split(r"[.,;:!?\n]", answer.strip(" .,;:!?\n"), maxsplit=1)[0].strip()
+
+
 def _wrong_answers(
     facts: Sequence[Fact],
     answers: Sequence[str],
@@ -239,13 +245,14 @@ def _wrong_answers(
     """Categories of TrackStar's proponents for what the model wrongly said, with respect to that wrong fact (§7.1)."""
     if "TrackStar" not in config.methods:
         return {}
-    wrong = [n for n in range(len(facts)) if not correct[n] and answers[n].strip(" .,;:")]
+    said_first = [first_phrase(answer) for answer in answers]
+    wrong = [n for n in range(len(facts)) if not correct[n] and said_first[n]]
     if not wrong:
         return {}
     said = [
         dataclasses.replace(
             facts[n],
-            object=Entity(name=answers[n].strip(" .,;:")),
+            object=Entity(name=said_first[n]),
             prompts=(facts[n].prompts[config.templates[0]],),
         )
         for n in wrong
