@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from trackstar.coarse_scan import CoarseQueries, Finalists
 from trackstar.curvature import Whitening
 from trackstar.errors import GradientError, OptionError
 from trackstar.progress import Progress
@@ -19,6 +20,11 @@ from trackstar.store import Index, decode
 
 # A chunk's codes as float32: small enough that they are multiplied while still in the processor's cache.
 _SCAN_BYTES = 4 << 20
+# Rows scored in float16 at once, and for how many queries at once that is the faster way.
+_COARSE_ROWS = 1024
+_MOST_COARSE_QUERIES = 4
+# Candidates beside the k best that are scored again rather than all.
+_MOST_FINALISTS = 2048
 # Rows whitened at once: enough for an efficient matrix product.
 _WHITENING_BYTES = 64 << 20
 
@@ -159,6 +165,13 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
     """
     if k < 1:
         raise OptionError(f"--top {k}: expected 1 or more candidates a query")
+    if index.manifest.codec == "float16" and len(scorer.vectors) <= _MOST_COARSE_QUERIES:
+        return _top_by_coarse_scan(index, scorer, k, progress=progress)
+    return _top_by_plain_scan(index, scorer, k, progress=progress)
+
+
+def _top_by_plain_scan(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
+    """Every candidate is scored in float32."""
     queries = len(scorer.vectors)
     best = (torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
     worst = (torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
@@ -169,6 +182,42 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
             worst = _merged(worst, -part, rows, k)
             bar.advance(len(rows))
     return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
+
+
+def _top_by_coarse_scan(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
+    """Every candidate is scored in float16 with a bound, those that can be among the k best in float32."""
+    coarse = CoarseQueries(scorer.vectors)
+    count = len(scorer.vectors)
+    best, worst = ([Finalists(k) for _ in range(count)] for _ in range(2))
+    with _shown(progress, "Scan", index.rows) as bar:
+        for chunk in index.iterate(_COARSE_ROWS):
+            factors = chunk.scales * scorer.multipliers[chunk.first_row : chunk.first_row + len(chunk.codes)]
+            values, slack = coarse.scores(chunk.codes, factors)
+            for query in range(count):
+                best[query].add(chunk.first_row, values[query], slack[query])
+                worst[query].add(chunk.first_row, -values[query], slack[query])
+            bar.advance(len(chunk.codes))
+        if max(len(finalists.rows()) for finalists in (*best, *worst)) > k + _MOST_FINALISTS:
+            # So many candidates are so close together that the plain scan is cheaper than scoring them again.
+            return _top_by_plain_scan(index, scorer, k, progress=progress)
+        proponents = [_rescored(index, scorer, query, best[query].rows(), k, sign=1.0) for query in range(count)]
+        opponents = [_rescored(index, scorer, query, worst[query].rows(), k, sign=-1.0) for query in range(count)]
+    return TopCandidates(
+        proponents=torch.stack([rows for rows, _ in proponents]),
+        proponent_scores=torch.stack([scores for _, scores in proponents]),
+        opponents=torch.stack([rows for rows, _ in opponents]),
+        opponent_scores=torch.stack([scores for _, scores in opponents]),
+    )
+
+
+def _rescored(
+    index: Index, scorer: Scorer, query: int, rows: Int64[Tensor, "finalists"], k: int, *, sign: float
+) -> tuple[Int64[Tensor, "k"], Float[Tensor, "k"]]:
+    """The k best (or with sign -1, worst) of a few rows by their scores in float32, earlier rows first among equals."""
+    codes, scales = index.some_codes(rows.tolist())
+    found = (codes.float() @ scorer.vectors[query].float()) * (scales * scorer.multipliers[rows])
+    order = (sign * found).sort(descending=True, stable=True).indices[:k]
+    return rows[order], found[order]
 
 
 def _gathered(

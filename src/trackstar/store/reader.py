@@ -3,10 +3,11 @@
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
@@ -137,6 +138,17 @@ class Index:
             for first in range(0, shard.rows, rows_per_chunk):
                 stop = first + rows_per_chunk
                 yield CodeChunk(first_row=shard.first_row + first, codes=codes[first:stop], scales=scales[first:stop])
+
+    def some_codes(self, rows: Sequence[int]) -> tuple[Float[Tensor, "some dim"], Float32[Tensor, "some"]]:
+        """Codes and scales of a few rows, ascending, in memory."""
+        codes, scales = [], []
+        for shard in self._shards:
+            first, last = (bisect.bisect_left(rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
+            if first < last:
+                within = torch.tensor(rows[first:last]) - shard.first_row
+                codes.append(shard.codes[within])
+                scales.append(shard.scales[within])
+        return torch.cat(codes), torch.cat(scales)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """`second_moment` or `autocorrelation`, checked against its digest, memory-mapped.
