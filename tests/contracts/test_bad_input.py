@@ -3,6 +3,7 @@
 Bad records of corpora and queries have a table of their own, in test_corpus_errors.py.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -27,7 +28,8 @@ TEXTS = [
 ]
 
 
-class World(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class World:
     """What a case may use and spoil: copies in a folder of its own."""
 
     folder: Path
@@ -111,8 +113,6 @@ def _unfinished(world: World) -> None:
 
     manifest = load_manifest(world.index)
     assert manifest is not None
-    import dataclasses
-
     (world.index / "manifest.json").write_text(dataclasses.replace(manifest, completion=None).to_json())
 
 
@@ -267,7 +267,7 @@ def test_mistake_is_one_line_that_names_it(
     monkeypatch.chdir(world.folder)
     case.spoil(world)
     capsys.readouterr()
-    paths = world._asdict()
+    paths = dataclasses.asdict(world)
     status = framework.run(command_group, [word.format(**paths) for word in case.command.split()])
     shown = capsys.readouterr()
     # Lines that merely tell what is done come first; the last one is the error.

@@ -294,7 +294,7 @@ def test_report_becomes_a_table_of_one_row_a_ranked_candidate(index_folder: Path
     assert list(frame["role"]) == ["proponent"] * 3 + ["opponent"] * 3
     assert list(frame["rank"]) == [1, 2, 3, 1, 2, 3]
     assert list(frame["text"][:3]) == [ranked.text for ranked in report.results[0].proponents]
-    assert frame["probability"][0] == pytest.approx(report.results[0].probability)
+    assert frame["probability"].tolist() == pytest.approx([report.results[0].probability] * 6)
 
 
 # ---- Hostile text, interrupts --------------------------------------------------------------------------------------
