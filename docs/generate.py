@@ -45,7 +45,8 @@ def command_line_page() -> str:
         "options, `--help-all` these.",
         "",
         "Results go to stdout; progress, what was computed and errors go to stderr. Exit status: 0 done, 1 an error "
-        "that you can mend (one line on stderr says how), 2 wrong options, 130 interrupted, 143 terminated.",
+        "that you can mend (one line on stderr says how), 2 options that cannot be read, 130 interrupted, 143 "
+        "terminated.",
     ]
     for name in trackstar.list_commands(click.Context(trackstar)):
         command = trackstar.commands[name]
@@ -102,7 +103,7 @@ def _description(path: Path) -> str:
 def _sentence(docstring: str) -> str:
     """The first sentence, or what stands before its colon where that is enough."""
     text = " ".join(docstring.split("\n\n", 1)[0].split())
-    return re.split(r"(?<!Eq)(?<=[a-z)0-9])[.](?:\s|$)", text, maxsplit=1)[0].rstrip(".")
+    return re.split(r"(?<!Eq)(?<!al)(?<!Alg)(?<=[a-z)0-9])[.](?:\s|$)", text, maxsplit=1)[0].rstrip(".")
 
 
 def main() -> None:

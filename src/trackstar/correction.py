@@ -104,7 +104,7 @@ def _mixing(index: Index, task: Tensor, given: float | None) -> Mixing:
             raise OptionError(f"--mixing {given}: expected a number from 0 (only R_train) to 1 (only R_eval)")
         return Mixing(value=given, rule="given", queries=len(task))
     if len(task) < MIN_TASK_QUERIES:
-        rule = f"only R_train: a task needs {MIN_TASK_QUERIES} queries or more, here are {len(task)}"
+        rule = f"only R_train: a task needs {MIN_TASK_QUERIES} queries or more (--task), found {len(task)}"
         return Mixing(value=0.0, rule=rule, queries=len(task))
     evaluation = spectrum_of_examples(task, len(index.manifest.layer_blocks))
     return mixing_by_spectra(evaluation, train_spectrum(index), dimensions=index.dimensions, queries=len(task))

@@ -257,6 +257,11 @@ def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, s
         raise ModelError(f"{path / gguf_file}: no such file; expected the GGUF weights that --gguf-file names")
     if gguf_file is None and not (path / "config.json").exists():
         weights = sorted(file.name for file in path.glob("*.gguf"))
+        checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*") if (folder / "config.json").exists())
+        if checkpoints:
+            raise ModelError(
+                f"{source}: a training run's folder; expected one of its models, such as {path / checkpoints[-1]}"
+            )
         if len(weights) != 1:
             raise ModelError(
                 f"{source}: found no config.json and {len(weights)} .gguf files; expected a Transformers model folder, "

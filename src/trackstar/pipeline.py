@@ -155,7 +155,11 @@ def _fill(
     writer: IndexWriter, corpus: Corpus, model: LanguageModel, moment: SecondMoment, *, batch_tokens: int, bar: Progress
 ) -> None:
     bar.note(f"model: {model.architecture}, {model.coverage}")
-    bar.note(f"second moment: {moment.kind}, {moment.source}")
+    bar.note(f"second moment: {moment.source if moment.kind == 'none' else f'{moment.kind}, {moment.source}'}")
+    manifest = writer.manifest
+    kib = manifest.dimensions * codec_dtype(manifest.codec).itemsize / 1024
+    mib = len(manifest.layer_blocks) * manifest.projection.side**4 * 4 / 2**20
+    bar.note(f"φ: {manifest.dimensions:,} dimensions, {kib:,.1f} KiB an example; R: {mib:,.1f} MiB (--side)")
     raised = floored_entries(moment)
     if raised:
         bar.note(

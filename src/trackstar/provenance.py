@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from trackstar.errors import IndexMismatchError
+from trackstar.errors import IndexMismatchError, ModelError
 from trackstar.examples import Corpus
 from trackstar.gradients import Output
 from trackstar.model import LanguageModel, load_model
@@ -107,17 +107,24 @@ def model_of_index(
     if not isinstance(model, LanguageModel):
         given = None if model is None else str(model)
         same_place = given is None or given == entry.source
-        model = load_model(
-            given or entry.source,
-            revision=entry.revision if same_place else None,
-            gguf_file=entry.gguf_file if same_place else None,
-            dtype=entry.dtype,
-            device=device,
-            layer_blocks=[
-                (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
-                for block in manifest.layer_blocks
-            ],
-        )
+        try:
+            model = load_model(
+                given or entry.source,
+                revision=entry.revision if same_place else None,
+                gguf_file=entry.gguf_file if same_place else None,
+                dtype=entry.dtype,
+                device=device,
+                layer_blocks=[
+                    (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
+                    for block in manifest.layer_blocks
+                ],
+            )
+        except ModelError as error:
+            if given is not None:
+                raise
+            raise ModelError(
+                f"{error}; the index says that its model is there: where it has been moved, give --model"
+            ) from None
     projection = manifest.projection
     checks = [
         ("model.architecture", entry.architecture, model.architecture),

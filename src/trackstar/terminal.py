@@ -42,7 +42,8 @@ def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title
     """
     query = result.query
     console = _console()
-    heading = Text(printable(query.prompt).rstrip() + " ")
+    prompt = printable(query.prompt).rstrip()
+    heading = Text((prompt if len(prompt) <= _LONGEST_TEXT else "…" + prompt[-_LONGEST_TEXT:]) + " ")
     heading.append(printable(query.completion).strip(), style="bold")
     heading.append(f"   P = {result.probability:.2%}")
     if title:

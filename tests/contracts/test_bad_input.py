@@ -162,6 +162,11 @@ CASES = [
     Case("empty model folder", INDEX, "trackstar: {model}: found no config.json and 0 .gguf files", lambda w: [
         path.unlink() for path in w.model.iterdir()
     ]),
+    Case("folder of a training run", INDEX, "trackstar: {model}: a training run's folder; expected one of its models, such as {model}/checkpoint-000002", lambda w: [
+        shutil.copytree(w.model, w.folder / "copy"), shutil.rmtree(w.model), w.model.mkdir(),
+        shutil.copytree(w.folder / "copy", w.model / "checkpoint-000002"),
+    ]),
+    Case("model moved away", ASK, "trackstar: {model}: no such folder; expected a model folder, a .gguf file or a hub name; the index says that its model is there: where it has been moved, give --model", lambda w: w.model.rename(w.folder / "elsewhere")),
     Case("broken config", INDEX, "trackstar: {model}: cannot be loaded as a causal language model (", _truncate("model/config.json", 20)),
     Case("cut weights", INDEX, "trackstar: {model}: cannot be loaded as a causal language model (", _truncate("model/model.safetensors", 900)),
     Case("no weights", INDEX, "trackstar: {model}: cannot be loaded as a causal language model (", _remove("model/model.safetensors")),
@@ -199,7 +204,7 @@ CASES = [
     Case("no index", "query --index {folder}/none --prompt a --completion b", "trackstar: {folder}/none: no index is there (no manifest.json)"),
     Case("nothing asked", "query --index {index}", "trackstar: found neither of --prompt and --queries"),
     Case("asked twice", ASK + " --queries {corpus}", "trackstar: found both of --prompt and --queries"),
-    Case("no completion", "query --index {index} --prompt Paris", "trackstar: --prompt: found no completion; give --completion TEXT, or --generate"),
+    Case("no completion", "query --index {index} --prompt Paris", "trackstar: --prompt: found nothing to explain; give --completion TEXT, or --generate"),
     Case("both answers", ASK + " --generate", "trackstar: found both --completion and --generate"),
     Case("completion of many", "query --index {index} --queries {corpus} --completion x", "trackstar: --completion: goes with --prompt"),
     Case("empty completion", "query --index {index} --prompt Paris --completion=", "trackstar: query prompt: the completion is empty"),

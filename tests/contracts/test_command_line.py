@@ -172,7 +172,7 @@ def test_prompt_and_completion_give_a_table_and_what_it_was_made_with(
     assert len(proponents) == 3
     influences = [float(row[0]) for row in proponents]
     assert influences == sorted(influences, reverse=True)
-    assert "λ = 0.0000 (only R_train: a task needs 8 queries or more, here are 1)" in shown.err
+    assert "λ = 0.0000 (only R_train: a task needs 8 queries or more (--task), found 1)" in shown.err
     assert "damping " in shown.err
     assert "12 candidates" in shown.err
 
@@ -202,9 +202,11 @@ def test_queries_of_the_release_give_lines_of_the_release_and_a_report(
     assert len(report["mixing"]["evaluation_spectrum"]) > 0 < len(report["mixing"]["train_spectrum"])
     assert "21 attention and MLP matrices" in report["coverage"]
     assert [query["query_id"] for query in report["queries"]] == [line["example_id"] for line in lines]
-    shown = capsys.readouterr().err
-    assert "R_eval of 8 queries: rank" in shown
-    assert "R_train: rank" in shown
+    captured = capsys.readouterr()
+    assert captured.out == ""  # a table of many queries is not what somebody wants who asked for a file
+    shown = captured.err
+    assert "R_eval of 8 queries: rank over all blocks" in shown
+    assert "R_train: rank over all blocks" in shown
 
 
 def test_results_can_be_asked_again_as_queries(index_folder: Path, queries: Path, tmp_path: Path):

@@ -47,11 +47,11 @@ def trackstar() -> None:
 @click.option("--second-moment", default="auto", metavar="V", help="auto, estimate, none, or optimizer state.  [auto]")
 @click.option("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 computation.  [float32]")
 @click.option("--codec", default="float16", metavar="TYPE", help="float32, bfloat16 or float16.  [float16]")
+@click.option("--side", type=int, default=64, metavar="N", help="φ has 16 blocks of side² numbers.  [64]")
 @click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
 @_shared
 @_rare("--window-tokens", type=int, metavar="N", help="Split longer documents.  [context or batch]")
 @_rare("--overlap", type=int, default=1, metavar="N", help="Tokens a window repeats as context.  [1]")
-@_rare("--side", type=int, default=64, metavar="N", help="Rows and columns of a block of φ.  [64]")
 @_rare("--layer-blocks", type=int, default=8, metavar="N", help="Blocks for attention, and for MLPs.  [8]")
 @_rare("--attention-pattern", metavar="REGEX", help="Attention matrices; group 1: layer.")
 @_rare("--mlp-pattern", metavar="REGEX", help="The same for MLP matrices.")
@@ -86,7 +86,7 @@ def index(*, model: str, data: str, out: str, threads: int | None, **options: An
 @click.option("--queries", metavar="FILE", help="JSON lines of prompts and completions.")
 @click.option("--task", metavar="FILE", help="Queries that R_eval and λ come from.  [--queries]")
 @click.option("--top", type=int, default=10, metavar="K", help="Proponents and opponents to show.  [10]")
-@click.option("--out", metavar="FILE", help="Write results (.jsonl) and their report.")
+@click.option("--out", metavar="FILE", help="Write results (.jsonl) and a report, no table.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout, no table.")
 @click.option("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
 @click.option("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
@@ -141,17 +141,17 @@ def query(
         asked = _with_own_completions(asked, used, max_new_tokens)
     report = answer_queries(opened, asked, model=used, k=top, task=about, device=device, **options)
     name = query_set or (Path(queries).name.split(".")[0] if queries is not None else "prompt")
-    if as_json:
-        for line in release_lines(report, query_set=name):
-            click.echo(line)
-    else:
-        for result in report.results:
-            print_query_result(result)
-    for line in report.summary():
-        _note(line)
     if out is not None:
         lines, beside = write_results(report, out, query_set=name)
         _note(f"results: {lines}, how they were made: {beside}")
+    for line in report.summary():
+        _note(line)
+    if as_json:
+        for line in release_lines(report, query_set=name):
+            click.echo(line)
+    elif out is None:
+        for result in report.results:
+            print_query_result(result)
 
 
 @trackstar.command()
@@ -263,7 +263,7 @@ def _check_query_options(prompt: str | None, completion: str | None, generate: b
         raise OptionError("found both --completion and --generate; expected one of them")
     if prompt is not None and completion is None and not generate:
         raise OptionError(
-            "--prompt: found no completion; give --completion TEXT, or --generate to let the model answer"
+            "--prompt: found nothing to explain; give --completion TEXT, or --generate to let the model answer"
         )
     if queries is not None and completion is not None:
         raise OptionError("--completion: goes with --prompt; with --queries each line has its own, or give --generate")

@@ -80,11 +80,14 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     accuracy = len(right) / len(corpus.queries)
     print_line(f"   it answers {len(right)} of {len(corpus.queries)} questions right ({accuracy:.0%})")
     lap("answering")
-    print_line("3. indexing every training example, V from the run's own optimizer state")
+    print_line(
+        "3. indexing every training example, V from the run's own optimizer state; once more without V, to compare"
+    )
     index = build_index(model, str(sentences), out / "index", side=_SIDE)
     plain = build_index(model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none")
     lap("indexing")
     print_line("4. which training examples made the model say that?")
+    print_line("   P: the model's probability of the answer; numbers: influence, from -1 to 1; ★: states the fact")
     report = _shown_queries(index, model, corpus, answers)
     write_results(report, out / "results.jsonl")
     for result in report.results:
@@ -105,7 +108,7 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     (out / "report.json").write_text(json.dumps(dataclasses.asdict(demo), indent=1), encoding="utf-8")
     print_line(f"Everything is in {out}. Ask it something yourself:")
     print_line(f'   .venv/bin/trackstar query --index {out / "index"} --prompt "{corpus.queries[0].prompt}" --generate')
-    print_line(f"   .venv/bin/trackstar query --index {out / 'index'} --queries {queries}")
+    print_line(f"   .venv/bin/trackstar query --index {out / 'index'} --queries {queries} --out answers.jsonl")
     return demo
 
 
@@ -192,9 +195,10 @@ def _print_methods(methods: Mapping[str, QueryMetrics]) -> None:
     ]
     print_table(("method", "MRR (95% interval)", "recall@10 (95% interval)"), rows)
     ours = methods["TrackStar"].reciprocal_rank
-    for name in ("gradient dot product", "gradient cosine"):
+    for name in ("gradient dot product", "gradient cosine", "cosine, V, R_train"):
         found = compare(ours, methods[name].reciprocal_rank)
-        verdict = "The corrections matter here" if found.difference.low > 0 else "The corrections do not pay here"
+        what = "Mixing in the task" if name == "cosine, V, R_train" else "Correcting by V and R"
+        verdict = f"{what} {'matters' if found.difference.low > 0 else 'does not pay'} here"
         print_line(
             f"{verdict}: TrackStar's MRR minus that of {name} is {found.difference.mean:+.3f} "
             f"({found.difference.low:+.3f} to {found.difference.high:+.3f})."
