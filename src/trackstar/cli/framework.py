@@ -1,6 +1,7 @@
 """What every command shares: help in two levels, errors as one line with a non-zero exit, interrupts.
 
-Exit status: 0 done, 1 an error that the user can mend, 2 options that cannot be read, 130 interrupted (Ctrl-C), 143 terminated.
+Exit status: 0 done, 1 an error that the user can mend, 2 options that cannot be read, 130 interrupted (Ctrl-C), 143
+terminated.
 """
 
 import contextlib
