@@ -161,12 +161,12 @@ class QueryReport:
         ]
         if mixing.rank:
             lines.append(
-                f"  R_eval of {mixing.queries:,} queries: rank over all blocks {mixing.evaluation_rank:,}, singular values "
-                f"{_spread(mixing.evaluation_spectrum)}, {mixing.evaluation_value:.3g} at rank {mixing.rank:,}"
+                f"  R_eval of {mixing.queries:,} queries: rank over all blocks {mixing.evaluation_rank:,}, singular "
+                f"values {_spread(mixing.evaluation_spectrum)}, {mixing.evaluation_value:.3g} at rank {mixing.rank:,}"
             )
             lines.append(
-                f"  R_train: rank over all blocks {mixing.train_rank:,}, singular values {_spread(mixing.train_spectrum)}, "
-                f"{mixing.train_value:.3g} at rank {mixing.rank:,}"
+                f"  R_train: rank over all blocks {mixing.train_rank:,}, singular values "
+                f"{_spread(mixing.train_spectrum)}, {mixing.train_value:.3g} at rank {mixing.rank:,}"
             )
         lines.append(f"damping {self.damping:.4g} ({self.damping_rule})")
         return lines
