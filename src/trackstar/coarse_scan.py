@@ -70,6 +70,10 @@ class Finalists:
         self._high = torch.cat([self._high[stay], high[near]])
         self._low = torch.cat([self._low[stay], low[near]])
 
+    def bound(self, exact: Float32[Tensor, "finalists"]) -> bool:
+        """Whether the finalists' exact scores lie within their bounds, as they must."""
+        return bool(((self._low <= exact) & (exact <= self._high)).all())
+
     def rows(self) -> Int64[Tensor, "finalists"]:
         """Their rows, ascending."""
         return self._rows

@@ -143,8 +143,9 @@ def build_index(
             model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows, output=output
         )
         with IndexWriter.open(out, manifest, on_note=bar.note) as writer:
-            if writer.completed:
-                bar.note(f"{out}: the index is complete, with {writer.manifest.completion.rows} examples")  # type: ignore[union-attr]
+            completion = writer.manifest.completion
+            if completion is not None:
+                bar.note(f"{out}: the index is complete, with {completion.rows} examples")
             else:
                 bar.advance(writer.resume_point.record)
                 _fill(writer, corpus, model, moment, batch_tokens=batch_tokens, bar=bar)

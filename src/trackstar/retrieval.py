@@ -23,7 +23,7 @@ _SCAN_BYTES = 4 << 20
 # Rows scored in float16 at once, and for how many queries at once that is the faster way.
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
-# Candidates beside the k best that are scored again rather than all.
+# Candidates beside the k best, and k itself, up to which some are scored again rather than all.
 _MOST_FINALISTS = 2048
 # Rows whitened at once: enough for an efficient matrix product.
 _WHITENING_BYTES = 64 << 20
@@ -165,7 +165,8 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
     """
     if k < 1:
         raise OptionError(f"--top {k}: expected 1 or more candidates a query")
-    if index.manifest.codec == "float16" and len(scorer.vectors) <= _MOST_COARSE_QUERIES:
+    few = len(scorer.vectors) <= _MOST_COARSE_QUERIES and k <= _MOST_FINALISTS
+    if index.manifest.codec == "float16" and few:
         return _top_by_coarse_scan(index, scorer, k, progress=progress)
     return _top_by_plain_scan(index, scorer, k, progress=progress)
 
@@ -200,24 +201,35 @@ def _top_by_coarse_scan(index: Index, scorer: Scorer, k: int, *, progress: bool 
         if max(len(finalists.rows()) for finalists in (*best, *worst)) > k + _MOST_FINALISTS:
             # So many candidates are so close together that the plain scan is cheaper than scoring them again.
             return _top_by_plain_scan(index, scorer, k, progress=progress)
-        proponents = [_rescored(index, scorer, query, best[query].rows(), k, sign=1.0) for query in range(count)]
-        opponents = [_rescored(index, scorer, query, worst[query].rows(), k, sign=-1.0) for query in range(count)]
+        proponents = [_rescored(index, scorer, query, best[query], k, sign=1.0) for query in range(count)]
+        opponents = [_rescored(index, scorer, query, worst[query], k, sign=-1.0) for query in range(count)]
+    if not all(within for _, _, within in (*proponents, *opponents)):
+        # This machine does not sum float16 products in float32: the bound does not hold, and nothing is built on it.
+        return _top_by_plain_scan(index, scorer, k, progress=progress)
     return TopCandidates(
-        proponents=torch.stack([rows for rows, _ in proponents]),
-        proponent_scores=torch.stack([scores for _, scores in proponents]),
-        opponents=torch.stack([rows for rows, _ in opponents]),
-        opponent_scores=torch.stack([scores for _, scores in opponents]),
+        proponents=torch.stack([rows for rows, _, _ in proponents]),
+        proponent_scores=torch.stack([scores for _, scores, _ in proponents]),
+        opponents=torch.stack([rows for rows, _, _ in opponents]),
+        opponent_scores=torch.stack([scores for _, scores, _ in opponents]),
     )
 
 
 def _rescored(
-    index: Index, scorer: Scorer, query: int, rows: Int64[Tensor, "finalists"], k: int, *, sign: float
-) -> tuple[Int64[Tensor, "k"], Float[Tensor, "k"]]:
-    """The k best (or with sign -1, worst) of a few rows by their scores in float32, earlier rows first among equals."""
-    codes, scales = index.some_codes(rows.tolist())
-    found = (codes.float() @ scorer.vectors[query].float()) * (scales * scorer.multipliers[rows])
+    index: Index, scorer: Scorer, query: int, finalists: Finalists, k: int, *, sign: float
+) -> tuple[Int64[Tensor, "k"], Float[Tensor, "k"], bool]:
+    """The k best (or with sign -1, worst) finalists by their scores in float32, earlier rows first among equals.
+
+    Also, whether all are within their bounds.
+    """
+    rows = finalists.rows()
+    found = torch.empty(len(rows))
+    at_once = max(1, _SCAN_BYTES // (4 * index.dimensions))
+    for first in range(0, len(rows), at_once):
+        part = slice(first, first + at_once)
+        codes, scales = index.some_codes(rows[part].tolist())
+        found[part] = (codes.float() @ scorer.vectors[query].float()) * (scales * scorer.multipliers[rows[part]])
     order = (sign * found).sort(descending=True, stable=True).indices[:k]
-    return rows[order], found[order]
+    return rows[order], found[order], finalists.bound(sign * found)
 
 
 def _gathered(

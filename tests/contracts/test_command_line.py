@@ -299,6 +299,30 @@ def test_report_becomes_a_table_of_one_row_a_ranked_candidate(index_folder: Path
     assert frame["probability"].tolist() == pytest.approx([report.results[0].probability] * 6)
 
 
+def test_reader_that_goes_away_ends_the_command_without_a_traceback(index_folder: Path, queries: Path):
+    program = "from trackstar.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "query",
+        "--index",
+        str(index_folder),
+        "--queries",
+        str(queries),
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(60) == 1
+    assert "Traceback" not in stderr
+    assert "BrokenPipe" not in stderr
+    process.stderr.close()
+
+
 # ---- Hostile text, interrupts --------------------------------------------------------------------------------------
 
 

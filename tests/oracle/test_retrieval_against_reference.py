@@ -273,6 +273,25 @@ def test_coarse_scores_are_within_their_bound(tmp_path: Path, queries: Tensor, c
         assert float((slack / error.mean(dim=1, keepdim=True)).max()) < 1e4  # a bound that says something
 
 
+def test_scores_out_of_their_bounds_give_the_plain_scan(
+    index: store.Index, tmp_path: Path, queries: Tensor, candidates: Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    """A machine that sums float16 products in float16 loses speed, not exactness."""
+    half = write_index(tmp_path / "half", candidates, codec="float16")
+    scorer = Scorer(vectors=queries[:2], multipliers=torch.ones(ROWS))
+    expected = retrieval._top_by_plain_scan(half, scorer, 5)
+    original = CoarseQueries.scores
+
+    def wrong(self: CoarseQueries, codes: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        values, slack = original(self, codes, factors)
+        return values.flip(1), slack
+
+    monkeypatch.setattr(CoarseQueries, "scores", wrong)
+    found = top_candidates(half, scorer, 5)
+    assert torch.equal(found.proponents, expected.proponents)
+    assert torch.equal(found.opponents, expected.opponents)
+
+
 def test_few_candidates_are_scored_twice(tmp_path: Path, queries: Tensor):
     index = write_index(tmp_path / "half", gradients(2000, seed=8), codec="float16", shard_examples=500)
     coarse = CoarseQueries(queries)

@@ -5,6 +5,7 @@ terminated.
 """
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -107,8 +108,8 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> int:
         _say(f"trackstar: {again}")
         return TERMINATED
     except BrokenPipeError:
-        # Whoever read stdout has gone, as `head` does: there is nobody to tell.
-        sys.stdout = None  # type: ignore[assignment]
+        # Whoever read stdout has gone, as `head` does: there is nobody to tell, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
     return status if isinstance(status, int) else 0
 
