@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trackstar.examples import Corpus, Example, Query, open_corpus, read_queries
     from trackstar.generation import generate
     from trackstar.model import LanguageModel, load_model, wrap_model
+    from trackstar.narrowing import narrow_index
     from trackstar.pipeline import answer_queries, build_index, query_gradients
     from trackstar.pretraining import PretrainingConfig, pretrain
     from trackstar.results import QueryReport, QueryResult, Ranked, write_results
@@ -37,6 +38,7 @@ __all__ = [
     "build_index",
     "generate",
     "load_model",
+    "narrow_index",
     "open_corpus",
     "pretrain",
     "query_gradients",
@@ -51,6 +53,7 @@ _HOMES = {
     "trackstar.examples": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
     "trackstar.generation": ("generate",),
     "trackstar.model": ("LanguageModel", "load_model", "wrap_model"),
+    "trackstar.narrowing": ("narrow_index",),
     "trackstar.pipeline": ("answer_queries", "build_index", "query_gradients"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
     "trackstar.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),

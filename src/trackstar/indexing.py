@@ -16,6 +16,7 @@ from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
 from trackstar.curvature import Autocorrelation
 from trackstar.errors import CorpusError, DamagedIndexError, GradientError
 from trackstar.examples import Corpus, TokenizedExample, tokenize_examples
+from trackstar.flattened_projection import FlattenedGradients
 from trackstar.gradients import Output, gradient_pass
 from trackstar.model import LanguageModel
 from trackstar.optimizer_state import find_optimizer_state, second_moment_from_state
@@ -29,6 +30,7 @@ from trackstar.second_moment import (
 from trackstar.store import (
     IndexTensors,
     IndexWriter,
+    ProjectionKind,
     Shard,
     ShardContent,
     WindowsEntry,
@@ -58,6 +60,7 @@ class GradientProjector:
         batch_tokens: Most tokens of a batch, padding included.
         note: Told when memory runs out and batches are made smaller.
         output: What is differentiated.
+        kind: Whether P is two-sided, or dense for flattened gradients.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class GradientProjector:
         batch_tokens: int,
         note: Callable[[str], None],
         output: Output = "loss",
+        kind: ProjectionKind = "two-sided",
     ) -> None:
         self._model = model
         self._output: Output = output
-        self._projected = ProjectedGradients(model, second_moment, seed=seed, side=side)
+        projected = ProjectedGradients if kind == "two-sided" else FlattenedGradients
+        self._projected = projected(model, second_moment, seed=seed, side=side)
         self._batch_tokens = batch_tokens
         self._note = note
         self._stack = ExitStack()

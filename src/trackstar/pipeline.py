@@ -29,7 +29,7 @@ from trackstar.provenance import make_manifest, model_of_index
 from trackstar.results import QueryReport, QueryResult, Ranked
 from trackstar.retrieval import top_candidates, trackstar_scorer
 from trackstar.second_moment import NO_SECOND_MOMENT, SecondMoment
-from trackstar.store import CodecName, Index, IndexWriter, WindowsEntry, codec_dtype
+from trackstar.store import CodecName, Index, IndexWriter, ProjectionKind, WindowsEntry, codec_dtype
 
 # A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
 _SHARD_BYTES = 64 << 20
@@ -61,6 +61,7 @@ def build_index(
     shard_examples: int | None = None,
     batch_tokens: int = 2048,
     output: Output = "loss",
+    projection: ProjectionKind = "two-sided",
     progress: bool = True,
 ) -> Index:
     """Index a corpus: φ = P(∇Loss/√V) of every training example, and R_train (Eq. 2-4).
@@ -94,6 +95,8 @@ def build_index(
         shard_examples: Examples of a shard; None makes shards of about 64 MiB, 4,096 examples at most.
         batch_tokens: Most tokens of a batch, padding included; peak memory follows it.
         output: What is differentiated: the `loss`, or to be compared with it TRAK's `margin` or the `logit`.
+        projection: `two-sided` (Eq. 4), or to be compared with it, `one-sided`: one dense matrix for flattened
+            gradients, for small models alone.
         progress: Whether progress is shown where stderr is a terminal.
 
     Returns:
@@ -140,8 +143,9 @@ def build_index(
         )
         rows = shard_examples or _shard_rows(len(model.blocks) * side**2, codec)
         manifest = make_manifest(
-            model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows, output=output
-        )
+            model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows, output=output,
+            projection=projection,
+        )  # fmt: skip
         with IndexWriter.open(out, manifest, on_note=bar.note) as writer:
             completion = writer.manifest.completion
             if completion is not None:
@@ -178,6 +182,7 @@ def _fill(
         batch_tokens=batch_tokens,
         note=bar.note,
         output=writer.manifest.output,
+        kind=projection.kind,
     ) as projector:
         end = write_shards(writer, corpus, model, projector, advance=bar.advance)
     if end.skipped:
@@ -280,6 +285,7 @@ def query_gradients(
             batch_tokens=batch_tokens,
             note=bar.note,
             output=manifest.output,
+            kind=projection.kind,
         ) as projector,
     ):
         for places, batch_phi, batch_losses in projector.batches(examples):

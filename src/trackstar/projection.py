@@ -9,7 +9,7 @@ Per example nothing as large as G exists: P₀ (Σ_t g_t a_tᵀ) P₁ᵀ = Σ_t 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,15 @@ from trackstar.second_moment import ElementwiseMoment, FactoredMoment, SecondMom
 
 
 def random_projection(seed: int, name: str, length: int, side: int) -> Float[Tensor, "length side"]:
-    """Pᵀ: independent normal entries of variance 1/side, the same on every machine for a seed and a name (Eq. 4)."""
+    """Pᵀ: independent normal entries of variance 1/side, the same on every machine for a seed and a name (Eq. 4).
+
+    Projections of several sides are nested but for their scale: the first columns are those of a smaller side, so that
+    a smaller φ can be cut out of a larger one.
+    """
     key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    entries = generator.standard_normal((length, side), dtype=np.float32)
-    return torch.from_numpy(entries).mul_(side**-0.5)
+    entries = generator.standard_normal((side, length), dtype=np.float32)
+    return torch.from_numpy(entries).T.contiguous().mul_(side**-0.5)
 
 
 def projections(
@@ -40,13 +44,19 @@ def projections(
     return left.T, right.T
 
 
-def projection_digest(matrices: tuple[WeightMatrix, ...], *, seed: int, side: int) -> str:
-    """BLAKE2b-128 of the first entries of every projection: equal digests mean equal projections."""
+def projection_digest(matrices: Iterable[tuple[str, int, int]], *, seed: int, side: int) -> str:
+    """BLAKE2b-128 of the first entries of every projection: equal digests mean equal projections.
+
+    Args:
+        matrices: Name, rows and columns of each, in the order of the layer blocks.
+        seed: Of the projections.
+        side: Of the projections.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for matrix in matrices:
-        digest.update(f"{matrix.name} {matrix.rows} {matrix.columns}\n".encode())
+    for name, rows, columns in matrices:
+        digest.update(f"{name} {rows} {columns}\n".encode())
         for half in ("left", "right"):
-            digest.update(random_projection(seed, f"{matrix.name} {half}", 1, side).numpy().tobytes())
+            digest.update(random_projection(seed, f"{name} {half}", 1, side).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -94,14 +104,10 @@ class ProjectedGradients:
     def _folded(self, matrix: WeightMatrix, second_moment: SecondMoment, seed: int) -> tuple[Tensor, Tensor]:
         """P₀ᵀ and P₁ᵀ with V's inverse roots folded in where V is separable."""
         left, right = (half.T for half in projections(matrix, seed=seed, side=self.side))
-        moment: Any = second_moment.moments.get(matrix.name)
-        floor = second_moment.floor
-        if isinstance(moment, FactoredMoment):
-            row, column = _floored(moment.row.double(), floor), _floored(moment.column.double(), floor)
-            left = left * (row.mean() / row).sqrt().float()[:, None]
-            right = right * column.rsqrt().float()[:, None]
-        elif isinstance(moment, ElementwiseMoment):
-            inverse_root = _floored(moment.entries.double(), floor).rsqrt().float()
+        inverse_root = inverse_roots(matrix, second_moment)
+        if isinstance(inverse_root, tuple):
+            left, right = left * inverse_root[0][:, None], right * inverse_root[1][:, None]
+        elif inverse_root is not None:
             self._inverse_roots[matrix.name] = inverse_root.to(self._device)
         left, right = left.contiguous(), right.contiguous()
         if matrix.name in self._inverse_roots:
@@ -146,6 +152,21 @@ class ProjectedGradients:
     def result(self) -> Float[Tensor, "batch dimensions"]:
         """φ of each example of the batch that has just run, its blocks one after the other, in float32."""
         return self._sums.transpose(0, 1).reshape(self._sums.shape[1], self.dimensions)
+
+
+def inverse_roots(matrix: WeightMatrix, second_moment: SecondMoment) -> Tensor | tuple[Tensor, Tensor] | None:
+    """1/√V of a matrix: a factor a row and one a column where V is separable, [rows, columns] where not, None without.
+
+    Small entries of V are raised to its floor first.
+    """
+    moment: Any = second_moment.moments.get(matrix.name)
+    floor = second_moment.floor
+    if isinstance(moment, FactoredMoment):
+        row, column = _floored(moment.row.double(), floor), _floored(moment.column.double(), floor)
+        return (row.mean() / row).sqrt().float(), column.rsqrt().float()
+    if isinstance(moment, ElementwiseMoment):
+        return _floored(moment.entries.double(), floor).rsqrt().float()
+    return None
 
 
 def _floored(values: Tensor, floor: float) -> Tensor:

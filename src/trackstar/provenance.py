@@ -20,6 +20,7 @@ from trackstar.store import (
     MatrixEntry,
     ModelEntry,
     ProjectionEntry,
+    ProjectionKind,
     SecondMomentEntry,
     TokenizerEntry,
     WindowsEntry,
@@ -38,6 +39,7 @@ def make_manifest(
     codec: CodecName,
     shard_examples: int,
     output: Output = "loss",
+    projection: ProjectionKind = "two-sided",
 ) -> Manifest:
     """The manifest of an index that is about to be made: all that decides its content."""
     covered = model.coverage
@@ -68,7 +70,10 @@ def make_manifest(
             floor=moment.floor if moment.kind != "none" else DEFAULT_FLOOR,
         ),
         projection=ProjectionEntry(
-            seed=seed, side=side, digest=projection_digest(model.matrices, seed=seed, side=side)
+            seed=seed,
+            side=side,
+            digest=projection_digest(_shapes(model), seed=seed, side=side),
+            kind=projection,
         ),
         layer_blocks=tuple(
             LayerBlockEntry(
@@ -134,7 +139,7 @@ def model_of_index(
         (
             "projection.digest",
             projection.digest,
-            projection_digest(model.matrices, seed=projection.seed, side=projection.side),
+            projection_digest(_shapes(model), seed=projection.seed, side=projection.side),
         ),
     ]
     for field, expected, found in checks:
@@ -144,6 +149,10 @@ def model_of_index(
                 "indexed (--model), or index again"
             )
     return model
+
+
+def _shapes(model: LanguageModel) -> list[tuple[str, int, int]]:
+    return [(matrix.name, matrix.rows, matrix.columns) for matrix in model.matrices]
 
 
 def dtype_name(model: LanguageModel) -> str:

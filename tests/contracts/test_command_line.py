@@ -114,7 +114,8 @@ def test_options_are_frozen():
         "index": sorted(
             "--model --data --out --text-field --id-field --limit --second-moment --dtype --codec --batch-tokens "
             "--device --threads --window-tokens --overlap --side --layer-blocks --attention-pattern --mlp-pattern "
-            "--second-moment-kind --second-moment-examples --output --seed --shard-examples --revision --gguf-file "
+            "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
+            "--revision --gguf-file "
             "--help-all".split()
         ),
         "query": sorted(

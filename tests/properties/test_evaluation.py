@@ -38,7 +38,7 @@ CAPITALS = {
 }  # fmt: skip
 METHODS = (
     "gold", "random", "BM25", "experiment 1", "experiment 2", "experiment 3", "experiment 4", "experiment 5",
-    "TrackStar", "TrackStar, margin", "TrackStar, logit", "TRAK", "TRAK, R over tokens",
+    "TrackStar", "TrackStar, margin", "TrackStar, logit", "TrackStar, one-sided", "TRAK", "TRAK, R over tokens",
 )  # fmt: skip
 
 
@@ -99,6 +99,7 @@ def test_every_method_ranks_every_candidate_for_every_query(report: EvaluationRe
         for rows, scores in zip(ranking.rows, ranking.scores, strict=True):
             assert len(rows) == (1 if method == "gold" else 10)
             assert list(scores) == sorted(scores, reverse=True)
+    assert report.rankings["TrackStar, one-sided", 0] != report.variants.by_side[2]
     assert set(report.rankings["gold", 0].metrics().reciprocal_rank) == {1.0}
     assert report.rankings["BM25", 0].metrics().reciprocal_rank.mean() > 0.9
 
@@ -149,6 +150,19 @@ def test_other_settings_are_computed_and_not_taken_from_before(
     assert other.rankings["BM25", 0] == report.rankings["BM25", 0]
 
 
+def test_smaller_sides_rank_as_an_index_of_that_side_does(
+    report: EvaluationReport, paths: dict[str, str], tmp_path: Path
+):
+    anew = run_evaluation(
+        settings(paths, side=(2,), methods=("TrackStar",), tail_patch=None, templates=(0,)), tmp_path, progress=False
+    )
+    small, expected = report.variants.by_side[2], anew.rankings["TrackStar", 0]
+    np.testing.assert_allclose(small.scores, expected.scores, atol=0.02)
+    assert report.variants.by_side[4] == report.rankings["TrackStar", 0]
+    assert report.effects is not None
+    assert ("TrackStar, side 2", 3) in report.effects.by_method
+
+
 def test_tables_have_the_papers_structure(report: EvaluationReport):
     made = {table.name: table for table in tables(report)}
     assert {"table-1", "table-2", "table-a3", "table-a5", "table-a6", "figure-2", "figure-3"} <= set(made)
@@ -180,11 +194,13 @@ def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
     paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     shape = "--width 16 --layers 2 --heads 2 --mlp-width 24 --vocabulary 300 --context-tokens 32 --steps 4".split()
+    shape += ["--checkpoint-steps", "2"]
     arguments = ["pretrain", "--data", paths["corpus"], "--out", str(tmp_path / "run"), *shape]
     assert framework.run(command_group, arguments) == 0
     config = tmp_path / "report.toml"
     config.write_text(
         f'model = "run/checkpoint-000004"\ncorpus = "{paths["corpus"]}"\nfacts = "{paths["facts"]}"\nside = 4\n'
+        'checkpoints = ["run/checkpoint-000000", "run/checkpoint-000002"]\n'
         'methods = ["gold", "BM25", "TrackStar"]\ntop_k = 3\n[tail_patch]\nqueries = 3\ntop_k = [1, 3]\n',
         encoding="utf-8",
     )
@@ -193,6 +209,17 @@ def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
     assert "8 queries, 24 candidates" in capsys.readouterr().out
     found = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert found["tail_patch"]["step"].startswith("Adafactor step 5 of checkpoint-000004's run")
+    assert "TrackStar, checkpoint-000002, top 3" in found["tail_patch"]["mean_effect"]
+    assert list(found["by_checkpoint"]) == ["checkpoint-000000", "checkpoint-000002", "checkpoint-000004"]
+    assert (tmp_path / "report" / "figures" / "checkpoints.png").exists()
+    # A checkpoint's ranking is that of a report on it.
+    alone = config.with_name("alone.toml")
+    text = config.read_text(encoding="utf-8").replace("run/checkpoint-000004", "run/checkpoint-000002", 1)
+    alone.write_text(text.split("checkpoints =")[0] + 'methods = ["TrackStar"]\n', encoding="utf-8")
+    assert framework.run(command_group, ["evaluate", "--config", str(alone), "--out", str(tmp_path / "alone")]) == 0
+    other = json.loads((tmp_path / "alone" / "report.json").read_text(encoding="utf-8"))
+    expected = other["methods"]["TrackStar"]["template 0"]["reciprocal_rank"]
+    assert found["by_checkpoint"]["checkpoint-000002"] == pytest.approx(expected)
 
 
 def test_halves_share_no_fact_and_miss_none(paths: dict[str, str]):
@@ -220,6 +247,8 @@ def test_fewer_facts_are_the_same_facts(paths: dict[str, str]):
         ("{base}\nmethods = []", "methods is []; expected one or more"),
         ("{base}\nmethods = ['embeddings']", "embedding_model is not given"),
         ("{base}\nside = true", "side is True; expected int"),
+        ("{base}\nside = [4, 2]\nmethods = ['BM25']", "several sides, or checkpoints, are compared by TrackStar's"),
+        ("{base}\ncheckpoints = ['a', 'a']", "checkpoints is ['a', 'a']; expected one or more, each once"),
         ("{base}\ntop_k = 0", "top_k is 0; expected 1 or more"),
         ("{base}\nhalf = 'other'", "half: 'other' is unknown; expected one of all, development, report"),
         ("{base}\n[tail_patch]\nspeed = 1", "tail_patch.speed is no setting"),

@@ -25,7 +25,7 @@ from trackstar.gradients import Output
 from trackstar.model import LanguageModel
 from trackstar.pipeline import query_gradients
 from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
-from trackstar.store import Index
+from trackstar.store import Index, ProjectionKind
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,7 @@ class GradientMethod:
         correction: Which R both sides are whitened by: none, R_train alone, or mixed with the task's (Eq. 3).
         unit_norm: Whether both sides are normalised.
         output: What is differentiated.
+        projection: Whether P is two-sided, or dense for flattened gradients.
     """
 
     name: str
@@ -45,6 +46,7 @@ class GradientMethod:
     correction: Literal["none", "train", "task"]
     unit_norm: bool = True
     output: Output = "loss"
+    projection: ProjectionKind = "two-sided"
 
 
 EXPERIMENTS = (
@@ -63,6 +65,10 @@ OTHER_OUTPUTS = (
     GradientMethod(name="TrackStar, logit", second_moment=True, correction="task", output="logit"),
 )
 """Table A.3: TrackStar with other output functions than the loss."""
+
+
+ONE_SIDED = GradientMethod(name="TrackStar, one-sided", second_moment=True, correction="task", projection="one-sided")
+"""TrackStar with one dense projection of flattened gradients for every two-sided one: a reference, for small models."""
 
 
 class IndexedGradients:
@@ -155,9 +161,14 @@ def check_index(index: Index, method: GradientMethod) -> None:
     """See that an index was made for the method.
 
     Raises:
-        IndexMismatchError: It was made with or without V, or for another output function.
+        IndexMismatchError: It was made with or without V, for another output function, or with another projection.
     """
     manifest = index.manifest
+    if manifest.projection.kind != method.projection:
+        raise IndexMismatchError(
+            f"{index.path}: was made with a {manifest.projection.kind} projection, expected a {method.projection} one "
+            f"for {method.name}; index again with --projection {method.projection}"
+        )
     if manifest.output != method.output:
         raise IndexMismatchError(
             f"{index.path}: holds gradients of the {manifest.output}, expected the {method.output} for "

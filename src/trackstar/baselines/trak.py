@@ -125,7 +125,14 @@ def _mean_probabilities(model: LanguageModel, batch: Batch) -> Float[Tensor, "ba
 def token_autocorrelation(
     index: Index, model: LanguageModel, *, seed: int = 0, batch_tokens: int = 2048, progress: bool = False
 ) -> tuple[Float[Tensor, "blocks dim dim"], int]:
-    """R over single tokens: the mean of φφᵀ of one target token's margin of every candidate, and how many they are."""
+    """R over single tokens: the mean of φφᵀ of one target token's margin of every candidate, and how many they are.
+
+    It costs about half a pass over the corpus, and is kept with the index.
+    """
+    name = f"token-autocorrelation-{seed}"
+    kept = index.load_derived(name)
+    if kept is not None:
+        return kept["autocorrelation"], index.rows
     examples = [_with_one_target(stored.example, seed) for stored in index.examples()]
     manifest = index.manifest
     sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=model.device)
@@ -139,6 +146,7 @@ def token_autocorrelation(
             batch_tokens=batch_tokens,
             note=bar.note,
             output=manifest.output,
+            kind=manifest.projection.kind,
         ) as projector,
     ):
         held: list[Tensor] = []
@@ -150,7 +158,9 @@ def token_autocorrelation(
             bar.advance(len(places))
         if held:
             sums.add(torch.cat(held))
-    return sums.mean().cpu(), len(examples)
+    mean = sums.mean().cpu()
+    index.save_derived(name, {"autocorrelation": mean})
+    return mean, len(examples)
 
 
 def _with_one_target(example: TokenizedExample, seed: int) -> TokenizedExample:

@@ -58,6 +58,7 @@ def trackstar() -> None:
 @_rare("--second-moment-kind", default="factored", metavar="KIND", help="factored or elementwise.  [factored]")
 @_rare("--second-moment-examples", type=int, default=256, metavar="N", help="Estimate V from so many.  [256]")
 @_rare("--output", default="loss", metavar="F", help="What is differentiated: loss, margin, logit.  [loss]")
+@_rare("--projection", default="two-sided", metavar="P", help="two-sided or one-sided (small models).  [two-sided]")
 @_rare("--seed", type=int, default=0, metavar="N", help="Of projections and samples.  [0]")
 @_rare("--shard-examples", type=int, metavar="N", help="Examples a shard.  [64 MiB]")
 @_rare("--revision", metavar="NAME", help="Revision of a hub's model.")
@@ -66,6 +67,7 @@ def index(*, model: str, data: str, out: str, threads: int | None, **options: An
     """Index a corpus for a model; run again to resume."""
     _one_of("--second-moment-kind", options["second_moment_kind"], ("factored", "elementwise"))
     _one_of("--output", options["output"], ("loss", "margin", "logit"))
+    _one_of("--projection", options["projection"], ("two-sided", "one-sided"))
     _one_of("--codec", options["codec"], ("float32", "bfloat16", "float16"))
     _prepare(threads)
     from trackstar.pipeline import build_index

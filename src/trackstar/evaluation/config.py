@@ -23,6 +23,7 @@ METHODS = (
     "TrackStar",
     "TrackStar, margin",
     "TrackStar, logit",
+    "TrackStar, one-sided",
     "TRAK",
     "TRAK, R over tokens",
 )
@@ -69,6 +70,8 @@ class EvaluationConfig:
         strict: Whether only gold examples that state their fact plainly are right.
         top_k: How many proponents are kept a query.
         side: Rows and columns of a block of φ; several are Figure 2's projection dimensions, the first is the tables'.
+            The method with one-sided projections has the smallest.
+        checkpoints: Earlier checkpoints of the model's training, whose TrackStar rankings are compared (Figure 2).
         second_moment: Where V comes from; see `build_index`.
         damping: Of R; None is chosen by shrinkage.
         codec: What φ is stored as.
@@ -92,6 +95,7 @@ class EvaluationConfig:
     strict: bool = False
     top_k: int = 10
     side: tuple[int, ...] = (64,)
+    checkpoints: tuple[str, ...] = ()
     second_moment: str = "auto"
     damping: float | None = None
     codec: str = "float16"
@@ -108,10 +112,12 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}; expected 1 or more")
-        for name in ("methods", "templates", "side"):
+        for name in ("methods", "templates", "side", "checkpoints"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if (not values and name != "checkpoints") or len(set(values)) < len(values):
                 raise OptionError(f"{name} is {list(values)}; expected one or more, each once")
+        if (len(self.side) > 1 or self.checkpoints) and "TrackStar" not in self.methods:
+            raise OptionError("several sides, or checkpoints, are compared by TrackStar's rankings; name it in methods")
         if "embeddings" in self.methods and self.embedding_model is None:
             raise OptionError("embedding_model is not given; the method embeddings needs a model folder")
         if self.tail_patch is not None:
@@ -139,6 +145,8 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
         for name in ("model", "corpus", "facts", "embedding_model"):
             if isinstance(settings.get(name), str):
                 settings[name] = _resolved(file.parent, settings[name])
+        if "checkpoints" in settings:
+            settings["checkpoints"] = tuple(_resolved(file.parent, name) for name in settings["checkpoints"])
         return EvaluationConfig(**settings)
     except OptionError as error:
         raise OptionError(f"{file}: {error}") from None

@@ -8,6 +8,7 @@ import numpy as np
 from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.frequency import bucket_name, frequency_bucket
+from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.run import EvaluationReport
 
 _CATEGORY_METHODS = ("TrackStar", "BM25")
@@ -22,8 +23,16 @@ def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Any] = {}
-    if report.by_side:
-        drawn["projection-size"] = _projection_sizes(plt, report)
+    if report.variants.by_side:
+        sides = {str(side): ranking for side, ranking in sorted(report.variants.by_side.items())}
+        drawn["projection-size"] = _variants(
+            plt, sides, "side of a layer block's projection", "TrackStar by projection size (Figure 2)"
+        )
+    if report.variants.by_checkpoint:
+        steps = {
+            name.removeprefix("checkpoint-").lstrip("0") or "0": r for name, r in report.variants.by_checkpoint.items()
+        }
+        drawn["checkpoints"] = _variants(plt, steps, "checkpoint", "TrackStar by checkpoint (Figure 2)")
     for method in _CATEGORY_METHODS:
         if method in report.categories:
             drawn[f"categories-{method.lower()}"] = _categories(plt, report, method)
@@ -33,17 +42,16 @@ def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in drawn]
 
 
-def _projection_sizes(plt: Any, report: EvaluationReport) -> Any:
+def _variants(plt: Any, found: dict[str, Ranking], label: str, title: str) -> Any:
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    sides = sorted(report.by_side)
-    found = [estimate(report.by_side[side].metrics().reciprocal_rank) for side in sides]
-    errors = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    axes.errorbar(sides, [one.mean for one in found], yerr=errors, marker="o", capsize=3)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sides, [str(side) for side in sides])
-    axes.set_xlabel("side of a layer block's projection")
+    means = [estimate(ranking.metrics().reciprocal_rank) for ranking in found.values()]
+    errors = [[one.mean - one.low for one in means], [one.high - one.mean for one in means]]
+    axes.errorbar(range(len(found)), [one.mean for one in means], yerr=errors, marker="o", capsize=3)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(label)
     axes.set_ylabel("MRR")
-    axes.set_title("TrackStar by projection size (Figure 2)")
+    axes.set_title(title)
     return figure
 
 

@@ -16,6 +16,7 @@ from trackstar.baselines import (
 )
 from trackstar.baselines.gradients import (
     EXPERIMENTS,
+    ONE_SIDED,
     OTHER_OUTPUTS,
     TRACKSTAR,
     GradientMethod,
@@ -27,11 +28,13 @@ from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Evidence, Fact, evidence, to_queries
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.evaluation.workspace import Workspace
+from trackstar.flattened_projection import check_flattened_size
 from trackstar.model import LanguageModel
+from trackstar.narrowing import narrow_index
 from trackstar.pipeline import build_index
 from trackstar.store import Index
 
-GRADIENT_METHODS = {method.name: method for method in (*EXPERIMENTS, TRACKSTAR, *OTHER_OUTPUTS)}
+GRADIENT_METHODS = {method.name: method for method in (*EXPERIMENTS, TRACKSTAR, *OTHER_OUTPUTS, ONE_SIDED)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,9 @@ class Rankings:
         self._model = model
         self._workspace = workspace
         self._progress = progress
-        self._gradients: dict[tuple[str, bool, int], IndexedGradients] = {}
+        self._gradients: dict[tuple[str, bool, str, int], IndexedGradients] = {}
+        if ONE_SIDED.name in config.methods:
+            check_flattened_size(model.matrices, min(config.side))
         stored = [example.example for example in self.index(TRACKSTAR).examples()]
         self.pool = Pool(
             example_ids=tuple(example.example_id for example in stored),
@@ -81,7 +86,7 @@ class Rankings:
 
     def index(self, method: GradientMethod, *, side: int | None = None) -> Index:
         """The index that serves a method."""
-        return self._indexed(method, side or self._config.side[0]).index
+        return self._indexed(method, self._side(method, side)).index
 
     def index_with_second_moment(self) -> Index:
         """The index that TrackStar and the others with V share."""
@@ -183,41 +188,59 @@ class Rankings:
             assert config.embedding_model is not None
             encoder = load_encoder(config.embedding_model, device=config.device)
             return EmbeddingRetriever(self.pool, encoder, progress=self._progress)
-        size = side or config.side[0]
         if method.startswith("TRAK"):
             per = "tokens" if method.endswith("tokens") else "examples"
             return TRAKRetriever(
-                self._indexed(TRAK, size),
+                self._indexed(TRAK, self._side(TRAK, side)),
                 per=per,
                 damping=config.damping,
                 seed=config.seed,
                 batch_tokens=config.batch_tokens,
             )
         gradient = GRADIENT_METHODS[method]
-        return GradientRetriever(gradient, self._indexed(gradient, size), damping=config.damping)
+        indexed = self._indexed(gradient, self._side(gradient, side))
+        return GradientRetriever(gradient, indexed, damping=config.damping)
+
+    def _side(self, method: GradientMethod, asked: int | None) -> int:
+        sides = self._config.side
+        return asked or (min(sides) if method.projection == "one-sided" else sides[0])
 
     def _indexed(self, method: GradientMethod, side: int) -> IndexedGradients:
-        """The index of that output, with V or without, made where it is missing."""
-        key = (method.output, method.second_moment, side)
+        """The index of that output, with V or without, made where it is missing.
+
+        Smaller sides than the report's are cut out of its index.
+        """
+        key = (method.output, method.second_moment, method.projection, side)
         if key not in self._gradients:
             config = self._config
             name = f"{method.output}-{'V' if method.second_moment else 'plain'}-{side}"
-            index = build_index(
-                self._model,
-                config.corpus,
-                Path(self._workspace.folder) / "indexes" / name,
-                text_field=config.text_field,
-                id_field=config.id_field,
-                limit=config.limit,
-                second_moment=config.second_moment if method.second_moment else "none",
-                side=side,
-                seed=config.seed,
-                codec=config.codec,  # pyright: ignore[reportArgumentType]  # one of the three: `EvaluationConfig`
-                batch_tokens=config.batch_tokens,
-                output=method.output,
-                progress=self._progress,
-            )
+            if method.projection == "one-sided":
+                name += "-one-sided"
+            out = Path(self._workspace.folder) / "indexes" / name
+            if side < config.side[0] and method.projection == "two-sided":
+                index = narrow_index(self.index(method), out, side=side, progress=self._progress)
+            else:
+                index = self._built(method, side, out)
             self._gradients[key] = IndexedGradients(
                 index, self._model, batch_tokens=config.batch_tokens, progress=self._progress
             )
         return self._gradients[key]
+
+    def _built(self, method: GradientMethod, side: int, out: Path) -> Index:
+        config = self._config
+        return build_index(
+            self._model,
+            config.corpus,
+            out,
+            text_field=config.text_field,
+            id_field=config.id_field,
+            limit=config.limit,
+            second_moment=config.second_moment if method.second_moment else "none",
+            side=side,
+            seed=config.seed,
+            codec=config.codec,  # pyright: ignore[reportArgumentType]  # one of the three: `EvaluationConfig`
+            batch_tokens=config.batch_tokens,
+            output=method.output,
+            projection=method.projection,
+            progress=self._progress,
+        )

@@ -23,6 +23,7 @@ from trackstar.evaluation.facts import Entity, Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.rankings import Ranking, Rankings
+from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace
 from trackstar.examples import Example
 from trackstar.generation import generate
@@ -39,7 +40,8 @@ class EffectsOfMethods:
 
     Attributes:
         queries: Places of the queries among the report's.
-        by_method: Method and k to each query's mean effect over its first k proponents, a fraction.
+        by_method: Method (or TrackStar's variant, such as `TrackStar, side 16`) and k to each query's mean effect over
+            its first k proponents, a fraction.
         step: What the training step was.
     """
 
@@ -60,7 +62,7 @@ class EvaluationReport:
         frequencies: In how many candidates each fact's entities stand together.
         candidates: How many candidates were ranked.
         rankings: By method and template.
-        by_side: TrackStar's rankings by the side of its projections (Figure 2).
+        variants: TrackStar's rankings by the side of its projections, and by checkpoint (Figure 2).
         effects: Tail-patch, or None where it was not asked for.
         categories: Of each method's proponents, by fact (Figure 3); gold examples stand for those that entail it.
         wrong_answers: The same for TrackStar's proponents of the model's own wrong answers (§7.1), by fact's place.
@@ -74,7 +76,7 @@ class EvaluationReport:
     frequencies: Int64[np.ndarray, "facts"]
     candidates: int
     rankings: Mapping[tuple[str, int], Ranking]
-    by_side: Mapping[int, Ranking]
+    variants: Variants
     effects: EffectsOfMethods | None
     categories: Mapping[str, tuple[tuple[Category, ...], ...]]
     wrong_answers: Mapping[int, tuple[Category, ...]]
@@ -106,11 +108,12 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         for template in config.templates
     }
     main = {method: of_method[method, config.templates[0]] for method in config.methods}
-    by_side = {}
-    if len(config.side) > 1:
-        by_side = {
-            side: rankings.ranking("TrackStar", facts, template=config.templates[0], side=side) for side in config.side
-        }
+    others = variants(config, facts, rankings, workspace, progress=progress)
+    effects = None
+    if config.tail_patch is not None:
+        methods = config.tail_patch.methods or config.methods
+        measured = {method: main[method] for method in methods} | others.others(config)
+        effects = _effects(config, config.tail_patch, measured, facts, rankings, model, workspace, progress)
     texts = [Example(example_id=n, text=t, record=0) for n, t in zip(*_pool(rankings), strict=True)]
     return EvaluationReport(
         config=config,
@@ -120,8 +123,8 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         frequencies=fact_frequencies(facts, texts, progress=progress),
         candidates=len(rankings.pool),
         rankings=of_method,
-        by_side=by_side,
-        effects=_effects(config, main, facts, rankings, model, workspace, progress) if config.tail_patch else None,
+        variants=others,
+        effects=effects,
         categories={method: _categories(ranking, facts, rankings) for method, ranking in main.items()},
         wrong_answers=_wrong_answers(facts, answers, correct, rankings, config),
         description=_description(model, rankings, config),
@@ -189,18 +192,16 @@ def _answers(
 
 def _effects(
     config: EvaluationConfig,
-    main: Mapping[str, Ranking],
+    asked: TailPatchConfig,
+    chosen: Mapping[str, Ranking],
     facts: Sequence[Fact],
     rankings: Rankings,
     model: LanguageModel,
     workspace: Workspace,
     progress: bool,
 ) -> EffectsOfMethods:
-    asked = config.tail_patch or TailPatchConfig()
-    methods = asked.methods or config.methods
     index = rankings.index_with_second_moment()
     step = training_step(model, index, asked)
-    chosen = {method: main[method] for method in methods}
     effects = measured_effects(
         chosen, facts, index, model, step, asked, workspace,
         template=config.templates[0], batch_tokens=config.batch_tokens, progress=progress,
@@ -208,7 +209,7 @@ def _effects(
     queries = chosen_queries(facts, asked.queries)
     return EffectsOfMethods(
         queries=tuple(queries),
-        by_method={(m, k): mean_effects(chosen[m], effects, queries, k) for m in methods for k in asked.top_k},
+        by_method={(m, k): mean_effects(chosen[m], effects, queries, k) for m in chosen for k in asked.top_k},
         step=step.description,
     )
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from trackstar.baselines.gradients import EXPERIMENTS, TRACKSTAR
+from trackstar.baselines.gradients import EXPERIMENTS, ONE_SIDED, TRACKSTAR
 from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
+from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.run import EvaluationReport
+from trackstar.evaluation.variants import checkpoint_name
 
 OURS = "TrackStar"
 
@@ -76,7 +78,8 @@ def tables(report: EvaluationReport) -> list[Table]:
         _table_a6(report),
         _main_table(report, "table-a7-right", "Queries that the model answers right (Table A.7)", None, report.correct),
         _main_table(report, "table-a7-wrong", "Queries that it answers wrong (Table A.7)", None, ~report.correct),
-        _table_of_sides(report),
+        _figure_2(report, "figure-2", "TrackStar by the side of its projections (Figure 2)", "side"),
+        _figure_2(report, "figure-2-checkpoints", "TrackStar by checkpoint (Figure 2)", "checkpoint"),
         _table_of_categories(report),
         _table_of_wrong_answers(report),
     ]
@@ -172,15 +175,32 @@ def _table_a6(report: EvaluationReport) -> Table | None:
     )
 
 
-def _table_of_sides(report: EvaluationReport) -> Table | None:
+def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> Table | None:
+    """MRR, recall and tail-patch of TrackStar's variants, the report's own among them."""
+    variants = report.variants
+    found: dict[str, Ranking] = (
+        {str(side): ranking for side, ranking in sorted(variants.by_side.items())}
+        if column == "side"
+        else dict(variants.by_checkpoint)
+    )
+    own = str(report.config.side[0]) if column == "side" else checkpoint_name(report.config.model)
+    labels = {label: OURS if label == own else f"{OURS}, {'side ' * (column == 'side')}{label}" for label in found}
+    if found and column == "side" and ONE_SIDED.name in report.config.methods:
+        one_sided = f"{min(variants.by_side)}, one-sided"
+        found[one_sided] = report.rankings[ONE_SIDED.name, report.config.templates[0]]
+        labels[one_sided] = ONE_SIDED.name
+    k = _main_k(report)
+    everything = np.ones(len(report.facts), dtype=bool)
     rows = []
-    for side, ranking in sorted(report.by_side.items()):
+    for label, ranking in found.items():
         metrics = ranking.metrics()
-        rows.append((str(side), _number(estimate(metrics.reciprocal_rank)), _number(estimate(metrics.recall))))
-    return Table(
-        name="figure-2", title="TrackStar by the side of its projections (Figure 2)",
-        header=("side", "MRR", "recall@10"), rows=tuple(rows), note=_note(report, len(report.facts)),
-    )  # fmt: skip
+        cells = [label, _number(estimate(metrics.reciprocal_rank)), _number(estimate(metrics.recall))]
+        if k:
+            values = _tail_patch(report, labels[label], k, everything)
+            cells.append("" if values is None else _number(estimate(values), percent=True))
+        rows.append(tuple(cells))
+    header = (column, "MRR", "recall@10", *((f"tail-patch, top {k} (%)",) if k else ()))
+    return Table(name=name, title=title, header=header, rows=tuple(rows), note=_note(report, len(report.facts)))
 
 
 def _table_of_categories(report: EvaluationReport) -> Table | None:

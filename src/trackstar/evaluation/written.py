@@ -67,7 +67,10 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
         "candidates": report.candidates,
         "answered_right": int(report.correct.sum()),
         "methods": methods,
-        "by_side": {str(side): _estimate(r.metrics().reciprocal_rank) for side, r in report.by_side.items()},
+        "by_side": {str(side): _estimate(r.metrics().reciprocal_rank) for side, r in report.variants.by_side.items()},
+        "by_checkpoint": {
+            name: _estimate(r.metrics().reciprocal_rank) for name, r in report.variants.by_checkpoint.items()
+        },
         "tail_patch": effects,
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in _PACKAGES}},
     }

@@ -20,6 +20,7 @@ DIGEST_FIELD = "digest"
 LARGEST_MANIFEST = 256 * 2**20
 
 CodecName = Literal["float32", "bfloat16", "float16"]
+ProjectionKind = Literal["two-sided", "one-sided"]
 
 # Where something came from, said for people to read. The digest beside each is what decides whether it is the same, so
 # that a model or corpus that has been moved is still the same model or corpus.
@@ -102,11 +103,15 @@ class SecondMomentEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionEntry:
-    """P: its seed, the side of a layer block's square, and a digest that pins the random numbers themselves."""
+    """P: its seed, the side of a layer block's square, and a digest that pins the random numbers themselves.
+
+    `kind` is `two-sided` (Eq. 4), or the dense projection of flattened gradients that it is compared with.
+    """
 
     seed: int
     side: int
     digest: str
+    kind: ProjectionKind = "two-sided"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,96 @@
+"""A smaller index cut out of a larger one: projections of several sides are nested, so no gradient is computed again.
+
+The first side×side' entries of a block of φ, times a constant, are the block's projection by the first columns of the
+same Pᵀ (see `random_projection`): what indexing with the smaller side gives, but for rounding. It serves to see how
+much a smaller index would lose (paper, Figure 2), and to thin one that has become too large.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from trackstar.errors import OptionError
+from trackstar.indexing import RunningAutocorrelation
+from trackstar.progress import Progress
+from trackstar.projection import projection_digest
+from trackstar.store import Index, IndexWriter, Manifest, ProjectionEntry, ShardContent, decode, encode
+
+
+def narrow_index(index: Index | str | Path, out: str | Path, *, side: int, progress: bool = True) -> Index:
+    """Make the index that `build_index` would make with a smaller `side`, from a finished one.
+
+    A run that was interrupted goes on when the same call is made again; a finished index is opened.
+
+    Args:
+        index: The index that is cut.
+        out: The new index's folder.
+        side: Rows and columns of a block of the new φ; at most those of `index`.
+        progress: Whether progress is shown where stderr is a terminal.
+
+    Returns:
+        The new index, opened: equal to one made anew but for rounding, twice that of the codec.
+
+    Raises:
+        OptionError: The side is not between 1 and the index's, or its projection is one-sided.
+        TrackstarError: An index cannot be read or written; see `trackstar.errors`.
+    """
+    index = index if isinstance(index, Index) else Index.open(index)
+    manifest = index.manifest
+    if manifest.projection.kind != "two-sided":
+        raise OptionError(f"{index.path}: a {manifest.projection.kind} projection cannot be narrowed; index again")
+    if not 1 <= side <= manifest.projection.side:
+        raise OptionError(
+            f"side {side}: {index.path} has side {manifest.projection.side}, expected 1 to that; for a larger one, "
+            "index again"
+        )
+    with (
+        Progress("Narrowing", unit="examples", total=index.rows, shown=progress) as bar,
+        IndexWriter.open(out, narrowed_manifest(manifest, side), on_note=bar.note) as writer,
+    ):
+        if not writer.completed:
+            bar.advance(writer.resume_point.row)
+            _fill(writer, index, bar)
+    return Index.open(out)
+
+
+def narrowed_manifest(manifest: Manifest, side: int) -> Manifest:
+    """The manifest, unfinished, of the same index with a smaller side."""
+    matrices = [(one.name, one.rows, one.columns) for block in manifest.layer_blocks for one in block.matrices]
+    seed = manifest.projection.seed
+    entry = ProjectionEntry(seed=seed, side=side, digest=projection_digest(matrices, seed=seed, side=side))
+    return dataclasses.replace(manifest, projection=entry, completion=None)
+
+
+def narrowed(phi: Float[Tensor, "rows dim"], *, blocks: int, side: int) -> Float[Tensor, "rows smaller"]:
+    """φ with blocks of a smaller side: the first rows and columns of each, rescaled to the smaller side's variance."""
+    old = round((phi.shape[1] // blocks) ** 0.5)
+    squares = phi.unflatten(1, (blocks, old, old))
+    return squares[:, :, :side, :side].flatten(1) * (old / side)
+
+
+def _fill(writer: IndexWriter, index: Index, bar: Progress) -> None:
+    manifest, old = writer.manifest, index.manifest
+    if manifest.second_moment.digest is not None:
+        writer.write_tensors("second_moment", index.tensors("second_moment"))
+    r_train = RunningAutocorrelation(writer)
+    for shard in index.shards[len(writer.shards_done) :]:
+        phi = narrowed(
+            decode(shard.codes, shard.scales), blocks=len(manifest.layer_blocks), side=manifest.projection.side
+        )
+        codes, scales = encode(phi, manifest.codec)
+        content = ShardContent(
+            codes=codes.contiguous(),
+            scales=scales,
+            losses=shard.losses,
+            examples=[stored.example for stored in shard.examples()],
+            next_record=shard.end.record,
+            next_window=shard.end.window,
+            skipped=shard.end.skipped,
+        )
+        r_train.add(writer.write_shard(content))
+        bar.advance(shard.rows)
+    writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
+    assert old.completion is not None, "an open index is finished"
+    writer.finish(records=old.completion.records, skipped=old.completion.skipped)

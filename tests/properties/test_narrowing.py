@@ -1,0 +1,99 @@
+"""A narrowed index is the one that indexing with the smaller side makes, without computing a gradient again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_models import TinyModelFolder
+from trackstar.errors import OptionError
+from trackstar.examples import Query
+from trackstar.narrowing import narrow_index
+from trackstar.pipeline import answer_queries, build_index
+from trackstar.projection import random_projection
+from trackstar.store import Index, decode, verify
+
+TEXTS = [f"Trains to {city} leave when it rains in {land}." for city in ("Rome", "Lima") for land in "abcdefgh"]
+TEXTS.insert(3, "")  # has no token to score, and stays counted
+QUERIES = [Query(query_id=f"q{n}", prompt="Trains to", completion=city) for n, city in enumerate(("Rome", "Lima"))]
+
+
+def phi_of(index: Index) -> torch.Tensor:
+    return torch.cat([decode(chunk.codes, chunk.scales) for chunk in index.iterate(4)])
+
+
+@pytest.mark.parametrize(("kind", "output"), [("factored", "loss"), ("elementwise", "loss"), ("none", "margin")])
+def test_narrowed_index_is_the_one_that_indexing_with_the_smaller_side_makes(
+    kind: str, output: str, tiny_model_folders: TinyModelFolder, tmp_path: Path
+):
+    model = str(tiny_model_folders("llama", "bos"))
+    options: dict[str, Any] = {
+        "second_moment": "none" if kind == "none" else "estimate",
+        "second_moment_kind": "factored" if kind == "none" else kind,
+        "output": output, "codec": "float32", "shard_examples": 5, "progress": False,
+    }  # fmt: skip
+    wide = build_index(model, TEXTS, tmp_path / "wide", side=6, **options)
+    expected = build_index(model, TEXTS, tmp_path / "anew", side=4, **options)
+    found = narrow_index(tmp_path / "wide", tmp_path / "narrowed", side=4, progress=False)
+
+    assert found.manifest.projection == expected.manifest.projection
+    assert found.manifest.identity_digest() == expected.manifest.identity_digest()
+    torch.testing.assert_close(phi_of(found), phi_of(expected), rtol=1e-4, atol=1e-5 * float(phi_of(wide).abs().max()))
+    r_found, r_expected = (one.tensors("autocorrelation")["autocorrelation"] for one in (found, expected))
+    torch.testing.assert_close(r_found, r_expected, rtol=1e-4, atol=1e-5 * float(r_expected.abs().max()))
+    assert [one.example.example_id for one in found.examples()] == [one.example.example_id for one in wide.examples()]
+    assert found.manifest.completion is not None
+    assert expected.manifest.completion is not None
+    for name in ("rows", "tokens", "targets", "records", "skipped"):
+        assert getattr(found.manifest.completion, name) == getattr(expected.manifest.completion, name)
+    verify(tmp_path / "narrowed")
+    if output == "loss":
+        answers = [answer_queries(one, QUERIES, damping=0.1, k=16, progress=False) for one in (found, expected)]
+        influence = [{r.row: r.influence for r in report.results[0].proponents} for report in answers]
+        assert influence[0] == pytest.approx(influence[1], abs=1e-3)
+
+
+def test_projections_of_a_smaller_side_are_the_first_columns_of_a_larger_ones():
+    small, large = random_projection(3, "any left", 50, 4), random_projection(3, "any left", 50, 16)
+    torch.testing.assert_close(small, large[:, :4] * 2)
+
+
+def test_narrowing_goes_on_after_an_interruption_and_opens_what_is_finished(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wide = build_index(str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, shard_examples=5, progress=False)
+    whole = narrow_index(wide, tmp_path / "whole", side=3, progress=False)
+    narrow_half(wide, tmp_path / "out", monkeypatch)
+    assert len(Index.open(tmp_path / "out", allow_incomplete=True).shards) == 2
+    found = narrow_index(tmp_path / "wide", tmp_path / "out", side=3, progress=False)
+    assert found.manifest.to_json() == whole.manifest.to_json()
+    again = narrow_index(tmp_path / "wide", tmp_path / "out", side=3, progress=False)
+    assert again.manifest == found.manifest
+
+
+def narrow_half(wide: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop it after two shards, as a kill would."""
+    from trackstar import narrowing
+
+    calls = []
+
+    def interrupted(phi: torch.Tensor, *, blocks: int, side: int) -> torch.Tensor:
+        calls.append(side)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return original(phi, blocks=blocks, side=side)
+
+    original = narrowing.narrowed
+    with monkeypatch.context() as patch:
+        patch.setattr(narrowing, "narrowed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            narrow_index(wide, out, side=3, progress=False)
+
+
+@pytest.mark.parametrize("side", [0, 7])
+def test_side_that_is_no_smaller_one_is_refused(side: int, tiny_model_folder: Path, tmp_path: Path):
+    wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, progress=False)
+    with pytest.raises(OptionError, match=f"side {side}: .* has side 6, expected 1 to that"):
+        narrow_index(wide, tmp_path / "out", side=side, progress=False)
+    assert not (tmp_path / "out").exists()
