@@ -80,7 +80,7 @@ def test_the_fields_changed_above_are_all_there_are() -> None:
     assert len(CHANGES) == 45
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
-    } - {"completion", "output"}
+    } - {"completion"}
 
 
 def test_completion_is_no_part_of_the_identity(finished: store.Manifest) -> None:
