@@ -56,7 +56,7 @@ def projection_digest(matrices: Iterable[tuple[str, int, int]], *, seed: int, si
     for name, rows, columns in matrices:
         digest.update(f"{name} {rows} {columns}\n".encode())
         for half in ("left", "right"):
-            digest.update(random_projection(seed, f"{name} {half}", 1, side).numpy().tobytes())
+            digest.update(random_projection(seed, f"{name} {half}", 2, side).numpy().tobytes())
     return digest.hexdigest()
 
 

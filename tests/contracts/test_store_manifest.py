@@ -113,10 +113,14 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         r"layer_blocks\[1\].layers is \[0, 1, 2\], expected a list of 2",
     ),
     "a codec is unknown": (lambda m: m.update(codec="int8"), "codec is 'int8', expected one of 'float32', 'bfloat16'"),
-    "an older version": (lambda m: m.update(format_version=0), "format_version is 0, expected 1"),
+    "no version": (lambda m: m.update(format_version=0), "format_version is 0, expected 2"),
+    "an older version": (
+        lambda m: m.update(format_version=1),
+        "format_version is 1, expected 2: the index was made by an older trackstar with other projections, index again",
+    ),
     "a newer version": (
-        lambda m: m.update(format_version=2, trackstar_version="9.1", magic=1),
-        r"format_version is 2, expected at most 1: the index was made by a newer trackstar \(9.1\)",
+        lambda m: m.update(format_version=3, trackstar_version="9.1", magic=1),
+        r"format_version is 3, expected at most 2: the index was made by a newer trackstar \(9.1\)",
     ),
     "no examples a shard": (lambda m: m.update(shard_examples=0), "shard_examples is 0, expected at least 1"),
     "a side of zero": (lambda m: m["projection"].update(side=0), "projection.side is 0, expected at least 1"),

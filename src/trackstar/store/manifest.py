@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from trackstar.errors import DamagedIndexError, StoreError
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DIGEST_FIELD = "digest"
 LARGEST_MANIFEST = 256 * 2**20
 
@@ -355,6 +355,12 @@ def shard_file_name(number: int) -> str:
 
 def _check_version(fields: dict[str, object]) -> None:
     version = fields.get("format_version")
+    if type(version) is int and 0 < version < FORMAT_VERSION:
+        raise FieldError(
+            "format_version",
+            version,
+            f"{FORMAT_VERSION}: the index was made by an older trackstar with other projections, index again",
+        )
     if type(version) is int and version > FORMAT_VERSION:
         raise FieldError(
             "format_version",
