@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trackstar.errors import ModelError, OptionError
 from trackstar.layer_blocks import (
@@ -22,6 +21,7 @@ from trackstar.layer_blocks import (
     find_layer_blocks,
     named_layer_blocks,
 )
+from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_TOKENS = 5
@@ -164,9 +164,10 @@ def load_model(
     target = checked_device(device)
     folder, gguf_file = _resolved(source, gguf_file)
     name = str(folder or source)
-    module = _loaded(name, revision=revision, gguf_file=gguf_file, dtype=DTYPES[dtype])
+    options = {option: value for option, value in (("revision", revision), ("gguf_file", gguf_file)) if value}
+    module = _loaded(name, options=options, dtype=DTYPES[dtype])
     nn.Module.to(module, target)
-    tokenizer = _loaded_tokenizer(name, revision=revision, gguf_file=gguf_file)
+    tokenizer = load_pretrained_tokenizer(name, name=name, **options)
     return wrap_model(
         module,
         tokenizer,
@@ -221,17 +222,6 @@ def wrap_model(
     )
 
 
-def checked_device(device: str) -> torch.device:
-    """The torch device of that name, if this machine has it."""
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {device}: not usable here ({reason}); expected cpu or an available cuda") from None
-    return target
-
-
 def context_tokens(module: PreTrainedModel) -> int:
     """The most tokens that the model reads at once; 2,048 where its configuration does not say."""
     config = module.config.get_text_config()
@@ -271,46 +261,17 @@ def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, s
     return path, gguf_file
 
 
-def _loaded(name: str, *, revision: str | None, gguf_file: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-    else:
-        options["use_safetensors"] = True
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-        )
-    except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(
-            f"{name}: cannot be loaded as a causal language model ({reason}); expected a Hugging Face model folder or "
-            "hub name with safetensors weights, or GGUF weights"
-        ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    module, info = loaded
-    missing = sorted(info.get("missing_keys", ())) if info else []
-    if missing:
-        raise ModelError(
-            f"{name}: its weights lack {len(missing)} parameters of {type(module).__name__}, first {missing[0]}; "
-            "expected a complete causal language model (its fresh random values would be traced otherwise)"
-        )
-    return module
-
-
-def _loaded_tokenizer(name: str, *, revision: str | None, gguf_file: str | None) -> PreTrainedTokenizerBase:
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    if gguf_file:
-        options["gguf_file"] = gguf_file
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{name}: its tokenizer cannot be loaded ({reason}); expected tokenizer.json") from None
+def _loaded(name: str, *, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    return load_pretrained(
+        "AutoModelForCausalLM",
+        name,
+        name=name,
+        purpose="a causal language model",
+        expected="a Hugging Face model folder or hub name with safetensors weights, or GGUF weights",
+        whole="a complete causal language model (its fresh random values would be traced otherwise)",
+        dtype=dtype,
+        **options,
+    )
 
 
 def _head(module: PreTrainedModel, source: str) -> Head:

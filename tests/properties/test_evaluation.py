@@ -1,21 +1,26 @@
 """A whole report over a tiny model: what it holds, that it can be resumed, and what its settings may say."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tiny_models import save_tiny_model
 from trackstar.baselines.gradients import TRACKSTAR
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
 from trackstar.errors import OptionError
+from trackstar.evaluation import open_set
 from trackstar.evaluation import rankings as rankings_module
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig, read_config
 from trackstar.evaluation.effects import chosen_queries
 from trackstar.evaluation.facts import to_queries
+from trackstar.evaluation.open_set import open_set_metrics
+from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.run import (
     EvaluationReport,
     chosen_facts,
@@ -70,7 +75,7 @@ def write_world(folder: Path) -> dict[str, str]:
 def settings(paths: dict[str, str], **others: Any) -> EvaluationConfig:
     given: dict[str, Any] = {
         **paths, "methods": METHODS, "templates": (0, 2), "side": (4, 2), "damping": 0.1,
-        "tail_patch": TailPatchConfig(queries=4, top_k=(1, 3)), **others,
+        "tail_patch": TailPatchConfig(queries=4, top_k=(1, 3), learning_rate=(0.01, 0.001)), **others,
     }  # fmt: skip
     return EvaluationConfig(**given)
 
@@ -119,6 +124,13 @@ def test_tail_patch_of_a_method_is_the_mean_over_its_first_proponents(
     exact = tail_patch(model, step, queries, examples, pairs, path="exact")
     found = float(report.effects.by_method["TrackStar", 3].mean())
     assert found == pytest.approx(mean_top_effect(exact, 3), rel=1e-3)
+    smaller = training_step(model, opened, TailPatchConfig(), 0.001)
+    exact = tail_patch(model, smaller, queries, examples, pairs, path="exact")
+    found = float(report.effects.by_learning_rate["TrackStar", 0.001].mean())
+    assert found == pytest.approx(mean_top_effect(exact, 3), rel=1e-3)
+    np.testing.assert_array_equal(
+        report.effects.by_learning_rate["TrackStar", 0.01], report.effects.by_method["TrackStar", 3]
+    )
 
 
 def test_second_run_computes_nothing_and_finds_the_same(
@@ -165,7 +177,16 @@ def test_smaller_sides_rank_as_an_index_of_that_side_does(
 
 def test_tables_have_the_papers_structure(report: EvaluationReport):
     made = {table.name: table for table in tables(report)}
-    assert {"table-1", "table-2", "table-a3", "table-a5", "table-a6", "figure-2", "figure-3"} <= set(made)
+    assert {
+        "table-1",
+        "table-2",
+        "table-a3",
+        "table-a5",
+        "table-a6",
+        "tail-patch-steps",
+        "figure-2",
+        "figure-3",
+    } <= set(made)
     first = made["table-1"]
     assert [row[0] for row in first.rows] == [f"experiment {n}" for n in range(1, 6)] + [TRACKSTAR.name]
     assert [row[1:4] for row in first.rows] == [
@@ -222,6 +243,50 @@ def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
     assert found["by_checkpoint"]["checkpoint-000002"] == pytest.approx(expected)
 
 
+class CapitalScorer:
+    """Judges that a text entails a hypothesis that it holds, but for the full stop."""
+
+    def __init__(self) -> None:
+        self.judged = 0
+
+    def scores(self, premises: Sequence[str], hypotheses: Sequence[str]) -> torch.Tensor:
+        self.judged += len(premises)
+        return torch.tensor([0.9 if h in p else 0.5 for p, h in zip(premises, hypotheses, strict=True)])
+
+
+def test_open_set_evaluation_counts_the_proponents_that_a_model_judges_to_entail_the_fact(
+    report: EvaluationReport, paths: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scorer = CapitalScorer()
+    monkeypatch.setattr(open_set, "load_entailment_classifier", lambda *_, **__: scorer)
+    asked = settings(paths, methods=("gold", "random", "BM25"), side=(4,), tail_patch=None, entailment_model="nli")
+    found = run_evaluation(asked, folder, progress=False)
+    assert found.judgements is not None
+    assert scorer.judged == len(found.judgements)
+    for method in asked.methods:
+        ranking = found.rankings[method, 0]
+        reciprocal, precision = open_set_metrics(ranking, found.judgements)
+        for place, ranks in enumerate(ranking.ranks):
+            # Gold sentences alone hold prompt and completion, so that both evaluations agree.
+            assert reciprocal[place] == (1 / ranks[0] if ranks[0] <= len(ranking.rows[place]) else 0)
+            assert precision[place] == (ranks[0] <= len(ranking.rows[place])) / len(ranking.rows[place])
+    assert found.categories["gold"] == (("entails",),) * len(CAPITALS)
+    table = next(table for table in tables(found) if table.name == "open-set")
+    assert table.rows[0][1].startswith("1.000")
+    again = run_evaluation(asked, folder, progress=False)
+    assert scorer.judged == len(found.judgements)
+    assert again.judgements == found.judgements
+
+
+def test_open_set_metrics_by_hand():
+    ranking = Ranking(ranks=((1,),) * 3, rows=((4, 7, 2), (1, 0, 3), (5, 6, 1)), scores=((3.0, 2.0, 1.0),) * 3)
+    judgements = {(0, 4): 0.1, (0, 7): 0.8, (0, 2): 0.51, (1, 1): 0.5, (1, 0): 0.2, (1, 3): 0.0}
+    judgements |= {(2, 5): 0.9, (2, 6): 0.0, (2, 1): 0.1}
+    reciprocal, precision = open_set_metrics(ranking, judgements)
+    assert reciprocal.tolist() == [1 / 2, 0, 1]
+    assert precision.tolist() == [2 / 3, 0, 1 / 3]
+
+
 def test_halves_share_no_fact_and_miss_none(paths: dict[str, str]):
     halves = [chosen_facts(settings(paths, half=half)) for half in ("development", "report", "all")]
     names = [{fact.fact_id for fact in facts} for facts in halves]
@@ -254,7 +319,10 @@ def test_fewer_facts_are_the_same_facts(paths: dict[str, str]):
         ("{base}\n[tail_patch]\nspeed = 1", "tail_patch.speed is no setting"),
         ("{base}\ntail_patch = 3", "tail_patch is int; expected a table"),
         ("{base}\n[tail_patch]\ntop_k = [99]", "tail_patch.top_k is [99]; expected numbers from 1 to top_k = 10"),
-        ("{base}\n[tail_patch]\nlearning_rate = -1", "tail_patch.learning_rate is -1.0; expected a finite number"),
+        (
+            "{base}\n[tail_patch]\nlearning_rate = -1",
+            "tail_patch.learning_rate is [-1.0]; expected finite numbers above 0",
+        ),
         ("{base}\n[tail_patch]\npath = 'slow'", "tail_patch.path: 'slow' is unknown"),
     ],
 )

@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.baselines.interface import Pool
-from trackstar.errors import ModelError, OptionError
+from trackstar.errors import ModelError
 from trackstar.examples import Query, query_text
 from trackstar.examples.fields import encodable
 from trackstar.examples.files import one_line
+from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer
 from trackstar.progress import Progress
 
 Pooling = Literal["mean", "cls"]
@@ -218,38 +219,18 @@ def _json(path: Path, *, default: Any) -> Any:
 
 
 def _loaded(folder: Path, name: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device {device}: not usable here ({one_line(error)}); expected cpu or cuda") from None
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        module, info = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
-        reason = one_line(error) or type(error).__name__
-        raise ModelError(
-            f"{name}: cannot be loaded as an embedding model ({reason}); expected a folder with config.json, "
-            "safetensors weights and a tokenizer"
-        ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    # A pooler is not used here, and often left out of the weights.
-    missing = sorted(key for key in info.get("missing_keys", ()) if not key.startswith("pooler."))
-    if missing:
-        raise ModelError(
-            f"{name}: its weights lack {len(missing)} parameters of {type(module).__name__}, first {missing[0]}; "
-            "expected a complete model (its vectors would be random otherwise)"
-        )
-    return module.eval().requires_grad_(False).to(target), tokenizer
+    target = checked_device(device)
+    module = load_pretrained(
+        "AutoModel",
+        folder,
+        name=name,
+        purpose="an embedding model",
+        expected="a folder with config.json, safetensors weights and a tokenizer",
+        whole="a complete model (its vectors would be random otherwise)",
+        not_needed="pooler.",  # not used here, and often left out of the weights
+        dtype=torch.float32,
+    )
+    return module.eval().requires_grad_(False).to(target), load_pretrained_tokenizer(folder, name=name)
 
 
 def _try(encoder: Encoder) -> None:

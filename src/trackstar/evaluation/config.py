@@ -40,14 +40,15 @@ class TailPatchConfig:
         methods: The methods whose proponents are trained on; empty is all of the report's.
         queries: How many of the report's queries, the first in an order drawn by name; 0 is all.
         top_k: Over how many proponents effects are averaged; the largest decides how many are measured.
-        learning_rate: Of the step of a model without optimizer state, relative to each matrix's root mean square.
+        learning_rate: Of the step of a model without optimizer state, relative to each matrix's root mean square; of
+            several, the first is that of all tables, the others are compared with it in one.
         path: `fast` (low-rank adapters, many pairs at once) or `exact` (the optimizer's own step).
     """
 
     methods: tuple[str, ...] = ()
     queries: int = 0
     top_k: tuple[int, ...] = (1, 3, 5, 10)
-    learning_rate: float = 0.01
+    learning_rate: tuple[float, ...] = (0.01,)
     path: str = "fast"
 
 
@@ -67,6 +68,8 @@ class EvaluationConfig:
         methods: Which methods, in the order of the tables.
         templates: Which prompts (Table A.5); the first is the one that all other tables are of.
         embedding_model: Folder of a sentence-embedding model, for the method `embeddings`.
+        entailment_model: Folder or hub name of an entailment model that judges proponents (open-set evaluation); None
+            has gold examples stand for those that entail a fact.
         strict: Whether only gold examples that state their fact plainly are right.
         top_k: How many proponents are kept a query.
         side: Rows and columns of a block of φ; several are Figure 2's projection dimensions, the first is the tables'.
@@ -92,6 +95,7 @@ class EvaluationConfig:
     methods: tuple[str, ...] = ("gold", "random", "BM25", "experiment 1", "experiment 2", "TrackStar")
     templates: tuple[int, ...] = (0,)
     embedding_model: str | None = None
+    entailment_model: str | None = None
     strict: bool = False
     top_k: int = 10
     side: tuple[int, ...] = (64,)
@@ -142,7 +146,7 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
         if table is not None:
             content["tail_patch"] = TailPatchConfig(**_fields(TailPatchConfig, table, "tail_patch."))
         settings = _fields(EvaluationConfig, content, "")
-        for name in ("model", "corpus", "facts", "embedding_model"):
+        for name in ("model", "corpus", "facts", "embedding_model", "entailment_model"):
             if isinstance(settings.get(name), str):
                 settings[name] = _resolved(file.parent, settings[name])
         if "checkpoints" in settings:
@@ -172,12 +176,15 @@ def _fields(kind: Any, table: object, prefix: str) -> dict[str, Any]:
     return {name: _value(f"{prefix}{name}", known[name].type, value) for name, value in table.items()}
 
 
+_LISTS: dict[Any, Any] = {tuple[str, ...]: str, tuple[int, ...]: int, tuple[float, ...]: float}
+
+
 def _value(name: str, kind: Any, value: Any) -> Any:
     if isinstance(value, TailPatchConfig):
         return value
-    if kind in (tuple[str, ...], tuple[int, ...]):
+    if kind in _LISTS:
         values = value if isinstance(value, list) else [value]
-        return tuple(_value(name, str if kind == tuple[str, ...] else int, one) for one in values)
+        return tuple(_value(name, _LISTS[kind], one) for one in values)
     expected: tuple[type, ...] = {
         str: (str,), str | None: (str,), bool: (bool,), int: (int,), int | None: (int,),
         float: (float, int), float | None: (float, int),
@@ -200,5 +207,6 @@ def _check_tail_patch(config: TailPatchConfig, whole: EvaluationConfig) -> None:
         raise OptionError(f"tail_patch.top_k is {list(config.top_k)}; expected numbers from 1 to top_k = {whole.top_k}")
     if config.queries < 0:
         raise OptionError(f"tail_patch.queries is {config.queries}; expected 0 (all) or more")
-    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise OptionError(f"tail_patch.learning_rate is {config.learning_rate}; expected a finite number above 0")
+    rates = config.learning_rate
+    if not rates or len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise OptionError(f"tail_patch.learning_rate is {list(rates)}; expected finite numbers above 0, each once")

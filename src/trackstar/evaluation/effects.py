@@ -75,7 +75,8 @@ def measured_effects(
         "template": template,
         "path": config.path,
     }
-    lines = workspace.lines("tail patch", sources)
+    name = hashlib.blake2b(step.description.encode(), digest_size=4).hexdigest()
+    lines = workspace.lines(f"tail patch/{name}", sources)
     place_of = {fact.fact_id: number for number, fact in enumerate(facts)}
     found: dict[tuple[int, int], float] = {
         (place_of[line["fact_id"]], line["row"]): line["after"] - line["before"]

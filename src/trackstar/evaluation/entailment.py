@@ -15,6 +15,8 @@ from torch import Tensor
 from trackstar.errors import ModelError, OptionError
 from trackstar.examples.fields import encodable
 from trackstar.examples.files import one_line
+from trackstar.model import context_tokens
+from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer
 from trackstar.progress import Progress
 
 THRESHOLD = 0.5
@@ -174,10 +176,9 @@ def load_entailment_classifier(source: str | Path, *, device: str = "cpu") -> En
         ModelError: It cannot be loaded, has no label `entailment`, or cannot judge a pair of texts.
         OptionError: The device is not there.
     """
-    from trackstar.model import checked_device, context_tokens
-
+    target = checked_device(device)
     module, tokenizer = _loaded(str(source))
-    module.eval().requires_grad_(False).to(checked_device(device))
+    module.eval().requires_grad_(False).to(target)
     labels = {number: str(name) for number, name in (module.config.id2label or {}).items()}
     named = [int(number) for number, name in labels.items() if name.lower() == "entailment"]
     if len(named) != 1:
@@ -214,28 +215,13 @@ def _ends_sentence(line: str, end: re.Match[str]) -> bool:
 
 
 def _loaded(source: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
-        reason = one_line(error) or type(error).__name__
-        raise ModelError(
-            f"{source}: cannot be loaded as a sequence classification model ({reason}); expected a Hugging Face model "
-            "folder or hub name with config.json, safetensors weights and a tokenizer"
-        ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if missing := sorted(info.get("missing_keys", ())):
-        raise ModelError(
-            f"{source}: its weights lack {len(missing)} parameters of {type(module).__name__}, first {missing[0]}; "
-            "expected a complete classifier (its judgements would be random otherwise)"
-        )
-    return module, tokenizer
+    module = load_pretrained(
+        "AutoModelForSequenceClassification",
+        source,
+        name=source,
+        purpose="a sequence classification model",
+        expected="a Hugging Face model folder or hub name with config.json, safetensors weights and a tokenizer",
+        whole="a complete classifier (its judgements would be random otherwise)",
+        dtype=torch.float32,
+    )
+    return module, load_pretrained_tokenizer(source, name=source)

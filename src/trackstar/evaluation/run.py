@@ -17,11 +17,13 @@ from jaxtyping import Bool, Float64, Int64
 from trackstar.errors import OptionError
 from trackstar.evaluation.categories import Category, proponent_category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
-from trackstar.evaluation.effects import chosen_queries, mean_effects, measured_effects
+from trackstar.evaluation.effects import Effects, chosen_queries, mean_effects, measured_effects
+from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.fact_selection import balanced_sample
 from trackstar.evaluation.facts import Entity, Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.matching import answer_is_correct
+from trackstar.evaluation.open_set import Judgements, judged_proponents
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace
@@ -43,11 +45,14 @@ class EffectsOfMethods:
         by_method: Method (or TrackStar's variant, such as `TrackStar, side 16`) and k to each query's mean effect over
             its first k proponents, a fraction.
         step: What the training step was.
+        by_learning_rate: Method and learning rate to each query's mean effect over the main number of proponents, for
+            every rate of the settings; empty where there is one.
     """
 
     queries: tuple[int, ...]
     by_method: Mapping[tuple[str, int], Float64[np.ndarray, "queries"]]
     step: str
+    by_learning_rate: Mapping[tuple[str, float], Float64[np.ndarray, "queries"]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +69,9 @@ class EvaluationReport:
         rankings: By method and template.
         variants: TrackStar's rankings by the side of its projections, and by checkpoint (Figure 2).
         effects: Tail-patch, or None where it was not asked for.
-        categories: Of each method's proponents, by fact (Figure 3); gold examples stand for those that entail it.
+        judgements: Of every method's proponents by the entailment model, or None where none was given.
+        categories: Of each method's proponents, by fact (Figure 3); without judgements gold examples stand for those
+            that entail it.
         wrong_answers: The same for TrackStar's proponents of the model's own wrong answers (§7.1), by fact's place.
         description: Model, coverage, V and R, for people.
     """
@@ -78,6 +85,7 @@ class EvaluationReport:
     rankings: Mapping[tuple[str, int], Ranking]
     variants: Variants
     effects: EffectsOfMethods | None
+    judgements: Judgements | None
     categories: Mapping[str, tuple[tuple[Category, ...], ...]]
     wrong_answers: Mapping[int, tuple[Category, ...]]
     description: tuple[str, ...]
@@ -114,6 +122,12 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         methods = config.tail_patch.methods or config.methods
         measured = {method: main[method] for method in methods} | others.others(config)
         effects = _effects(config, config.tail_patch, measured, facts, rankings, model, workspace, progress)
+    judgements = None
+    if config.entailment_model is not None:
+        judgements = judged_proponents(
+            main, facts, rankings.pool, config.entailment_model, workspace,
+            template=config.templates[0], device=config.device, progress=progress,
+        )  # fmt: skip
     texts = [Example(example_id=n, text=t, record=0) for n, t in zip(*_pool(rankings), strict=True)]
     return EvaluationReport(
         config=config,
@@ -125,7 +139,8 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         rankings=of_method,
         variants=others,
         effects=effects,
-        categories={method: _categories(ranking, facts, rankings) for method, ranking in main.items()},
+        judgements=judgements,
+        categories={method: _categories(ranking, facts, rankings, judgements) for method, ranking in main.items()},
         wrong_answers=_wrong_answers(facts, answers, correct, rankings, config),
         description=_description(model, rankings, config),
     )
@@ -201,33 +216,59 @@ def _effects(
     progress: bool,
 ) -> EffectsOfMethods:
     index = rankings.index_with_second_moment()
-    step = training_step(model, index, asked)
-    effects = measured_effects(
-        chosen, facts, index, model, step, asked, workspace,
-        template=config.templates[0], batch_tokens=config.batch_tokens, progress=progress,
-    )  # fmt: skip
-    queries = chosen_queries(facts, asked.queries)
+    queries, deepest = chosen_queries(facts, asked.queries), max(asked.top_k)
+    steps = [training_step(model, index, asked, rate) for rate in asked.learning_rate]
+    step = steps[0]
+    effects: Effects = {}
+    by_rate: dict[tuple[str, float], Any] = {}
+    for rate, one in zip(asked.learning_rate, steps, strict=True):
+        found = measured_effects(
+            chosen, facts, index, model, one, asked, workspace,
+            template=config.templates[0], batch_tokens=config.batch_tokens, progress=progress,
+        )  # fmt: skip
+        effects = found if one is step else effects
+        by_rate |= {(m, rate): mean_effects(chosen[m], found, queries, deepest) for m in chosen}
     return EffectsOfMethods(
         queries=tuple(queries),
         by_method={(m, k): mean_effects(chosen[m], effects, queries, k) for m in chosen for k in asked.top_k},
         step=step.description,
+        by_learning_rate=by_rate if len(steps) > 1 else {},
     )
 
 
-def training_step(model: LanguageModel, index: Index, config: TailPatchConfig) -> TrainingStep:
-    """The step that continues the model's own training where its state is there, else a relative step with V."""
+def training_step(
+    model: LanguageModel, index: Index, config: TailPatchConfig, learning_rate: float | None = None
+) -> TrainingStep:
+    """The step that continues the model's own training where its state is there, else a relative step with V.
+
+    Raises:
+        OptionError: Several learning rates are asked for, and the training has its own.
+    """
     if model.folder is not None and (Path(model.folder) / "training_state.json").exists():
+        if len(config.learning_rate) > 1:
+            raise OptionError(
+                f"tail_patch.learning_rate is {list(config.learning_rate)}, but {model.source} goes on with its own "
+                "run's; leave it out"
+            )
         return TrainingStep.from_checkpoint(model.folder, model)
     entry = index.manifest.second_moment
     moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
-    return TrainingStep.from_second_moment(moment, model, learning_rate=config.learning_rate)
+    return TrainingStep.from_second_moment(moment, model, learning_rate=learning_rate or config.learning_rate[0])
 
 
-def _categories(ranking: Ranking, facts: Sequence[Fact], rankings: Rankings) -> tuple[tuple[Category, ...], ...]:
+def _categories(
+    ranking: Ranking, facts: Sequence[Fact], rankings: Rankings, judgements: Judgements | None
+) -> tuple[tuple[Category, ...], ...]:
     pool = rankings.pool
+
+    def entails(place: int, row: int) -> bool:
+        if judgements is None:
+            return pool.example_ids[row] in facts[place].gold
+        return judgements[place, row] > THRESHOLD
+
     return tuple(
-        tuple(proponent_category(fact, pool.texts[row], entails=pool.example_ids[row] in fact.gold) for row in rows)
-        for fact, rows in zip(facts, ranking.rows, strict=True)
+        tuple(proponent_category(fact, pool.texts[row], entails=entails(place, row)) for row in rows)
+        for place, (fact, rows) in enumerate(zip(facts, ranking.rows, strict=True))
     )
 
 

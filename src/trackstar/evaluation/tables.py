@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float64
 from trackstar.baselines.gradients import EXPERIMENTS, ONE_SIDED, TRACKSTAR
 from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
+from trackstar.evaluation.entailment import THRESHOLD
+from trackstar.evaluation.open_set import open_set_metrics
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.variants import checkpoint_name
@@ -76,10 +78,12 @@ def tables(report: EvaluationReport) -> list[Table]:
         ),
         _table_a5(report),
         _table_a6(report),
+        _table_of_learning_rates(report),
         _main_table(report, "table-a7-right", "Queries that the model answers right (Table A.7)", None, report.correct),
         _main_table(report, "table-a7-wrong", "Queries that it answers wrong (Table A.7)", None, ~report.correct),
         _figure_2(report, "figure-2", "TrackStar by the side of its projections (Figure 2)", "side"),
         _figure_2(report, "figure-2-checkpoints", "TrackStar by checkpoint (Figure 2)", "checkpoint"),
+        _table_of_open_set(report),
         _table_of_categories(report),
         _table_of_wrong_answers(report),
     ]
@@ -111,7 +115,7 @@ def _main_table(
     which: Bool[np.ndarray, "facts"] | None,
 ) -> Table | None:
     """MRR, recall, precision and tail-patch of some methods over some queries, each against TrackStar."""
-    shown = [m for m in (methods or report.config.methods) if m in report.config.methods]
+    shown = [m for m in (report.config.methods if methods is None else methods) if m in report.config.methods]
     chosen = np.ones(len(report.facts), dtype=bool) if which is None else which
     if len(shown) < 2 or not chosen.any():
         return None
@@ -175,6 +179,24 @@ def _table_a6(report: EvaluationReport) -> Table | None:
     )
 
 
+def _table_of_learning_rates(report: EvaluationReport) -> Table | None:
+    if report.effects is None or not report.effects.by_learning_rate:
+        return None
+    found = report.effects.by_learning_rate
+    methods = list(dict.fromkeys(method for method, _ in found))
+    rates = list(dict.fromkeys(rate for _, rate in found))
+    rows = [
+        (method, *(_cell(report, method, lambda m, rate=rate: found.get((m, rate)), percent=True) for rate in rates))
+        for method in methods
+    ]
+    return Table(
+        name="tail-patch-steps",
+        title=f"Tail-patch by the step's learning rate, top {_main_k(report)}",
+        header=("method", *(f"{rate:g} (%)" for rate in rates)), rows=tuple(rows),
+        note=f"Over {len(report.effects.queries)} queries; the first is the rate of all other tables.",
+    )  # fmt: skip
+
+
 def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> Table | None:
     """MRR, recall and tail-patch of TrackStar's variants, the report's own among them."""
     variants = report.variants
@@ -203,6 +225,25 @@ def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> T
     return Table(name=name, title=title, header=header, rows=tuple(rows), note=_note(report, len(report.facts)))
 
 
+def _table_of_open_set(report: EvaluationReport) -> Table | None:
+    judgements = report.judgements
+    if judgements is None:
+        return None
+    template = report.config.templates[0]
+    found = {m: open_set_metrics(report.rankings[m, template], judgements) for m in report.config.methods}
+    rows = [
+        (method, *(_cell(report, method, lambda m, part=part: found[m][part]) for part in (0, 1)))
+        for method in report.config.methods
+    ]
+    k = report.config.top_k
+    return Table(
+        name="open-set", title="Open-set evaluation: proponents that entail the fact (§5.1)",
+        header=("method", f"MRR among the first {k}", f"precision@{k}"), rows=tuple(rows),
+        note=f"Entailment by {report.config.entailment_model}, windows of three sentences, above {THRESHOLD:g}. "
+        + _note(report, len(report.facts)),
+    )  # fmt: skip
+
+
 def _table_of_categories(report: EvaluationReport) -> Table | None:
     rows = []
     for method, by_fact in report.categories.items():
@@ -212,7 +253,9 @@ def _table_of_categories(report: EvaluationReport) -> Table | None:
     return Table(
         name="figure-3", title=f"What the top {report.config.top_k} proponents are (Figure 3)",
         header=("method", *CATEGORIES), rows=tuple(rows),
-        note="Gold examples stand for those that entail the fact: no entailment model is used.",
+        note="Gold examples stand for those that entail the fact: no entailment model is used."
+        if report.judgements is None
+        else f"Entailment by {report.config.entailment_model}.",
     )  # fmt: skip
 
 

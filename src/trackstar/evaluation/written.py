@@ -56,10 +56,12 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
         }
     effects = None
     if report.effects is not None:
+        by_rate = report.effects.by_learning_rate
         effects = {
             "step": report.effects.step,
             "queries": len(report.effects.queries),
             "mean_effect": {f"{m}, top {k}": _estimate(v) for (m, k), v in report.effects.by_method.items()},
+            "by_learning_rate": {f"{m}, {rate:g}": _estimate(v) for (m, rate), v in by_rate.items()},
         }
     return {
         "description": list(report.description),

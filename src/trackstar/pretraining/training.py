@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trackstar.batching import Batch
 from trackstar.errors import PretrainingError
 from trackstar.examples import Corpus, open_corpus
-from trackstar.model import checked_device
+from trackstar.pretrained_files import checked_device
 from trackstar.pretraining import checkpoints
 from trackstar.pretraining.checkpoints import TrainingState
 from trackstar.pretraining.config import FREE_TO_CHANGE, PretrainingConfig

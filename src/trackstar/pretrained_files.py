@@ -1,0 +1,99 @@
+"""Load what others have trained, by Transformers: quietly, without running its code, and only where it is complete."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trackstar.errors import ModelError, OptionError
+from trackstar.examples.files import one_line
+
+
+def load_pretrained(
+    kind: str,
+    place: str | Path,
+    *,
+    name: str,
+    purpose: str,
+    expected: str,
+    whole: str,
+    not_needed: str | None = None,
+    **options: Any,
+) -> Any:
+    """A Transformers model with all of its weights; safetensors alone unless `options` name GGUF weights.
+
+    Args:
+        kind: The class that loads it, such as `AutoModel`.
+        place: A folder or hub name.
+        name: What messages call it.
+        purpose: What it is loaded as, with its article, for messages.
+        expected: What it could be loaded from, for messages.
+        whole: What is expected where weights are missing, and what would happen, for messages.
+        not_needed: Beginning of names of weights that may be missing.
+        **options: Passed on.
+
+    Raises:
+        ModelError: It cannot be loaded, or weights are missing and would be random.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        module, info = getattr(transformers, kind).from_pretrained(
+            place, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
+        raise ModelError(f"{name}: cannot be loaded as {purpose} ({_reason(error)}); expected {expected}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in (info or {}).get("missing_keys", ()) if not _begins(key, not_needed))
+    if missing:
+        raise ModelError(
+            f"{name}: its weights lack {len(missing)} parameters of {type(module).__name__}, first {missing[0]}; "
+            f"expected {whole}"
+        )
+    return module
+
+
+def load_pretrained_tokenizer(place: str | Path, *, name: str, **options: Any) -> Any:
+    """Its tokenizer.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: its tokenizer cannot be loaded ({_reason(error)}); expected tokenizer.json"
+        ) from None
+
+
+def checked_device(device: str) -> torch.device:
+    """The torch device of that name, if this machine has it.
+
+    Raises:
+        OptionError: It has not.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {device}: not usable here ({reason}); expected cpu or an available cuda") from None
+    return target
+
+
+def _begins(key: str, prefix: str | None) -> bool:
+    return prefix is not None and key.startswith(prefix)
+
+
+def _reason(error: Exception) -> str:
+    return one_line(error)[:300] or type(error).__name__
