@@ -20,11 +20,11 @@ from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig, read_
 from trackstar.evaluation.effects import chosen_queries
 from trackstar.evaluation.facts import to_queries
 from trackstar.evaluation.open_set import open_set_metrics
+from trackstar.evaluation.proponents import first_phrase
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.run import (
     EvaluationReport,
     chosen_facts,
-    first_phrase,
     half_of,
     run_evaluation,
     training_step,

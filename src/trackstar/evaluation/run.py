@@ -6,7 +6,6 @@ What is computed is kept in the report's folder (`workspace.py`); running the sa
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from trackstar.errors import OptionError
-from trackstar.evaluation.categories import Category, proponent_category
+from trackstar.evaluation.categories import Category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
 from trackstar.evaluation.effects import Effects, chosen_queries, mean_effects, measured_effects
-from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.fact_selection import balanced_sample
-from trackstar.evaluation.facts import Entity, Fact, read_facts, to_queries
+from trackstar.evaluation.facts import Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.open_set import Judgements, judged_proponents
+from trackstar.evaluation.proponents import categories_of_wrong_answers, proponent_categories
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace
@@ -140,8 +139,10 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         variants=others,
         effects=effects,
         judgements=judgements,
-        categories={method: _categories(ranking, facts, rankings, judgements) for method, ranking in main.items()},
-        wrong_answers=_wrong_answers(facts, answers, correct, rankings, config),
+        categories={
+            method: proponent_categories(ranking, facts, rankings, judgements) for method, ranking in main.items()
+        },
+        wrong_answers=categories_of_wrong_answers(facts, answers, correct, rankings, config),
         description=_description(model, rankings, config),
     )
 
@@ -254,57 +255,6 @@ def training_step(
     entry = index.manifest.second_moment
     moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
     return TrainingStep.from_second_moment(moment, model, learning_rate=learning_rate or config.learning_rate[0])
-
-
-def _categories(
-    ranking: Ranking, facts: Sequence[Fact], rankings: Rankings, judgements: Judgements | None
-) -> tuple[tuple[Category, ...], ...]:
-    pool = rankings.pool
-
-    def entails(place: int, row: int) -> bool:
-        if judgements is None:
-            return pool.example_ids[row] in facts[place].gold
-        return judgements[place, row] > THRESHOLD
-
-    return tuple(
-        tuple(proponent_category(fact, pool.texts[row], entails=entails(place, row)) for row in rows)
-        for place, (fact, rows) in enumerate(zip(facts, ranking.rows, strict=True))
-    )
-
-
-def first_phrase(answer: str) -> str:
-    """What the model said before it went on: up to the first mark of punctuation."""
-    return re.split(r"[.,;:!?\n]", answer.strip(" .,;:!?\n"), maxsplit=1)[0].strip()
-
-
-def _wrong_answers(
-    facts: Sequence[Fact],
-    answers: Sequence[str],
-    correct: Bool[np.ndarray, "facts"],
-    rankings: Rankings,
-    config: EvaluationConfig,
-) -> dict[int, tuple[Category, ...]]:
-    """Categories of TrackStar's proponents for what the model wrongly said, with respect to that wrong fact (§7.1)."""
-    if "TrackStar" not in config.methods:
-        return {}
-    said_first = [first_phrase(answer) for answer in answers]
-    wrong = [n for n in range(len(facts)) if not correct[n] and said_first[n]]
-    if not wrong:
-        return {}
-    said = [
-        dataclasses.replace(
-            facts[n],
-            object=Entity(name=said_first[n]),
-            prompts=(facts[n].prompts[config.templates[0]],),
-        )
-        for n in wrong
-    ]
-    ranking = rankings.ranking_of_answers(said, facts)
-    found = {}
-    for place, (number, fact) in enumerate(zip(wrong, said, strict=True)):
-        texts = [rankings.pool.texts[row] for row in ranking[place]]
-        found[number] = tuple(proponent_category(fact, text) for text in texts)
-    return found
 
 
 def _description(model: LanguageModel, rankings: Rankings, config: EvaluationConfig) -> tuple[str, ...]:
