@@ -9,6 +9,7 @@ an eigendecomposition.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,25 @@ PAPER_RANK, PAPER_DIMENSIONS = 1000, 65_536
 RANK_TOLERANCE = 1e-6
 # Fewer queries than this cannot say what a task has in common: R is then R_train alone (λ = 0).
 MIN_TASK_QUERIES = 8
+
+
+def check_autocorrelation_size(blocks: int, side: int, device: torch.device | str = "cpu") -> None:
+    """See that R fits into the machine's memory, before anything is written.
+
+    Raises:
+        OptionError: It does not.
+    """
+    wanted = blocks * side**4 * 4
+    device = torch.device(device)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > memory:
+        raise OptionError(
+            f"--side {side}: R of {blocks} layer blocks needs {wanted / 2**30:,.1f} GiB, this machine has "
+            f"{memory / 2**30:,.1f}; take a smaller side"
+        )
 
 
 class Autocorrelation:

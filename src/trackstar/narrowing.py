@@ -19,7 +19,7 @@ from trackstar.store import Index, IndexWriter, Manifest, ProjectionEntry, Shard
 
 
 def narrow_index(index: Index | str | Path, out: str | Path, *, side: int, progress: bool = True) -> Index:
-    """Make the index that `build_index` would make with a smaller `side`, from a finished one.
+    """Make the index that `build_index` would make with a smaller `side` and as many examples a shard.
 
     A run that was interrupted goes on when the same call is made again; a finished index is opened.
 
@@ -33,13 +33,15 @@ def narrow_index(index: Index | str | Path, out: str | Path, *, side: int, progr
         The new index, opened: equal to one made anew but for rounding, twice that of the codec.
 
     Raises:
-        OptionError: The side is not between 1 and the index's, or its projection is one-sided.
+        OptionError: The side is no whole number between 1 and the index's, or its projection is one-sided.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     index = index if isinstance(index, Index) else Index.open(index)
     manifest = index.manifest
     if manifest.projection.kind != "two-sided":
         raise OptionError(f"{index.path}: a {manifest.projection.kind} projection cannot be narrowed; index again")
+    if type(side) is not int:
+        raise OptionError(f"side {side!r}: expected a whole number")
     if not 1 <= side <= manifest.projection.side:
         raise OptionError(
             f"side {side}: {index.path} has side {manifest.projection.side}, expected 1 to that; for a larger one, "
@@ -76,6 +78,7 @@ def _fill(writer: IndexWriter, index: Index, bar: Progress) -> None:
         writer.write_tensors("second_moment", index.tensors("second_moment"))
     r_train = RunningAutocorrelation(writer)
     for shard in index.shards[len(writer.shards_done) :]:
+        shard.check()  # or a damaged number would get a digest of its own
         phi = narrowed(
             decode(shard.codes, shard.scales), blocks=len(manifest.layer_blocks), side=manifest.projection.side
         )

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.correction import task_correction
+from trackstar.curvature import check_autocorrelation_size
 from trackstar.errors import OptionError
 from trackstar.examples import Corpus, Query, open_corpus, tokenize_query
 from trackstar.gradients import Output
@@ -121,6 +122,7 @@ def build_index(
     _positive("--batch-tokens", batch_tokens)
     _positive("--side", side)
     _positive("--second-moment-examples", second_moment_examples)
+    check_autocorrelation_size(len(model.blocks), side, model.device)
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
     window_tokens = window_tokens or min(model.context_tokens, batch_tokens)
     if window_tokens > model.context_tokens:

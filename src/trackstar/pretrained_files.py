@@ -1,5 +1,7 @@
 """Load what others have trained, by Transformers: quietly, without running its code, and only where it is complete."""
 
+import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import torch
 
 from trackstar.errors import ModelError, OptionError
 from trackstar.examples.files import one_line
+
+_CONTENT = {".json", ".safetensors", ".txt", ".model", ".gguf"}
 
 
 def load_pretrained(
@@ -36,13 +40,14 @@ def load_pretrained(
         ModelError: It cannot be loaded, or weights are missing and would be random.
     """
     import transformers
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     if "gguf_file" not in options:
         options["use_safetensors"] = True
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # a hub out of reach is told in one line, below
     try:
         module, info = getattr(transformers, kind).from_pretrained(
             place, trust_remote_code=False, output_loading_info=True, **options
@@ -50,7 +55,7 @@ def load_pretrained(
     except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
         raise ModelError(f"{name}: cannot be loaded as {purpose} ({_reason(error)}); expected {expected}") from None
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in (info or {}).get("missing_keys", ()) if not _begins(key, not_needed))
     if missing:
         raise ModelError(
@@ -74,6 +79,21 @@ def load_pretrained_tokenizer(place: str | Path, *, name: str, **options: Any) -
         raise ModelError(
             f"{name}: its tokenizer cannot be loaded ({_reason(error)}); expected tokenizer.json"
         ) from None
+
+
+def pretrained_digest(place: str | Path) -> str:
+    """A digest of a folder's configuration, tokenizer and weights; a hub's name where there is no such folder."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return str(place)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _CONTENT and path.is_file():
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while part := file.read(1 << 24):
+                    digest.update(part)
+    return digest.hexdigest()
 
 
 def checked_device(device: str) -> torch.device:

@@ -29,6 +29,9 @@ METHODS = (
 )
 """Every method by its name in tables."""
 
+WITH_SECOND_MOMENT = tuple(m for m in METHODS if m.startswith("TrackStar") or m in ("experiment 4", "experiment 5"))
+"""Those that divide gradients by √V."""
+
 HALVES = ("all", "development", "report")
 
 
@@ -40,15 +43,15 @@ class TailPatchConfig:
         methods: The methods whose proponents are trained on; empty is all of the report's.
         queries: How many of the report's queries, the first in an order drawn by name; 0 is all.
         top_k: Over how many proponents effects are averaged; the largest decides how many are measured.
-        learning_rate: Of the step of a model without optimizer state, relative to each matrix's root mean square; of
-            several, the first is that of all tables, the others are compared with it in one.
+        learning_rate: Of the step of a model without optimizer state, relative to each matrix's root mean square; none
+            is 0.01. Of several, the first is that of all tables, the others are compared with it in one.
         path: `fast` (low-rank adapters, many pairs at once) or `exact` (the optimizer's own step).
     """
 
     methods: tuple[str, ...] = ()
     queries: int = 0
     top_k: tuple[int, ...] = (1, 3, 5, 10)
-    learning_rate: tuple[float, ...] = (0.01,)
+    learning_rate: tuple[float, ...] = ()
     path: str = "fast"
 
 
@@ -116,6 +119,16 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} is {value}; expected 1 or more")
+        for name, least in (("side", 1), ("templates", 0)):
+            if min(getattr(self, name), default=least) < least:
+                raise OptionError(f"{name} is {list(getattr(self, name))}; expected numbers from {least} on")
+        if self.damping is not None and not (math.isfinite(self.damping) and self.damping >= 0):
+            raise OptionError(f"damping is {self.damping}; expected a finite number, at least 0")
+        if self.second_moment == "none" and any(m in self.methods for m in WITH_SECOND_MOMENT):
+            raise OptionError(
+                "second_moment is 'none', but there are methods with V; leave it out (experiments 1 to 3 and TRAK take "
+                "none in any case)"
+            )
         for name in ("methods", "templates", "side", "checkpoints"):
             values = getattr(self, name)
             if (not values and name != "checkpoints") or len(set(values)) < len(values):
@@ -146,7 +159,12 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
         if table is not None:
             content["tail_patch"] = TailPatchConfig(**_fields(TailPatchConfig, table, "tail_patch."))
         settings = _fields(EvaluationConfig, content, "")
-        for name in ("model", "corpus", "facts", "embedding_model", "entailment_model"):
+        for name in ("corpus", "facts", "embedding_model"):
+            if isinstance(settings.get(name), str):
+                settings[name] = str(file.parent / Path(settings[name]).expanduser())
+        if settings.get("second_moment", "auto") not in ("auto", "estimate", "none"):
+            settings["second_moment"] = str(file.parent / Path(settings["second_moment"]).expanduser())
+        for name in ("model", "entailment_model"):
             if isinstance(settings.get(name), str):
                 settings[name] = _resolved(file.parent, settings[name])
         if "checkpoints" in settings:
@@ -157,9 +175,18 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
 
 
 def _resolved(folder: Path, name: str) -> str:
-    """A path relative to the settings' folder where there is something; else the name itself, such as a hub's."""
+    """A path relative to the settings' folder where there is something; else the name itself, such as a hub's.
+
+    Raises:
+        OptionError: It can only be a path, and nothing is there.
+    """
     beside = folder / Path(name).expanduser()
-    return str(beside) if beside.exists() else name
+    if beside.exists():
+        return str(beside)
+    first = folder / Path(name).parts[0]
+    if name.startswith((".", "~", "/")) or name.endswith(".gguf") or name.count("/") > 1 or first.exists():
+        raise OptionError(f"{beside}: no such model; expected a folder, a .gguf file, or a hub name")
+    return name
 
 
 def _fields(kind: Any, table: object, prefix: str) -> dict[str, Any]:
@@ -197,7 +224,7 @@ def _value(name: str, kind: Any, value: Any) -> Any:
 def _choices(name: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
     for value in values:
         if value not in choices:
-            raise OptionError(f"{name}: {value!r} is unknown; expected one of {', '.join(choices)}")
+            raise OptionError(f"{name}: {value!r} is unknown; expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_tail_patch(config: TailPatchConfig, whole: EvaluationConfig) -> None:
@@ -208,5 +235,5 @@ def _check_tail_patch(config: TailPatchConfig, whole: EvaluationConfig) -> None:
     if config.queries < 0:
         raise OptionError(f"tail_patch.queries is {config.queries}; expected 0 (all) or more")
     rates = config.learning_rate
-    if not rates or len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+    if len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise OptionError(f"tail_patch.learning_rate is {list(rates)}; expected finite numbers above 0, each once")

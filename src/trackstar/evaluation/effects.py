@@ -39,6 +39,7 @@ def measured_effects(
     config: TailPatchConfig,
     workspace: Workspace,
     *,
+    learning_rate: float | None = None,
     template: int = 0,
     batch_tokens: int = 2048,
     progress: bool = True,
@@ -55,14 +56,13 @@ def measured_effects(
         step: The training step.
         config: Which queries, how many proponents, which path.
         workspace: Where pairs are kept.
+        learning_rate: The step's, where it is not that of the model's own training; part of what pairs are kept by.
         template: Which prompt is asked.
         batch_tokens: Most tokens of a batch.
         progress: Whether a bar may be shown.
     """
-    queries = [
-        tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens)
-        for query in to_queries(facts, template)
-    ]
+    asked_for = to_queries(facts, template)
+    queries = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in asked_for]
     deepest = max(config.top_k)
     wanted: dict[int, list[int]] = {}  # row of a proponent to the queries' places
     for query in chosen_queries(facts, config.queries):
@@ -70,19 +70,23 @@ def measured_effects(
             wanted.setdefault(row, []).append(query)
     sources: dict[str, Any] = {
         "model": model.digest(),
+        "tokenizer": model.tokenizer_digest(),
         "index": index.manifest.to_json(),
         "step": step.description,
+        "learning_rate": learning_rate,
         "template": template,
         "path": config.path,
     }
-    name = hashlib.blake2b(step.description.encode(), digest_size=4).hexdigest()
+    name = hashlib.blake2b(f"{step.description} {learning_rate!r}".encode(), digest_size=4).hexdigest()
     lines = workspace.lines(f"tail patch/{name}", sources)
-    place_of = {fact.fact_id: number for number, fact in enumerate(facts)}
-    found: dict[tuple[int, int], float] = {
-        (place_of[line["fact_id"]], line["row"]): line["after"] - line["before"]
-        for line in lines
-        if line.get("fact_id") in place_of
+    place_of = {
+        (fact.fact_id, q.prompt, q.completion): n for n, (fact, q) in enumerate(zip(facts, asked_for, strict=True))
     }
+    found: dict[tuple[int, int], float] = {}
+    for line in lines:
+        place = place_of.get((line["fact_id"], line["prompt"], line["completion"]))
+        if place is not None:
+            found[place, line["row"]] = line["after"] - line["before"]
     missing = {row: [q for q in asked if (q, row) not in found] for row, asked in sorted(wanted.items())}
     rows = [row for row, asked in missing.items() if asked]
     with Progress("Tail-patch", unit="proponents", total=len(rows), shown=progress) as bar:
@@ -99,9 +103,9 @@ def measured_effects(
             for pair, before, after in zip(pairs, result.before, result.after, strict=True):
                 row = part[pair.proponent]
                 found[pair.query, row] = float(after - before)
-                new.append(
-                    {"fact_id": facts[pair.query].fact_id, "row": row, "before": float(before), "after": float(after)}
-                )
+                query = asked_for[pair.query]
+                names = {"fact_id": facts[pair.query].fact_id, "prompt": query.prompt, "completion": query.completion}
+                new.append(names | {"row": row, "before": float(before), "after": float(after)})
             lines.add(new)
             bar.advance(len(part))
     return found

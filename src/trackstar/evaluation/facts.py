@@ -4,6 +4,7 @@ Read are the JSON lines of the paper's public release and those of T-REx sets th
 """
 
 import dataclasses
+import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -224,6 +225,11 @@ def evidence(facts: Sequence[Fact], row_of: Mapping[str, int], *, strict: bool =
         beside = dict.fromkeys((*fact.coref, *fact.maybe_gold))
         left_out.append(tuple(row_of[name] for name in beside if name in row_of and name not in fact.gold))
     return Evidence(gold=tuple(gold), left_out=tuple(left_out))
+
+
+def fact_digest(fact: Fact) -> str:
+    """A digest of all that a fact says: names, prompts, gold examples."""
+    return hashlib.blake2b(repr(dataclasses.astuple(fact)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def to_queries(facts: Iterable[Fact], template: int = 0) -> list[Query]:

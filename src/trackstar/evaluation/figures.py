@@ -24,14 +24,12 @@ def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Any] = {}
     if report.variants.by_side:
-        sides = {str(side): ranking for side, ranking in sorted(report.variants.by_side.items())}
+        sides = [(str(side), ranking) for side, ranking in sorted(report.variants.by_side.items())]
         drawn["projection-size"] = _variants(
             plt, sides, "side of a layer block's projection", "TrackStar by projection size (Figure 2)"
         )
     if report.variants.by_checkpoint:
-        steps = {
-            name.removeprefix("checkpoint-").lstrip("0") or "0": r for name, r in report.variants.by_checkpoint.items()
-        }
+        steps = [(_step(name), ranking) for name, ranking in report.variants.by_checkpoint.items()]
         drawn["checkpoints"] = _variants(plt, steps, "checkpoint", "TrackStar by checkpoint (Figure 2)")
     for method in _CATEGORY_METHODS:
         if method in report.categories:
@@ -42,12 +40,18 @@ def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in drawn]
 
 
-def _variants(plt: Any, found: dict[str, Ranking], label: str, title: str) -> Any:
+def _step(name: str) -> str:
+    """`1000` of `checkpoint-001000`; other names as they are."""
+    number = name.removeprefix("checkpoint-")
+    return str(int(number)) if number != name and number.isdecimal() else name
+
+
+def _variants(plt: Any, found: list[tuple[str, Ranking]], label: str, title: str) -> Any:
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    means = [estimate(ranking.metrics().reciprocal_rank) for ranking in found.values()]
+    means = [estimate(ranking.metrics().reciprocal_rank) for _, ranking in found]
     errors = [[one.mean - one.low for one in means], [one.high - one.mean for one in means]]
     axes.errorbar(range(len(found)), [one.mean for one in means], yerr=errors, marker="o", capsize=3)
-    axes.set_xticks(range(len(found)), list(found))
+    axes.set_xticks(range(len(found)), [name for name, _ in found])
     axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
     axes.set_ylabel("MRR")

@@ -4,6 +4,8 @@ Gold examples are those that somebody has listed. An entailment model finds othe
 proponents alone: what no method ranks high is never read.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from trackstar.evaluation.facts import Fact, to_queries
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.workspace import Workspace
 from trackstar.examples import query_text
+from trackstar.pretrained_files import pretrained_digest
 
 # Pairs between two times that what was judged is kept.
 _PAIRS_AT_ONCE = 512
@@ -54,11 +57,11 @@ def judged_proponents(
     wanted = dict.fromkeys(
         (place, row) for ranking in rankings.values() for place, rows in enumerate(ranking.rows) for row in rows
     )
-    sources: dict[str, Any] = {"model": entailment_model, "template": template, "candidates": list(pool.example_ids)}
+    sources: dict[str, Any] = {"model": pretrained_digest(entailment_model)}
     lines = workspace.lines("entailment", sources)
-    place_of = {fact.fact_id: place for place, fact in enumerate(facts)}
-    found = {(place_of[line["fact_id"]], line["row"]): line["score"] for line in lines if line["fact_id"] in place_of}
-    missing = [pair for pair in wanted if pair not in found]
+    known = {line["pair"]: line["score"] for line in lines}
+    digests = {(place, row): _digest(pool.texts[row], hypotheses[place]) for place, row in wanted}
+    missing = [pair for pair in wanted if digests[pair] not in known]
     if missing:
         scorer = load_entailment_classifier(entailment_model, device=device)
         for first in range(0, len(missing), _PAIRS_AT_ONCE):
@@ -67,28 +70,32 @@ def judged_proponents(
                 [pool.texts[row] for _, row in part], [hypotheses[place] for place, _ in part], scorer,
                 progress=progress,
             )  # fmt: skip
-            found |= dict(zip(part, scores.tolist(), strict=True))
-            lines.add(
-                [{"fact_id": facts[place].fact_id, "row": row, "score": found[place, row]} for place, row in part]
-            )
-    return {pair: found[pair] for pair in wanted}
+            new = {digests[pair]: score for pair, score in zip(part, scores.tolist(), strict=True)}
+            known |= new
+            lines.add([{"pair": pair, "score": score} for pair, score in new.items()])
+    return {pair: known[digests[pair]] for pair in wanted}
+
+
+def _digest(text: str, hypothesis: str) -> str:
+    return hashlib.blake2b(json.dumps([text, hypothesis]).encode(), digest_size=16).hexdigest()
 
 
 def open_set_metrics(
-    ranking: Ranking, judgements: Judgements, *, threshold: float = THRESHOLD
+    ranking: Ranking, judgements: Judgements, *, at: int, threshold: float = THRESHOLD
 ) -> tuple[Float64[np.ndarray, "facts"], Float64[np.ndarray, "facts"]]:
     """Each fact's reciprocal rank of the first proponent that entails it, 0 where none of those judged does, and the
-    share of those judged that entail it.
+    share of the first `at` that entails it.
 
     Args:
         ranking: A method's first proponents.
         judgements: Of them all.
+        at: k: how many count; what a ranking of fewer lacks entails nothing, as in `metrics_of_ranks`.
         threshold: Probability above which a proponent entails its fact (0.5 in the paper).
     """
     reciprocal, precision = np.zeros(len(ranking.rows)), np.zeros(len(ranking.rows))
     for place, rows in enumerate(ranking.rows):
-        entailing = [judgements[place, row] > threshold for row in rows]
+        entailing = [judgements[place, row] > threshold for row in rows[:at]]
         if any(entailing):
             reciprocal[place] = 1 / (1 + entailing.index(True))
-            precision[place] = np.mean(entailing)
+            precision[place] = sum(entailing) / at
     return reciprocal, precision

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -41,10 +41,14 @@ def categories_of_wrong_answers(
     facts: Sequence[Fact],
     answers: Sequence[str],
     correct: Bool[np.ndarray, "facts"],
+    main: Mapping[str, Ranking],
     rankings: Rankings,
     config: EvaluationConfig,
-) -> dict[int, tuple[Category, ...]]:
-    """Categories of TrackStar's proponents for what the model wrongly said, with respect to that wrong fact (§7.1)."""
+) -> dict[int, tuple[tuple[Category, ...], tuple[Category, ...]]]:
+    """TrackStar's proponents for the truth and for what the model wrongly said, each by its own fact's names (§7.1).
+
+    No example is known to entail what is wrong, so that neither side's are judged by more than names.
+    """
     if "TrackStar" not in config.methods:
         return {}
     said_first = [first_phrase(answer) for answer in answers]
@@ -60,8 +64,11 @@ def categories_of_wrong_answers(
         for n in wrong
     ]
     ranking = rankings.ranking_of_answers(said, facts)
+
+    def by_names(fact: Fact, rows: Sequence[int]) -> tuple[Category, ...]:
+        return tuple(proponent_category(fact, rankings.pool.texts[row]) for row in rows)
+
     found = {}
     for place, (number, fact) in enumerate(zip(wrong, said, strict=True)):
-        texts = [rankings.pool.texts[row] for row in ranking[place]]
-        found[number] = tuple(proponent_category(fact, text) for text in texts)
+        found[number] = (by_names(facts[number], main["TrackStar"].rows[number]), by_names(fact, ranking[place]))
     return found

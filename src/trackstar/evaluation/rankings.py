@@ -25,13 +25,14 @@ from trackstar.baselines.gradients import (
 )
 from trackstar.baselines.trak import TRAK, TRAKRetriever
 from trackstar.evaluation.config import EvaluationConfig
-from trackstar.evaluation.facts import Evidence, Fact, evidence, to_queries
+from trackstar.evaluation.facts import Evidence, Fact, evidence, fact_digest, to_queries
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.evaluation.workspace import Workspace
 from trackstar.flattened_projection import check_flattened_size
 from trackstar.model import LanguageModel
 from trackstar.narrowing import narrow_index
 from trackstar.pipeline import build_index
+from trackstar.pretrained_files import pretrained_digest
 from trackstar.store import Index
 
 GRADIENT_METHODS = {method.name: method for method in (*EXPERIMENTS, TRACKSTAR, *OTHER_OUTPUTS, ONE_SIDED)}
@@ -102,8 +103,8 @@ class Rankings:
         queries = to_queries(said)
         task_queries = to_queries(task, self._config.templates[0])
         sources = {
-            "prompts": [(query.prompt, query.completion) for query in queries],
-            "task": [query.query_id for query in task_queries],
+            "queries": [(query.prompt, query.completion) for query in queries],
+            "task": [(query.query_id, query.prompt, query.completion) for query in task_queries],
             "index": self.index(TRACKSTAR).manifest.to_json(),
             "damping": self._config.damping,
             "top_k": self._config.top_k,
@@ -130,7 +131,7 @@ class Rankings:
             template: With which prompt.
             side: Of a gradient method's projections; None is the report's.
         """
-        name = f"rankings/{method} template {template}" + (f" side {side}" if side else "")
+        name = f"rankings/{method} template {template}" + (f" side {side}" if side is not None else "")
         sources = self._sources(method, facts, template, side)
         kept = self._workspace.kept(name, sources, lambda: self._ranked(method, facts, template, side))
         return Ranking(
@@ -143,14 +144,15 @@ class Rankings:
         config = self._config
         found: dict[str, Any] = {
             "method": method,
-            "facts": [fact.fact_id for fact in facts],
+            "facts": [(fact.fact_id, fact_digest(fact)) for fact in facts],
             "template": template,
             "strict": config.strict,
             "top_k": config.top_k,
             "corpus": self.index(TRACKSTAR).manifest.corpus.digest,
         }
         if method == "embeddings":
-            found["embedding_model"] = config.embedding_model
+            assert config.embedding_model is not None
+            found["embedding_model"] = pretrained_digest(config.embedding_model)
         if method == "random":
             found["seed"] = config.seed
         gradient = GRADIENT_METHODS.get(method) or (TRAK if method.startswith("TRAK") else None)
@@ -179,7 +181,8 @@ class Rankings:
     def _retriever(self, method: str, facts: Sequence[Fact], side: int | None) -> Retriever:
         config = self._config
         if method == "gold":
-            return GoldRetriever(self.pool, {fact.fact_id: (fact.gold_strict or fact.gold) for fact in facts})
+            right = {f.fact_id: f.gold_strict if self._config.strict else (*f.gold_strict, *f.gold) for f in facts}
+            return GoldRetriever(self.pool, {name: tuple(dict.fromkeys(gold)) for name, gold in right.items()})
         if method == "random":
             return RandomRetriever(self.pool, seed=config.seed)
         if method == "BM25":
@@ -203,7 +206,9 @@ class Rankings:
 
     def _side(self, method: GradientMethod, asked: int | None) -> int:
         sides = self._config.side
-        return asked or (min(sides) if method.projection == "one-sided" else sides[0])
+        if asked is not None:
+            return asked
+        return min(sides) if method.projection == "one-sided" else sides[0]
 
     def _indexed(self, method: GradientMethod, side: int) -> IndexedGradients:
         """The index of that output, with V or without, made where it is missing.
@@ -216,8 +221,11 @@ class Rankings:
             name = f"{method.output}-{'V' if method.second_moment else 'plain'}-{side}"
             if method.projection == "one-sided":
                 name += "-one-sided"
+            is_cut = side < config.side[0] and method.projection == "two-sided"
+            if is_cut:
+                name += f"-of-{config.side[0]}"
             out = Path(self._workspace.folder) / "indexes" / name
-            if side < config.side[0] and method.projection == "two-sided":
+            if is_cut:
                 index = narrow_index(self.index(method), out, side=side, progress=self._progress)
             else:
                 index = self._built(method, side, out)

@@ -29,6 +29,7 @@ from trackstar.evaluation.workspace import Workspace
 from trackstar.examples import Example
 from trackstar.generation import generate
 from trackstar.model import LanguageModel, load_model
+from trackstar.pretraining.checkpoints import STATE_FILE
 from trackstar.progress import Progress
 from trackstar.second_moment import SecondMoment
 from trackstar.store import Index
@@ -71,7 +72,8 @@ class EvaluationReport:
         judgements: Of every method's proponents by the entailment model, or None where none was given.
         categories: Of each method's proponents, by fact (Figure 3); without judgements gold examples stand for those
             that entail it.
-        wrong_answers: The same for TrackStar's proponents of the model's own wrong answers (§7.1), by fact's place.
+        wrong_answers: Categories by names alone of TrackStar's proponents for the truth and for the model's own wrong
+            answer (§7.1), by fact's place.
         description: Model, coverage, V and R, for people.
     """
 
@@ -86,7 +88,7 @@ class EvaluationReport:
     effects: EffectsOfMethods | None
     judgements: Judgements | None
     categories: Mapping[str, tuple[tuple[Category, ...], ...]]
-    wrong_answers: Mapping[int, tuple[Category, ...]]
+    wrong_answers: Mapping[int, tuple[tuple[Category, ...], tuple[Category, ...]]]
     description: tuple[str, ...]
 
 
@@ -102,8 +104,12 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         TrackstarError: See `trackstar.errors`.
     """
     facts = chosen_facts(config)
+    for template in config.templates:
+        to_queries(facts, template)  # a missing prompt is an error before any work
     workspace = Workspace(out)
     model = load_model(config.model, device=config.device)
+    if config.tail_patch is not None:
+        _check_learning_rates(config.tail_patch, model)
     rankings = Rankings(config, model, workspace, progress=progress)
     answers = _answers(facts, model, workspace, config, progress)
     correct = np.array(
@@ -115,7 +121,7 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         for template in config.templates
     }
     main = {method: of_method[method, config.templates[0]] for method in config.methods}
-    others = variants(config, facts, rankings, workspace, progress=progress)
+    others = variants(config, facts, rankings, model, workspace, progress=progress)
     effects = None
     if config.tail_patch is not None:
         methods = config.tail_patch.methods or config.methods
@@ -142,7 +148,7 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         categories={
             method: proponent_categories(ranking, facts, rankings, judgements) for method, ranking in main.items()
         },
-        wrong_answers=categories_of_wrong_answers(facts, answers, correct, rankings, config),
+        wrong_answers=categories_of_wrong_answers(facts, answers, correct, main, rankings, config),
         description=_description(model, rankings, config),
     )
 
@@ -161,7 +167,16 @@ def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:
     if config.queries is not None and config.queries < len(facts):
         facts = _evenly(facts, config.queries, config.seed)
     if not facts:
-        raise OptionError(f"{config.facts}: no fact is left to ask for; expected one or more of the half {config.half}")
+        which = " with strict gold examples" if config.strict else ""
+        raise OptionError(
+            f"{config.facts}: no fact{which} is left to ask for; expected one or more of the half {config.half}"
+        )
+    without = next((fact for fact in facts if not fact.gold), None)
+    if without is not None:
+        raise OptionError(
+            f"{config.facts}: fact {without.fact_id} has no gold example (gold or trex_sentences); name one or leave "
+            "the fact out"
+        )
     return tuple(facts)
 
 
@@ -202,7 +217,11 @@ def _answers(
                 bar.advance(1)
             return found
 
-    sources: dict[str, Any] = {"model": model.digest(), "prompts": [query.prompt for query in queries]}
+    sources: dict[str, Any] = {
+        "model": model.digest(),
+        "tokenizer": model.tokenizer_digest(),
+        "prompts": [query.prompt for query in queries],
+    }
     return workspace.kept("answers", sources, make)
 
 
@@ -218,17 +237,19 @@ def _effects(
 ) -> EffectsOfMethods:
     index = rankings.index_with_second_moment()
     queries, deepest = chosen_queries(facts, asked.queries), max(asked.top_k)
-    steps = [training_step(model, index, asked, rate) for rate in asked.learning_rate]
+    rates = asked.learning_rate or (None,)
+    steps = [training_step(model, index, rate) for rate in rates]
     step = steps[0]
     effects: Effects = {}
     by_rate: dict[tuple[str, float], Any] = {}
-    for rate, one in zip(asked.learning_rate, steps, strict=True):
+    for rate, one in zip(rates, steps, strict=True):
         found = measured_effects(
-            chosen, facts, index, model, one, asked, workspace,
+            chosen, facts, index, model, one, asked, workspace, learning_rate=rate,
             template=config.templates[0], batch_tokens=config.batch_tokens, progress=progress,
         )  # fmt: skip
         effects = found if one is step else effects
-        by_rate |= {(m, rate): mean_effects(chosen[m], found, queries, deepest) for m in chosen}
+        if rate is not None:
+            by_rate |= {(m, rate): mean_effects(chosen[m], found, queries, deepest) for m in chosen}
     return EffectsOfMethods(
         queries=tuple(queries),
         by_method={(m, k): mean_effects(chosen[m], effects, queries, k) for m in chosen for k in asked.top_k},
@@ -237,24 +258,33 @@ def _effects(
     )
 
 
-def training_step(
-    model: LanguageModel, index: Index, config: TailPatchConfig, learning_rate: float | None = None
-) -> TrainingStep:
+def _has_own_training(model: LanguageModel) -> bool:
+    return model.folder is not None and (Path(model.folder) / STATE_FILE).exists()
+
+
+def _check_learning_rates(config: TailPatchConfig, model: LanguageModel) -> None:
+    if config.learning_rate and _has_own_training(model):
+        raise OptionError(
+            f"tail_patch.learning_rate is {list(config.learning_rate)}, but {model.source} goes on with its own run's; "
+            "leave it out"
+        )
+
+
+def training_step(model: LanguageModel, index: Index, learning_rate: float | None = None) -> TrainingStep:
     """The step that continues the model's own training where its state is there, else a relative step with V.
 
-    Raises:
-        OptionError: Several learning rates are asked for, and the training has its own.
+    Args:
+        model: The model.
+        index: Whose V the relative step takes.
+        learning_rate: Of the relative step; None is 0.01.
     """
-    if model.folder is not None and (Path(model.folder) / "training_state.json").exists():
-        if len(config.learning_rate) > 1:
-            raise OptionError(
-                f"tail_patch.learning_rate is {list(config.learning_rate)}, but {model.source} goes on with its own "
-                "run's; leave it out"
-            )
+    if model.folder is not None and _has_own_training(model):
         return TrainingStep.from_checkpoint(model.folder, model)
     entry = index.manifest.second_moment
     moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
-    return TrainingStep.from_second_moment(moment, model, learning_rate=learning_rate or config.learning_rate[0])
+    # An estimate is of summed losses; an optimizer's V is of the mean losses that a run is trained with.
+    loss = "sum" if entry.source.startswith("estimated") else "mean"
+    return TrainingStep.from_second_moment(moment, model, learning_rate=learning_rate or 0.01, loss=loss)
 
 
 def _description(model: LanguageModel, rankings: Rankings, config: EvaluationConfig) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ def _main_table(
         header.append(f"tail-patch, top {k} (%)")
     rows = []
     for method in shown:
-        cells = [_NAMES.get(method, method) if name == "table-2" else method]
+        cells = [_NAMES.get(method, method) if name == "table-2" else _label(report, method)]
         cells += [
             _cell(report, method, lambda m, metric=metric: _metric(report, m, metric)[chosen])
             for metric in ("reciprocal_rank", "recall", "precision")
@@ -133,7 +133,7 @@ def _main_table(
         if k:
             cells.append(_cell(report, method, lambda m: _tail_patch(report, m, k, chosen), percent=True))
         rows.append(tuple(cells))
-    return Table(name=name, title=title, header=tuple(header), rows=tuple(rows), note=_note(report, int(chosen.sum())))
+    return Table(name=name, title=title, header=tuple(header), rows=tuple(rows), note=_note(report, chosen))
 
 
 def _table_a5(report: EvaluationReport) -> Table | None:
@@ -145,11 +145,11 @@ def _table_a5(report: EvaluationReport) -> Table | None:
         cells = [
             _number(estimate(report.rankings[method, template].metrics().reciprocal_rank)) for template in templates
         ]
-        rows.append((method, *cells))
+        rows.append((_label(report, method), *cells))
     header = ("method", *(f"MRR, template {template}" for template in templates))
     return Table(
         name="table-a5", title="Prompt templates (Table A.5)", header=header, rows=tuple(rows),
-        note=_note(report, len(report.facts)),
+        note=_note(report, dagger=False, effects=False),
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _table_a6(report: EvaluationReport) -> Table | None:
     everything = np.ones(len(report.facts), dtype=bool)
     rows = [
         (
-            method,
+            _label(report, method),
             *(
                 _cell(report, method, lambda m, k=k: _tail_patch(report, m, k, everything), percent=True)
                 for k in asked.top_k
@@ -175,7 +175,7 @@ def _table_a6(report: EvaluationReport) -> Table | None:
         title="Tail-patch by the number of proponents (Table A.6)",
         header=("method", *(f"top {k} (%)" for k in asked.top_k)),
         rows=tuple(rows),
-        note=f"Over {len(report.effects.queries)} queries. The training step: {report.effects.step}.",
+        note=f"Over {len(report.effects.queries)} queries. The training step: {report.effects.step}. {_dagger(report)}",
     )
 
 
@@ -193,7 +193,7 @@ def _table_of_learning_rates(report: EvaluationReport) -> Table | None:
         name="tail-patch-steps",
         title=f"Tail-patch by the step's learning rate, top {_main_k(report)}",
         header=("method", *(f"{rate:g} (%)" for rate in rates)), rows=tuple(rows),
-        note=f"Over {len(report.effects.queries)} queries; the first is the rate of all other tables.",
+        note=f"Over {len(report.effects.queries)} queries; all other tables have the first rate. {_dagger(report)}",
     )  # fmt: skip
 
 
@@ -222,7 +222,10 @@ def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> T
             cells.append("" if values is None else _number(estimate(values), percent=True))
         rows.append(tuple(cells))
     header = (column, "MRR", "recall@10", *((f"tail-patch, top {k} (%)",) if k else ()))
-    return Table(name=name, title=title, header=header, rows=tuple(rows), note=_note(report, len(report.facts)))
+    note = _note(report, dagger=False)
+    if column == "checkpoint":
+        note += " V is each checkpoint's own, estimated where it has no optimizer state."
+    return Table(name=name, title=title, header=header, rows=tuple(rows), note=note)
 
 
 def _table_of_open_set(report: EvaluationReport) -> Table | None:
@@ -230,7 +233,8 @@ def _table_of_open_set(report: EvaluationReport) -> Table | None:
     if judgements is None:
         return None
     template = report.config.templates[0]
-    found = {m: open_set_metrics(report.rankings[m, template], judgements) for m in report.config.methods}
+    at = min(report.config.top_k, report.candidates)
+    found = {m: open_set_metrics(report.rankings[m, template], judgements, at=at) for m in report.config.methods}
     rows = [
         (method, *(_cell(report, method, lambda m, part=part: found[m][part]) for part in (0, 1)))
         for method in report.config.methods
@@ -240,7 +244,7 @@ def _table_of_open_set(report: EvaluationReport) -> Table | None:
         name="open-set", title="Open-set evaluation: proponents that entail the fact (§5.1)",
         header=("method", f"MRR among the first {k}", f"precision@{k}"), rows=tuple(rows),
         note=f"Entailment by {report.config.entailment_model}, windows of three sentences, above {THRESHOLD:g}. "
-        + _note(report, len(report.facts)),
+        + _note(report, effects=False),
     )  # fmt: skip
 
 
@@ -249,7 +253,9 @@ def _table_of_categories(report: EvaluationReport) -> Table | None:
     for method, by_fact in report.categories.items():
         flat = [category for categories in by_fact for category in categories]
         if flat:
-            rows.append((method, *(f"{flat.count(category) / len(flat):.1%}" for category in CATEGORIES)))
+            rows.append(
+                (_label(report, method), *(f"{flat.count(category) / len(flat):.1%}" for category in CATEGORIES))
+            )
     return Table(
         name="figure-3", title=f"What the top {report.config.top_k} proponents are (Figure 3)",
         header=("method", *CATEGORIES), rows=tuple(rows),
@@ -263,16 +269,17 @@ def _table_of_wrong_answers(report: EvaluationReport) -> Table | None:
     """§7.1: TrackStar's proponents for what the model wrongly said, beside those for the truth."""
     if not report.wrong_answers:
         return None
-    for_truth = [category for n in report.wrong_answers for category in report.categories[OURS][n]]
-    for_answer = [category for found in report.wrong_answers.values() for category in found]
+    for_truth = [category for found, _ in report.wrong_answers.values() for category in found]
+    for_answer = [category for _, found in report.wrong_answers.values() for category in found]
+    by_names = CATEGORIES[1:]
     rows = [
-        (label, *(f"{found.count(category) / len(found):.1%}" for category in CATEGORIES))
+        (label, *(f"{found.count(category) / len(found):.1%}" for category in by_names))
         for label, found in (("the truth", for_truth), ("the model's answer", for_answer))
         if found
     ]
     return Table(
         name="wrong-answers", title="Wrong answers: TrackStar's proponents for them and for the truth (§7.1)",
-        header=("proponents of", *CATEGORIES), rows=tuple(rows),
+        header=("proponents of", *by_names), rows=tuple(rows),
         note=f"Over {len(report.wrong_answers)} queries that the model answers wrong. "
         "A wrong answer's entities are the subject and what the model said.",
     )  # fmt: skip
@@ -320,12 +327,35 @@ def _number(found: Estimate, *, percent: bool = False) -> str:
     return f"{found.mean:.3f} ({found.low:.3f}-{found.high:.3f})"
 
 
-def _note(report: EvaluationReport, queries: int) -> str:
+def _note(
+    report: EvaluationReport,
+    chosen: Bool[np.ndarray, "facts"] | None = None,
+    *,
+    dagger: bool = True,
+    effects: bool = True,
+) -> str:
+    """What a table is over, and how to read its cells."""
+    which = np.ones(len(report.facts), dtype=bool) if chosen is None else chosen
     gold = "examples that plainly state the fact" if report.config.strict else "gold examples"
+    measured = ""
+    if effects and report.effects is not None:
+        measured = f", tail-patch over {int(which[list(report.effects.queries)].sum()):,} of them"
     return (
-        f"{queries:,} queries over {report.candidates:,} candidates, right are {gold}. In brackets: 95% intervals over "
-        f"queries (bootstrap). †: differs from {OURS} (paired sign-flip test, p < 0.05, not corrected for many tests)."
-    )
+        f"{int(which.sum()):,} queries over {report.candidates:,} candidates, right are {gold}{measured}. In brackets: "
+        f"95% intervals over queries (bootstrap). {_dagger(report) if dagger else ''}"
+    ).strip()
+
+
+def _dagger(report: EvaluationReport) -> str:
+    if OURS not in report.config.methods:
+        return ""
+    return f"†: differs from {OURS} (paired sign-flip test, p < 0.05, not corrected for many tests)."
+
+
+def _label(report: EvaluationReport, method: str) -> str:
+    """A method's name, with its side where that is not the other methods'."""
+    sides = report.config.side
+    return f"{method} (side {min(sides)})" if method == ONE_SIDED.name and min(sides) < sides[0] else method
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -10,7 +10,9 @@ from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.workspace import Workspace
-from trackstar.model import load_model
+from trackstar.model import LanguageModel, load_model
+from trackstar.pretraining.checkpoints import STATE_FILE, read_state
+from trackstar.pretraining.config import FREE_TO_CHANGE
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,13 @@ def checkpoint_name(path: str) -> str:
 
 
 def variants(
-    config: EvaluationConfig, facts: Sequence[Fact], rankings: Rankings, workspace: Workspace, *, progress: bool = True
+    config: EvaluationConfig,
+    facts: Sequence[Fact],
+    rankings: Rankings,
+    own: LanguageModel,
+    workspace: Workspace,
+    *,
+    progress: bool = True,
 ) -> Variants:
     """Rank with every side and every checkpoint of the settings; smaller sides cost no gradients.
 
@@ -48,11 +56,12 @@ def variants(
         config: The report's settings.
         facts: What is asked, with the first of the templates.
         rankings: The report's own.
+        own: The report's model.
         workspace: A checkpoint's index and rankings are kept under `checkpoints/` in it.
         progress: Whether bars may be shown.
 
     Raises:
-        OptionError: Two checkpoints have one name, or one ranks other candidates.
+        OptionError: Two checkpoints have one name, or one is not of the model's own training.
         TrackstarError: A checkpoint cannot be loaded; see `trackstar.errors`.
     """
     template = config.templates[0]
@@ -64,9 +73,11 @@ def variants(
         raise OptionError(f"checkpoints and model are named {', '.join(names)}; expected a different name for each")
     by_checkpoint = {}
     for path, name in zip(config.checkpoints, names, strict=False):
+        model = load_model(path, device=config.device)
+        _check_same_run(path, model, config.model, own)
         earlier = Rankings(
             dataclasses.replace(config, model=path),
-            load_model(path, device=config.device),
+            model,
             Workspace(workspace.folder / "checkpoints" / name),
             progress=progress,
         )
@@ -77,3 +88,21 @@ def variants(
     if by_checkpoint:
         by_checkpoint[names[-1]] = rankings.ranking(TRACKSTAR.name, facts, template=template)
     return Variants(by_side=by_side, by_checkpoint=by_checkpoint)
+
+
+def _check_same_run(path: str, model: LanguageModel, own_path: str, own: LanguageModel) -> None:
+    """That a checkpoint may be an earlier one of the model's: same tokenizer and matrices, and same run where known."""
+    wrong = None
+    if model.tokenizer_digest() != own.tokenizer_digest():
+        wrong = "another tokenizer"
+    elif model.matrices != own.matrices:
+        wrong = "other weight matrices"
+    elif all((Path(one) / STATE_FILE).exists() for one in (path, own_path)):
+        found, expected = read_state(Path(path)), read_state(Path(own_path))
+        settings = [{n: v for n, v in one.settings.items() if n not in FREE_TO_CHANGE} for one in (found, expected)]
+        if found.corpus != expected.corpus or settings[0] != settings[1]:
+            wrong = "another run's corpus or settings"
+        elif found.step >= expected.step:
+            wrong = f"{found.step:,} steps, the model {expected.step:,}"
+    if wrong is not None:
+        raise OptionError(f"checkpoints: {path} has {wrong}; expected an earlier checkpoint of {own_path}'s run")

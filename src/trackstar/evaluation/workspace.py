@@ -11,6 +11,9 @@ from typing import Any
 from trackstar.errors import OptionError
 from trackstar.results import replace_text
 
+RESULTS_VERSION = 2
+"""Part of every result's key: raised where a change of the code changes results, so that none of before is kept."""
+
 
 class Workspace:
     """Finished results by name under one folder.
@@ -97,4 +100,4 @@ def _read(path: Path) -> Any:
 
 
 def _key(sources: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(sources, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps([RESULTS_VERSION, sources], sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -29,8 +29,10 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
     made = tables(report)
     for table in made:
         replace_text(out / "tables" / f"{table.name}.csv", table.to_csv())
+    _remove_others(out / "tables", "*.csv", {f"{table.name}.csv" for table in made})
     replace_text(out / "report.json", json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
     figures = draw_figures(report, out / "figures")
+    _remove_others(out / "figures", "*.png", {figure.name for figure in figures})
     right = int(report.correct.sum())
     lines = [
         "# Fact tracing",
@@ -44,6 +46,13 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
     ]
     replace_text(out / "report.md", "\n".join(lines))
     return out / "report.md"
+
+
+def _remove_others(folder: Path, pattern: str, kept: set[str]) -> None:
+    """Remove what an earlier run with other settings has left."""
+    for path in folder.glob(pattern):
+        if path.name not in kept:
+            path.unlink()
 
 
 def to_json(report: EvaluationReport) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import (
     TensorFile,
     TensorFileReader,
+    check_digest,
     damaged,
     map_tensor,
     open_tensor_file,
@@ -167,6 +168,14 @@ class Shard:
             part = _ExamplePart.read(self, reader, first, stop)
         for index in range(stop - first):
             yield part.example(index)
+
+    def check(self) -> None:
+        """Compare every byte with the shard's digest.
+
+        Raises:
+            DamagedIndexError: They are not what was written.
+        """
+        check_digest(self.file)
 
     def read(self, name: str) -> np.ndarray:
         """A tensor with one dimension, as it is in the file."""
