@@ -1,5 +1,6 @@
 """A whole report over a tiny model: what it holds, that it can be resumed, and what its settings may say."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from trackstar.evaluation.run import (
     training_step,
 )
 from trackstar.evaluation.tables import tables
+from trackstar.evaluation.variants import Variants
 from trackstar.evaluation.workspace import Workspace
 from trackstar.evaluation.written import write_report
 from trackstar.examples import tokenize_query
@@ -233,14 +235,93 @@ def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
     assert "TrackStar, checkpoint-000002, top 3" in found["tail_patch"]["mean_effect"]
     assert list(found["by_checkpoint"]) == ["checkpoint-000000", "checkpoint-000002", "checkpoint-000004"]
     assert (tmp_path / "report" / "figures" / "checkpoints.png").exists()
+    later = config.with_name("later.toml")
+    text = config.read_text(encoding="utf-8")
+    later.write_text(text.replace("-000004", "-000003").replace("-000002", "-000004").replace("-000003", "-000002"))
+    arguments = ["evaluate", "--config", str(later), "--out", str(tmp_path / "later")]
+    capsys.readouterr()
+    assert framework.run(command_group, arguments) == 1
+    assert "has 4 steps, the model 2; expected an earlier checkpoint of" in capsys.readouterr().err
+    rate = config.with_name("rate.toml")
+    rate.write_text(text + "learning_rate = 0.5\n", encoding="utf-8")
+    assert framework.run(command_group, ["evaluate", "--config", str(rate), "--out", str(tmp_path / "rate")]) == 1
+    assert "goes on with its own run's; leave it out" in capsys.readouterr().err
     # A checkpoint's ranking is that of a report on it.
     alone = config.with_name("alone.toml")
-    text = config.read_text(encoding="utf-8").replace("run/checkpoint-000004", "run/checkpoint-000002", 1)
+    text = text.replace("run/checkpoint-000004", "run/checkpoint-000002", 1)
     alone.write_text(text.split("checkpoints =")[0] + 'methods = ["TrackStar"]\n', encoding="utf-8")
     assert framework.run(command_group, ["evaluate", "--config", str(alone), "--out", str(tmp_path / "alone")]) == 0
     other = json.loads((tmp_path / "alone" / "report.json").read_text(encoding="utf-8"))
     expected = other["methods"]["TrackStar"]["template 0"]["reciprocal_rank"]
     assert found["by_checkpoint"]["checkpoint-000002"] == pytest.approx(expected)
+
+
+def test_facts_that_were_changed_are_computed_again_and_the_others_kept(paths: dict[str, str], tmp_path: Path):
+    facts = tmp_path / "facts.jsonl"
+    lines = [json.loads(line) for line in Path(paths["facts"]).read_text(encoding="utf-8").splitlines()]
+    facts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    asked = settings(
+        paths | {"facts": str(facts)}, methods=("gold", "BM25", "TrackStar"), side=(4,), templates=(0,),
+        tail_patch=TailPatchConfig(top_k=(1,)),
+    )  # fmt: skip
+    run_evaluation(asked, tmp_path / "report", progress=False)
+    gold = [line["gold"] for line in lines]
+    for line, other in zip(lines, (*gold[1:], gold[0]), strict=True):
+        line["gold"] = line["gold_strict"] = other
+    lines[0] |= {"object": "Rome", "completion": "Rome"}
+    facts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    again = run_evaluation(asked, tmp_path / "report", progress=False)
+    anew = run_evaluation(asked, tmp_path / "anew", progress=False)
+    assert again.effects is not None
+    assert anew.effects is not None
+    for name in asked.methods:
+        assert again.rankings[name, 0] == anew.rankings[name, 0]
+        np.testing.assert_allclose(again.effects.by_method[name, 1], anew.effects.by_method[name, 1], rtol=1e-3)
+    assert again.categories == anew.categories
+
+
+def test_gold_ranks_every_gold_example_the_plain_ones_first(paths: dict[str, str], tmp_path: Path):
+    facts = tmp_path / "facts.jsonl"
+    lines = [json.loads(line) for line in Path(paths["facts"]).read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        line["gold"] = [f"{line['subject']}-rain", *line["gold_strict"]]
+    facts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for strict, expected in ((False, ["capital", "rain"]), (True, ["capital"])):
+        asked = settings(
+            paths | {"facts": str(facts)}, methods=("gold", "BM25"), side=(4,), tail_patch=None, strict=strict
+        )
+        found = run_evaluation(asked, tmp_path / str(strict), progress=False)
+        names = [
+            stored.example.example_id for stored in Index.open(tmp_path / str(strict) / "indexes/loss-V-4").examples()
+        ]
+        for fact, rows in zip(found.facts, found.rankings["gold", 0].rows, strict=True):
+            assert [names[row] for row in rows] == [f"{fact.subject.name}-{kind}" for kind in expected]
+
+
+def test_tables_and_figures_of_other_settings_do_not_stay(report: EvaluationReport, tmp_path: Path):
+    write_report(report, tmp_path)
+    assert (tmp_path / "tables" / "figure-2.csv").exists()
+    write_report(dataclasses.replace(report, variants=Variants(by_side={}, by_checkpoint={})), tmp_path)
+    assert not (tmp_path / "tables" / "figure-2.csv").exists()
+    assert not (tmp_path / "figures" / "projection-size.png").exists()
+    assert (tmp_path / "tables" / "table-1.csv").exists()
+
+
+def test_fact_without_gold_examples_is_refused_before_any_work(paths: dict[str, str], tmp_path: Path):
+    facts = tmp_path / "facts.jsonl"
+    line = json.loads(Path(paths["facts"]).read_text(encoding="utf-8").splitlines()[0])
+    facts.write_text(json.dumps(line | {"gold": [], "gold_strict": []}), encoding="utf-8")
+    with pytest.raises(OptionError, match="fact f-France has no gold example"):
+        run_evaluation(settings(paths | {"facts": str(facts)}), tmp_path / "report", progress=False)
+    assert not (tmp_path / "report").exists()
+
+
+def test_side_whose_r_is_larger_than_the_memory_is_refused_before_anything_is_written(
+    paths: dict[str, str], tmp_path: Path
+):
+    with pytest.raises(OptionError, match=r"--side 4000: R of \d+ layer blocks needs [\d,.]+ GiB, this machine has"):
+        run_evaluation(settings(paths, side=(4000,), methods=("BM25",), tail_patch=None), tmp_path, progress=False)
+    assert not list((tmp_path / "indexes").glob("*"))
 
 
 class CapitalScorer:
@@ -314,6 +395,14 @@ def test_fewer_facts_are_the_same_facts(paths: dict[str, str]):
         ("{base}\nside = true", "side is True; expected int"),
         ("{base}\nside = [4, 2]\nmethods = ['BM25']", "several sides, or checkpoints, are compared by TrackStar's"),
         ("{base}\ncheckpoints = ['a', 'a']", "checkpoints is ['a', 'a']; expected one or more, each once"),
+        ("{base}\nside = [4, 0]\nmethods = ['TrackStar']", "side is [4, 0]; expected numbers from 1 on"),
+        ("{base}\ntemplates = [-1]", "templates is [-1]; expected numbers from 0 on"),
+        ("{base}\ndamping = -1.0", "damping is -1.0; expected a finite number, at least 0"),
+        ("{base}\nsecond_moment = 'none'", "second_moment is 'none', but there are methods with V"),
+        (
+            "model = './none'\ncorpus = 'c'\nfacts = 'f'",
+            "no such model; expected a folder, a .gguf file, or a hub name",
+        ),
         ("{base}\ntop_k = 0", "top_k is 0; expected 1 or more"),
         ("{base}\nhalf = 'other'", "half: 'other' is unknown; expected one of 'all', 'development', 'report'"),
         ("{base}\n[tail_patch]\nspeed = 1", "tail_patch.speed is no setting"),

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from tiny_models import TinyModelFolder
-from trackstar.errors import OptionError
+from trackstar.errors import DamagedIndexError, OptionError
 from trackstar.examples import Query
 from trackstar.narrowing import narrow_index
 from trackstar.pipeline import answer_queries, build_index
@@ -89,6 +90,23 @@ def narrow_half(wide: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(narrowing, "narrowed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             narrow_index(wide, out, side=3, progress=False)
+
+
+def test_damaged_number_does_not_get_a_digest_of_its_own(tiny_model_folder: Path, tmp_path: Path):
+    wide = build_index(str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, progress=False)
+    path = wide.shards[0].path
+    content = bytearray(path.read_bytes())
+    content[wide.shards[0].file.places["codes"].start + 40] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(DamagedIndexError, match=path.name):
+        narrow_index(tmp_path / "wide", tmp_path / "out", side=3, progress=False)
+
+
+@pytest.mark.parametrize("side", [4.0, "4", None, True])
+def test_side_that_is_no_whole_number_is_refused(side: Any, tiny_model_folder: Path, tmp_path: Path):
+    wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, progress=False)
+    with pytest.raises((OptionError, TypeCheckError), match="side"):
+        narrow_index(wide, tmp_path / "out", side=side, progress=False)
 
 
 @pytest.mark.parametrize("side", [0, 7])
