@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_tokenizer
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
+from trackstar.store import FORMAT_VERSION
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -118,7 +119,7 @@ def _unfinished(world: World) -> None:
 
 def _other_manifest_format(world: World) -> None:
     path = world.index / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'))
 
 
 def _other_model(world: World) -> None:
