@@ -280,6 +280,12 @@ def test_facts_that_were_changed_are_computed_again_and_the_others_kept(paths: d
     assert again.categories == anew.categories
 
 
+def test_a_single_query_has_no_interval(paths: dict[str, str], tmp_path: Path):
+    asked = settings(paths, methods=("gold", "BM25"), queries=1, side=(4,), tail_patch=None, templates=(0,))
+    made = {table.name: table for table in tables(run_evaluation(asked, tmp_path, progress=False))}
+    assert made["table-2"].rows[0][1] == "1.000 (one query)"
+
+
 def test_gold_ranks_every_gold_example_the_plain_ones_first(paths: dict[str, str], tmp_path: Path):
     facts = tmp_path / "facts.jsonl"
     lines = [json.loads(line) for line in Path(paths["facts"]).read_text(encoding="utf-8").splitlines()]

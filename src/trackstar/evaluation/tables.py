@@ -322,6 +322,8 @@ def _cell(
 
 
 def _number(found: Estimate, *, percent: bool = False) -> str:
+    if found.queries == 1:  # one query tells nothing of others
+        return f"{100 * found.mean:+.2f} (one query)" if percent else f"{found.mean:.3f} (one query)"
     if percent:
         return f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
     return f"{found.mean:.3f} ({found.low:.3f}-{found.high:.3f})"
