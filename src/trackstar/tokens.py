@@ -1,0 +1,356 @@
+"""An influence split over token positions, exactly, and where each token stands in its example's text.
+
+φ is a sum over token positions, so its inner product with a vector q is one too. With Q the block of q that a matrix
+belongs to, as side×side, and V folded into P₀ and P₁ as in `projection.py`,
+
+    q·φ = Σ_t c_t,   c_t = Σ_matrices (P₀ g_t)ᵀ Q (P₁ a_t)
+
+A candidate's influence, vector_q · φ_m · multiplier_m, is split over the candidate's tokens with q = vector_q ·
+multiplier_m. The influence is symmetric: with the candidate's side as the vector it is split over the query's tokens.
+
+Position t holds the inputs a_t that were read there and the gradients g_t of all losses that the position had a part
+in: those of its own prediction, the next token, and of later ones that attend to it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from trackstar.batching import make_batch, plan_batches, run_adaptively
+from trackstar.errors import GradientError, OptionError
+from trackstar.examples import TokenizedExample, Tokenizer
+from trackstar.examples.tokenization import encode, fast_backend, special_around
+from trackstar.flattened_projection import check_flattened_size
+from trackstar.gradients import Output, gradient_pass
+from trackstar.layer_blocks import WeightMatrix
+from trackstar.model import LanguageModel
+from trackstar.projection import inverse_roots, projections, random_projection
+from trackstar.second_moment import SecondMoment
+from trackstar.store import ProjectionKind
+
+_ENTRIES_AT_ONCE = 2**25
+# How far beyond where it is expected a token's text is looked for, in bytes: a window can begin amid a character.
+_REACH = 8
+
+
+def split_over_tokens(
+    model: LanguageModel,
+    second_moment: SecondMoment,
+    examples: Sequence[TokenizedExample],
+    vectors: Float[Tensor, "examples dimensions"],
+    *,
+    seed: int,
+    side: int,
+    output: Output = "loss",
+    kind: ProjectionKind = "two-sided",
+    batch_tokens: int = 2048,
+    advance: Callable[[int], None] = lambda _examples: None,
+    note: Callable[[str], None] = lambda _message: None,
+) -> list[Float[Tensor, "tokens"]]:
+    """Each example's inner product of its own vector with φ, split over its token positions.
+
+    Entry t is position t's part; the parts' sum is the product, but for float32 rounding. The cost is that of φ
+    itself, one forward and backward pass; a factored V adds nothing, and an elementwise V or the one-sided projection
+    adds a matrix of every weight matrix's size an example.
+
+    Args:
+        model: The model.
+        second_moment: V.
+        examples: What is split, each over its own tokens.
+        vectors: q of each example, in the space of φ.
+        seed: Of the projections.
+        side: Rows and columns of a block of φ.
+        output: What is differentiated.
+        kind: Whether P is two-sided, or dense for flattened gradients.
+        batch_tokens: Most tokens of a batch, padding included.
+        advance: Told how many examples have been done.
+        note: Told when memory runs out and batches are made smaller.
+
+    Returns:
+        The parts of each example, a number a token, in float32 on the CPU, in the units of q·φ.
+
+    Raises:
+        OptionError: The vectors are not one for each example, not of φ's dimensions or not finite; the side or the
+            batch is not positive; one-sided projections would not fit; one example alone does not fit in memory.
+        GradientError: A loss or gradient is not finite; the message names the example.
+    """
+    _check(model, examples, vectors, side)
+    parts = _TokenParts(model, second_moment, seed=seed, side=side, kind=kind)
+    result = [torch.zeros(0)] * len(examples)
+    with gradient_pass(model, parts, output=output) as run:
+
+        def run_batch(places: list[int]) -> tuple[Tensor, Tensor]:
+            batch = make_batch(examples, places, device=model.device)
+            parts.meet(vectors[places].to(model.device, torch.float32), batch.token_ids.shape[1])
+            losses = run(batch)
+            return parts.result(), losses
+
+        plan = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
+        for places, (values, losses) in run_adaptively(plan, run_batch, note):
+            finite = torch.isfinite(values).all(dim=1) & torch.isfinite(losses)
+            if not finite.all():
+                worst = examples[places[int(finite.int().argmin())]]
+                raise GradientError(
+                    f"{worst.example_id}: its loss or gradient is not finite, expected numbers; check the model's "
+                    "weights and V, or leave the example out"
+                )
+            for row, place in zip(values.cpu(), places, strict=True):
+                result[place] = row[: len(examples[place].token_ids)].clone()
+            advance(len(places))
+    return result
+
+
+def _check(model: LanguageModel, examples: Sequence[TokenizedExample], vectors: Tensor, side: int) -> None:
+    if side < 1:
+        raise OptionError(f"--side {side}: expected 1 or more rows and columns a layer block")
+    wanted = (len(examples), len(model.blocks) * side * side)
+    if vectors.shape != wanted:
+        raise OptionError(
+            f"vectors: found {' × '.join(str(length) for length in vectors.shape)}, expected one for each example in "
+            f"the dimensions of φ, {wanted[0]} × {wanted[1]}"
+        )
+    finite = torch.isfinite(vectors).all(dim=1)
+    if not finite.all():
+        worst = examples[int(finite.int().argmin())]
+        raise OptionError(f"vectors: that of {worst.example_id} holds an entry that is not finite, expected numbers")
+
+
+class _Separable:
+    """(P₀ g_t)ᵀ Q (P₁ a_t), V's inverse roots folded into P₀ and P₁: nothing as large as the matrix is formed."""
+
+    def __init__(self, left: Float[Tensor, "rows side"], right: Float[Tensor, "columns side"]) -> None:
+        self._left, self._right = left, right
+
+    def keep(self, inputs: Float[Tensor, "batch tokens columns"]) -> Float[Tensor, "batch tokens side"]:
+        """P₁ a of every token."""
+        return inputs @ self._right
+
+    def parts(
+        self,
+        kept: Float[Tensor, "batch tokens side"],
+        gradients: Float[Tensor, "batch tokens rows"],
+        blocks: Float[Tensor, "batch side side"],
+    ) -> Float[Tensor, "batch tokens"]:
+        """Each position's part of the inner products with the vectors' blocks Q."""
+        left = (gradients @ self._left).float()
+        return ((left @ blocks) * kept.float()).sum(dim=2)
+
+
+class _Dense:
+    """g_tᵀ M a_t with M = (Pᵀq)∘1/√V of the matrix's own shape, a few examples' at once.
+
+    Args:
+        backward: Pᵀq of several vectors' blocks, [vectors, rows, columns].
+        inverse_roots: 1/√V; None without V.
+        entries: The matrix's number of entries.
+    """
+
+    def __init__(
+        self, backward: Callable[[Tensor], Tensor], inverse_roots: Float[Tensor, "rows columns"] | None, entries: int
+    ) -> None:
+        self._backward, self._inverse_roots = backward, inverse_roots
+        self._at_once = max(1, _ENTRIES_AT_ONCE // entries)
+
+    def keep(self, inputs: Float[Tensor, "batch tokens columns"]) -> Float[Tensor, "batch tokens columns"]:
+        """The inputs themselves."""
+        return inputs
+
+    def parts(
+        self,
+        kept: Float[Tensor, "batch tokens columns"],
+        gradients: Float[Tensor, "batch tokens rows"],
+        blocks: Float[Tensor, "batch side side"],
+    ) -> Float[Tensor, "batch tokens"]:
+        """Each position's part of the inner products with the vectors' blocks Q."""
+        found = torch.empty(kept.shape[:2], device=kept.device)
+        for first in range(0, len(kept), self._at_once):
+            part = slice(first, first + self._at_once)
+            middle = self._backward(blocks[part])
+            if self._inverse_roots is not None:
+                middle = middle * self._inverse_roots
+            found[part] = ((gradients[part].float() @ middle) * kept[part].float()).sum(dim=2)
+        return found
+
+
+class _TokenParts:
+    """Sums q·φ of a batch by token positions, matrix by matrix, while the gradients pass by."""
+
+    def __init__(
+        self, model: LanguageModel, second_moment: SecondMoment, *, seed: int, side: int, kind: ProjectionKind
+    ) -> None:
+        if kind == "one-sided":
+            check_flattened_size(model.matrices, side)
+        make = _two_sided if kind == "two-sided" else _one_sided
+        self._splits = {m.name: make(m, model, second_moment, seed, side) for m in model.matrices}
+        self._side = side
+        self._blocks = torch.zeros(0)
+        self._sums = torch.zeros(0)
+
+    def meet(self, vectors: Float[Tensor, "batch dimensions"], tokens: int) -> None:
+        """The vectors of the batch that comes next, and how many tokens wide it is."""
+        self._blocks = vectors.reshape(len(vectors), -1, self._side, self._side).transpose(0, 1)
+        self._sums = torch.zeros(len(vectors), tokens, device=vectors.device)
+
+    def start(self, examples: int) -> None:
+        """Begin a batch: all sums are zero."""
+        assert len(self._sums) == examples, "another batch than was announced"
+        self._sums.zero_()
+
+    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """P₁ a of every token; a itself where M has the matrix's shape."""
+        return self._splits[matrix.name].keep(inputs)
+
+    def add(self, matrix: WeightMatrix, kept: Any, gradients: Float[Tensor, "batch tokens rows"]) -> None:
+        """Add the matrix's part of every position."""
+        self._sums += self._splits[matrix.name].parts(kept, gradients, self._blocks[matrix.block])
+
+    def result(self) -> Float[Tensor, "batch tokens"]:
+        """c_t of every position of the batch that has just run, in float32; zero on padding."""
+        return self._sums
+
+
+def _two_sided(
+    matrix: WeightMatrix, model: LanguageModel, second_moment: SecondMoment, seed: int, side: int
+) -> _Separable | _Dense:
+    left, right = (half.T for half in projections(matrix, seed=seed, side=side))
+    roots = inverse_roots(matrix, second_moment)
+    if isinstance(roots, Tensor):
+        left, right = left.to(model.device), right.to(model.device)
+        return _Dense(lambda blocks: left @ blocks @ right.T, roots.to(model.device), matrix.rows * matrix.columns)
+    if roots is not None:
+        left, right = left * roots[0][:, None], right * roots[1][:, None]
+    # In the model's dtype, as φ itself is computed.
+    left, right = left.contiguous(), right.contiguous()
+    return _Separable(left.to(model.device, model.dtype), right.to(model.device, model.dtype))
+
+
+def _one_sided(
+    matrix: WeightMatrix, model: LanguageModel, second_moment: SecondMoment, seed: int, side: int
+) -> _Separable | _Dense:
+    entries = matrix.rows * matrix.columns
+    projection = random_projection(seed, f"{matrix.name} flattened", entries, side * side).to(model.device)
+    roots = inverse_roots(matrix, second_moment)
+    if isinstance(roots, tuple):
+        roots = torch.outer(*roots)
+
+    def backward(blocks: Tensor) -> Tensor:
+        return (blocks.flatten(1) @ projection.T).unflatten(1, (matrix.rows, matrix.columns))
+
+    return _Dense(backward, None if roots is None else roots.to(model.device), entries)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpan:
+    """Where a token stands in its example's text, in characters, half-open.
+
+    Attributes:
+        start: Its first character.
+        stop: The character after its last; `start` again for a token that stands for none of the text.
+    """
+
+    start: int
+    stop: int
+
+
+def token_spans(example: TokenizedExample, tokenizer: Tokenizer) -> tuple[TextSpan, ...]:
+    """Where each token of the example stands in `example.text`.
+
+    The text is tokenized again. Where that gives the example's own tokens, the tokenizer's offsets are used. A window
+    of a long document can begin or end amid what is one token of its text by itself: its tokens are then found one
+    after the other by their own texts, and one that cannot be found gets the empty span where the one before it ends.
+
+    Spans follow each other: neither `start` nor `stop` ever decreases, or exceeds the text. Tokens that are parts of
+    one character have that character's span each; special tokens that the tokenizer has put around the text have empty
+    ones.
+
+    Args:
+        example: A training example's window, or a query.
+        tokenizer: The one that it was tokenized with.
+
+    Raises:
+        CorpusError: The text holds half a surrogate pair.
+        ModelError: The tokenizer is not a fast one, or fails.
+    """
+    backend = fast_backend(tokenizer)
+    encoding = encode(backend, example.text, f"example {example.example_id}")
+    before, _ = special_around(encoding)
+    token_ids, count = example.token_ids.tolist(), len(example.token_ids)
+    # A query, or a window with others after it, lacks the special tokens after the text; a window that ends amid a
+    # character, whose text holds all of that, lacks its last bytes.
+    if encoding.ids[:count] == token_ids:
+        places = encoding.offsets[:count]
+    else:
+        if token_ids[:before] != encoding.ids[:before]:
+            before = 0
+        before = min(before, count)
+        places = [(0, 0)] * before + _found(example.text, [_token_bytes(backend, t) for t in token_ids[before:]])
+    return _in_order(places)
+
+
+def _in_order(places: Iterable[tuple[int, int]]) -> tuple[TextSpan, ...]:
+    """Spans that never decrease; an empty place becomes the empty span where the one before it ends."""
+    spans, start, stop = [], 0, 0
+    for first, end in places:
+        if end > first:
+            start, stop = max(start, first), max(stop, end)
+        else:
+            start = stop
+        spans.append(TextSpan(start=start, stop=stop))
+    return tuple(spans)
+
+
+def _found(text: str, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Where tokens stand in a text, in characters, each looked for from where the one before it ends.
+
+    (0, 0) stands for a token that is not found. White space skipped before a token belongs to it: that in the text and
+    that in the token need not be the same where the tokenizer puts a space before the text, or changes spaces.
+    """
+    data = text.encode()
+    character = [place for place, letter in enumerate(text) for _ in letter.encode()]
+    places = []
+    at = lost = 0
+    for token in tokens:
+        # After tokens that were not found, such as normalised ones, the next one stands further on.
+        wanted = token if data.startswith(token, at) else token.lstrip() or token
+        found = data.find(wanted, at, at + len(wanted) + _REACH + 2 * lost) if wanted else -1
+        if found < 0:
+            lost += len(wanted)
+            places.append((0, 0))
+            continue
+        first = at if data[at:found].isspace() else found
+        at, lost = found + len(wanted), 0
+        places.append((character[first], character[at - 1] + 1))
+    return places
+
+
+def _token_bytes(backend: Backend, token_id: int) -> bytes:
+    """The text that a token stands for by itself, in UTF-8: possibly a part of a character."""
+    added = backend.get_added_tokens_decoder().get(token_id)
+    token = backend.id_to_token(token_id) if added is None else added.content
+    decoder: Any = backend.decoder
+    if token is None or decoder is None or added is not None:
+        return (token or "").encode()
+    # A decoder is asked what it makes of a space spelled as byte-level tokenizers do, and of a byte spelled out.
+    if decoder.decode(["Ġ"]) == " " and all(letter in _BYTES for letter in token):
+        return bytes(_BYTES[letter] for letter in token)
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    if byte and decoder.decode(["<0x41>"]) == "A":
+        return bytes([int(byte[1], 16)])
+    # After another token, for some decoders drop the space before a text's first one.
+    return decoder.decode(["a", token]).removeprefix("a").encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others are numbered from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
