@@ -38,11 +38,11 @@ $(VENV)/.torch-installed: constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.demo-installed: pyproject.toml $(VENV)/.torch-installed
-	$(PIP_INSTALL) --editable ".[demo]"
+	$(PIP_INSTALL) --editable ".[demo,explore]"
 	touch $@
 
 $(VENV)/.test-installed: pyproject.toml $(VENV)/.torch-installed
-	$(PIP_INSTALL) --editable ".[demo,evaluate,test]"
+	$(PIP_INSTALL) --editable ".[demo,evaluate,explore,test]"
 	touch $@ $(VENV)/.demo-installed
 
 clean:

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trackstar.attribution import Attribution, Attributor, TokenInfluence
     from trackstar.errors import TrackstarError
     from trackstar.examples import Corpus, Example, Query, open_corpus, read_queries
     from trackstar.generation import generate
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from trackstar.narrowing import narrow_index
     from trackstar.pipeline import answer_queries, build_index, query_gradients
     from trackstar.pretraining import PretrainingConfig, pretrain
+    from trackstar.provenance import model_of_index
     from trackstar.results import QueryReport, QueryResult, Ranked, write_results
     from trackstar.store import Index, verify
 
 __all__ = [
+    "Attribution",
+    "Attributor",
     "Corpus",
     "Example",
     "Index",
@@ -33,11 +37,13 @@ __all__ = [
     "QueryReport",
     "QueryResult",
     "Ranked",
+    "TokenInfluence",
     "TrackstarError",
     "answer_queries",
     "build_index",
     "generate",
     "load_model",
+    "model_of_index",
     "narrow_index",
     "open_corpus",
     "pretrain",
@@ -49,6 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "trackstar.attribution": ("Attribution", "Attributor", "TokenInfluence"),
     "trackstar.errors": ("TrackstarError",),
     "trackstar.examples": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
     "trackstar.generation": ("generate",),
@@ -56,6 +63,7 @@ _HOMES = {
     "trackstar.narrowing": ("narrow_index",),
     "trackstar.pipeline": ("answer_queries", "build_index", "query_gradients"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
+    "trackstar.provenance": ("model_of_index",),
     "trackstar.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
     "trackstar.store": ("Index", "verify"),
 }

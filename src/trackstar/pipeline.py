@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trackstar.correction import task_correction
@@ -26,10 +26,10 @@ from trackstar.indexing import GradientProjector, chosen_second_moment, write_sh
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.projection import floored_entries
-from trackstar.provenance import make_manifest, model_of_index
+from trackstar.provenance import make_manifest, model_of_index, second_moment_of_index
 from trackstar.results import QueryReport, QueryResult, Ranked
 from trackstar.retrieval import top_candidates, trackstar_scorer
-from trackstar.second_moment import NO_SECOND_MOMENT, SecondMoment
+from trackstar.second_moment import SecondMoment
 from trackstar.store import CodecName, Index, IndexWriter, ProjectionKind, WindowsEntry, codec_dtype
 
 # A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
@@ -240,8 +240,8 @@ def answer_queries(
         QueryResult(
             query=query,
             loss=float(losses[number]),
-            proponents=_ranked(index, top.proponents[number], top.proponent_scores[number]),
-            opponents=_ranked(index, top.opponents[number], top.opponent_scores[number]),
+            proponents=ranked_examples(index, top.proponents[number], top.proponent_scores[number]),
+            opponents=ranked_examples(index, top.opponents[number], top.opponent_scores[number]),
         )
         for number, query in enumerate(queries)
     )
@@ -268,11 +268,7 @@ def query_gradients(
 ) -> tuple[Float[Tensor, "queries dimensions"], Float[Tensor, "queries"]]:
     """φ of each query, with the index's V and projections, and each completion's loss in nats."""
     manifest = index.manifest
-    entry = manifest.second_moment
-    moment = NO_SECOND_MOMENT
-    if entry.kind != "none":
-        tensors = index.tensors("second_moment")
-        moment = SecondMoment.from_tensors(tensors, source=entry.source, floor=entry.floor)
+    moment = second_moment_of_index(index)
     examples = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
     phi = torch.empty(len(examples), index.dimensions)
     losses = torch.empty(len(examples))
@@ -297,7 +293,8 @@ def query_gradients(
     return phi, losses
 
 
-def _ranked(index: Index, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
+def ranked_examples(index: Index, rows: Int64[Tensor, "k"], scores: Float[Tensor, "k"]) -> tuple[Ranked, ...]:
+    """Candidates in the order in which they are given, with what the index keeps of them."""
     ranked = []
     for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
         example = index.example(row).example

@@ -1,6 +1,9 @@
-"""Tell a person at a terminal how far long work is, and everybody what must be said."""
+"""Tell a person at a terminal how far long work is, whoever observes it likewise, and everybody what must be said."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
@@ -23,6 +26,32 @@ class TextStream(Protocol):
     def flush(self) -> None:
         """Write what waits."""
         ...
+
+
+@runtime_checkable
+class ProgressObserver(Protocol):
+    """Who is told how far work is, such as a web server; whatever it raises ends the work."""
+
+    def started(self, title: str, unit: str, total: int | None) -> None:
+        """A stage begins, of `total` units where that is known."""
+        ...
+
+    def advanced(self, amount: int) -> None:
+        """So many more units are done."""
+        ...
+
+
+_OBSERVER: ContextVar[ProgressObserver | None] = ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observed(observer: ProgressObserver) -> Iterator[None]:
+    """Tell the observer of all work that this thread does inside, whether or not bars are shown."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
 
 
 def printable(text: str) -> str:
@@ -50,9 +79,13 @@ class Progress:
         self, title: str, *, unit: str, total: int | None = None, stream: TextStream | None = None, shown: bool = True
     ) -> None:
         self._stream: TextStream = sys.stderr if stream is None else stream
+        self._observer = _OBSERVER.get()
+        self._stage = (title, unit, total)
         self._bar = _bar(title, unit, total, self._stream) if shown and self._stream.isatty() else None
 
     def __enter__(self) -> "Progress":
+        if self._observer is not None:
+            self._observer.started(*self._stage)
         if self._bar is not None:
             self._bar.start()
         return self
@@ -65,6 +98,8 @@ class Progress:
 
     def advance(self, amount: int) -> None:
         """Count `amount` more units as done."""
+        if self._observer is not None:
+            self._observer.advanced(amount)
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], amount)
 

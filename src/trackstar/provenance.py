@@ -8,7 +8,7 @@ from trackstar.examples import Corpus
 from trackstar.gradients import Output
 from trackstar.model import LanguageModel, load_model
 from trackstar.projection import projection_digest
-from trackstar.second_moment import DEFAULT_FLOOR, SecondMoment
+from trackstar.second_moment import DEFAULT_FLOOR, NO_SECOND_MOMENT, SecondMoment
 from trackstar.store import (
     FORMAT_VERSION,
     CodecName,
@@ -149,6 +149,14 @@ def model_of_index(
                 "indexed (--model), or index again"
             )
     return model
+
+
+def second_moment_of_index(index: Index) -> SecondMoment:
+    """V as the index keeps it; none where it was made without."""
+    entry = index.manifest.second_moment
+    if entry.kind == "none":
+        return NO_SECOND_MOMENT
+    return SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
 
 
 def _shapes(model: LanguageModel) -> list[tuple[str, int, int]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trackstar.curvature import Mixing
 from trackstar.errors import OptionError
 from trackstar.examples import Query
+from trackstar.markup import passages_table, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,7 @@ _CARRIED_FIELDS = (
     "entity0_uri",
     "predicate_uri",
     "entity1_uri",
+    "trex_sentences",
     "c4_frequency",
     "c4_frequency_bucket",
     "is_8b_correct",
@@ -79,6 +81,13 @@ class QueryResult:
         """The model's probability of the completion after the prompt."""
         return math.exp(-self.loss)
 
+    def _repr_html_(self) -> str:
+        """The result as a notebook shows it; texts are untrusted, and shown as text."""
+        lists = (("proponent", self.proponents), ("opponent", self.opponents))
+        rows = [(role, one.influence, one.example_id, one.text) for role, ranking in lists for one in ranking]
+        asked = f"{plain(self.query.prompt)} <b>{plain(self.query.completion)}</b>"
+        return f"<p dir='auto'>{asked} &emsp; P = {self.probability:.2%}</p>{passages_table(rows)}"
+
     def to_release(self, query_set: str) -> dict[str, object]:
         """One line of the public release's result files, field for field; a query's own further fields follow."""
         record = self.query.record
@@ -122,6 +131,13 @@ class QueryReport:
     model: str
     coverage: str
     second_moment: str
+
+    def _repr_html_(self) -> str:
+        """What the scores were made with and the first ten results, as a notebook shows them."""
+        made = "<br>".join(plain(line) for line in self.summary())
+        shown = "".join(result._repr_html_() for result in self.results[:10])
+        more = f"<p>and {len(self.results) - 10:,} more</p>" if len(self.results) > 10 else ""
+        return f"<details><summary>{len(self.results):,} queries</summary>{made}</details>{shown}{more}"
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a ranked candidate: query, role (`proponent` or `opponent`), rank from 1, influence, text."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import reference
+from capitals import QUERIES, TEXTS
 from comparisons import SIDE, language_model, reference_gradients, reference_losses, reference_phi
 from tiny_models import CORE_ARCHITECTURES, TinyModelFolder, tiny_tokenizer
 from trackstar.examples import Query, TokenizedExample
@@ -19,22 +20,6 @@ from trackstar.pipeline import answer_queries, build_index
 from trackstar.results import QueryReport
 
 SEED, DAMPING = 5, 0.1
-
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
-TEXTS = [
-    text
-    for country, city in CAPITALS.items()
-    for text in (
-        f"The capital of {country} is {city}.",
-        f"{city} lies in {country}, and many people live there.",
-        f"Trains to {city}",
-        f"In {country} it rains.",
-    )
-]
-QUERIES = [
-    *(Query(query_id=f"{c}-1", prompt=f"The capital of {c} is", completion=city) for c, city in CAPITALS.items()),
-    *(Query(query_id=f"{c}-2", prompt=f"{city} lies in", completion=c) for c, city in list(CAPITALS.items())[:4]),
-]
 
 
 def tokenized(text: str, *, completion_from: int | None = None) -> TokenizedExample:

@@ -109,14 +109,22 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     print_line(f"Everything is in {out}. Ask it something yourself:")
     print_line(f'   .venv/bin/trackstar query --index {out / "index"} --prompt "{corpus.queries[0].prompt}" --generate')
     print_line(f"   .venv/bin/trackstar query --index {out / 'index'} --queries {queries} --out answers.jsonl")
+    print_line(f"   .venv/bin/trackstar explore {out / 'index'} {out / 'results.jsonl'}")
     return demo
 
 
 def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
     sentences, queries = out / "corpus.jsonl", out / "queries.jsonl"
     with sentences.open("w", encoding="utf-8") as file:
+        stating = {name for names in corpus.gold.values() for name in names}
         for example in corpus.sentences:
-            file.write(json.dumps({"id": example.example_id, "text": example.text}, ensure_ascii=False) + "\n")
+            line = {
+                "id": example.example_id,
+                "text": example.text,
+                "topic": example.example_id.rsplit("-", 2)[0],
+                "role": "states a fact" if example.example_id in stating else "distractor",
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     with queries.open("w", encoding="utf-8") as file:
         for query in corpus.queries:
             line = {"query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}

@@ -79,3 +79,16 @@ class _Forms:
             return self._content.startswith(spelled(content))
         every = words(name)
         return bool(every) and self._every.startswith(spelled(every))
+
+
+def name_spans(text: str, names: Iterable[str]) -> list[tuple[int, int]]:
+    """Where a text names an entity, as half-open ranges of characters; longest names first, none overlapping.
+
+    Names match as their words, whole and in order, whatever stands between them and whatever their case. Unlike
+    `names_entity` this leaves out no stop word: it is for marking, not for counting.
+    """
+    patterns = [r"[\W_]+".join(map(re.escape, found)) for name in names if (found := _WORD.findall(name))]
+    if not patterns:
+        return []
+    longest_first = "|".join(sorted(set(patterns), key=len, reverse=True))
+    return [found.span() for found in re.finditer(rf"(?<![^\W_])(?:{longest_first})(?![^\W_])", text, re.IGNORECASE)]

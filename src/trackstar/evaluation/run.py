@@ -7,12 +7,12 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from trackstar.attribution import has_own_training, training_step
 from trackstar.errors import OptionError
 from trackstar.evaluation.categories import Category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
@@ -29,11 +29,7 @@ from trackstar.evaluation.workspace import Workspace
 from trackstar.examples import Example
 from trackstar.generation import generate
 from trackstar.model import LanguageModel, load_model
-from trackstar.pretraining.checkpoints import STATE_FILE
 from trackstar.progress import Progress
-from trackstar.second_moment import SecondMoment
-from trackstar.store import Index
-from trackstar.tail_patch import TrainingStep
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -258,33 +254,12 @@ def _effects(
     )
 
 
-def _has_own_training(model: LanguageModel) -> bool:
-    return model.folder is not None and (Path(model.folder) / STATE_FILE).exists()
-
-
 def _check_learning_rates(config: TailPatchConfig, model: LanguageModel) -> None:
-    if config.learning_rate and _has_own_training(model):
+    if config.learning_rate and has_own_training(model):
         raise OptionError(
             f"tail_patch.learning_rate is {list(config.learning_rate)}, but {model.source} goes on with its own run's; "
             "leave it out"
         )
-
-
-def training_step(model: LanguageModel, index: Index, learning_rate: float | None = None) -> TrainingStep:
-    """The step that continues the model's own training where its state is there, else a relative step with V.
-
-    Args:
-        model: The model.
-        index: Whose V the relative step takes.
-        learning_rate: Of the relative step; None is 0.01.
-    """
-    if model.folder is not None and _has_own_training(model):
-        return TrainingStep.from_checkpoint(model.folder, model)
-    entry = index.manifest.second_moment
-    moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
-    # An estimate is of summed losses; an optimizer's V is of the mean losses that a run is trained with.
-    loss = "sum" if entry.source.startswith("estimated") else "mean"
-    return TrainingStep.from_second_moment(moment, model, learning_rate=learning_rate or 0.01, loss=loss)
 
 
 def _description(model: LanguageModel, rankings: Rankings, config: EvaluationConfig) -> tuple[str, ...]:

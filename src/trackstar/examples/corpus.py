@@ -17,6 +17,8 @@ from trackstar.examples.files import find_files, one_line
 from trackstar.examples.records import Example
 from trackstar.examples.sources import DatasetSource, Fields, LineSource, ParquetSource, SequenceSource, Source
 
+_LONGEST_VALUE = 200
+
 ID_FIELDS = ("example_id", "sentence_id", "id")
 """Fields that name an example, tried in this order where none is given."""
 
@@ -107,6 +109,27 @@ class Corpus:
             name = record.identifier if record.identifier is not None else f"{record.stem}:{record.number}"
             yield Example(example_id=name, text=record.text, record=record.number)
 
+    @property
+    def metadata_fields(self) -> tuple[str, ...]:
+        """The first record's fields beside its text and name: source, date, licence and the like."""
+        return tuple(name for name in self.source.field_names() if name not in (self.text_field, self.id_field))
+
+    def metadata(self) -> Iterator[dict[str, str]]:
+        """Each record's fields beside its text and name, as short text, in the records' order.
+
+        Lists and objects are given as JSON, and what is longer than 200 characters is cut; fields that are null are
+        left out.
+
+        Raises:
+            CorpusError: A record cannot be read; the message names file and line, or row.
+        """
+        for record in itertools.islice(self.source.whole_records(), self.limit):
+            yield {
+                str(name): _shown(value)
+                for name, value in record.items()
+                if value is not None and name not in (self.text_field, self.id_field)
+            }
+
     def count(self) -> int:
         """How many examples there are, at the cost of reading them without their fields, or less.
 
@@ -152,6 +175,10 @@ class Corpus:
     @property
     def _fields(self) -> Fields:
         return Fields(text=self.text_field, identifier=self.id_field)
+
+
+def _shown(value: object) -> str:
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))[:_LONGEST_VALUE]
 
 
 def _priority(seed: int, record: int) -> bytes:

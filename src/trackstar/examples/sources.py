@@ -68,6 +68,14 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        """Every record with all its fields, in order; empty ones where records are bare text.
+
+        Raises:
+            CorpusError: A record cannot be read; the message names it.
+        """
+
+    @abc.abstractmethod
     def count(self) -> int:
         """How many records there are; they are not checked.
 
@@ -109,6 +117,11 @@ class LineSource(Source):
                     identifier, text = None, decoded(line, place)
                 yield Record(record, file.stem, identifier, text)
 
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        for file in self._files:
+            for number, line in raw_lines(file):
+                yield json_object(line, f"{file.name}:{number}") if self._json else {}
+
     def count(self) -> int:
         return sum(1 for file in self._files for _ in raw_lines(file))
 
@@ -144,6 +157,20 @@ class ParquetSource(Source):
                         batches = _parquet_batches(table, group, columns, file)
                         yield from _rows(batches, fields, start, record, file, first)
                     record += rows
+
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        for file in self._files:
+            with open_raw(file) as stream:
+                table = _parquet(stream, file)
+                first = 0
+                for group in range(table.num_row_groups):
+                    for batch in _parquet_batches(table, group, table.schema_arrow.names, file):
+                        columns = {
+                            name: _values(batch.column(name), f"{file.name}: row", first) for name in batch.schema.names
+                        }
+                        for row in range(batch.num_rows):
+                            yield {name: values[row] for name, values in columns.items()}
+                        first += batch.num_rows
 
     def count(self) -> int:
         rows = 0
@@ -188,6 +215,12 @@ class DatasetSource(Source):
                     row, self._stem, checked_name(identifier, fields, place), checked_text(text, fields, place)
                 )
 
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        try:
+            yield from self._dataset
+        except Exception as error:
+            raise CorpusError(f"{self.name}: cannot be read ({one_line(error)}); save it again") from error
+
     def count(self) -> int:
         return len(self._dataset)
 
@@ -225,6 +258,10 @@ class SequenceSource(Source):
                 found = type(item).__name__
                 raise CorpusError(f"{place}: found {found}, expected a string, a mapping or an Example")
             yield Record(number, "example", identifier, text)
+
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        for item in self._items:
+            yield item if isinstance(item, Mapping) else {}
 
     def count(self) -> int:
         return len(self._items)
