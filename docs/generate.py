@@ -1,9 +1,10 @@
-"""Writes what can be generated of the documentation: docs/cli.md from the commands, README's file tree from docstrings.
+"""Writes what can be generated of the documentation: docs/cli.md, docs/explorer-api.json, README's file tree.
 
-python docs/generate.py           writes both; tests fail where they are out of date
+python docs/generate.py           writes them from the code; tests fail where they are out of date
 """
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,14 @@ DESCRIPTIONS = {
     "constraints.txt": "the exact versions that `make` installs",
     "pyproject.toml": "the package, its dependencies, the settings of all tools",
     ".ci/run": "what CI runs: `make test`",
+    "docs/explorer-api.json": "the explorer's API (OpenAPI), generated",
+    "frontend/.gitignore": "what npm leaves",
+    "frontend/.npmrc": "how npm writes the lock file",
+    "frontend/index.html": "the page",
+    "frontend/package-lock.json": "the exact versions of all that it is built with",
+    "frontend/package.json": "what the front end is built with",
+    "frontend/tsconfig.json": "strict types",
+    "frontend/src/icon.svg": "the page's icon",
     "docs/cli.md": "every command and option, generated",
     "docs/concepts.md": "the mathematics, step by step, with the file that holds each",
     "docs/index-format.md": "what is in an index, for users",
@@ -34,8 +43,9 @@ DESCRIPTIONS = {
     "src/trackstar/store/FORMAT.md": "the index on disk, byte by byte",
     "src/trackstar/py.typed": "says that the package is typed",
 }
-FOLDERS = (".ci", "src/trackstar", "tests", "benchmarks", "docs")
-HIDDEN = {"__pycache__", "results"}
+FOLDERS = (".ci", "src/trackstar", "frontend", "tests", "benchmarks", "docs")
+# Results' folders are not code, and a picture says itself what it is.
+HIDDEN = {"__pycache__", "node_modules", "static", "images"}
 
 
 def command_line_page() -> str:
@@ -59,6 +69,13 @@ def command_line_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def explorer_api() -> str:
+    """docs/explorer-api.json: the explorer's routes and what they take and give."""
+    from trackstar.explorer.app import make_api
+
+    return json.dumps(make_api([], None).openapi(), indent=1, ensure_ascii=False) + "\n"
+
+
 def file_tree() -> str:
     """README's file tree: a line a file."""
     top = sorted(path for path in ROOT.iterdir() if path.is_file() and path.name in DESCRIPTIONS)
@@ -78,7 +95,7 @@ def readme() -> str:
 
 
 def _lines(folder: Path, *, depth: int) -> Iterator[tuple[str, str]]:
-    entries = [path for path in folder.iterdir() if path.name not in HIDDEN and not path.name.endswith(".pyc")]
+    entries = [path for path in folder.iterdir() if path.name not in HIDDEN and path != ROOT / "benchmarks" / "results"]
     for path in sorted(entries, key=lambda path: (path.is_dir(), path.name)):
         indent = "  " * depth
         if path.is_dir():
@@ -97,6 +114,11 @@ def _description(path: Path) -> str:
         if not docstring:
             raise SystemExit(f"{name}: no docstring; a file opens with what it is for")
         return _sentence(docstring)
+    if path.suffix in (".ts", ".tsx", ".css"):
+        opening = path.read_text(encoding="utf-8").splitlines()[0].strip()
+        if not opening.startswith(("//", "/*")):
+            raise SystemExit(f"{name}: no comment at its top; a file opens with what it is for")
+        return _sentence(opening.lstrip("/* ").removesuffix("*/").strip())
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").strip()
     raise SystemExit(f"{name}: no description; add one to DESCRIPTIONS in docs/generate.py")
@@ -110,6 +132,7 @@ def _sentence(docstring: str) -> str:
 
 def main() -> None:
     (ROOT / "docs" / "cli.md").write_text(command_line_page(), encoding="utf-8")
+    (ROOT / "docs" / "explorer-api.json").write_text(explorer_api(), encoding="utf-8")
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")
 
 

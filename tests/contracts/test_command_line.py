@@ -17,7 +17,7 @@ from trackstar.cli import trackstar as command_group
 from trackstar.cli.framework import RareOption
 from trackstar.store import Index
 
-COMMANDS = ["index", "query", "evaluate", "pretrain", "verify", "demo"]
+COMMANDS = ["index", "query", "explore", "evaluate", "pretrain", "verify", "demo"]
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
     text
@@ -121,6 +121,10 @@ def test_options_are_frozen():
         "query": sorted(
             "--index --prompt --completion --generate --queries --task --top --out --json --mixing --damping --device "
             "--threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --help-all".split()
+        ),
+        "explore": sorted(
+            "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
+            "--batch-tokens --help-all".split()
         ),
         "evaluate": sorted("--config --out --threads --help-all".split()),
         "pretrain": sorted(

@@ -27,6 +27,7 @@ def commands_of(page: Path) -> list[str]:
 def test_command_line_page_is_up_to_date():
     generated = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert (ROOT / "docs" / "cli.md").read_text("utf-8") == generated["command_line_page"](), GENERATE
+    assert (ROOT / "docs" / "explorer-api.json").read_text("utf-8") == generated["explorer_api"](), GENERATE
 
 
 def test_file_tree_of_the_readme_is_up_to_date():

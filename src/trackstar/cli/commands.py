@@ -157,6 +157,29 @@ def query(
 
 
 @trackstar.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--port", type=int, default=0, metavar="N", help="On 127.0.0.1.  [any that is free]")
+@click.option("--no-browser", is_flag=True, help="Print the address only.")
+@click.option("--task", metavar="FILE", help="Queries that R_eval and λ come from.  [R_train alone]")
+@click.option("--embedding-model", metavar="E", help="Folder of a sentence-embedding model.")
+@_shared
+@_rare("--model", metavar="M", help="The model, where it is not where the index says.")
+@_rare("--data", metavar="D", help="The corpus, likewise; its fields are shown.")
+@_rare("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
+@_rare("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
+@_rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
+def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int | None, **options: Any) -> None:
+    """See results and an index in the browser: PATH is an index or a file of results."""
+    _prepare(threads)
+    for package in ("fastapi", "uvicorn", "bm25s", "ahocorasick_rs"):
+        if importlib.util.find_spec(package) is None:
+            raise OptionError(f"{package} is not installed; explore needs it: pip install 'trackstar-tda[explore]'")
+    from trackstar.explorer.server import IndexOptions, serve
+
+    serve(paths, IndexOptions(**options), port=port, browser=not no_browser, say=_note)
+
+
+@trackstar.command()
 @click.option("--config", required=True, metavar="FILE", help="Settings of the report (.toml).")
 @click.option("--out", required=True, metavar="FOLDER", help="The report's folder.")
 @_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")

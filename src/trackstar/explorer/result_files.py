@@ -1,0 +1,274 @@
+"""Result files in the paper's release format, read once and held so that thousands of queries are browsed at once."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trackstar.errors import CorpusError
+from trackstar.evaluation.entailment import THRESHOLD
+from trackstar.examples.fields import json_kind, json_object
+from trackstar.examples.files import find_files, one_line, raw_lines
+from trackstar.examples.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
+from trackstar.explorer.schemas import MixingSummary
+from trackstar.progress import Progress
+
+_LONGEST_ROW = 300
+_SPECTRUM_POINTS = 200
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What is held of a line of a result file, beside the line itself.
+
+    Attributes:
+        example_id: The query's name.
+        query_set: The set of queries that it belongs to.
+        prompt: What the model read.
+        completion: What is explained.
+        relation: The relation's name or template.
+        bucket: Its frequency bucket.
+        frequency: In how many training examples the fact is.
+        model_correct: Whether the model answers right.
+        scores: The proponents' scores.
+        correct: Whether each proponent is right; None where that is not known.
+        entailing: Whether each proponent entails the fact, by a model's score; None where that is not known.
+        query_text: Prompt, completion, name and relation in lower case, to search in.
+        passages_text: The passages' texts in lower case, to search in.
+    """
+
+    example_id: str
+    query_set: str
+    prompt: str
+    completion: str
+    relation: str | None
+    bucket: str | None
+    frequency: int | None
+    model_correct: bool | None
+    scores: tuple[float, ...]
+    correct: tuple[bool, ...] | None
+    entailing: tuple[bool, ...] | None
+    query_text: str
+    passages_text: str
+
+    @property
+    def first_correct(self) -> int | None:
+        """Rank of the first proponent that is right, from 1; None where none is, or nothing is known."""
+        return next((rank for rank, right in enumerate(self.correct or (), start=1) if right), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class ResultFile:
+    """A result file that has been read.
+
+    Attributes:
+        name: Its file's name.
+        lines: What is held of each line.
+        raw: The lines as they are.
+        has: Which optional fields any line has.
+        mixing: λ and spectra of the report beside it, or None.
+        place_of: Each query's line by name.
+    """
+
+    name: str
+    lines: tuple[Line, ...]
+    raw: tuple[bytes, ...]
+    has: frozenset[str]
+    mixing: MixingSummary | None
+    place_of: Mapping[str, int]
+
+    def record(self, place: int) -> dict[str, Any]:
+        """A line's own fields."""
+        return json.loads(self.raw[place])
+
+
+def read_result_file(path: str | Path) -> ResultFile:
+    """Read a result file: JSON lines (plain, .gz or .zst) with the release's fields; it is held in memory.
+
+    Needed are a prompt, a completion, `proponents`, `proponent_ids` and `proponent_scores`; `opponents` with theirs,
+    `relation`, `c4_frequency`, `c4_frequency_bucket`, `proponent_correct`, `proponent_ais_scores`, `is_8b_correct`,
+    `trex_sentences` and the entities' names may be there.
+
+    Raises:
+        CorpusError: A line is no result; the message names file and line.
+    """
+    place = find_files(str(path))
+    if place.dataset or place.files[0].format != "jsonl":
+        raise CorpusError(f"{path}: not JSON lines; expected results (.jsonl, plain, .gz or .zst) or an index's folder")
+    lines: list[Line] = []
+    raw: list[bytes] = []
+    has: set[str] = set()
+    place_of: dict[str, int] = {}
+    with Progress("Reading results", unit="queries") as bar:
+        for file in place.files:
+            for number, text in raw_lines(file):
+                where = f"{file.name}:{number}"
+                fields = json_object(text, where)
+                line = _line(fields, where, f"{file.stem}:{len(lines)}")
+                if line.example_id in place_of:
+                    first = place_of[line.example_id] + 1
+                    raise CorpusError(
+                        f"{where}: query {one_line(line.example_id)} is also result {first}; expected each once"
+                    )
+                has |= _present(fields, line)
+                place_of[line.example_id] = len(lines)
+                lines.append(line)
+                raw.append(text)
+                bar.advance(1)
+    if not lines:
+        raise CorpusError(f"{path}: holds no result; expected at least one line that is not blank")
+    return ResultFile(
+        name=Path(place.name).name,
+        lines=tuple(lines),
+        raw=tuple(raw),
+        has=frozenset(has),
+        mixing=_mixing_beside(Path(path)),
+        place_of=place_of,
+    )
+
+
+def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...] | None:
+    """Whether each proponent is right: as the file says, else whether it, or its document, is in `trex_sentences`."""
+    said = fields.get("proponent_correct")
+    if isinstance(said, list) and len(said) == len(ids):
+        return tuple(bool(value) for value in said)
+    gold = fields.get("trex_sentences")
+    if isinstance(gold, list) and gold:
+        names = set(map(str, gold))
+        return tuple(name in names or name.rpartition("#")[0] in names for name in ids)
+    return None
+
+
+def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
+    prompt, completion = (_text(fields, names, where) for names in (PROMPT_FIELDS[::-1], COMPLETION_FIELDS[::-1]))
+    texts, ids, scores = _ranking(fields, "proponent", where)
+    other_texts: list[str] = []
+    if fields.get("opponents") is not None:
+        other_texts, _, _ = _ranking(fields, "opponent", where)
+    name = next((str(fields[field]) for field in ("example_id", *ID_FIELDS) if fields.get(field) is not None), fallback)
+    entailment = fields.get("proponent_ais_scores")
+    if entailment is not None and (not isinstance(entailment, list) or len(entailment) != len(texts)):
+        raise CorpusError(f"{where}: proponent_ais_scores are not one a proponent ({len(texts)}); expected numbers")
+    relation = _optional(fields, "relation")
+    frequency = fields.get("c4_frequency")
+    right = fields.get("is_8b_correct")
+    return Line(
+        example_id=name,
+        query_set=_optional(fields, "query_set") or "",
+        prompt=prompt,
+        completion=completion,
+        relation=relation,
+        bucket=_optional(fields, "c4_frequency_bucket"),
+        frequency=frequency if isinstance(frequency, int) and not isinstance(frequency, bool) else None,
+        model_correct=None if right is None else bool(right),
+        scores=tuple(scores),
+        correct=gold_marks(fields, ids),
+        entailing=None if entailment is None else tuple(_score(v, where) > THRESHOLD for v in entailment),
+        query_text="\n".join((prompt, completion, name, relation or "")).casefold(),
+        passages_text="\n".join((*texts, *other_texts)).casefold(),
+    )
+
+
+def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str], list[str], list[float]]:
+    found: list[list[Any]] = []
+    for name in (f"{role}s", f"{role}_ids", f"{role}_scores"):
+        value = fields.get(name)
+        if not isinstance(value, list):
+            what = "no field" if value is None else json_kind(value)
+            raise CorpusError(
+                f'{where}: found {what} "{name}", expected a list; results have {role}s, {role}_ids and {role}_scores'
+            )
+        found.append(value)
+    texts, ids, scores = found
+    if not len(texts) == len(ids) == len(scores):
+        raise CorpusError(
+            f"{where}: {len(texts)} {role}s, {len(ids)} {role}_ids and {len(scores)} {role}_scores; expected as many"
+        )
+    if not all(isinstance(text, str) for text in texts):
+        raise CorpusError(f"{where}: {role}s are not all strings; expected the passages' texts")
+    return texts, [str(name) for name in ids], [_score(score, where) for score in scores]
+
+
+def _score(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CorpusError(f"{where}: found score {one_line(json.dumps(value))}, expected a finite number")
+    return float(value)
+
+
+def _text(fields: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    for name in names:
+        if isinstance(fields.get(name), str):
+            return fields[name]
+    found = one_line(", ".join(list(fields)[:12])) or "no fields"
+    raise CorpusError(f"{where}: no text in {' or '.join(names)}; found {found}")
+
+
+def _optional(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return None if value is None or isinstance(value, (list, dict)) else str(value)[:_LONGEST_ROW]
+
+
+def _present(fields: Mapping[str, Any], line: Line) -> set[str]:
+    found = {
+        "relation": line.relation is not None,
+        "bucket": line.bucket is not None,
+        "frequency": line.frequency is not None,
+        "model_correct": line.model_correct is not None,
+        "proponent_correct": line.correct is not None,
+        "entailment": line.entailing is not None,
+        "gold": bool(fields.get("trex_sentences")),
+        "opponents": bool(fields.get("opponents")),
+        "entities": bool(fields.get("entity0")),
+    }
+    return {name for name, there in found.items() if there}
+
+
+def _mixing_beside(path: Path) -> MixingSummary | None:
+    """λ and spectra of the report that `trackstar query --out` writes beside its results; None where there is none."""
+    report = path.with_name(f"{path.stem}.report.json")
+    if not report.is_file():
+        return None
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+        return mixing_summary(found["mixing"], damping=found["damping"], damping_rule=found["damping_rule"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorpusError(
+            f"{report}: not the report of these results ({one_line(error)}); remove it or write it again"
+        ) from None
+
+
+def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: str) -> MixingSummary:
+    """λ and both spectra, thinned to points that a chart can show.
+
+    Args:
+        mixing: The fields of `trackstar.curvature.Mixing`.
+        damping: Fraction of a block's mean eigenvalue that was added to R.
+        damping_rule: In words, where it comes from.
+    """
+    spectra = {name: mixing.get(f"{name}_spectrum") or [] for name in ("evaluation", "train")}
+    ranks = {name: _thinned(len(values)) for name, values in spectra.items()}
+    return MixingSummary(
+        value=mixing["value"],
+        rule=str(mixing["rule"]),
+        queries=mixing["queries"],
+        rank=mixing["rank"],
+        evaluation_value=mixing.get("evaluation_value") or 0.0,
+        train_value=mixing.get("train_value") or 0.0,
+        evaluation_spectrum=[spectra["evaluation"][rank - 1] for rank in ranks["evaluation"]],
+        evaluation_ranks=ranks["evaluation"],
+        train_spectrum=[spectra["train"][rank - 1] for rank in ranks["train"]],
+        train_ranks=ranks["train"],
+        damping=damping,
+        damping_rule=str(damping_rule),
+    )
+
+
+def _thinned(count: int) -> list[int]:
+    """Ranks from 1 to `count`, evenly spread on a logarithmic axis."""
+    if not count:
+        return []
+    return sorted({int(rank) for rank in np.geomspace(1, count, _SPECTRUM_POINTS).round()})

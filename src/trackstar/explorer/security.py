@@ -1,0 +1,144 @@
+"""What the explorer's server refuses: other hosts and origins, and requests too large, too slow or too many at once.
+
+Corpora are untrusted, and so is every page that the same browser has open. The server listens on loopback alone. A
+page of another origin can send it requests all the same, also under a name that it lets point to 127.0.0.1 (DNS
+rebinding): so the Host header must be loopback's, an Origin or Sec-Fetch-Site header the page's own, and whatever
+changes something carries a header that other origins may not set. The content security policy lets nothing run or
+load but the front end's own files.
+"""
+
+import asyncio
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LARGEST_BODY = 256 * 1024
+LONGEST_URL = 16 * 1024
+SLOWEST_SECONDS = 30.0
+MOST_AT_ONCE = 32
+HEADER = "x-trackstar"
+_TOO_LARGE = f"the request is larger than {LARGEST_BODY:,} bytes"
+# What is refused is read to its end where that is near: who is still sending would not see the answer otherwise.
+_DRAINED = 4 * 1024 * 1024
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+
+
+class Guard:
+    """ASGI middleware that refuses what no page of the explorer would ask.
+
+    Args:
+        app: What answers.
+        hosts: Host headers that are this server's own, with port.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: frozenset[str]) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # there are no web sockets here
+            return
+        guarded = _with_headers(send)
+        refusal = self._refusal(scope)
+        if refusal is None and self._running >= MOST_AT_ONCE:
+            refusal = (429, f"more than {MOST_AT_ONCE} requests at once; try again in a moment")
+        if refusal is not None:
+            await _answer(refusal, scope, receive, guarded)
+            return
+        began = False
+
+        async def watched(message: Message) -> None:
+            nonlocal began
+            began = began or message["type"] == "http.response.start"
+            await guarded(message)
+
+        self._running += 1
+        try:
+            async with asyncio.timeout(SLOWEST_SECONDS):
+                await self._app(scope, _bounded(receive), watched)
+        except TimeoutError:
+            if not began:
+                await _answer((503, f"took longer than {SLOWEST_SECONDS:.0f} s"), scope, receive, guarded)
+        finally:
+            self._running -= 1
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Why a request is refused, or None."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if host not in self._hosts:
+            return 421, "this server answers as localhost alone"
+        origin = headers.get("origin")
+        if origin is not None and origin != f"http://{host}":
+            return 403, "requests of other origins are refused"
+        opens_page = scope["method"] == "GET" and scope["path"] == "/"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not opens_page:
+            return 403, "requests of other sites are refused"
+        if len(scope["path"]) + len(scope.get("query_string", b"")) > LONGEST_URL:
+            return 414, f"the address is longer than {LONGEST_URL:,} characters"
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > LARGEST_BODY:
+            return 413, _TOO_LARGE
+        if scope["method"] not in ("GET", "HEAD"):
+            if headers.get(HEADER) != "1":
+                return 403, "the header X-Trackstar: 1 is missing"
+            if not headers.get("content-type", "").startswith("application/json"):
+                return 415, "expected Content-Type: application/json"
+        return None
+
+
+async def _answer(refusal: tuple[int, str], scope: Scope, receive: Receive, send: Send) -> None:
+    status, detail = refusal
+    drained = 0
+    while drained < _DRAINED and scope["method"] not in ("GET", "HEAD"):
+        message = await receive()
+        drained += len(message.get("body", b""))
+        if not message.get("more_body"):
+            break
+    await JSONResponse({"detail": detail}, status_code=status)(scope, receive, send)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """The body's parts, until they are more than they may be."""
+    size = 0
+
+    async def bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > LARGEST_BODY:
+            raise HTTPException(413, _TOO_LARGE)
+        return message
+
+    return bounded
+
+
+def _with_headers(send: Send) -> Send:
+    async def with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in _HEADERS.items():
+                headers.setdefault(name, value)
+        await send(message)
+
+    return with_headers

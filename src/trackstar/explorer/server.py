@@ -1,0 +1,141 @@
+"""Open what a person names, and serve it on loopback until they stop it."""
+
+import dataclasses
+import os
+import socket
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from trackstar.attribution import Attributor
+from trackstar.baselines.embeddings import load_encoder
+from trackstar.errors import CorpusError, OptionError
+from trackstar.examples import Corpus, read_queries
+from trackstar.explorer.app import make_app
+from trackstar.explorer.jobs import Jobs
+from trackstar.explorer.live import LiveIndex
+from trackstar.explorer.metadata import corpus_of_index
+from trackstar.explorer.result_files import read_result_file
+from trackstar.explorer.security import MOST_AT_ONCE
+from trackstar.provenance import model_of_index
+from trackstar.store import Index
+
+MOST_RUNS = 8
+LOOPBACK = "127.0.0.1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class IndexOptions:
+    """How an index is opened for questions.
+
+    Attributes:
+        model: Where its model is, where it is not where the index says.
+        data: Where its corpus is, likewise.
+        task: A file of queries that R_eval and λ are taken from.
+        embedding_model: Folder of a sentence-embedding model.
+        device: Where gradients are computed.
+        mixing: λ; None follows the paper's rule.
+        damping: See `task_correction`.
+        batch_tokens: Most tokens of a batch, padding included.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    task: str | None = None
+    embedding_model: str | None = None
+    device: str = "cpu"
+    mixing: float | None = None
+    damping: float | None = None
+    batch_tokens: int = 2048
+
+
+def serve(
+    paths: Sequence[str],
+    options: IndexOptions,
+    *,
+    port: int = 0,
+    browser: bool = True,
+    say: Callable[[str], None],
+) -> None:
+    """Open result files and at most one index, and serve the explorer on 127.0.0.1 until it is interrupted.
+
+    Args:
+        paths: Result files and an index's folder.
+        options: How the index is opened.
+        port: The port; 0 is any that is free.
+        browser: Whether the system's browser is opened.
+        say: Told the address, and what is worth knowing.
+
+    Raises:
+        TrackstarError: Something cannot be opened; see `trackstar.errors`.
+    """
+    indexes = [path for path in paths if Path(path).is_dir()]
+    results = [path for path in paths if path not in indexes]
+    if len(indexes) > 1 or len(results) > MOST_RUNS:
+        raise OptionError(
+            f"found {len(indexes)} indexes and {len(results)} result files; expected at most one index and "
+            f"{MOST_RUNS} result files"
+        )
+    listening = _listen(port)
+    try:
+        files = [read_result_file(path) for path in results]
+        live = open_index(indexes[0], options, say=say) if indexes else None
+        host, port = listening.getsockname()
+        hosts = frozenset(f"{name}:{port}" for name in (LOOPBACK, "localhost"))
+        jobs = Jobs()
+        app = make_app(files, live, hosts=hosts, jobs=jobs)
+        config = uvicorn.Config(
+            app, log_level="error", limit_concurrency=4 * MOST_AT_ONCE, timeout_keep_alive=15, server_header=False,
+            lifespan="off", h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2, http="h11", ws="none",
+        )  # fmt: skip
+        address = f"http://{host}:{port}/"
+        say(f"explorer: {address} (Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(address)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            jobs.close()
+    finally:
+        listening.close()
+
+
+def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) -> LiveIndex:
+    """An index ready to be asked.
+
+    Raises:
+        TrackstarError: It, its model, the task or the embedding model cannot be opened.
+    """
+    index = Index.open(path)
+    task = read_queries(options.task) if options.task is not None else []
+    encoder = load_encoder(options.embedding_model, device=options.device) if options.embedding_model else None
+    model = model_of_index(index, options.model, device=options.device)
+    attributor = Attributor(
+        index, model, task=task, mixing=options.mixing, damping=options.damping, batch_tokens=options.batch_tokens
+    )
+    corpus: Corpus | None = None
+    try:
+        corpus = corpus_of_index(index, options.data)
+    except CorpusError as error:
+        if options.data is not None:
+            raise
+        say(f"no fields of the corpus's records are shown: {error} (--data says where it is)")
+    return LiveIndex(attributor, encoder=encoder, corpus=corpus, task_queries=len(task))
+
+
+def _listen(port: int) -> socket.socket:
+    """A socket on loopback, so that nothing outside this machine can reach the server."""
+    if not 0 <= port <= 65535:
+        raise OptionError(f"--port {port}: expected 0 (any that is free) to 65535")
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if os.name == "posix":
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((LOOPBACK, port))
+        listening.listen(64)  # a browser that is opened at once waits instead of being refused
+    except OSError as error:
+        listening.close()
+        raise OptionError(f"--port {port}: cannot be used ({error.strerror}); choose another, or 0 for any") from None
+    return listening

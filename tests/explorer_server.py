@@ -1,0 +1,64 @@
+"""The explorer's server on a free port of this machine, in a thread, for tests that speak to it as a browser does."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from trackstar.explorer.app import make_app
+from trackstar.explorer.jobs import Jobs
+from trackstar.explorer.live import LiveIndex
+from trackstar.explorer.result_files import read_result_file
+
+HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}
+
+
+@contextlib.contextmanager
+def explorer(results: Sequence[Path] = (), live: LiveIndex | None = None) -> Iterator[str]:
+    """Serve result files and an index; gives the address, without a slash at its end."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    jobs = Jobs()
+    files = [read_result_file(path) for path in results]
+    app = make_app(files, live, hosts=frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}), jobs=jobs)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none", http="h11"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        jobs.close()
+        listening.close()
+
+
+def finished(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Start a job and wait for its end; gives the job."""
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return waited(client, response.json()["job"])
+
+
+def result(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What a job gives."""
+    job = finished(client, path, body)
+    assert job["state"] == "done", job["error"]
+    return job["result"]
+
+
+def waited(client: httpx.Client, number: int) -> dict[str, Any]:
+    """The job once it has ended."""
+    deadline = time.monotonic() + 120
+    while (job := client.get(f"/api/jobs/{number}").json())["state"] in ("queued", "running"):
+        assert time.monotonic() < deadline, job
+        time.sleep(0.01)
+    return job
