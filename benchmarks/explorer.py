@@ -1,0 +1,118 @@
+"""Speed of the explorer in a real browser over a result file of the release's size: first view, filter, page, query.
+
+python benchmarks/explorer.py [--repeat N]
+
+The first view is from opening the address until queries, metrics and the first query's passages stand there; filter,
+page and query from the key or click until the list or passages have changed. The server runs beside the browser on the
+same machine. The baseline of each is a request for a static file of the same server, which is what any page costs.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from measurement import environment, save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from release_file import write_release_file
+
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=15)
+    repeat = parser.parse_args().repeat
+    with tempfile.TemporaryDirectory() as folder:
+        files = [write_release_file(Path(folder) / f"{name}.jsonl", passages=n) for name, n in (("a", 10), ("b", 8))]
+        began = time.perf_counter()
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from trackstar.cli import main; main()",
+                "explore",
+                *map(str, files),
+                "--no-browser",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert server.stderr is not None
+            address = server.stderr.readline().split()[1]
+            start = time.perf_counter() - began
+            found = measured(address, repeat)
+        finally:
+            server.terminate()
+            server.wait()
+    result = environment() | {"queries": 5415, "files": 2, "repeats": repeat, "server_start_seconds": round(start, 2)}
+    result["milliseconds"] = found
+    print(found)
+    save("explorer-cpu", result)
+
+
+def measured(address: str, repeat: int) -> dict[str, dict[str, float]]:
+    """Median and worst milliseconds of each step."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    times: dict[str, list[float]] = {}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        for _ in range(repeat):
+            context = browser.new_context(viewport={"width": 1440, "height": 900})
+            page = context.new_page()
+            for name, milliseconds in steps(page, address).items():
+                times.setdefault(name, []).append(milliseconds)
+            context.close()
+        browser.close()
+    return {n: {"median": statistics.median(t), "worst": max(t)} for n, t in times.items()}
+
+
+def steps(page: Page, address: str) -> dict[str, float]:
+    """Each step's milliseconds in one fresh browser context."""
+    found: dict[str, float] = {}
+
+    def timed(name: str, act: Callable[[], object], ready: str) -> None:
+        # `ready` is looked at in every frame of the page itself, so that no message between processes is counted.
+        page.evaluate("() => { window.changed = null; window.before = document.querySelector('#main')?.innerText }")
+        began = page.evaluate("performance.now()")
+        act()
+        page.wait_for_function(f"() => ({ready}) && (window.changed ??= performance.now())", polling="raf")
+        found[name] = page.evaluate("window.changed") - began
+
+    began = time.perf_counter()
+    page.goto(f"{address}assets/none", wait_until="load")
+    found["a static request (baseline)"] = 1000 * (time.perf_counter() - began)
+    began = time.perf_counter()
+    page.goto(address, wait_until="commit")
+    page.wait_for_function(
+        "() => document.querySelector('article .passage-text') && document.body.innerText.includes('MRR')",
+        polling="raf",
+    )
+    found["first view"] = 1000 * (time.perf_counter() - began)
+    page.wait_for_timeout(300)
+    changed = "document.querySelector('#main').innerText !== window.before"
+    timed("next page", lambda: page.get_by_role("button", name="Next page").click(), changed)
+    page.wait_for_timeout(400)
+    timed("next query", lambda: page.keyboard.press("j"), changed)
+    page.wait_for_timeout(400)
+    model = page.get_by_label("Model", exact=True)
+    timed("filter", lambda: model.select_option("yes"), changed)
+    page.wait_for_timeout(400)
+    search = page.get_by_label("Search queries")
+    search.focus()
+    timed("search, with 80 ms of waiting for the next letter", lambda: page.keyboard.type("p"), changed)
+    return found
+
+
+if __name__ == "__main__":
+    main()

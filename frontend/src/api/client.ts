@@ -1,0 +1,135 @@
+// The typed client: one function for each endpoint, and errors as one line for people.
+import type {
+  Answer, ExportFormat, Groups, Insight, Job, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
+} from "./types";
+
+/** An answer other than success; status 0 means that the server did not answer at all. */
+export class ApiError extends Error {
+  constructor(readonly status: number, message: string) {
+    super(message);
+    this.name = "ApiError";
+  }
+}
+
+/** Which queries of a run are asked for. */
+export interface QueryFilter {
+  search: string;
+  passages: boolean;
+  relation: string[];
+  bucket: string[];
+  model_correct: "yes" | "no" | null;
+  proponent_correct: "yes" | "no" | null;
+  score_min: number | null;
+  score_max: number | null;
+  sort: Sort;
+  descending: boolean;
+}
+
+const GONE = "The server does not answer. Is trackstar explore still running?";
+
+async function call<T>(method: string, path: string, body?: unknown, signal?: AbortSignal): Promise<T> {
+  const init: RequestInit = { method, signal: signal ?? null, credentials: "same-origin" };
+  if (method !== "GET") {
+    init.headers = { "Content-Type": "application/json", "X-Trackstar": "1" };
+    init.body = body === undefined ? null : JSON.stringify(body);
+  }
+  let response: Response;
+  try {
+    response = await fetch(path, init);
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ApiError(0, GONE);
+  }
+  if (!response.ok) throw new ApiError(response.status, await detail(response));
+  try {
+    return (await response.json()) as T;
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ApiError(0, "The server's answer could not be read.");
+  }
+}
+
+async function detail(response: Response): Promise<string> {
+  try {
+    const body: unknown = await response.json();
+    if (typeof body === "object" && body !== null && "detail" in body) {
+      const said = (body as { detail: unknown }).detail;
+      if (typeof said === "string") return said;
+      if (Array.isArray(said)) {
+        const first: unknown = said[0];
+        if (typeof first === "object" && first !== null && "msg" in first) return String((first as { msg: unknown }).msg);
+      }
+    }
+  } catch {
+    // Not JSON: the status says what there is to say.
+  }
+  return response.status === 429 ? "The server is busy. Try again in a moment." : `The server answered ${response.status}.`;
+}
+
+/** The filter and sort as the API's parameters; what is at its default is left out. */
+export function filterParameters(filter: QueryFilter): URLSearchParams {
+  const parameters = new URLSearchParams();
+  if (filter.search) parameters.set("search", filter.search);
+  if (filter.search && filter.passages) parameters.set("passages", "true");
+  for (const value of filter.relation) parameters.append("relation", value);
+  for (const value of filter.bucket) parameters.append("bucket", value);
+  if (filter.model_correct) parameters.set("model_correct", filter.model_correct);
+  if (filter.proponent_correct) parameters.set("proponent_correct", filter.proponent_correct);
+  if (filter.score_min !== null) parameters.set("score_min", String(filter.score_min));
+  if (filter.score_max !== null) parameters.set("score_max", String(filter.score_max));
+  parameters.set("sort", filter.sort);
+  if (filter.descending) parameters.set("descending", "true");
+  return parameters;
+}
+
+const key = encodeURIComponent;
+
+export const api = {
+  session: (signal?: AbortSignal) => call<Session>("GET", "/api/session", undefined, signal),
+
+  queries(run: number, filter: QueryFilter, offset: number, limit: number, signal?: AbortSignal): Promise<QueryPage> {
+    const parameters = filterParameters(filter);
+    parameters.set("offset", String(offset));
+    parameters.set("limit", String(limit));
+    return call("GET", `/api/runs/${run}/queries?${parameters}`, undefined, signal);
+  },
+  record: (run: number, place: number, signal?: AbortSignal) =>
+    call<QueryRecord>("GET", `/api/runs/${run}/queries/${place}`, undefined, signal),
+  raw: (run: number, place: number, signal?: AbortSignal) =>
+    call<TextPart>("GET", `/api/runs/${run}/queries/${place}/raw`, undefined, signal),
+  passageOfRun: (run: number, place: number, side: Side, rank: number, start: number, signal?: AbortSignal) =>
+    call<TextPart>("GET", `/api/runs/${run}/queries/${place}/${side}/${rank}/text?start=${start}`, undefined, signal),
+  passageOfIndex: (row: number, start: number, signal?: AbortSignal) =>
+    call<TextPart>("GET", `/api/passages/${row}/text?start=${start}`, undefined, signal),
+
+  generate: (prompt: string, max_new_tokens: number) => call<Job>("POST", "/api/generate", { prompt, max_new_tokens }),
+  attribute: (asked: { prompt: string; completion: string; methods: string[]; top: number }) =>
+    call<Job>("POST", "/api/answers", asked),
+  answer: (name: string, signal?: AbortSignal) => call<Answer>("GET", `/api/answers/${key(name)}`, undefined, signal),
+  tokens: (name: string, row: number, over: "candidate" | "query") =>
+    call<Job>("POST", `/api/answers/${key(name)}/tokens`, { row, over }),
+  tailPatch: (name: string, row: number) => call<Job>("POST", `/api/answers/${key(name)}/tail-patch`, { row }),
+  insight: (name: string, signal?: AbortSignal) =>
+    call<Insight>("GET", `/api/answers/${key(name)}/insight`, undefined, signal),
+  groups(name: string, field: string, method: string, top: number, signal?: AbortSignal): Promise<Groups> {
+    const parameters = new URLSearchParams({ field, method, top: String(top) });
+    return call("GET", `/api/answers/${key(name)}/groups?${parameters}`, undefined, signal);
+  },
+
+  job: (job: number, signal?: AbortSignal) => call<Job>("GET", `/api/jobs/${job}`, undefined, signal),
+  cancel: (job: number) => call<Job>("DELETE", `/api/jobs/${job}`),
+};
+
+/** Where downloads come from. */
+export const downloads = {
+  run(run: number, filter: QueryFilter, format: ExportFormat): string {
+    const parameters = filterParameters(filter);
+    parameters.set("format", format);
+    return `/api/runs/${run}/export?${parameters}`;
+  },
+  query(run: number, place: number, other: number | null, format: ExportFormat): string {
+    const beside = other === null ? "" : `&other=${other}`;
+    return `/api/runs/${run}/queries/${place}/export?format=${format}${beside}`;
+  },
+  answer: (name: string, format: ExportFormat): string => `/api/answers/${key(name)}/export?format=${format}`,
+};

@@ -1,0 +1,49 @@
+// The frame: what is open, and which view of it.
+import { useEffect } from "preact/hooks";
+import { api } from "./api/client";
+import { Ask } from "./ask/ask";
+import { Header } from "./header";
+import { useRequest } from "./hooks";
+import { SelectionOffer } from "./passages/selection";
+import { Results } from "./results/results";
+import { useView } from "./state";
+import { Empty, Problem, Waiting } from "./ui/parts";
+import { TipLayer } from "./ui/tip";
+
+export function App() {
+  const view = useView();
+  const session = useRequest("session", (signal) => api.session(signal));
+  const data = session.data;
+  const wished = view.tab ?? (data && data.runs.length === 0 && data.index ? "ask" : "results");
+  const tab = data && wished === "results" && data.runs.length === 0 && data.index ? "ask" : data && wished === "ask" && !data.index ? "results" : wished;
+  useEffect(() => {
+    document.title = `${tab === "ask" ? "Ask" : "Results"} – trackstar explore`;
+  }, [tab]);
+  return (
+    <>
+      <Header session={data} tab={tab} />
+      {session.error && (
+        <main class="alone" id="main">
+          <Problem error={session.error} retry={session.retry} />
+        </main>
+      )}
+      {!data && !session.error && (
+        <main class="alone" id="main">
+          <Waiting what="Opening" />
+        </main>
+      )}
+      {data &&
+        (tab === "ask" && data.index ? (
+          <Ask session={data} index={data.index} />
+        ) : data.runs.length > 0 ? (
+          <Results session={data} />
+        ) : (
+          <main class="alone" id="main">
+            <Empty title="Nothing is open">Start trackstar explore with a result file or an index.</Empty>
+          </main>
+        ))}
+      <SelectionOffer />
+      <TipLayer />
+    </>
+  );
+}

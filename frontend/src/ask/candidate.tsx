@@ -1,0 +1,79 @@
+// A ranked candidate with what can be computed on it: the split over tokens, and the effect of training on it.
+import { useState } from "preact/hooks";
+import { api } from "../api/client";
+import type { Answer, Effect, IndexSummary, Passage, TokenSplit } from "../api/types";
+import { percent, points } from "../format";
+import { useJob } from "../hooks";
+import { PassageCard } from "../passages/passage";
+import { brief } from "../passages/visible";
+import { change, type View } from "../state";
+import { Problem } from "../ui/parts";
+import { JobLine } from "./job";
+import { SplitView } from "./split";
+
+type Over = "candidate" | "query";
+
+export function Candidate(props: { passage: Passage; id: string; most: number; answer: Answer; index: IndexSummary; view: View }) {
+  const { passage, answer, index, view } = props;
+  const [splits, keep] = useState<Partial<Record<Over, TokenSplit>>>({});
+  const [over, turn] = useState<Over | null>(null);
+  const [effect, measured] = useState<Effect | null>(null);
+  const splitting = useJob();
+  const measuring = useJob();
+  const row = passage.row;
+  const show = (side: Over) => {
+    if (row === null) return;
+    turn(side);
+    change({ row, over: side }, false);
+    if (splits[side]) return;
+    splitting.start(() => api.tokens(answer.key, row, side), (result) => {
+      if (result.kind === "tokens") keep((before) => ({ ...before, [side]: result }));
+    });
+  };
+  const measure = () =>
+    row !== null && measuring.start(() => api.tailPatch(answer.key, row), (result) => result.kind === "effect" && measured(result));
+  const split = over ? splits[over] : undefined;
+  const actions = row !== null && (
+    <>
+      <button
+        type="button" class="small" aria-pressed={over !== null} disabled={splitting.running}
+        onClick={() => (over ? (turn(null), change({ row: null }, false)) : show(view.row === row ? view.over : "candidate"))}
+      >
+        Tokens
+      </button>
+      {over && (
+        <button type="button" class="small" aria-pressed={over === "query"} disabled={splitting.running} onClick={() => show(over === "query" ? "candidate" : "query")}>
+          Query's side
+        </button>
+      )}
+      <button
+        type="button" class="small" disabled={index.step === null || measuring.running}
+        title={index.step === null ? (index.no_step ?? "No step can be made") : `One training step on this passage: ${index.step}`}
+        onClick={measure}
+      >
+        Measure
+      </button>
+      {effect && <EffectLine effect={effect} completion={answer.completion} />}
+      {splitting.running && <JobLine work={splitting} />}
+      {measuring.running && <JobLine work={measuring} />}
+      {splitting.error && <Problem error={splitting.error} retry={() => show(over ?? "candidate")} />}
+      {measuring.error && <Problem error={measuring.error} retry={measure} />}
+    </>
+  );
+  return (
+    <PassageCard
+      passage={passage} id={props.id} most={props.most} highlights={view.highlights} chosen={row !== null && view.row === row}
+      more={(start) => api.passageOfIndex(row ?? 0, start)} actions={actions}
+      instead={split && <SplitView split={split} marks={split.text.startsWith(passage.text) ? passage.marks : []} highlights={view.highlights} />}
+    />
+  );
+}
+
+function EffectLine({ effect, completion }: { effect: Effect; completion: string }) {
+  const up = effect.after >= effect.before;
+  return (
+    <span class="effect" role="status" title={effect.step}>
+      P({brief(completion, 24)}): {percent(effect.before)} → {percent(effect.after)} <b class={up ? "up" : "down"}>({points(effect.before, effect.after)})</b>
+    </span>
+  );
+}

@@ -1,0 +1,24 @@
+// Prompt and completion as the model reads them, and the part of a generation that is to be attributed.
+import type { Generation } from "../api/types";
+import { toUnits } from "../passages/codepoints";
+
+/** What stands between two texts: one space, unless either has white space there or is empty. */
+export function between(before: string, after: string): string {
+  return !before || !after || /\s$/.test(before) || /^\s/.test(after) ? "" : " ";
+}
+
+/** Prompt and completion, where tokens [first, last] of the generation are the completion. */
+export function partOf(generation: Generation, first: number, last: number): { prompt: string; completion: string } {
+  const { prompt, text, tokens } = generation;
+  const units = toUnits(text);
+  const start = units(tokens[first]?.start ?? 0);
+  const stop = units(tokens[last]?.stop ?? 0);
+  const before = text.slice(0, start);
+  const lead = prompt + (before ? between(prompt, before) : "") + before;
+  let completion = text.slice(start, stop);
+  // The space that the rule puts there anyway need not be in the form.
+  if (completion.startsWith(" ") && lead && !/\s$/.test(lead) && /^\S/.test(completion.slice(1))) {
+    completion = completion.slice(1);
+  }
+  return { prompt: lead, completion };
+}

@@ -1,0 +1,29 @@
+// Offsets: the server counts Unicode code points, JavaScript counts UTF-16 units.
+
+/** A function from an offset in code points to one in UTF-16 units; what lies outside is moved to the ends. */
+export function toUnits(text: string): (point: number) => number {
+  if (!/[\ud800-\udbff][\udc00-\udfff]/.test(text)) {
+    return (point) => Math.max(0, Math.min(point, text.length));
+  }
+  const starts: number[] = [];
+  for (let unit = 0; unit < text.length; ) {
+    starts.push(unit);
+    unit += (text.codePointAt(unit) ?? 0) > 0xffff ? 2 : 1;
+  }
+  starts.push(text.length);
+  return (point) => starts[Math.max(0, Math.min(point, starts.length - 1))] ?? text.length;
+}
+
+/** How many code points a text has. */
+export function countPoints(text: string): number {
+  let count = 0;
+  for (let unit = 0; unit < text.length; count += 1) unit += (text.codePointAt(unit) ?? 0) > 0xffff ? 2 : 1;
+  return count;
+}
+
+/** A place near `unit` that does not lie inside a surrogate pair. */
+export function wholeUnit(text: string, unit: number): number {
+  const code = text.charCodeAt(unit);
+  const before = text.charCodeAt(unit - 1);
+  return code >= 0xdc00 && code <= 0xdfff && before >= 0xd800 && before <= 0xdbff ? unit - 1 : unit;
+}

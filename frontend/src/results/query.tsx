@@ -1,0 +1,244 @@
+// The chosen query and its passages, a column a run.
+import { useState } from "preact/hooks";
+import { api, downloads } from "../api/client";
+import type { Passage, QueryRecord, RunSummary, Side } from "../api/types";
+import { SpectrumPanel } from "../charts/spectrum";
+import { count, plural } from "../format";
+import { useRequest, type Loaded } from "../hooks";
+import { PassageCard } from "../passages/passage";
+import { EntityLegend, HighlightBar } from "../passages/selection";
+import { brief, plain } from "../passages/visible";
+import { change, type View } from "../state";
+import { Chip, Dialog, Empty, ExportMenu, Problem, Segmented, Waiting } from "../ui/parts";
+import { Outside, Plain } from "../ui/text";
+
+interface Props {
+  view: View;
+  runs: RunSummary[];
+  run: number;
+  other: number | null;
+  places: (number | null)[];
+  first: Loaded<QueryRecord>;
+  second: Loaded<QueryRecord>;
+}
+
+export function QueryView(props: Props) {
+  const { view, runs, run, other, places, first, second } = props;
+  const [raw, showRaw] = useState(false);
+  const record = first.data ?? second.data;
+  if (first.error && !first.data) return <Problem error={first.error} retry={first.retry} />;
+  if (!record) return <Waiting what="Loading the query" />;
+  const both = other !== null && !view.alone;
+  return (
+    <section class={first.stale && first.loading ? "query stale" : "query"} aria-label="Chosen query">
+      <div class="query-head">
+        <h1 class="question" dir="auto">
+          <Plain text={record.prompt} /> <span class="completion"><Plain text={record.completion} /></span>
+        </h1>
+        <div class="tools">
+          <button type="button" class="small" onClick={() => showRaw(true)}>
+            Raw record
+          </button>
+          <ExportMenu
+            what="query"
+            address={(format) => downloads.query(run, record.place, both ? other : null, format)}
+          />
+        </div>
+      </div>
+      <Facts record={record} />
+      <div class="row tools-row">
+        {other !== null && <Columns view={view} runs={runs} run={run} other={other} />}
+        {both && <Overlap a={first.data} b={second.data} />}
+        <span class="grow" />
+        {record.subject.length + record.object.length > 0 && <EntityLegend />}
+        <HighlightBar />
+      </div>
+      <PassageColumns {...props} both={both} />
+      {runs.some((summary) => summary.mixing) && <SpectraOfRuns view={view} runs={both && other !== null ? [runs[run], runs[other]] : [runs[run]]} />}
+      {raw && <RawRecord run={run} place={places[run] ?? record.place} close={() => showRaw(false)} />}
+    </section>
+  );
+}
+
+function Facts({ record }: { record: QueryRecord }) {
+  return (
+    <dl class="facts">
+      {record.model_correct !== null && (
+        <div>
+          <dt>model</dt>
+          <dd>{record.model_correct ? <Chip kind="good">✓ right</Chip> : <Chip kind="bad">✗ wrong</Chip>}</dd>
+        </div>
+      )}
+      <Fact name="relation" value={record.relation} />
+      <Fact name="subject" value={record.subject.join(" · ")} />
+      <Fact name="object" value={record.object.join(" · ")} />
+      <Fact name="truth" value={record.groundtruth} />
+      <Fact name="bucket" value={record.bucket} />
+      <Fact name="frequency" value={record.frequency === null ? null : count(record.frequency)} />
+      <Fact name="id" value={record.example_id} />
+      <Fact name="set" value={record.query_set} />
+    </dl>
+  );
+}
+
+function Fact({ name, value }: { name: string; value: string | null }) {
+  if (!value) return null;
+  return (
+    <div>
+      <dt>{name}</dt>
+      <dd title={value.length > 120 ? plain(value.slice(0, 2000)) : undefined}>
+        <Outside text={value.length > 120 ? `${value.slice(0, 119)}…` : value} />
+      </dd>
+    </div>
+  );
+}
+
+function Columns({ view, runs, run, other }: { view: View; runs: RunSummary[]; run: number; other: number }) {
+  const name = (number: number) => brief(runs[number]?.name ?? "", 30);
+  return (
+    <>
+      <Segmented
+        label="Columns"
+        value={view.alone ? "one" : "both"}
+        choices={[{ value: "both", label: "Side by side" }, { value: "one", label: `Only ${name(run)}` }]}
+        choose={(value) => change({ alone: value === "one" })}
+      />
+      {runs.length > 2 ? (
+        <select aria-label="Run beside" value={String(other)} onChange={(event) => change({ beside: Number(event.currentTarget.value) })}>
+          {runs.map((summary) => summary.run !== run && <option key={summary.run} value={String(summary.run)}>{name(summary.run)}</option>)}
+        </select>
+      ) : (
+        <button
+          type="button"
+          class="small"
+          title={`List the queries of ${name(other)} and show it first`}
+          onClick={() => change({ run: other, beside: run, page: 0 })}
+        >
+          Swap
+        </button>
+      )}
+    </>
+  );
+}
+
+function Overlap({ a, b }: { a: QueryRecord | null; b: QueryRecord | null }) {
+  if (!a || !b) return null;
+  const ids = new Set(a.proponents.map((passage) => passage.example_id));
+  const shared = b.proponents.filter((passage) => ids.has(passage.example_id)).length;
+  const of = Math.min(a.proponents.length, b.proponents.length);
+  if (of === 0) return null;
+  return <span class="overlap" title="Proponents that both columns show"><b>{shared} of {of}</b> shared</span>;
+}
+
+function PassageColumns(props: Props & { both: boolean }) {
+  const { view, runs, run, other, first, second, both } = props;
+  const [hovered, hover] = useState<string | null>(null);
+  const columns: [number, Loaded<QueryRecord>, Loaded<QueryRecord>, number | null][] =
+    both && other !== null ? [[run, first, second, other], [other, second, first, run]] : [[run, first, second, null]];
+  return (
+    <div class={both ? "columns two" : "columns"}>
+      {columns.map(([number, own, twin, twinRun]) => (
+        <section class="column" key={number} aria-label={`Run ${plain(runs[number]?.name ?? "")}`}>
+          {(both || runs.length > 1) && (
+            <h2 class="column-name" title={plain(runs[number]?.name ?? "")}>
+              <bdi>{brief(runs[number]?.name ?? "", 60)}</bdi>
+            </h2>
+          )}
+          {own.error ? (
+            <Problem error={own.error} retry={own.retry} />
+          ) : own.data ? (
+            (["proponents", "opponents"] as Side[]).map((side) => (
+              <PassageList
+                key={side} record={own.data as QueryRecord} side={side} highlights={view.highlights} hovered={hovered} hover={hover}
+                twins={twinRun === null ? null : twin.data} twinName={twinRun === null ? "" : (runs[twinRun]?.name ?? "")}
+                offered={side === "proponents" || (runs[number]?.has.includes("opponents") ?? false)}
+              />
+            ))
+          ) : own.loading ? (
+            <Waiting what="Loading the query" />
+          ) : (
+            <Empty title="Not in this run">This file has no line for the query.</Empty>
+          )}
+        </section>
+      ))}
+    </div>
+  );
+}
+
+function PassageList(props: {
+  record: QueryRecord; side: Side; highlights: string[]; hovered: string | null; hover: (id: string | null) => void;
+  twins: QueryRecord | null; twinName: string; offered: boolean;
+}) {
+  const { record, side } = props;
+  const passages = record[side];
+  if (!props.offered && passages.length === 0) return null;
+  const most = passages.reduce((value, passage) => Math.max(value, Math.abs(passage.score)), 0);
+  const right = passages.filter((passage) => passage.correct).length;
+  const id = (number: number, rank: number) => `p-${number}-${side}-${rank}`;
+  const twinOf = (passage: Passage) => {
+    const found = props.twins?.[side].find((other) => other.example_id === passage.example_id);
+    const number = props.twins?.run;
+    if (!found || number === undefined) return null;
+    return {
+      rank: found.rank, column: brief(props.twinName, 24),
+      go: () => document.getElementById(id(number, found.rank))?.scrollIntoView({ block: "center" }),
+    };
+  };
+  return (
+    <section aria-label={`${side === "proponents" ? "Proponents" : "Opponents"}${props.twinName ? ` of run ${record.run + 1}` : ""}`}>
+      <h3 class="list-name">
+        {side === "proponents" ? "Proponents" : "Opponents"}
+        <span class="note">{plural(passages.length, "passage")}{right > 0 ? `, ${right} right` : ""}</span>
+      </h3>
+      {passages.length === 0 && <p class="note">None in the file.</p>}
+      {passages.map((passage) => {
+        const twin = twinOf(passage);
+        return (
+          <PassageCard
+            key={`${record.run}/${record.place}/${side}/${passage.rank}`}
+            id={id(record.run, passage.rank)}
+            passage={passage} most={most} highlights={props.highlights} twin={twin}
+            linked={twin !== null && props.hovered === passage.example_id} hover={props.twins ? props.hover : undefined}
+            more={(start) => api.passageOfRun(record.run, record.place, side, passage.rank, start)}
+          />
+        );
+      })}
+    </section>
+  );
+}
+
+function SpectraOfRuns({ view, runs }: { view: View; runs: (RunSummary | undefined)[] }) {
+  return (
+    <details class="panel" open={view.spectra} onToggle={(event) => event.currentTarget.open !== view.spectra && change({ spectra: event.currentTarget.open }, false)}>
+      <summary><h2>Mixing</h2><span class="note">λ and the two spectra that give it</span></summary>
+      {view.spectra && (
+        <div class="columns two">
+          {runs.map((summary) => summary?.mixing && (
+            <div class="column" key={summary.run}>
+              <h3 class="column-name"><bdi>{brief(summary.name, 60)}</bdi></h3>
+              <SpectrumPanel mixing={summary.mixing} />
+            </div>
+          ))}
+        </div>
+      )}
+    </details>
+  );
+}
+
+function RawRecord({ run, place, close }: { run: number; place: number; close: () => void }) {
+  const raw = useRequest(`${run}/${place}`, (signal) => api.raw(run, place, signal));
+  return (
+    <Dialog title="Raw record" close={close} wide>
+      {raw.error && <Problem error={raw.error} retry={raw.retry} />}
+      {!raw.data && !raw.error && <Waiting what="Loading the record" />}
+      {raw.data && (
+        <>
+          <pre class="raw"><Plain text={raw.data.text} /></pre>
+          {raw.data.text.length < raw.data.characters && (
+            <p class="note">The record's beginning; it has {count(raw.data.characters)} characters. The export has all.</p>
+          )}
+        </>
+      )}
+    </Dialog>
+  );
+}

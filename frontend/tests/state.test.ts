@@ -1,0 +1,30 @@
+// The hash: what is written is read again, and what it may not say is ignored.
+import { describe, expect, it } from "vitest";
+import { INITIAL, parse, serialize, type View } from "../src/state";
+
+describe("the view in the hash", () => {
+  it("is empty at its defaults", () => {
+    expect(serialize(INITIAL)).toBe("");
+    expect(parse("")).toEqual(INITIAL);
+  });
+  it("comes back as it was", () => {
+    const view: View = {
+      ...INITIAL, tab: "results", run: 1, beside: 0, alone: true, page: 3, at: [12, null], highlights: ["a&b", "é 😀"],
+      search: "x=1&y#2", passages: true, relation: ["P19", "a, b"], bucket: ["10 to 100"], model_correct: "no",
+      proponent_correct: "yes", score_min: -0.5, score_max: 1e-7, sort: "score", descending: true, prompt: "a\nb\u202e", asked: " c",
+      methods: ["TrackStar", "BM25"], top: 25, key: "Ab_-9", side: "opponents", row: 7, over: "query", insight: true,
+      spectra: true, groupField: "year", groupMethod: "BM25", groupTop: 50,
+    };
+    expect(parse(`#${serialize(view)}`)).toEqual(view);
+  });
+  it("takes no value that is not allowed", () => {
+    const view = parse("#tab=evil&page=-1&at=1.x&sort=drop&min=Infinity&max=0x10&top=100000&key=../etc&side=up&row=1e9&__proto__=1&over=all&run=1000");
+    expect(view).toEqual(INITIAL);
+  });
+  it("bounds what is long", () => {
+    const view = parse(`#q=${"a".repeat(9999)}&hl=${"b".repeat(999)}&${Array.from({ length: 99 }, (_, n) => `hl=h${n}`).join("&")}`);
+    expect(view.search.length).toBe(512);
+    expect(view.highlights.length).toBe(20);
+    expect(view.highlights[0]).toBe("h0");
+  });
+});
