@@ -1,6 +1,6 @@
 // The spacing rule and the part of a generation that is attributed; numbers as people read them.
 import { describe, expect, it } from "vitest";
-import { between, partOf } from "../src/ask/join";
+import { between, partOf, wordStart } from "../src/ask/join";
 import { percent, points, score } from "../src/format";
 
 const generation = {
@@ -17,10 +17,11 @@ describe("the question", () => {
     expect(partOf(generation, 3, 3)).toEqual({ prompt: "The tower is in Paris 😀,", completion: "France" });
     expect(partOf(generation, 1, 2)).toEqual({ prompt: "The tower is in Paris", completion: "😀," });
   });
-  it("joins to a token inside a word without a space", () => {
-    expect(partOf({ ...generation, text: "Par", tokens: [{ start: 0, stop: 1, probability: 1 }, { start: 1, stop: 3, probability: 1 }] }, 1, 1)).toEqual({
-      prompt: "The tower is in P", completion: "ar",
-    });
+  it("begins with a word", () => {
+    const tokens = [[0, 1], [1, 3], [3, 5], [5, 6]].map(([start, stop]) => ({ start: start!, stop: stop!, probability: 1 }));
+    const broken = { ...generation, text: "Par is", tokens };
+    expect([0, 1, 2, 3].map((token) => wordStart(broken, token))).toEqual([0, 0, 2, 2]);
+    expect([0, 1, 2, 3].map((token) => wordStart(generation, token))).toEqual([0, 1, 1, 3]);
   });
 });
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,7 @@ def live_address(tiny_model_folders: TinyModelFolder, tmp_path_factory: pytest.T
         yield address
 
 
-def _live(folder: Path, lines: list[dict[str, object]], model: Path) -> LiveIndex:
+def _live(folder: Path, lines: Sequence[Mapping[str, object]], model: Path) -> LiveIndex:
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
     index = build_index(

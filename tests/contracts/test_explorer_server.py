@@ -218,6 +218,10 @@ def test_an_effect_is_measured(client: httpx.Client):
     assert effect["before"] == pytest.approx(answer["probability"], rel=1e-4)
     assert effect["after"] != effect["before"]
     assert "Adafactor" in effect["step"]
+    split = result(client, f"/api/answers/{answer['key']}/tokens", {"row": 0})
+    details = client.get(f"/api/answers/{answer['key']}/details").json()
+    assert effect in details["effects"]
+    assert split in details["splits"]
     failed = finished(client, f"/api/answers/{answer['key']}/tail-patch", {"row": 24})
     assert (failed["state"], failed["error"]) == ("failed", "row 24: expected a candidate of the index, 0 to 23")
 

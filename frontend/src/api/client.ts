@@ -1,5 +1,6 @@
 // The typed client: one function for each endpoint, and errors as one line for people.
 import type {
+  Details,
   Answer, ExportFormat, Groups, Insight, Job, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
 } from "./types";
 
@@ -109,6 +110,8 @@ export const api = {
   tokens: (name: string, row: number, over: "candidate" | "query") =>
     call<Job>("POST", `/api/answers/${key(name)}/tokens`, { row, over }),
   tailPatch: (name: string, row: number) => call<Job>("POST", `/api/answers/${key(name)}/tail-patch`, { row }),
+  details: (name: string, signal?: AbortSignal) =>
+    call<Details>("GET", `/api/answers/${key(name)}/details`, undefined, signal),
   insight: (name: string, signal?: AbortSignal) =>
     call<Insight>("GET", `/api/answers/${key(name)}/insight`, undefined, signal),
   groups(name: string, field: string, method: string, top: number, signal?: AbortSignal): Promise<Groups> {

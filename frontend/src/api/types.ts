@@ -197,6 +197,11 @@ export interface Effect {
 
 export type JobResult = Generation | Answer | TokenSplit | Effect;
 
+export interface Details {
+  splits: TokenSplit[];
+  effects: Effect[];
+}
+
 export interface Job {
   job: number;
   title: string;

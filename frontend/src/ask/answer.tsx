@@ -1,7 +1,8 @@
 // The answer: the completion's probability, λ, a column a method, and what all candidates look like.
-import { downloads } from "../api/client";
+import { api, downloads } from "../api/client";
 import type { Answer, IndexSummary } from "../api/types";
 import { count, percent, score } from "../format";
+import { useRequest } from "../hooks";
 import { EntityLegend, HighlightBar } from "../passages/selection";
 import { brief, plain } from "../passages/visible";
 import { change, type View } from "../state";
@@ -11,6 +12,8 @@ import { Candidate } from "./candidate";
 import { InsightPanel } from "./insight";
 
 export function AnswerView({ answer, index, view }: { answer: Answer; index: IndexSummary; view: View }) {
+  // What was split and measured before, here or by whom a link comes from.
+  const details = useRequest(answer.key, (signal) => api.details(answer.key, signal)).data;
   const columns = answer.rankings.length;
   const opponents = answer.rankings.some((ranking) => ranking.opponents.length > 0);
   const side = opponents ? view.side : "proponents";
@@ -49,7 +52,7 @@ export function AnswerView({ answer, index, view }: { answer: Answer; index: Ind
               {ranking[side].length === 0 && <p class="note">{side === "opponents" ? "This method has no opponents." : "No candidate was found."}</p>}
               {ranking[side].map((passage) => (
                 <Candidate
-                  key={`${side}/${passage.rank}`} passage={passage} most={most} answer={answer} index={index} view={view}
+                  key={`${side}/${passage.rank}`} passage={passage} most={most} answer={answer} index={index} view={view} details={details}
                   id={`a-${answer.rankings.indexOf(ranking)}-${side}-${passage.rank}`}
                 />
               ))}

@@ -1,7 +1,7 @@
 // A ranked candidate with what can be computed on it: the split over tokens, and the effect of training on it.
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { api } from "../api/client";
-import type { Answer, Effect, IndexSummary, Passage, TokenSplit } from "../api/types";
+import type { Answer, Details, Effect, IndexSummary, Passage, TokenSplit } from "../api/types";
 import { percent, points } from "../format";
 import { useJob } from "../hooks";
 import { PassageCard } from "../passages/passage";
@@ -13,7 +13,7 @@ import { SplitView } from "./split";
 
 type Over = "candidate" | "query";
 
-export function Candidate(props: { passage: Passage; id: string; most: number; answer: Answer; index: IndexSummary; view: View }) {
+export function Candidate(props: { passage: Passage; id: string; most: number; answer: Answer; index: IndexSummary; view: View; details: Details | null }) {
   const { passage, answer, index, view } = props;
   const [splits, keep] = useState<Partial<Record<Over, TokenSplit>>>({});
   const [over, turn] = useState<Over | null>(null);
@@ -21,6 +21,14 @@ export function Candidate(props: { passage: Passage; id: string; most: number; a
   const splitting = useJob();
   const measuring = useJob();
   const row = passage.row;
+  const known = props.details;
+  useEffect(() => {
+    if (!known || row === null) return;
+    const found = known.splits.filter((one) => one.row === row);
+    keep((before) => ({ ...Object.fromEntries(found.map((one) => [one.over, one])), ...before }));
+    measured((before) => before ?? known.effects.find((one) => one.row === row) ?? null);
+    if (view.row === row && found.some((one) => one.over === view.over)) turn(view.over);
+  }, [known]);
   const show = (side: Over) => {
     if (row === null) return;
     turn(side);

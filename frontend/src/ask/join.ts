@@ -7,6 +7,18 @@ export function between(before: string, after: string): string {
   return !before || !after || /\s$/.test(before) || /^\s/.test(after) ? "" : " ";
 }
 
+/** The token that the word of a token begins with: a prompt and a completion meet between words alone. */
+export function wordStart(generation: Generation, token: number): number {
+  const units = toUnits(generation.text);
+  const begins = (at: number) => {
+    const start = units(generation.tokens[at]?.start ?? 0);
+    return start === 0 || /\s/.test(generation.text.slice(start - 1, start)) || /^\s/.test(generation.text.slice(start));
+  };
+  let first = token;
+  while (first > 0 && !begins(first)) first -= 1;
+  return first;
+}
+
 /** Prompt and completion, where tokens [first, last] of the generation are the completion. */
 export function partOf(generation: Generation, first: number, last: number): { prompt: string; completion: string } {
   const { prompt, text, tokens } = generation;

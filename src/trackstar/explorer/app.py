@@ -27,6 +27,7 @@ from trackstar.explorer.schemas import (
     Answer,
     AnswerRequest,
     CandidateRequest,
+    Details,
     GenerateRequest,
     Groups,
     Insight,
@@ -310,6 +311,12 @@ def _live(live: LiveIndex | None, jobs: Jobs) -> APIRouter:
         answered(key)
         opened = index()
         return submitted("Measuring", lambda: opened.measure(key, request.row))
+
+    @router.get("/api/answers/{key}/details")
+    def details(key: str) -> Details:
+        """What has been split and measured of an answer so far."""
+        answered(key)
+        return index().details(key)
 
     @router.get("/api/answers/{key}/insight")
     def insight(key: str) -> Insight:

@@ -30,6 +30,7 @@ from trackstar.explorer.result_files import mixing_summary
 from trackstar.explorer.schemas import (
     Answer,
     AnswerRequest,
+    Details,
     Effect,
     GeneratedToken,
     GenerateRequest,
@@ -56,11 +57,13 @@ _MOST_ANSWERS = 32
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Held:
-    """An answer with all candidates' scores by method."""
+    """An answer with all candidates' scores by method, and what has been found out about some of them."""
 
     answer: Answer
     attribution: Attribution
     scores: Mapping[str, Float[np.ndarray, "candidates"]]
+    splits: dict[tuple[int, bool], TokenSplit] = dataclasses.field(default_factory=dict)
+    effects: dict[int, Effect] = dataclasses.field(default_factory=dict)
 
 
 class LiveIndex:
@@ -197,9 +200,11 @@ class LiveIndex:
             OptionError: There is no such answer or row.
         """
         held = self._expected(key)
+        if (row, over_query) in held.splits:
+            return held.splits[row, over_query]
         split = self._attributor.over_query if over_query else self._attributor.over_candidate
         found = split(held.attribution, row)
-        return TokenSplit(
+        held.splits[row, over_query] = TokenSplit(
             row=row,
             over="query" if over_query else "candidate",
             text=sendable(found.text),
@@ -207,6 +212,7 @@ class LiveIndex:
             total=float(found.parts.double().sum()),
             shares=_shares(found),
         )
+        return held.splits[row, over_query]
 
     def measure(self, key: str, row: int) -> Effect:
         """Tail-patch of one candidate.
@@ -215,9 +221,22 @@ class LiveIndex:
             OptionError: There is no such answer or row.
             TrackstarError: No training step can be made.
         """
-        with Progress("One training step", unit="steps", shown=False):
-            before, after = self._attributor.measure(self._expected(key).attribution, row)
-        return Effect(row=row, before=before, after=after, step=self._attributor.training_step().description)
+        held = self._expected(key)
+        if row not in held.effects:
+            with Progress("One training step", unit="steps", shown=False):
+                before, after = self._attributor.measure(held.attribution, row)
+            step = self._attributor.training_step().description
+            held.effects[row] = Effect(row=row, before=before, after=after, step=step)
+        return held.effects[row]
+
+    def details(self, key: str) -> Details:
+        """All splits and effects of an answer so far.
+
+        Raises:
+            OptionError: There is no such answer.
+        """
+        held = self._expected(key)
+        return Details(splits=list(held.splits.values()), effects=list(held.effects.values()))
 
     def insight(self, key: str) -> Insight:
         """All candidates at a glance.

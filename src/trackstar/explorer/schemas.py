@@ -402,6 +402,13 @@ class Effect(BaseModel):
     step: str
 
 
+class Details(BaseModel):
+    """What has been found out about an answer's candidates so far, so that a link shows it again."""
+
+    splits: list[TokenSplit]
+    effects: list[Effect]
+
+
 class Job(BaseModel):
     """Work that goes on.
 
