@@ -23,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 from measurement import environment, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from release_file import write_release_file
+from release_file import write_release_file  # pyright: ignore[reportMissingImports]  # the tests' own, found above
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
