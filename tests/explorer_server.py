@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.result_files import read_result_file
+from trackstar.explorer.server import http_server
 
 HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}
 
@@ -27,7 +27,7 @@ def explorer(results: Sequence[Path] = (), live: LiveIndex | None = None) -> Ite
     jobs = Jobs()
     files = [read_result_file(path) for path in results]
     app = make_app(files, live, hosts=frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}), jobs=jobs)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none", http="h11"))
+    server = http_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

@@ -1,6 +1,7 @@
 // The frame: what is open, and which view of it.
+import { Component, type ComponentChildren } from "preact";
 import { useEffect } from "preact/hooks";
-import { api } from "./api/client";
+import { ApiError, api } from "./api/client";
 import { Ask } from "./ask/ask";
 import { Header } from "./header";
 import { useRequest } from "./hooks";
@@ -9,6 +10,25 @@ import { Results } from "./results/results";
 import { useView } from "./state";
 import { Empty, Problem, Waiting } from "./ui/parts";
 import { TipLayer } from "./ui/tip";
+
+/** A defect in a view says so, and leaves the frame standing. */
+class Boundary extends Component<{ name: string; children: ComponentChildren }, { error: string | null; name: string }> {
+  override state = { error: null as string | null, name: this.props.name };
+  override componentDidCatch(error: unknown) {
+    this.setState({ error: String(error), name: this.props.name });
+  }
+  render() {
+    if (this.state.error === null || this.state.name !== this.props.name) return this.props.children;
+    return (
+      <main class="alone" id="main">
+        <Problem
+          error={new ApiError(500, `A defect of the page, please report it: ${this.state.error}`)}
+          retry={() => this.setState({ error: null })}
+        />
+      </main>
+    );
+  }
+}
 
 export function App() {
   const view = useView();
@@ -32,7 +52,8 @@ export function App() {
           <Waiting what="Opening" />
         </main>
       )}
-      {data &&
+      <Boundary name={tab}>
+        {data &&
         (tab === "ask" && data.index ? (
           <Ask session={data} index={data.index} />
         ) : data.runs.length > 0 ? (
@@ -42,6 +63,7 @@ export function App() {
             <Empty title="Nothing is open">Start trackstar explore with a result file or an index.</Empty>
           </main>
         ))}
+      </Boundary>
       <SelectionOffer />
       <TipLayer />
     </>

@@ -60,7 +60,7 @@ def generate_tokens(model: LanguageModel, prompt: str, *, max_new_tokens: int = 
     token_ids = prompt_tokens(prompt, model.tokenizer)
     if not token_ids or len(token_ids) + max_new_tokens > model.context_tokens:
         raise OptionError(
-            f"--prompt: has {len(token_ids)} tokens, expected at least 1 and room for {max_new_tokens} more in the "
+            f"prompt: found {len(token_ids)} tokens, expected at least 1 and room for {max_new_tokens} more in the "
             f"model's {model.context_tokens}"
         )
     said: list[int] = []

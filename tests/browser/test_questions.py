@@ -44,6 +44,27 @@ def test_a_question_is_answered_by_every_method_side_by_side(page: Page, live_ad
     expect(first(page)).to_contain_text("−0.")
 
 
+def test_what_was_typed_last_is_what_is_asked(page: Page, live_address: str):
+    opened(page, live_address)
+    page.get_by_label("Prompt").fill("The capital of Italy is")
+    page.get_by_label("Completion").press_sequentially("Rome")
+    page.get_by_label("Completion").press("Control+Enter")
+    expect(answer(page)).to_contain_text("P(Rome) =")
+    page.get_by_label("Completion").press_sequentially(" or Lima")
+    page.get_by_label("Completion").press("Control+Enter")
+    expect(answer(page)).to_contain_text("P(Rome or Lima) =")
+    page.get_by_label("Prompt").fill("Trains to")
+    expect(answer(page)).to_contain_text("This answers an earlier question")
+
+
+def test_nothing_but_white_space_is_not_asked(page: Page, live_address: str):
+    opened(page, live_address)
+    page.get_by_label("Prompt").fill("x")
+    page.get_by_label("Completion").fill("   ")
+    expect(page).to_have_url(re.compile("completion="))
+    expect(page.get_by_role("button", name="Attribute")).to_be_disabled()
+
+
 def test_methods_can_be_left_out(page: Page, live_address: str):
     opened(page, live_address)
     page.get_by_role("group", name="Methods").get_by_label("BM25").uncheck()

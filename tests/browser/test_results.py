@@ -168,6 +168,12 @@ def test_links_that_make_no_sense_show_the_first_query(page: Page, release_addre
     expect(chosen(page).get_by_role("heading", level=1)).to_be_visible()
 
 
+def test_a_page_that_there_is_not_becomes_the_last(page: Page, release_address: str):
+    opened(page, release_address, "#page=9999")
+    expect(page.get_by_label("Page number")).to_have_value("109")
+    expect(chosen(page).get_by_role("heading", level=1)).to_be_visible()
+
+
 def test_what_matches_is_exported(page: Page, release_address: str):
     opened(page, release_address, "#q=capital&model=yes&right=no")
     matching = int(re.findall(r"^(\d+) of", found(page).inner_text())[0])

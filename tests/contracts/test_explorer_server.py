@@ -1,5 +1,6 @@
 """The explorer's server: what it gives, what it refuses, and that hostile texts come out of it as text."""
 
+import contextlib
 import csv
 import html.parser
 import io
@@ -21,10 +22,11 @@ from trackstar.attribution import Attributor
 from trackstar.errors import CorpusError
 from trackstar.examples import open_corpus
 from trackstar.explorer import live as live_module
+from trackstar.explorer import security, server
 from trackstar.explorer.jobs import MOST_WAITING, Jobs, TooManyJobsError
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.result_files import read_result_file
-from trackstar.explorer.security import CONTENT_SECURITY_POLICY, LARGEST_BODY
+from trackstar.explorer.security import CONTENT_SECURITY_POLICY, LARGEST_BODY, MOST_AT_ONCE
 from trackstar.model import load_model
 from trackstar.pipeline import answer_queries, build_index
 from trackstar.progress import Progress
@@ -280,14 +282,24 @@ def test_what_cannot_be_attributed_fails_with_its_line(client: httpx.Client):
     assert job["error"].startswith("query query: the completion is empty")
 
 
-def test_a_changed_corpus_is_refused(index: Index, corpus: Path, tmp_path: Path):
+def test_of_a_changed_corpus_no_fields_are_shown_and_the_answer_says_so(index: Index, corpus: Path, tmp_path: Path):
     changed = tmp_path / "corpus.jsonl"
     changed.write_text(corpus.read_text().replace("France", "Gaul"))
     with explorer([], opened(index, changed)) as address, httpx.Client(base_url=address, headers=HEADERS) as client:
-        job = finished(client, "/api/answers", asked())
-    assert job["state"] == "failed"
-    assert "has changed since" in job["error"]
-    assert "--data" in job["error"]
+        answer = result(client, "/api/answers", asked())
+        session = client.get("/api/session").json()
+    assert len(answer["notes"]) == 1
+    assert "has changed since" in answer["notes"][0]
+    assert "--data" in answer["notes"][0]
+    assert answer["rankings"][0]["proponents"][0]["metadata"] == {}
+    assert session["index"]["metadata"] == []
+
+
+def test_a_prompt_that_does_not_fit_the_window_is_told(client: httpx.Client):
+    answer = result(client, "/api/answers", asked(prompt="word " * 400 + "The capital of France is"))
+    assert len(answer["notes"]) == 1
+    assert "what stands before was not read" in answer["notes"][0]
+    assert result(client, "/api/answers", asked())["notes"] == []
 
 
 def test_without_an_index_live_questions_are_refused(results: list[Path]):
@@ -393,6 +405,7 @@ def test_what_changes_something_needs_the_header_and_json(address: str):
     with httpx.Client(base_url=address) as plain:
         assert plain.post("/api/generate", json={"prompt": "x"}).status_code == 403
         assert plain.delete("/api/jobs/1").status_code == 403
+        assert plain.delete("/api/jobs/99999", headers={"X-Trackstar": "1"}).status_code == 404
         form = plain.post(
             "/api/generate", content="prompt=x", headers={"X-Trackstar": "1", "Content-Type": "text/plain"}
         )
@@ -409,6 +422,78 @@ def test_large_bodies_are_refused_also_where_their_length_is_not_told(client: ht
 
     assert client.post("/api/generate", content=parts()).status_code == 413
     assert client.get("/api/session").status_code == 200
+
+
+def test_a_body_that_does_not_come_ends_after_a_while_and_makes_room(
+    address: str, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(security, "SLOWEST_SECONDS", 0.5)
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /api/answers HTTP/1.1\r\nHost: {host}:{port}\r\nX-Trackstar: 1\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(MOST_AT_ONCE)
+        ]
+        for connection in connections:
+            connection.sendall(head.encode())
+        assert all(connection.recv(64).startswith(b"HTTP/1.1 503") for connection in connections)
+    assert client.get("/api/session").status_code == 200
+
+
+def test_who_sends_nothing_is_hung_up_on(results: list[Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "SILENT_SECONDS", 0.3)
+    with explorer(results[:1]) as address:
+        host, port = address.removeprefix("http://").split(":")
+        for said in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection((host, int(port)), timeout=20) as connection:
+                connection.sendall(said)
+                assert connection.recv(64) == b""
+        with httpx.Client(base_url=address) as client:
+            assert client.get("/api/session").status_code == 200
+            time.sleep(0.5)
+            assert client.get("/api/session").status_code == 200
+
+
+def test_a_download_may_take_its_readers_time(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(security, "SLOWEST_SECONDS", 0.3)
+    with client.stream("GET", "/api/runs/0/export", params={"format": "csv"}) as response:
+        time.sleep(0.8)
+        assert len(list(csv.DictReader(io.StringIO(response.read().decode())))) == 60 * 13
+
+
+def test_halves_of_surrogate_pairs_are_shown_as_replaced_in_every_field(tmp_path: Path):
+    half = "a \ud800 b"
+    record = json.loads(write_hostile_file(tmp_path / "h.jsonl").read_text())
+    fields = "example_id query_set inputs_plaintext targets_plaintext relation entity0 entity1 c4_frequency_bucket"
+    record |= dict.fromkeys([*fields.split(), "groundtruth"], half)
+    record |= {"proponents": [half], "proponent_ids": [half], "proponent_scores": [0.5], "entity0_alias": [half]}
+    path = tmp_path / "half.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    mixing = {"value": 0.5, "rule": half, "queries": 1, "rank": 0}
+    (tmp_path / "half.report.json").write_text(json.dumps({"mixing": mixing, "damping": 0.1, "damping_rule": half}))
+    with explorer([path]) as address, httpx.Client(base_url=address, headers=HEADERS) as client:
+        for place in (
+            "/api/session", "/api/runs/0/queries", "/api/runs/0/queries/0", "/api/runs/0/queries/0/raw",
+            "/api/runs/0/export?format=csv", "/api/runs/0/export?format=jsonl", "/api/runs/0/export?format=html",
+        ):  # fmt: skip
+            response = client.get(place)
+            assert response.status_code == 200, place
+            assert response.text
+        page = client.get("/api/runs/0/queries").json()
+        wanted = {"relation": page["relations"][0]["value"]}
+        assert client.get("/api/runs/0/queries", params=wanted).json()["matching"] == 1
+
+
+def test_names_of_entities_that_attack_the_search_for_them_are_looked_for_in_no_time(tmp_path: Path):
+    record = json.loads(write_hostile_file(tmp_path / "h.jsonl").read_text())
+    names = [" ".join(["a"] * 4000) + f" b{number}" for number in range(100)]
+    record |= {"entity0": names[0], "entity0_alias": names[1:], "proponents": ["a " * 50_000] * 10}
+    record |= {"proponent_ids": ["x"] * 10, "proponent_scores": [0.1] * 10}
+    path = tmp_path / "names.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with explorer([path]) as address, httpx.Client(base_url=address, headers=HEADERS, timeout=20) as client:
+        assert client.get("/api/runs/0/queries/0").status_code == 200
 
 
 def test_paths_lead_nowhere_but_to_the_front_end(address: str):
@@ -479,6 +564,9 @@ def changed(tmp_path: Path, **fields: Any) -> Path:
         ({"proponents": [1] * 10}, "proponents are not all strings"),
         ({"proponent_scores": [float("nan")] * 10}, "found score NaN, expected a finite number"),
         ({"proponent_scores": ["x"] * 10}, 'found score "x", expected a finite number'),
+        ({"proponent_scores": [10**400] * 10}, "found score 1000"),
+        ({"proponent_scores": [1e308] * 10}, "found score 1e+308, expected a finite number up to 1e+30"),
+        ({"proponent_scores": [[[[]]]] * 10}, "found score an array"),
         ({"opponents": ["a"]}, "1 opponents, 3 opponent_ids and 3 opponent_scores"),
         ({"proponent_ais_scores": [0.5]}, "proponent_ais_scores are not one a proponent"),
         ({"inputs_plaintext": "absent"}, "no text in inputs_plaintext or prompt0 or prompt"),
@@ -497,4 +585,8 @@ def test_a_report_beside_that_is_none_is_named(tmp_path: Path):
     path = write_release_file(tmp_path / "r.jsonl", queries=1)
     (tmp_path / "r.report.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"r\.report\.json: not the report of these results"):
+        read_result_file(path)
+    mixing = {"value": float("nan"), "rule": "r", "queries": 1, "rank": 0}
+    (tmp_path / "r.report.json").write_text(json.dumps({"mixing": mixing, "damping": 0.1, "damping_rule": "r"}))
+    with pytest.raises(CorpusError, match="a number of it is not finite"):
         read_result_file(path)

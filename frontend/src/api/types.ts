@@ -169,6 +169,7 @@ export interface Answer {
   top: number;
   rankings: Ranking[];
   mixing: MixingSummary;
+  notes: string[];
 }
 
 export interface Share {

@@ -11,9 +11,22 @@ import { Plain } from "../ui/text";
 import { Candidate } from "./candidate";
 import { InsightPanel } from "./insight";
 
+const LONGEST_HEADING = 400;
+
+/** A long prompt's end, which the completion goes on from. */
+function ending(prompt: string): string {
+  return prompt.length > LONGEST_HEADING ? `…${prompt.slice(-LONGEST_HEADING)}` : prompt;
+}
+
+/** A completion with the spaces at its beginning shown, where they are not the one that the spacing rule puts there. */
+function spaced(completion: string): string {
+  return completion.replace(/^ {2,}/, (spaces) => "␣".repeat(spaces.length)).replace(/^ /, "");
+}
+
 export function AnswerView({ answer, index, view }: { answer: Answer; index: IndexSummary; view: View }) {
   // What was split and measured before, here or by whom a link comes from.
   const details = useRequest(answer.key, (signal) => api.details(answer.key, signal)).data;
+  const earlier = view.prompt !== answer.prompt || view.asked !== answer.completion;
   const columns = answer.rankings.length;
   const opponents = answer.rankings.some((ranking) => ranking.opponents.length > 0);
   const side = opponents ? view.side : "proponents";
@@ -22,15 +35,17 @@ export function AnswerView({ answer, index, view }: { answer: Answer; index: Ind
     <section class="answer" aria-label="Answer">
       <div class="query-head">
         <h1 class="question" dir="auto">
-          <Plain text={answer.prompt} /> <span class="completion"><Plain text={answer.completion.trimStart()} /></span>
+          <Plain text={ending(answer.prompt)} /> <span class="completion"><Plain text={spaced(answer.completion)} /></span>
         </h1>
         <div class="tools"><ExportMenu what="answer" address={(format) => downloads.answer(answer.key, format)} /></div>
       </div>
       <p class="answer-facts">
-        <span><b>P({brief(answer.completion, 40)}) = {percent(answer.probability)}</b> loss {score(answer.loss)} nats</span>
+        <span><b>P({brief(spaced(answer.completion), 40)}) = {percent(answer.probability)}</b> loss {score(answer.loss)} nats</span>
         <span><b>λ = {answer.mixing.value.toPrecision(3)}</b> {plain(answer.mixing.rule)}</span>
         <span>top {count(answer.top)} of {count(index.candidates)}</span>
       </p>
+      {earlier && <p class="note" role="status">This answers an earlier question; press Attribute for the one above.</p>}
+      {answer.notes.map((note) => <p class="note" key={note}><Plain text={note} /></p>)}
       <div class="row tools-row">
         {opponents && (
           <Segmented

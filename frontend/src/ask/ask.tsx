@@ -5,7 +5,7 @@ import type { Answer, Generation, IndexSummary, Session } from "../api/types";
 import { count } from "../format";
 import { asError, useJob, useRequest } from "../hooks";
 import { plain } from "../passages/visible";
-import { change, useView } from "../state";
+import { change, currentView, useView } from "../state";
 import { Empty, Problem, Waiting } from "../ui/parts";
 import { AnswerView } from "./answer";
 import { Form } from "./form";
@@ -40,10 +40,16 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
   }, [answer]);
 
   const generate = () =>
-    generating.start(() => api.generate(view.prompt, 16), (result) => result.kind === "generation" && setGeneration(result));
+    generating.start(() => {
+      setGeneration(null);
+      return api.generate(currentView().prompt, 16);
+    }, (result) => result.kind === "generation" && setGeneration(result));
   const attribute = () =>
     attributing.start(
-      () => api.attribute({ prompt: view.prompt, completion: view.asked, methods: chosen, top: view.top }),
+      () => {
+        const { prompt, asked, top } = currentView();
+        return api.attribute({ prompt, completion: asked, methods: chosen, top });
+      },
       (result) => {
         if (result.kind !== "answer") return;
         setFresh(result);

@@ -4,7 +4,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import type { IndexSummary } from "../api/types";
 import { useDebounced } from "../hooks";
 import { plain } from "../passages/visible";
-import { LONGEST_PROMPT, MOST_TOP, change, type View } from "../state";
+import { LONGEST_PROMPT, MOST_TOP, change, currentView, type View } from "../state";
 
 export function Form(props: {
   view: View; index: IndexSummary; methods: string[]; busy: boolean; generate: () => void; attribute: () => void; children: ComponentChildren;
@@ -13,7 +13,8 @@ export function Form(props: {
   return (
     <form class="ask-form" aria-label="Question" onSubmit={(event) => {
       event.preventDefault();
-      if (!props.busy && view.asked) props.attribute();
+      // The fields' latest words are in the view already, but not in what was drawn last.
+      if (!props.busy && currentView().asked.trim()) props.attribute();
     }}>
       <Area label="Prompt" value={view.prompt} placeholder="The Eiffel Tower is in" set={(prompt) => change({ prompt }, false)} />
       <Area label="Completion" value={view.asked} placeholder="Paris" set={(asked) => change({ asked }, false)} />
@@ -48,7 +49,7 @@ export function Form(props: {
           />
         </label>
         <span class="grow" />
-        <button type="submit" class="primary" disabled={props.busy || !view.asked}>Attribute</button>
+        <button type="submit" class="primary" disabled={props.busy || !view.asked.trim()}>Attribute</button>
       </div>
       {props.children}
     </form>

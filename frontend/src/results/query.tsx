@@ -20,6 +20,8 @@ interface Props {
   places: (number | null)[];
   first: Loaded<QueryRecord>;
   second: Loaded<QueryRecord>;
+  /** Whether an index is open, too. */
+  index: boolean;
 }
 
 export function QueryView(props: Props) {
@@ -33,9 +35,18 @@ export function QueryView(props: Props) {
     <section class={first.stale && first.loading ? "query stale" : "query"} aria-label="Chosen query">
       <div class="query-head">
         <h1 class="question" dir="auto">
-          <Plain text={record.prompt} /> <span class="completion"><Plain text={record.completion} /></span>
+          <Plain text={record.prompt || "(no prompt)"} />{" "}
+          <span class="completion"><Plain text={record.completion || "(no completion)"} /></span>
         </h1>
         <div class="tools">
+          {props.index && (
+            <button
+              type="button" class="small" title="Ask the index about this query"
+              onClick={() => change({ tab: "ask", prompt: record.prompt, asked: record.completion, key: null })}
+            >
+              Ask this
+            </button>
+          )}
           <button type="button" class="small" onClick={() => showRaw(true)}>
             Raw record
           </button>

@@ -74,6 +74,12 @@ export function Results({ session }: { session: Session }) {
     };
   }, [place, page.data, first.loading]);
 
+  // A link may name a page that there is not, as when it is opened with a shorter file.
+  useEffect(() => {
+    const last = page.data ? Math.max(0, Math.ceil(page.data.matching / PAGE_SIZE) - 1) : null;
+    if (!page.stale && last !== null && view.page > last) change({ page: last, at: [] }, false);
+  }, [page.data, page.stale]);
+
   const summary = runs[run];
   if (!summary) return <Empty title="No result file is open">Start trackstar explore with a result file.</Empty>;
   const nothing = page.data && page.data.matching === 0 && view.at.length === 0;
@@ -96,7 +102,7 @@ export function Results({ session }: { session: Session }) {
         ) : place === null && !page.data ? (
           !page.error && <Waiting what="Loading" />
         ) : (
-          <QueryView view={view} runs={runs} run={run} other={other} places={places} first={first} second={second} />
+          <QueryView view={view} runs={runs} run={run} other={other} places={places} first={first} second={second} index={session.index !== null} />
         )}
       </main>
     </div>

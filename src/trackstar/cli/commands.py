@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from trackstar.cli.framework import ERROR, Group, RareOption, run
+from trackstar.cli.framework import ERROR, INTERRUPTED, Group, RareOption, run
 from trackstar.errors import OptionError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def query(
 @_rare("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
 @_rare("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
 @_rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
-def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int | None, **options: Any) -> None:
+def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int | None, **options: Any) -> int:
     """See results and an index in the browser: PATH is an index or a file of results."""
     _prepare(threads)
     for package in ("fastapi", "uvicorn", "bm25s", "ahocorasick_rs"):
@@ -176,7 +176,12 @@ def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int
             raise OptionError(f"{package} is not installed; explore needs it: pip install 'trackstar-tda[explore]'")
     from trackstar.explorer.server import IndexOptions, serve
 
-    serve(paths, IndexOptions(**options), port=port, browser=not no_browser, say=_note)
+    try:
+        serve(paths, IndexOptions(**options), port=port, browser=not no_browser, say=_note)
+    except KeyboardInterrupt:
+        _note("explorer: ended")
+        return INTERRUPTED
+    return 0
 
 
 @trackstar.command()

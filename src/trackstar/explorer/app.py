@@ -77,7 +77,10 @@ def make_api(files: Sequence[ResultFile], live: LiveIndex | None, *, jobs: Jobs 
     app = FastAPI(
         title="trackstar explorer",
         version=version("trackstar-tda"),
-        description="Result files and live questions to an index. POST and DELETE need the header X-Trackstar: 1.",
+        description=(
+            "Result files and live questions to an index. POST and DELETE need the header X-Trackstar: 1, POST also "
+            "Content-Type: application/json."
+        ),
         openapi_url="/api/openapi.json",
         docs_url=None,
         redoc_url=None,
@@ -88,22 +91,28 @@ def make_api(files: Sequence[ResultFile], live: LiveIndex | None, *, jobs: Jobs 
     app.add_exception_handler(TrackstarError, _mistake)
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _wrong_request)
+    app.add_exception_handler(Exception, _defect)
     return app
 
 
 async def _mistake(_request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=400)
+    return JSONResponse({"detail": one_line(error, 500)}, status_code=400)
 
 
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
-    return JSONResponse({"detail": str(error.detail)}, status_code=error.status_code)
+    return JSONResponse({"detail": one_line(error.detail, 300)}, status_code=error.status_code)
 
 
 async def _wrong_request(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    found = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:5]]
+    found = [f"{'.'.join(map(str, one['loc'][1:])) or one['loc'][0]}: {one['msg']}" for one in error.errors()[:5]]
     return JSONResponse({"detail": one_line("; ".join(found), 500)}, status_code=422)
+
+
+async def _defect(_request: Request, error: Exception) -> JSONResponse:
+    detail = f"a defect of trackstar, please report it: {one_line(f'{type(error).__name__}: {error}')}"
+    return JSONResponse({"detail": detail}, status_code=500)
 
 
 def _session(files: Sequence[ResultFile], live: LiveIndex | None) -> APIRouter:
@@ -361,10 +370,23 @@ def _written(shown: Sequence[Shown] | Iterator[Shown], format: ExportFormat, nam
     return _download(to_csv(shown) if format == "csv" else to_jsonl(shown), format, name)
 
 
+def _joined(parts: Iterator[str]) -> Iterator[bytes]:
+    """The parts in pieces of some 64 KiB: each piece costs a change of threads."""
+    held, size = [], 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= 1 << 16:
+            yield "".join(held).encode("utf-8", "replace")
+            held, size = [], 0
+    if held:
+        yield "".join(held).encode("utf-8", "replace")
+
+
 def _download(parts: Iterator[str], format: ExportFormat, name: str) -> StreamingResponse:
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.split(".")[0])[:80]
     return StreamingResponse(
-        (part.encode("utf-8", "replace") for part in parts),
+        _joined(parts),
         media_type=MEDIA_TYPES[format],
         headers={"content-disposition": f'attachment; filename="{stem or "trackstar"}.{format}"'},
     )

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from jaxtyping import Float
 
-from trackstar.explorer.passages import sendable
 from trackstar.explorer.result_files import Line, ResultFile
 from trackstar.explorer.schemas import Estimate, Facet, Metric, QueryPage, QueryRow, Sort
 
@@ -216,10 +215,10 @@ def _sorted(lines: Sequence[Line], places: list[int], wanted: QueryFilter) -> li
 def _row(files: Sequence[ResultFile], line: Line) -> QueryRow:
     return QueryRow(
         places=[file.place_of.get(line.example_id) for file in files],
-        example_id=sendable(line.example_id),
-        prompt=sendable(line.prompt[:_LONGEST_ROW]),
-        completion=sendable(line.completion[:_LONGEST_ROW]),
-        relation=None if line.relation is None else sendable(line.relation),
+        example_id=line.example_id,
+        prompt=line.prompt[:_LONGEST_ROW],
+        completion=line.completion[:_LONGEST_ROW],
+        relation=line.relation,
         bucket=line.bucket,
         frequency=line.frequency,
         model_correct=line.model_correct,
@@ -230,4 +229,4 @@ def _row(files: Sequence[ResultFile], line: Line) -> QueryRow:
 
 def _facets(values: Iterable[str | None]) -> list[Facet]:
     counts = Counter(value for value in values if value is not None)
-    return [Facet(value=sendable(value), queries=count) for value, count in counts.most_common(_MOST_FACETS)]
+    return [Facet(value=value, queries=count) for value, count in counts.most_common(_MOST_FACETS)]

@@ -21,12 +21,12 @@ from trackstar.attribution import Attribution, Attributor, TokenInfluence
 from trackstar.baselines.bm25 import BM25Retriever
 from trackstar.baselines.embeddings import EmbeddingRetriever, Encoder
 from trackstar.baselines.interface import Pool
-from trackstar.errors import OptionError, TrackstarError
-from trackstar.examples import Corpus, Query
+from trackstar.errors import CorpusError, OptionError, TrackstarError
+from trackstar.examples import Corpus, Query, query_text
 from trackstar.explorer.insight import groups, insight, scatter_rows
 from trackstar.explorer.metadata import Metadata
-from trackstar.explorer.passages import make_passage, sendable
-from trackstar.explorer.result_files import mixing_summary
+from trackstar.explorer.passages import make_passage
+from trackstar.explorer.result_files import mixing_summary, sendable
 from trackstar.explorer.schemas import (
     Answer,
     AnswerRequest,
@@ -92,6 +92,7 @@ class LiveIndex:
         self._answers: OrderedDict[str, _Held] = OrderedDict()
         self._lock = threading.Lock()
         self._task_queries = task_queries
+        self._notes: list[str] = []
         try:
             self._step, self._no_step = attributor.training_step().description, None
         except TrackstarError as error:
@@ -181,6 +182,7 @@ class LiveIndex:
                 damping=correction.damping,
                 damping_rule=correction.damping_rule,
             ),
+            notes=[sendable(note) for note in (*self._notes, *_cut(query, attribution))],
         )
         with self._lock:
             self._answers[key] = _Held(answer=answer, attribution=attribution, scores=scores)
@@ -343,7 +345,12 @@ class LiveIndex:
 
     def _read_metadata(self) -> None:
         if self._metadata is None and self._metadata_wanted and self._corpus is not None:
-            self._metadata = Metadata.read(self._index, self._corpus)
+            try:
+                self._metadata = Metadata.read(self._index, self._corpus)
+            except CorpusError as error:
+                # Without its fields an answer is still an answer.
+                self._metadata_wanted = False
+                self._notes.append(f"no fields of the corpus's records are shown: {error}")
 
     def _held(self, key: str) -> _Held | None:
         with self._lock:
@@ -357,6 +364,14 @@ class LiveIndex:
         if held is None:
             raise OptionError("the answer is not held any more; attribute again")
         return held
+
+
+def _cut(query: Query, attribution: Attribution) -> list[str]:
+    """A note where the model's window held but the end of prompt and completion."""
+    whole, read = len(query_text(query)), len(attribution.example.text)
+    if read == whole:
+        return []
+    return [f"the model's window holds the last {read:,} of {whole:,} characters: what stands before was not read"]
 
 
 def _shares(found: TokenInfluence) -> list[Share]:

@@ -1,6 +1,5 @@
 """Ranked texts as the browser shows them: cut to a length, entities marked, categorised; from files or an index."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,19 +7,15 @@ from trackstar.evaluation.categories import proponent_category
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.facts import Entity, Fact
 from trackstar.evaluation.matching import name_spans
-from trackstar.explorer.result_files import Line, ResultFile, gold_marks
+from trackstar.explorer.result_files import Line, ResultFile, gold_marks, sendable
 from trackstar.explorer.schemas import SHOWN_CHARACTERS, Mark, Passage, QueryRecord, Side, Text
 
 LONGEST_PART = 100_000
 LONGEST_RAW = 200_000
 _MOST_MARKS = 200
-_MOST_ALIASES = 100
-_SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-def sendable(text: str) -> str:
-    """The text with halves of surrogate pairs, which UTF-8 has no bytes for, replaced one for one."""
-    return _SURROGATES.sub("\ufffd", text)
+# Marking costs names × their words × the text: beyond these a name is looked for by its beginning, or not at all.
+_MOST_NAMES = 40
+_LONGEST_NAME = 120
 
 
 def text_part(text: str, start: int, most: int = LONGEST_PART) -> Text:
@@ -34,8 +29,8 @@ def entities(fields: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     for number in (0, 1):
         name, aliases = fields.get(f"entity{number}"), fields.get(f"entity{number}_alias")
         found = [name, *(aliases if isinstance(aliases, list) else [])]
-        texts = [sendable(one) for one in found if isinstance(one, str) and one.strip()]
-        names.append(list(dict.fromkeys(texts))[:_MOST_ALIASES])
+        texts = [sendable(one[:_LONGEST_NAME]) for one in found if isinstance(one, str) and one.strip()]
+        names.append(list(dict.fromkeys(texts))[:_MOST_NAMES])
     return names[0], names[1]
 
 
@@ -47,11 +42,11 @@ def query_record(file: ResultFile, run: int, place: int) -> QueryRecord:
     return QueryRecord(
         run=run,
         place=place,
-        example_id=sendable(line.example_id),
-        query_set=sendable(line.query_set),
-        prompt=sendable(line.prompt),
-        completion=sendable(line.completion),
-        relation=None if line.relation is None else sendable(line.relation),
+        example_id=line.example_id,
+        query_set=line.query_set,
+        prompt=line.prompt,
+        completion=line.completion,
+        relation=line.relation,
         bucket=line.bucket,
         frequency=line.frequency,
         model_correct=line.model_correct,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from trackstar.progress import Progress
 
 _LONGEST_ROW = 300
 _SPECTRUM_POINTS = 200
+_LARGEST_SCORE = 1e30
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,13 +125,18 @@ def read_result_file(path: str | Path) -> ResultFile:
     if not lines:
         raise CorpusError(f"{path}: holds no result; expected at least one line that is not blank")
     return ResultFile(
-        name=Path(place.name).name,
+        name=sendable(Path(place.name).name),
         lines=tuple(lines),
         raw=tuple(raw),
         has=frozenset(has),
         mixing=_mixing_beside(Path(path)),
         place_of=place_of,
     )
+
+
+def sendable(text: str) -> str:
+    """The text with halves of surrogate pairs, which UTF-8 has no bytes for, replaced one for one."""
+    return _SURROGATES.sub("\ufffd", text)
 
 
 def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...] | None:
@@ -157,13 +165,13 @@ def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
     frequency = fields.get("c4_frequency")
     right = fields.get("is_8b_correct")
     return Line(
-        example_id=name,
+        example_id=sendable(name),
         query_set=_optional(fields, "query_set") or "",
-        prompt=prompt,
-        completion=completion,
+        prompt=sendable(prompt),
+        completion=sendable(completion),
         relation=relation,
         bucket=_optional(fields, "c4_frequency_bucket"),
-        frequency=frequency if isinstance(frequency, int) and not isinstance(frequency, bool) else None,
+        frequency=frequency if isinstance(frequency, int) and 0 <= frequency < 2**53 else None,
         model_correct=None if right is None else bool(right),
         scores=tuple(scores),
         correct=gold_marks(fields, ids),
@@ -194,9 +202,15 @@ def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str
 
 
 def _score(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CorpusError(f"{where}: found score {one_line(json.dumps(value))}, expected a finite number")
-    return float(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= _LARGEST_SCORE:  # pyright: ignore[reportArgumentType]  # NaN is not, either
+        raise CorpusError(f"{where}: found score {_told(value)}, expected a finite number up to {_LARGEST_SCORE:g}")
+    return float(value)  # pyright: ignore[reportArgumentType]
+
+
+def _told(value: object) -> str:
+    """A value of a file on one short line, however deep or long it is."""
+    return one_line(json.dumps(value), 40) if isinstance(value, (int, float, str)) else json_kind(value)
 
 
 def _text(fields: Mapping[str, Any], names: Sequence[str], where: str) -> str:
@@ -209,7 +223,9 @@ def _text(fields: Mapping[str, Any], names: Sequence[str], where: str) -> str:
 
 def _optional(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
-    return None if value is None or isinstance(value, (list, dict)) else str(value)[:_LONGEST_ROW]
+    if value is None or isinstance(value, (list, dict)):
+        return None
+    return sendable(one_line(value, _LONGEST_ROW) if isinstance(value, int) else str(value)[:_LONGEST_ROW])
 
 
 def _present(fields: Mapping[str, Any], line: Line) -> set[str]:
@@ -235,7 +251,7 @@ def _mixing_beside(path: Path) -> MixingSummary | None:
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
         return mixing_summary(found["mixing"], damping=found["damping"], damping_rule=found["damping_rule"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CorpusError(
             f"{report}: not the report of these results ({one_line(error)}); remove it or write it again"
         ) from None
@@ -251,9 +267,12 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
     """
     spectra = {name: mixing.get(f"{name}_spectrum") or [] for name in ("evaluation", "train")}
     ranks = {name: _thinned(len(values)) for name, values in spectra.items()}
+    numbers = [mixing["value"], damping, *spectra["evaluation"], *spectra["train"]]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("a number of it is not finite")
     return MixingSummary(
         value=mixing["value"],
-        rule=str(mixing["rule"]),
+        rule=sendable(str(mixing["rule"])),
         queries=mixing["queries"],
         rank=mixing["rank"],
         evaluation_value=mixing.get("evaluation_value") or 0.0,
@@ -263,7 +282,7 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
         train_spectrum=[spectra["train"][rank - 1] for rank in ranks["train"]],
         train_ranks=ranks["train"],
         damping=damping,
-        damping_rule=str(damping_rule),
+        damping_rule=sendable(str(damping_rule)),
     )
 
 

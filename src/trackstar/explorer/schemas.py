@@ -350,6 +350,7 @@ class Answer(BaseModel):
         top: How many candidates each ranking was asked to give.
         rankings: One a method, in the order asked for.
         mixing: How R was made.
+        notes: What a reader should know: a prompt that was cut to the model's window, fields that cannot be shown.
     """
 
     kind: Literal["answer"] = "answer"
@@ -361,6 +362,7 @@ class Answer(BaseModel):
     top: int
     rankings: list[Ranking]
     mixing: MixingSummary
+    notes: list[str]
 
 
 class Share(BaseModel):

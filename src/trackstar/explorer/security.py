@@ -8,6 +8,7 @@ load but the front end's own files.
 """
 
 import asyncio
+import contextlib
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +23,7 @@ HEADER = "x-trackstar"
 _TOO_LARGE = f"the request is larger than {LARGEST_BODY:,} bytes"
 # What is refused is read to its end where that is near: who is still sending would not see the answer otherwise.
 _DRAINED = 4 * 1024 * 1024
+_DRAINED_SECONDS = 1.0
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -65,20 +67,20 @@ class Guard:
         if refusal is not None:
             await _answer(refusal, scope, receive, guarded)
             return
-        began = False
-
-        async def watched(message: Message) -> None:
-            nonlocal began
-            began = began or message["type"] == "http.response.start"
-            await guarded(message)
-
         self._running += 1
         try:
-            async with asyncio.timeout(SLOWEST_SECONDS):
+            async with asyncio.timeout(SLOWEST_SECONDS) as limit:
+
+                async def watched(message: Message) -> None:
+                    # An answer that has begun may take its reader's time: a long download is no fault.
+                    if message["type"] == "http.response.start":
+                        limit.reschedule(None)
+                    await guarded(message)
+
                 await self._app(scope, _bounded(receive), watched)
         except TimeoutError:
-            if not began:
-                await _answer((503, f"took longer than {SLOWEST_SECONDS:.0f} s"), scope, receive, guarded)
+            late = (503, f"the request took longer than {SLOWEST_SECONDS:.0f} s")
+            await _answer(late, scope, receive, guarded)
         finally:
             self._running -= 1
 
@@ -102,19 +104,21 @@ class Guard:
         if scope["method"] not in ("GET", "HEAD"):
             if headers.get(HEADER) != "1":
                 return 403, "the header X-Trackstar: 1 is missing"
-            if not headers.get("content-type", "").startswith("application/json"):
+            if scope["method"] == "POST" and not headers.get("content-type", "").startswith("application/json"):
                 return 415, "expected Content-Type: application/json"
         return None
 
 
 async def _answer(refusal: tuple[int, str], scope: Scope, receive: Receive, send: Send) -> None:
     status, detail = refusal
-    drained = 0
-    while drained < _DRAINED and scope["method"] not in ("GET", "HEAD"):
-        message = await receive()
-        drained += len(message.get("body", b""))
-        if not message.get("more_body"):
-            break
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAINED_SECONDS):
+            drained = 0
+            while drained < _DRAINED and scope["method"] not in ("GET", "HEAD"):
+                message = await receive()
+                drained += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    break
     await JSONResponse({"detail": detail}, status_code=status)(scope, receive, send)
 
 

@@ -1,5 +1,6 @@
 """Open what a person names, and serve it on loopback until they stop it."""
 
+import asyncio
 import dataclasses
 import os
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trackstar.attribution import Attributor
 from trackstar.baselines.embeddings import load_encoder
@@ -18,11 +20,13 @@ from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.metadata import corpus_of_index
 from trackstar.explorer.result_files import read_result_file
-from trackstar.explorer.security import MOST_AT_ONCE
+from trackstar.explorer.security import Guard
 from trackstar.provenance import model_of_index
 from trackstar.store import Index
 
 MOST_RUNS = 8
+MOST_CONNECTIONS = 512
+SILENT_SECONDS = 10.0
 LOOPBACK = "127.0.0.1"
 
 
@@ -51,6 +55,19 @@ class IndexOptions:
     batch_tokens: int = 2048
 
 
+class ImpatientProtocol(H11Protocol):
+    """HTTP that hangs up on whoever opens a connection and sends no whole request within `SILENT_SECONDS`."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Start waiting for the first request's headers."""
+        super().connection_made(transport)
+        asyncio.get_running_loop().call_later(SILENT_SECONDS, self._hang_up_if_silent)
+
+    def _hang_up_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
 def serve(
     paths: Sequence[str],
     options: IndexOptions,
@@ -71,6 +88,7 @@ def serve(
     Raises:
         TrackstarError: Something cannot be opened; see `trackstar.errors`.
     """
+    check_options(options)
     indexes = [path for path in paths if Path(path).is_dir()]
     results = [path for path in paths if path not in indexes]
     if len(indexes) > 1 or len(results) > MOST_RUNS:
@@ -78,6 +96,8 @@ def serve(
             f"found {len(indexes)} indexes and {len(results)} result files; expected at most one index and "
             f"{MOST_RUNS} result files"
         )
+    if not indexes and options != IndexOptions(device=options.device, batch_tokens=options.batch_tokens):
+        raise OptionError("--task, --embedding-model, --model, --data, --mixing and --damping are an index's; name one")
     listening = _listen(port)
     try:
         files = [read_result_file(path) for path in results]
@@ -86,20 +106,40 @@ def serve(
         hosts = frozenset(f"{name}:{port}" for name in (LOOPBACK, "localhost"))
         jobs = Jobs()
         app = make_app(files, live, hosts=hosts, jobs=jobs)
-        config = uvicorn.Config(
-            app, log_level="error", limit_concurrency=4 * MOST_AT_ONCE, timeout_keep_alive=15, server_header=False,
-            lifespan="off", h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2, http="h11", ws="none",
-        )  # fmt: skip
         address = f"http://{host}:{port}/"
         say(f"explorer: {address} (Ctrl-C ends it)")
         if browser:
             webbrowser.open(address)
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            http_server(app).run(sockets=[listening])
         finally:
             jobs.close()
     finally:
         listening.close()
+
+
+def http_server(app: Guard) -> uvicorn.Server:
+    """A server of the application that bounds its connections' number and patience; `run` takes its sockets."""
+    config = uvicorn.Config(
+        app, log_level="critical", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=15, server_header=False,
+        lifespan="off", h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2, ws="none",
+        http=ImpatientProtocol,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def check_options(options: IndexOptions) -> None:
+    """Refuse at once what the first question would be refused for.
+
+    Raises:
+        OptionError: A number is out of its range.
+    """
+    if options.mixing is not None and not 0 <= options.mixing <= 1:
+        raise OptionError(f"--mixing {options.mixing}: expected a number from 0 (only R_train) to 1 (only R_eval)")
+    if options.damping is not None and not options.damping >= 0:
+        raise OptionError(f"--damping {options.damping}: expected 0 or more, as a fraction of the mean eigenvalue")
+    if options.batch_tokens < 1:
+        raise OptionError(f"--batch-tokens {options.batch_tokens}: expected 1 or more")
 
 
 def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) -> LiveIndex:
