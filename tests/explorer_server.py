@@ -10,11 +10,16 @@ from typing import Any
 
 import httpx
 
+from capitals import QUERIES
+from trackstar.attribution import Attributor
+from trackstar.examples import open_corpus
 from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.server import http_server
+from trackstar.model import load_model
+from trackstar.store import Index
 
 HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}
 
@@ -62,3 +67,18 @@ def waited(client: httpx.Client, number: int) -> dict[str, Any]:
         assert time.monotonic() < deadline, job
         time.sleep(0.01)
     return job
+
+
+def opened(index: Index, corpus: Path | None) -> LiveIndex:
+    """An index ready to be asked, with the corpus whose fields are shown."""
+    model = load_model(index.manifest.model.source, layer_blocks=2)
+    attributor = Attributor(index, model, damping=0.1)
+    return LiveIndex(
+        attributor, encoder=None, corpus=open_corpus(str(corpus), id_field="id") if corpus else None, task_queries=0
+    )
+
+
+def asked(query: int = 0, **changes: Any) -> dict[str, Any]:
+    """The body of a question about a capital."""
+    one = QUERIES[query]
+    return {"prompt": one.prompt, "completion": one.completion, "methods": ["TrackStar", "BM25"], "top": 5} | changes
