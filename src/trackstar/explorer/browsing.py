@@ -65,6 +65,31 @@ def matching_places(file: ResultFile, wanted: QueryFilter) -> list[int]:
 
 def query_page(files: Sequence[ResultFile], run: int, wanted: QueryFilter, *, offset: int, limit: int) -> QueryPage:
     """A page of the sidebar, the facets, and each run's metrics over the queries that match in the one browsed."""
+    found = _found(tuple(files), run, wanted)
+    lines = files[run].lines
+    return QueryPage(
+        total=len(lines),
+        matching=len(found.places),
+        offset=offset,
+        items=[_row(files, lines[place]) for place in found.places[offset : offset + limit]],
+        metrics=found.metrics,
+        relations=found.relations,
+        buckets=found.buckets,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What all pages of one filter share."""
+
+    places: list[int]
+    metrics: list[list[Metric]]
+    relations: list[Facet]
+    buckets: list[Facet]
+
+
+@functools.lru_cache(maxsize=16)
+def _found(files: tuple[ResultFile, ...], run: int, wanted: QueryFilter) -> _Found:
     file = files[run]
     lines = file.lines
     base = _matching(lines, wanted)
@@ -72,17 +97,13 @@ def query_page(files: Sequence[ResultFile], run: int, wanted: QueryFilter, *, of
     in_bucket = [p for p in base if not wanted.buckets or lines[p].bucket in wanted.buckets]
     chosen = set(in_bucket)
     places = _sorted(lines, [p for p in in_relation if p in chosen], wanted)
-    shown = places[offset : offset + limit]
     names = [lines[place].example_id for place in places]
     metrics = []
     for other in files:
-        found = places if other is file else [other.place_of[name] for name in names if name in other.place_of]
-        metrics.append(run_metrics(other, found))
-    return QueryPage(
-        total=len(lines),
-        matching=len(places),
-        offset=offset,
-        items=[_row(files, lines[place]) for place in shown],
+        same = places if other is file else [other.place_of[name] for name in names if name in other.place_of]
+        metrics.append(run_metrics(other, same))
+    return _Found(
+        places=places,
         metrics=metrics,
         relations=_facets(lines[place].relation for place in in_bucket),
         buckets=_facets(lines[place].bucket for place in in_relation),
