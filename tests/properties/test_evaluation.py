@@ -23,6 +23,7 @@ from trackstar.evaluation.facts import to_queries
 from trackstar.evaluation.open_set import open_set_metrics
 from trackstar.evaluation.proponents import first_phrase
 from trackstar.evaluation.rankings import Ranking
+from trackstar.evaluation.release_results import result_file_name
 from trackstar.evaluation.run import (
     EvaluationReport,
     chosen_facts,
@@ -35,6 +36,7 @@ from trackstar.evaluation.variants import Variants
 from trackstar.evaluation.workspace import Workspace
 from trackstar.evaluation.written import write_report
 from trackstar.examples import tokenize_query
+from trackstar.explorer.result_files import read_result_file
 from trackstar.model import load_model
 from trackstar.store import Index
 from trackstar.tail_patch import Pair, mean_top_effect, tail_patch
@@ -211,6 +213,27 @@ def test_report_is_written_as_markdown_csv_json_and_figures(report: EvaluationRe
     assert found["methods"]["gold"]["template 0"]["reciprocal_rank"]["mean"] == 1
     assert found["tail_patch"]["queries"] == 4
     assert (tmp_path / "tables" / "table-1.csv").exists()
+
+
+def test_each_methods_proponents_are_written_as_results_that_the_explorer_opens(
+    report: EvaluationReport, tmp_path: Path
+):
+    write_report(report, tmp_path)
+    written = {path.name for path in (tmp_path / "results").iterdir()}
+    assert written == {result_file_name(method) for method in report.config.methods}
+    for method in report.config.methods:
+        file = read_result_file(tmp_path / "results" / result_file_name(method))
+        ranking = report.rankings[method, report.config.templates[0]]
+        assert [line.example_id for line in file.lines] == [fact.fact_id for fact in report.facts]
+        for place, line in enumerate(file.lines):
+            record = file.record(place)
+            assert record["proponent_ids"] == [report.pool.example_ids[row] for row in ranking.rows[place]]
+            assert record["proponents"] == [report.pool.texts[row] for row in ranking.rows[place]]
+            assert line.model_correct == report.correct[place]
+            assert line.correct is not None
+            assert any(line.correct) == bool(set(record["proponent_ids"]) & set(report.facts[place].gold))
+    gold = read_result_file(tmp_path / "results" / "gold.jsonl")
+    assert all(line.first_correct == 1 for line in gold.lines)
 
 
 def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from trackstar.attribution import has_own_training, training_step
+from trackstar.baselines.interface import Pool
 from trackstar.errors import OptionError
 from trackstar.evaluation.categories import Category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
@@ -61,7 +62,7 @@ class EvaluationReport:
         answers: What the model itself said to each, greedily.
         correct: Whether that is right.
         frequencies: In how many candidates each fact's entities stand together.
-        candidates: How many candidates were ranked.
+        pool: The candidates that were ranked.
         rankings: By method and template.
         variants: TrackStar's rankings by the side of its projections, and by checkpoint (Figure 2).
         effects: Tail-patch, or None where it was not asked for.
@@ -78,7 +79,7 @@ class EvaluationReport:
     answers: tuple[str, ...]
     correct: Bool[np.ndarray, "facts"]
     frequencies: Int64[np.ndarray, "facts"]
-    candidates: int
+    pool: Pool
     rankings: Mapping[tuple[str, int], Ranking]
     variants: Variants
     effects: EffectsOfMethods | None
@@ -86,6 +87,11 @@ class EvaluationReport:
     categories: Mapping[str, tuple[tuple[Category, ...], ...]]
     wrong_answers: Mapping[int, tuple[tuple[Category, ...], tuple[Category, ...]]]
     description: tuple[str, ...]
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates were ranked."""
+        return len(self.pool)
 
 
 def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, progress: bool = True) -> EvaluationReport:
@@ -136,7 +142,7 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         answers=tuple(answers),
         correct=correct,
         frequencies=fact_frequencies(facts, texts, progress=progress),
-        candidates=len(rankings.pool),
+        pool=rankings.pool,
         rankings=of_method,
         variants=others,
         effects=effects,

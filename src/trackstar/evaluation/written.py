@@ -10,6 +10,7 @@ import numpy as np
 
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.figures import draw_figures
+from trackstar.evaluation.release_results import result_file_name, result_lines
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.tables import tables
 from trackstar.results import replace_text
@@ -18,7 +19,7 @@ _PACKAGES = ("trackstar-tda", "torch", "transformers", "tokenizers", "numpy")
 
 
 def write_report(report: EvaluationReport, out: Path) -> Path:
-    """Write `report.md`, `report.json`, a CSV a table under `tables/`, and figures under `figures/`.
+    """Write `report.md`, `report.json`, a CSV a table under `tables/`, figures, and each method's `results/`.
 
     Returns:
         The path of `report.md`.
@@ -31,6 +32,10 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
         replace_text(out / "tables" / f"{table.name}.csv", table.to_csv())
     _remove_others(out / "tables", "*.csv", {f"{table.name}.csv" for table in made})
     replace_text(out / "report.json", json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
+    for method in report.config.methods:
+        lines = result_lines(report, method)
+        replace_text(out / "results" / result_file_name(method), "".join(f"{line}\n" for line in lines))
+    _remove_others(out / "results", "*.jsonl", {result_file_name(method) for method in report.config.methods})
     figures = draw_figures(report, out / "figures")
     _remove_others(out / "figures", "*.png", {figure.name for figure in figures})
     right = int(report.correct.sum())
