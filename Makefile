@@ -59,7 +59,7 @@ $(VENV)/.frontend-installed: frontend/package-lock.json $(VENV)/.test-installed
 # A browser is the system's own business: installed where this runs as root on Debian, asked for elsewhere.
 $(VENV)/.browser-installed: $(VENV)/.frontend-installed
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || test -n "$$CHROMIUM" || \
-	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } || \
 	  { echo "the browser tests need Chromium: apt-get install chromium, or set CHROMIUM to its path" >&2; exit 1; }
 	touch $@
 
