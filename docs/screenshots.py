@@ -36,7 +36,7 @@ def main() -> None:
             )
             for scheme in ("light", "dark"):
                 page = chromium.new_page(viewport={"width": 1440, "height": 900}, color_scheme=scheme)
-                page.goto(f"{address}#tab=results&q=capital")
+                page.goto(f"{address}#tab=results")
                 expect(page.get_by_role("article").first).to_be_visible()
                 page.screenshot(path=IMAGES / f"results-{scheme}.png")
                 ask(page, address)

@@ -126,6 +126,7 @@ def test_query_carries_the_fields_of_the_public_release(corpus: DemoCorpus):
             "relation": "continent",
             "entity1": "North America",
             "prompt0": "The United States is a country in",
+            "trex_sentences": list(corpus.gold["continent-US"]),
         },
     )
 

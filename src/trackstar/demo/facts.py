@@ -89,10 +89,11 @@ def demo_corpus(seed: int) -> DemoCorpus:
     texts = {f"{name}-{number}": text for name, written in stating.items() for number, text in enumerate(written)}
     texts |= _chosen_distractors(world, list(facts), seed)
     order = sorted(texts, key=lambda name: draw(seed, "order", name))
+    gold = {name: tuple(f"{name}-{number}" for number in range(len(written))) for name, written in stating.items()}
     return DemoCorpus(
         sentences=tuple(Example(example_id=name, text=texts[name], record=n) for n, name in enumerate(order)),
-        queries=tuple(_query(fact) for fact in facts),
-        gold={name: tuple(f"{name}-{number}" for number in range(len(written))) for name, written in stating.items()},
+        queries=tuple(_query(fact, gold[fact.fact_id]) for fact in facts),
+        gold=gold,
     )
 
 
@@ -148,7 +149,7 @@ def _statements(fact: Fact, count: int, seed: int, as_asked: bool) -> list[str]:
     return [filled(form, entity=fact.mention, answer=fact.answer) for form in forms[:count]]
 
 
-def _query(fact: Fact) -> Query:
+def _query(fact: Fact, gold: tuple[str, ...]) -> Query:
     before, _, _ = QUESTION_FORMS[fact.relation].partition("{answer}")
     prompt = filled(before.rstrip(), entity=fact.mention)
     record = {
@@ -157,6 +158,7 @@ def _query(fact: Fact) -> Query:
         "relation": fact.relation,
         "entity1": fact.answer,
         "prompt0": prompt,
+        "trex_sentences": list(gold),
     }
     return Query(query_id=fact.fact_id, prompt=prompt, completion=fact.answer, record=record)
 
