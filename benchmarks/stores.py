@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from measurement import environment, save
+from measurement import save
 from trackstar.correction import task_correction
 from trackstar.curvature import shrinkage_damping
 from trackstar.evaluation.facts import Fact, read_facts, to_queries
@@ -70,8 +70,7 @@ def main() -> None:
                 lines.append(line)
     save(
         options.name,
-        environment()
-        | {
+        {
             "candidates": index.rows,
             "queries": len(facts),
             "dimensions": index.dimensions,
@@ -88,7 +87,7 @@ def whitened(index: Index, candidates: Tensor, vectors: Tensor, factors: Tensor)
     u, q = (x.reshape(len(x), blocks, -1).transpose(0, 1).contiguous() for x in (candidates, vectors))
     u = torch.bmm(u, factors.mT)
     q = torch.linalg.solve_triangular(factors.mT, q.mT, upper=True).mT
-    return tuple(x.transpose(0, 1).flatten(1) for x in (u, q))  # pyright: ignore[reportReturnType]
+    return u.transpose(0, 1).flatten(1), q.transpose(0, 1).flatten(1)
 
 
 def gold_rows(index: Index, facts: Sequence[Fact]) -> list[list[int]]:

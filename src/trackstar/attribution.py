@@ -56,7 +56,9 @@ class Attribution:
 
         Of candidates with equal influence the one that comes first in the index ranks first.
         """
-        return tuple(self.influences.sort(descending=d, stable=True).indices[:k] for d in (True, False))  # pyright: ignore[reportReturnType]
+        best = self.influences.sort(descending=True, stable=True).indices[:k]
+        worst = self.influences.sort(stable=True).indices[:k]
+        return best, worst
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.correction import task_correction
@@ -240,8 +240,8 @@ def answer_queries(
         QueryResult(
             query=query,
             loss=float(losses[number]),
-            proponents=ranked_examples(index, top.proponents[number], top.proponent_scores[number]),
-            opponents=ranked_examples(index, top.opponents[number], top.opponent_scores[number]),
+            proponents=_ranked(index, top.proponents[number], top.proponent_scores[number]),
+            opponents=_ranked(index, top.opponents[number], top.opponent_scores[number]),
         )
         for number, query in enumerate(queries)
     )
@@ -293,8 +293,7 @@ def query_gradients(
     return phi, losses
 
 
-def ranked_examples(index: Index, rows: Int64[Tensor, "k"], scores: Float[Tensor, "k"]) -> tuple[Ranked, ...]:
-    """Candidates in the order in which they are given, with what the index keeps of them."""
+def _ranked(index: Index, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
     ranked = []
     for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
         example = index.example(row).example

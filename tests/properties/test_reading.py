@@ -145,6 +145,18 @@ def test_reading_from_record_k_equals_skipping_k(stored: object) -> None:
         assert list(corpus.examples(start)) == EXPECTED[start:]
 
 
+def test_metadata_does_not_depend_on_how_records_are_stored(stored: object) -> None:
+    corpus = open_corpus(stored, limit=5)
+    bare = isinstance(stored, tuple)  # of `Example`s, which have no further fields
+    assert corpus.metadata_fields == (() if bare else ("n",))
+    assert list(corpus.metadata()) == ([{}] * 5 if bare else [{"n": str(n)} for n in range(5)])
+
+
+def test_metadata_is_short_text_and_leaves_out_what_is_null() -> None:
+    record = {"id": "a", "text": "t", "source": "x" * 500, "tags": ["é", 1], "year": None}
+    assert list(open_corpus([record]).metadata()) == [{"source": "x" * 200, "tags": '["é", 1]'}]
+
+
 def test_limit_equals_the_first_records(stored: object) -> None:
     for limit in (1, 3, 100):
         corpus = open_corpus(stored, limit=limit)

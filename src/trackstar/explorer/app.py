@@ -141,7 +141,7 @@ def _wanted(
     search: Value = "",
     passages: bool = False,
     relation: Values = [],  # noqa: B006 - the framework copies defaults
-    bucket: Values = [],  # noqa: B006
+    bucket: Values = [],  # noqa: B006 - likewise
     model_correct: YesNo | None = None,
     proponent_correct: YesNo | None = None,
     score_min: Annotated[float | None, Query(allow_inf_nan=False)] = None,

@@ -176,7 +176,7 @@ class LiveIndex:
             loss=attribution.loss,
             probability=math.exp(-attribution.loss),
             top=request.top,
-            rankings=[self._ranking(method, attribution, scores[method], request.top) for method in request.methods],
+            rankings=[self._ranking(method, scores[method], request.top) for method in request.methods],
             mixing=mixing_summary(
                 dataclasses.asdict(correction.mixing),
                 damping=correction.damping,
@@ -292,9 +292,7 @@ class LiveIndex:
             raise OptionError(f"row {row}: expected a candidate of the index, 0 to {self._index.rows - 1}")
         return self._index.example(row).example.text
 
-    def _ranking(
-        self, method: str, attribution: Attribution, scores: Float[np.ndarray, "candidates"], top: int
-    ) -> Ranking:
+    def _ranking(self, method: str, scores: Float[np.ndarray, "candidates"], top: int) -> Ranking:
         values = torch.from_numpy(scores)
         best = values.sort(descending=True, stable=True).indices[:top].tolist()
         worst = values.sort(stable=True).indices[:top].tolist() if method == TRACKSTAR else []

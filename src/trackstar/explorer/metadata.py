@@ -35,7 +35,7 @@ class _Column:
 
 
 class Metadata:
-    """The fields of every record of a corpus beside text and name; made by `of_index`.
+    """The fields of every record of a corpus beside text and name; made by `read`.
 
     Args:
         columns: Each field's values: a number a record, and what the numbers stand for.

@@ -202,10 +202,10 @@ def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str
 
 
 def _score(value: object, where: str) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not abs(value) <= _LARGEST_SCORE:  # pyright: ignore[reportArgumentType]  # NaN is not, either
+    # NaN is not at most anything.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_SCORE:
         raise CorpusError(f"{where}: found score {_told(value)}, expected a finite number up to {_LARGEST_SCORE:g}")
-    return float(value)  # pyright: ignore[reportArgumentType]
+    return float(value)
 
 
 def _told(value: object) -> str:
