@@ -21,7 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from measurement import save
 from trackstar.errors import TrackstarError
 from trackstar.examples import TokenizedExample, open_corpus
-from trackstar.indexing import CorpusPosition, GradientProjector, RunningAutocorrelation, write_shard
+from trackstar.indexing import CorpusPosition, GradientProjector, RowMaker, RunningAutocorrelation, write_shard
 from trackstar.model import LanguageModel, wrap_model
 from trackstar.provenance import make_manifest
 from trackstar.second_moment import FactoredMoment, SecondMoment
@@ -140,7 +140,7 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
                 record += count
                 after = CorpusPosition(record=record, window=0, skipped=0)
                 moved = [_at(example, record - count + place) for place, example in enumerate(examples)]
-                r_train.add(write_shard(writer, moved, after, projector))
+                r_train.add(write_shard(writer, moved, after, RowMaker(projector, writer.manifest)))
 
             times = interleaved(indexing_pass, lambda: plain_pass(trained, plain_batches), rounds, device)
     ratios = [ours / plain for ours, plain in times]

@@ -37,15 +37,14 @@ def make_store(folder: Path, rows: int) -> Index:
         seed=0, side=64, codec="float16", shard_examples=SHARD_ROWS,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    codes, scales = encode(torch.randn(SHARD_ROWS, manifest.dimensions, generator=generator), "float16")
+    stored = encode(torch.randn(SHARD_ROWS, manifest.dimensions, generator=generator), "float16")
     with IndexWriter.open(folder, manifest) as writer:
         writer.write_tensors("second_moment", moment.tensors())
         for first in range(0, rows, SHARD_ROWS):
             examples = [_example(first + row) for row in range(min(SHARD_ROWS, rows - first))]
             writer.write_shard(
                 ShardContent(
-                    codes=codes[: len(examples)],
-                    scales=scales[: len(examples)],
+                    stored=stored[: len(examples)],
                     losses=torch.zeros(len(examples)),
                     examples=examples,
                     next_record=first + len(examples),
@@ -72,7 +71,7 @@ def _example(record: int) -> TokenizedExample:
 
 def read_everything(index: Index) -> None:
     for shard in index.shards:
-        shard.codes.view(torch.int64).sum()
+        shard.stored.codes.view(torch.int64).sum()
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -74,7 +74,7 @@ def opened(index: Index, corpus: Path | None) -> LiveIndex:
     model = load_model(index.manifest.model.source, layer_blocks=2)
     attributor = Attributor(index, model, damping=0.1)
     return LiveIndex(
-        attributor, encoder=None, corpus=open_corpus(str(corpus), id_field="id") if corpus else None, task_queries=0
+        attributor, encoder=None, corpora=[open_corpus(str(corpus), id_field="id")] if corpus else [], task_queries=0
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,15 +11,17 @@ from torch import Tensor
 from trackstar import store
 from trackstar.examples import TokenizedExample
 
-SIDE = 4
+SIDE = 8
 SHARD_EXAMPLES = 3
 EXAMPLES = 8
 SECOND_MOMENT = {"rows/a": torch.arange(5.0) + 1, "columns/a": torch.arange(3.0) + 2}
 AUTOCORRELATION = {"blocks": torch.arange(2.0 * 16 * 16).reshape(2, 16, 16)}
+WHITENING = {"whitening": torch.eye(SIDE**2).repeat(2, 1, 1)}
 
 
-def small_manifest(codec: Literal["float32", "bfloat16", "float16"] = "float32", *, seed: int = 7) -> store.Manifest:
-    """The manifest of an index with two layer blocks of 4×4 dimensions and three examples a shard."""
+def small_manifest(codec: store.CodecName = "float32", *, seed: int = 7) -> store.Manifest:
+    """The manifest of an index: two blocks of 8×8 dimensions and three examples a shard, whitened for few bits."""
+    quantized = store.quantized_bits(codec) is not None
     return store.Manifest(
         format_version=store.FORMAT_VERSION,
         trackstar_version="0.1.0",
@@ -33,7 +34,10 @@ def small_manifest(codec: Literal["float32", "bfloat16", "float16"] = "float32",
             dtype="float32",
         ),
         tokenizer=store.TokenizerEntry(digest="b" * 32),
-        corpus=store.CorpusEntry(source="corpus.jsonl", digest="c" * 32, text_field="text", id_field=None, limit=None),
+        corpora=(
+            store.CorpusEntry(source="corpus.jsonl", digest="c" * 32, text_field="text", id_field=None, limit=None),
+        ),
+        removed=None,
         windows=store.WindowsEntry(tokens=128, overlap=1),
         second_moment=store.SecondMomentEntry(
             kind="factored", source="estimated", digest=store.tensors_digest(SECOND_MOMENT), floor=1e-30
@@ -50,6 +54,10 @@ def small_manifest(codec: Literal["float32", "bfloat16", "float16"] = "float32",
         ),
         coverage=store.CoverageEntry(matrices=2, parameters=30, total_parameters=100, left_out=("embed_tokens",)),
         output="loss",
+        coordinates="whitened" if quantized else "projected",
+        whitening=store.WhiteningEntry(source="all", damping=0.5, digest=store.tensors_digest(WHITENING))
+        if quantized
+        else None,
         codec=codec,
         shard_examples=SHARD_EXAMPLES,
         completion=None,
@@ -78,14 +86,16 @@ def small_projected_gradients(rows: range) -> Tensor:
 
 
 def small_content(
-    first: int, stop: int, codec: str = "float32", *, example: Callable[[int], TokenizedExample] = small_example
+    first: int,
+    stop: int,
+    codec: store.CodecName = "float32",
+    *,
+    example: Callable[[int], TokenizedExample] = small_example,
 ) -> store.ShardContent:
     """The shard of the examples `first` to `stop`."""
     rows = range(first, stop)
-    codes, scales = store.encode(small_projected_gradients(rows), codec)
     return store.ShardContent(
-        codes=codes,
-        scales=scales,
+        stored=store.encode(small_projected_gradients(rows), codec, 2),
         losses=torch.tensor([1.5 * (row + 1) for row in rows]),
         examples=[example(row) for row in rows],
         next_record=2 * (stop // 2),
@@ -116,7 +126,10 @@ def write_small_index(
             after_step()
             writer.save_progress({"sum": torch.full((3,), float(stop))})
             after_step()
-        writer.write_tensors("autocorrelation", AUTOCORRELATION)
+        if manifest.whitening is None:
+            writer.write_tensors("autocorrelation", AUTOCORRELATION)
+        else:
+            writer.write_tensors("whitening", WHITENING)
         after_step()
         return writer.finish(records=2 * (examples // 2) + 2, skipped=examples // 2 + 1)
 

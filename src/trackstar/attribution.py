@@ -16,14 +16,16 @@ from torch import Tensor
 from trackstar.correction import TaskCorrection, task_correction
 from trackstar.errors import OptionError
 from trackstar.examples import Query, TokenizedExample, tokenize_query
+from trackstar.indexing import GradientProjector, projector_of
 from trackstar.markup import heat_map
 from trackstar.model import LanguageModel
 from trackstar.pipeline import query_gradients
 from trackstar.pretraining.checkpoints import STATE_FILE
 from trackstar.progress import Progress
 from trackstar.provenance import second_moment_of_index
+from trackstar.reranking import RERANKED, ExactScores, calibration, missed_chance
 from trackstar.retrieval import Scorer, scores, trackstar_scorer
-from trackstar.store import Index, decode
+from trackstar.store import Index, quantized_bits
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
 from trackstar.tokens import TextSpan, split_over_tokens, token_spans
 
@@ -41,7 +43,10 @@ class Attribution:
         loss: The sum of the completion's tokens' cross-entropies, in nats.
         scorer: How candidates are scored: one vector, and every candidate's multiplier.
         query_norm: ‖Wφ_q‖.
-        influences: Eq. 1's value of every candidate.
+        influences: Eq. 1's value of every candidate. Over an index of few bits that of the `reranked` candidates is
+            from recomputed gradients, that of the others what is to be expected of them, given their codes.
+        reranked: Rows of the candidates whose gradients were computed again.
+        missed: The estimated chance that one of the true first ten is not among them; see `reranking.py`.
     """
 
     query: Query
@@ -50,6 +55,8 @@ class Attribution:
     scorer: Scorer
     query_norm: float
     influences: Float[Tensor, "candidates"]
+    reranked: Int64[Tensor, "rows"]
+    missed: float | None
 
     def top(self, k: int) -> tuple[Int64[Tensor, "k"], Int64[Tensor, "k"]]:
         """Rows of the k most positive candidates, descending, and of the k most negative, ascending.
@@ -104,6 +111,8 @@ class Attributor:
         task: The queries that R_eval and λ are taken from; none is R_train alone.
         mixing: λ; None follows the paper's rule.
         damping: See `task_correction`.
+        reranked: How many of the best and of the worst candidates' gradients are computed again; None is the codec's
+            `RERANKED`.
         batch_tokens: Most tokens of a batch, padding included.
     """
 
@@ -115,8 +124,10 @@ class Attributor:
         task: Sequence[Query] = (),
         mixing: float | None = None,
         damping: float | None = None,
+        reranked: int | None = None,
         batch_tokens: int = 2048,
     ) -> None:
+        self._reranked = RERANKED[index.manifest.codec] if reranked is None else reranked
         self.index = index
         self.model = model
         self._task = list(task)
@@ -149,19 +160,46 @@ class Attributor:
         example = tokenize_query(query, self.model.tokenizer, window_tokens=self.model.context_tokens)
         correction = self.correction
         phi, losses = query_gradients(self.index, self.model, [query], batch_tokens=self._batch_tokens, progress=False)
-        scorer = trackstar_scorer(self.index, phi, correction.whitening, key=correction.key)
+        asked = correction.coordinates(phi)
+        scorer = trackstar_scorer(self.index, asked, correction.whitening, key=correction.key)
         influences = torch.empty(self.index.rows)
         with Progress("Scan", unit="examples", total=self.index.rows, shown=False) as bar:
             for first, part in scores(self.index, scorer):
                 influences[first : first + part.shape[1]] = part[0]
                 bar.advance(part.shape[1])
+        rows, missed = torch.empty(0, dtype=torch.int64), None
+        if self._reranked:
+            rows, influences, missed = self._again(scorer, influences)
         return Attribution(
             query=query,
             example=example,
             loss=float(losses[0]),
             scorer=scorer,
-            query_norm=float(torch.linalg.vector_norm(correction.whitening.apply(phi))),
+            query_norm=float(correction.whitening.norms(asked)),
             influences=influences,
+            reranked=rows,
+            missed=missed,
+        )
+
+    def _again(self, scorer: Scorer, coarse: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """The best and worst candidates' influences from new gradients, the others' as expected of their codes."""
+        order = coarse.sort(descending=True, stable=True).indices
+        best = order[: self._reranked]
+        rows = torch.cat([best, order[-self._reranked :]]).unique()
+        exact = ExactScores(self.index, self._projector, self.correction, scorer.vectors).of(rows.tolist())[0]
+        influences = calibration(coarse[rows], exact).expected(coarse)
+        influences[rows] = exact
+        missed = missed_chance(
+            coarse[order],
+            influences[best],
+            threshold=float(influences[best].topk(min(10, len(best))).values[-1]),
+            rows=self.index.rows,
+        )
+        return rows, influences, missed
+
+    def _projector(self) -> GradientProjector:
+        return projector_of(
+            self.index.manifest, self.model, second_moment_of_index(self.index), batch_tokens=self._batch_tokens
         )
 
     def over_candidate(self, attribution: Attribution, row: int) -> TokenInfluence:
@@ -171,7 +209,8 @@ class Attributor:
             OptionError: There is no such row.
         """
         example = self._example(row)
-        return self._split(attribution, row, example, attribution.scorer.vectors * attribution.scorer.multipliers[row])
+        norm = float(self.correction.whitening.norms(self._coordinates(row)))
+        return self._split(attribution, row, example, attribution.scorer.vectors * _inverse(norm))
 
     def over_query(self, attribution: Attribution, row: int) -> TokenInfluence:
         """A candidate's influence split over the tokens of the query's prompt and completion.
@@ -182,10 +221,18 @@ class Attributor:
             OptionError: There is no such row.
         """
         self._example(row)
-        codes, scales = self.index.some_codes([row])
-        phi = decode(codes, scales)
-        corrected = self.correction.whitening.apply_inverse(phi) * attribution.scorer.multipliers[row]
-        return self._split(attribution, row, attribution.example, corrected / attribution.query_norm)
+        coordinates = self._coordinates(row)
+        corrected = self.correction.whitening.apply_inverse(coordinates)
+        factor = _inverse(float(self.correction.whitening.norms(coordinates))) / attribution.query_norm
+        return self._split(attribution, row, attribution.example, corrected * factor)
+
+    def _coordinates(self, row: int) -> Float[Tensor, "1 dimensions"]:
+        """A candidate in the index's coordinates: as stored, or of few bits, from its gradient computed again."""
+        if quantized_bits(self.index.manifest.codec) is None:
+            return self.index.some_rows([row]).decode()
+        with self._projector() as projector:
+            ((_, phi, _),) = projector.batches([self._example(row)])
+        return self.correction.coordinates(phi.cpu())
 
     def _split(
         self, attribution: Attribution, row: int, example: TokenizedExample, vectors: Float[Tensor, "1 dimensions"]
@@ -196,7 +243,7 @@ class Attributor:
                 self.model,
                 second_moment_of_index(self.index),
                 [example],
-                vectors,
+                self.correction.gradient_vectors(vectors),
                 seed=manifest.projection.seed,
                 side=manifest.projection.side,
                 output=manifest.output,
@@ -243,6 +290,10 @@ class Attributor:
         if not 0 <= row < self.index.rows:
             raise OptionError(f"row {row}: expected a candidate of the index, 0 to {self.index.rows - 1}")
         return self.index.example(row).example
+
+
+def _inverse(norm: float) -> float:
+    return 1 / norm if norm > 0 else 0.0
 
 
 def has_own_training(model: LanguageModel) -> bool:

@@ -1,7 +1,13 @@
-"""R for a task: λ and damping chosen, R_eval and R_train mixed, and the whitening that follows (Eq. 2-3)."""
+"""R for a task: λ and damping chosen, R_eval and R_train mixed, and the whitening that follows (Eq. 2-3).
+
+An index in projected coordinates is whitened by R = λR_eval + (1-λ)R_train itself. One in whitened coordinates has been
+whitened by R_train when it was made; what is left for the task is of low rank (`task_whitening.py`).
+"""
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,7 +26,25 @@ from trackstar.curvature import (
     whitening,
 )
 from trackstar.errors import OptionError
-from trackstar.store import Index, decode
+from trackstar.store import Index, StoredRows
+from trackstar.task_whitening import TaskWhitening
+
+
+@runtime_checkable
+class StoredWhitening(Protocol):
+    """What is left to whiten rows with that are in an index's own coordinates."""
+
+    def apply_inverse(self, rows: Float[Tensor, "rows dimensions"], /) -> Float[Tensor, "rows dimensions"]:
+        """R⁻¹ in these coordinates: a query in this form meets candidates as stored."""
+        ...
+
+    def norms(self, rows: Float[Tensor, "rows dimensions"], /) -> Float[Tensor, "rows"]:
+        """The norm of Eq. 1 of each row."""
+        ...
+
+    def stored_norms(self, stored: StoredRows, /) -> Float[Tensor, "rows"]:
+        """The same of rows as their codes have them."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,17 +53,27 @@ class TaskCorrection:
 
     Attributes:
         mixing: λ, its rule and spectra.
-        damping: Fraction of each block's mean eigenvalue that was added.
+        damping: Fraction of each block's mean eigenvalue that was added to R_train.
         damping_rule: In words, where the damping comes from.
-        whitening: W with WᵀW = R⁻¹.
+        whitening: By R, of rows in the index's coordinates.
+        train: W_train, which leads to the index's coordinates where they are whitened.
         key: Names this R among all that the index may be asked with.
     """
 
     mixing: Mixing
     damping: float
     damping_rule: str
-    whitening: Whitening
+    whitening: StoredWhitening
+    train: Whitening | None
     key: str
+
+    def coordinates(self, phi: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
+        """φ in the index's coordinates."""
+        return phi if self.train is None else self.train.apply(phi)
+
+    def gradient_vectors(self, vectors: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
+        """What φ must meet for the inner products that vectors have with rows in the index's coordinates."""
+        return vectors if self.train is None else self.train.apply_transposed(vectors)
 
 
 def task_correction(
@@ -55,32 +89,90 @@ def task_correction(
         index: Whose R_train it is.
         task: φ of the queries that R_eval is the mean of.
         mixing: λ; None follows the paper's rule, or is 0 where there are fewer than `MIN_TASK_QUERIES`.
-        damping: Fraction of a block's mean eigenvalue added to R; None is chosen by `shrinkage_damping`.
+        damping: Fraction of a block's mean eigenvalue added to R_train; None is chosen by `shrinkage_damping`, or is
+            what a whitened index was made with.
 
     Raises:
-        OptionError: λ or the damping is out of range.
+        OptionError: λ or the damping is out of range, or not that of a whitened index.
         CurvatureError: R cannot be inverted.
     """
     blocks = len(index.manifest.layer_blocks)
-    r_train = index.tensors("autocorrelation")["autocorrelation"]
-    chosen = _mixing(index, task, mixing)
-    rule = "given"
-    if damping is None:
-        damping = shrinkage_damping(r_train, index.rows)
-        rule = f"shrinkage of R_train as a mean over {index.rows:,} examples"
-    parts = [index.manifest.to_json().encode(), f"{chosen.value!r} {damping!r}".encode()]
-    r = r_train
-    if chosen.value > 0:
-        parts.append(task.contiguous().numpy().tobytes())
-        r = mixed(autocorrelation(task, blocks), r_train, chosen.value)
-    names = [block.name for block in index.manifest.layer_blocks]
+    chosen = choose_mixing(task, lambda: train_spectrum(index), blocks=blocks, given=mixing)
+    entry = index.manifest.whitening
+    if entry is None:
+        r_train = index.tensors("autocorrelation")["autocorrelation"]
+        names = [block.name for block in index.manifest.layer_blocks]
+        return mixed_correction(
+            r_train, index.rows, task, chosen, damping=damping, names=names, made_of=index.manifest.to_json()
+        )
+    if damping is not None and damping != entry.damping:
+        raise OptionError(
+            f"--damping {damping}: {index.path} is whitened by R_train with damping {entry.damping:g}; leave the "
+            "option out, or convert the projected index again with another (trackstar convert --damping)"
+        )
+    train = train_whitening(index)
+    u = train.apply(task) if len(task) and chosen.value > 0 else task
     return TaskCorrection(
         mixing=chosen,
+        damping=entry.damping,
+        damping_rule=f"whitened at indexing by R_train, {entry.source}",
+        whitening=TaskWhitening.of(u, blocks=blocks, mixing=chosen.value),
+        train=train,
+        key=_key(index.manifest.to_json(), task, chosen.value, entry.damping),
+    )
+
+
+def train_whitening(index: Index) -> Whitening:
+    """W_train of an index in whitened coordinates."""
+    return Whitening(factors=index.tensors("whitening")["whitening"], triangular=False)
+
+
+def mixed_correction(
+    r_train: Float[Tensor, "blocks dim dim"],
+    examples: int,
+    task: Float[Tensor, "queries dimensions"],
+    mixing: Mixing,
+    *,
+    damping: float | None,
+    names: Sequence[str],
+    made_of: str,
+) -> TaskCorrection:
+    """The correction of φ itself: R mixed, damped and inverted as a whole.
+
+    Args:
+        r_train: R_train.
+        examples: How many examples it is the mean of.
+        task: φ of the task's queries.
+        mixing: λ.
+        damping: Fraction of a block's mean eigenvalue added to R; None is chosen by `shrinkage_damping`.
+        names: The layer blocks' names.
+        made_of: What names R_train among all others.
+
+    Raises:
+        CurvatureError: R cannot be inverted.
+    """
+    rule = "given"
+    if damping is None:
+        damping = shrinkage_damping(r_train, examples)
+        rule = f"shrinkage of R_train as a mean over {examples:,} examples"
+    r = r_train
+    if mixing.value > 0:
+        r = mixed(autocorrelation(task, len(r_train)), r_train, mixing.value)
+    return TaskCorrection(
+        mixing=mixing,
         damping=damping,
         damping_rule=rule,
         whitening=whitening(r, damping=damping, names=names),
-        key=hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest(),
+        train=None,
+        key=_key(made_of, task, mixing.value, damping),
     )
+
+
+def _key(made_of: str, task: Tensor, mixing: float, damping: float) -> str:
+    parts = [made_of.encode(), f"{mixing!r} {damping!r}".encode()]
+    if mixing > 0:
+        parts.append(task.contiguous().numpy().tobytes())
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
 
 
 def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
@@ -89,8 +181,11 @@ def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
     if kept is not None:
         return kept["values"]
     blocks = len(index.manifest.layer_blocks)
-    if index.rows < index.dimensions // blocks:
-        phi = torch.cat([decode(chunk.codes, chunk.scales) for chunk in index.iterate(1024)])
+    entry = index.manifest.whitening
+    if entry is not None:
+        values = spectrum_of_autocorrelation(train_whitening(index).autocorrelation(entry.damping))
+    elif index.rows < index.dimensions // blocks:
+        phi = torch.cat([chunk.stored.decode() for chunk in index.iterate(1024)])
         values = spectrum_of_examples(phi, blocks)
     else:
         values = spectrum_of_autocorrelation(index.tensors("autocorrelation")["autocorrelation"])
@@ -98,7 +193,24 @@ def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
     return values
 
 
-def _mixing(index: Index, task: Tensor, given: float | None) -> Mixing:
+def choose_mixing(
+    task: Float[Tensor, "queries dimensions"],
+    spectrum: Callable[[], Float[Tensor, "eigenvalues"]],
+    *,
+    blocks: int,
+    given: float | None,
+) -> Mixing:
+    """λ as given, or by the paper's rule where the task has queries enough.
+
+    Args:
+        task: φ of the task's queries.
+        spectrum: Gives R_train's singular values, all blocks pooled; called where the rule needs them.
+        blocks: Number of layer blocks.
+        given: λ; None follows the rule.
+
+    Raises:
+        OptionError: λ is out of range.
+    """
     if given is not None:
         if not 0 <= given <= 1:
             raise OptionError(f"--mixing {given}: expected a number from 0 (only R_train) to 1 (only R_eval)")
@@ -106,5 +218,5 @@ def _mixing(index: Index, task: Tensor, given: float | None) -> Mixing:
     if len(task) < MIN_TASK_QUERIES:
         rule = f"only R_train: a task needs {MIN_TASK_QUERIES} queries or more (--task), found {len(task)}"
         return Mixing(value=0.0, rule=rule, queries=len(task))
-    evaluation = spectrum_of_examples(task, len(index.manifest.layer_blocks))
-    return mixing_by_spectra(evaluation, train_spectrum(index), dimensions=index.dimensions, queries=len(task))
+    evaluation = spectrum_of_examples(task, blocks)
+    return mixing_by_spectra(evaluation, spectrum(), dimensions=task.shape[1], queries=len(task))

@@ -10,13 +10,15 @@ an eigendecomposition.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from trackstar.errors import CurvatureError, OptionError
+from trackstar.store import StoredRows
 
 # The paper equates the 1000th singular values of 65,536 (§4.3); for fewer dimensions the rank is scaled.
 PAPER_RANK, PAPER_DIMENSIONS = 1000, 65_536
@@ -100,7 +102,9 @@ def mixed(
     return torch.lerp(train, evaluation, mixing)
 
 
-def spectrum_of_autocorrelation(autocorrelation: Float[Tensor, "blocks dim dim"]) -> Float[Tensor, "eigenvalues"]:
+def spectrum_of_autocorrelation(
+    autocorrelation: Iterable[Float[Tensor, "dim dim"]],
+) -> Float[Tensor, "eigenvalues"]:
     """All blocks' eigenvalues pooled, largest first, in float64."""
     values = torch.cat([torch.linalg.eigvalsh(block.double()) for block in autocorrelation])
     return values.clamp_min(0).sort(descending=True).values
@@ -223,13 +227,28 @@ def shrinkage_damping(autocorrelation: Float[Tensor, "blocks dim dim"], examples
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Whitening:
-    """W with WᵀW = (R + cI)⁻¹, block by block: lower-triangular inverse Cholesky factors.
+    """W with WᵀW = (R + cI)⁻¹, block by block: inverse Cholesky factors, or these with their rows turned.
 
     Attributes:
-        factors: W of each block, lower-triangular, in inverse units of φ.
+        factors: W of each block, in inverse units of φ.
+        triangular: Whether they are lower-triangular.
     """
 
     factors: Float[Tensor, "blocks dim dim"]
+    triangular: bool = True
+
+    def rotated(self, seed: int) -> "Whitening":
+        """QW with a random rotation Q: as good a whitening, whose coordinates are all alike.
+
+        Coded with few bits, coordinates that differ in how heavy their tails are lose more than ones that do not; and W
+        is a dense matrix in any case.
+        """
+        dim = self.factors.shape[1]
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        normal = torch.from_numpy(generator.standard_normal((dim, dim), dtype=np.float32)).to(self.factors)
+        rotation, triangle = torch.linalg.qr(normal)
+        rotation *= triangle.diagonal().sign()  # uniform over all rotations (Mezzadri 2007), and the same everywhere
+        return Whitening(factors=torch.matmul(rotation, self.factors), triangular=False)
 
     def apply(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
         """Wφ, whose inner products are φᵀR⁻¹φ'."""
@@ -241,8 +260,25 @@ class Whitening:
         """R⁻¹φ = WᵀWφ: a query in this form meets candidates as stored."""
         return self._each(self.apply(projected_gradients), self.factors)
 
+    def apply_transposed(self, whitened: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
+        """Wᵀu: what φ must meet for the inner product that u has with Wφ."""
+        return self._each(whitened, self.factors)
+
+    def autocorrelation(self, damping: float) -> Iterator[Float64[Tensor, "dim dim"]]:
+        """The R that W was made from with this damping, block by block: R + cI = (WᵀW)⁻¹."""
+        for factor in self.factors:
+            damped = torch.cholesky_inverse(torch.linalg.cholesky(factor.double().mT @ factor.double()))
+            damped.diagonal().sub_(damping / (1 + damping) * damped.diagonal().mean())
+            yield damped
+
+    def stored_norms(self, stored: StoredRows) -> Float[Tensor, "examples"]:
+        """‖Wφ‖ of stored rows, of what their codes say."""
+        return self.norms(stored.decode())
+
     def norms(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples"]:
         """‖Wφ‖ of each example; the zeros above W's diagonal are left out in tiles."""
+        if not self.triangular:
+            return torch.linalg.vector_norm(self.apply(projected_gradients), dim=1)
         count, (blocks, dim, _) = len(projected_gradients), self.factors.shape
         phi = projected_gradients.reshape(count, blocks, dim).transpose(0, 1)
         squares = torch.zeros(count, device=phi.device)

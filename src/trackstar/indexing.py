@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
-from trackstar.curvature import Autocorrelation
+from trackstar.curvature import Autocorrelation, Whitening
 from trackstar.errors import CorpusError, DamagedIndexError, GradientError
-from trackstar.examples import Corpus, TokenizedExample, tokenize_examples
+from trackstar.examples import Corpus, Example, TokenizedExample, tokenize_examples
 from trackstar.flattened_projection import FlattenedGradients
 from trackstar.gradients import Output, gradient_pass
 from trackstar.model import LanguageModel
@@ -28,14 +29,16 @@ from trackstar.second_moment import (
     estimate_second_moment,
 )
 from trackstar.store import (
+    CodecName,
+    Index,
     IndexTensors,
     IndexWriter,
+    Manifest,
     ProjectionKind,
     Shard,
     ShardContent,
+    StoredRows,
     WindowsEntry,
-    codec_dtype,
-    decode,
     encode,
     load_manifest,
 )
@@ -121,6 +124,27 @@ class GradientProjector:
             yield places, phi, losses
 
 
+def projector_of(
+    manifest: Manifest,
+    model: LanguageModel,
+    second_moment: SecondMoment,
+    *,
+    batch_tokens: int,
+    note: Callable[[str], None] = lambda note: None,
+) -> GradientProjector:
+    """Gives φ as an index with this manifest keeps it; V is the manifest's."""
+    return GradientProjector(
+        model,
+        second_moment,
+        seed=manifest.projection.seed,
+        side=manifest.projection.side,
+        batch_tokens=batch_tokens,
+        note=note,
+        output=manifest.output,
+        kind=manifest.projection.kind,
+    )
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusPosition:
     """Where reading stands: the record and window that come next, and how many records had nothing to score."""
@@ -130,8 +154,22 @@ class CorpusPosition:
     skipped: int
 
 
+@runtime_checkable
+class ExampleSource(Protocol):
+    """What an index is made of: examples in the order of their records."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        ...
+
+    def examples(self, start: int = 0) -> Iterator[Example]:
+        """The examples of record `start` and later."""
+        ...
+
+
 def tokenized_windows(
-    corpus: Corpus, model: LanguageModel, start: CorpusPosition, *, window_tokens: int, overlap: int
+    corpus: ExampleSource, model: LanguageModel, start: CorpusPosition, *, window_tokens: int, overlap: int
 ) -> Iterator[tuple[TokenizedExample | None, CorpusPosition]]:
     """Windows in the corpus's order from `start` on, each with the position after it; None for a record without any."""
     skipped = start.skipped
@@ -150,11 +188,81 @@ def tokenized_windows(
             yield window, CorpusPosition(record=after[0], window=after[1], skipped=skipped)
 
 
+class RowMaker:
+    """From tokenized examples to stored rows: φ, in whitened coordinates u = W_train φ, and encoded.
+
+    Args:
+        projector: Gives φ.
+        manifest: Whose codec encodes it.
+        train: W_train; None for projected coordinates.
+        known: An index in projected coordinates that has some of the examples' φ already.
+    """
+
+    def __init__(
+        self,
+        projector: GradientProjector,
+        manifest: Manifest,
+        train: Whitening | None = None,
+        known: Index | None = None,
+    ) -> None:
+        self._projector = projector
+        self._codec: CodecName = manifest.codec
+        self._blocks = len(manifest.layer_blocks)
+        self._train = train
+        self._known = known
+        self._rows_known: dict[tuple[int, int], int] = {}
+        for shard in known.shards if known is not None else ():
+            places = zip(shard.records.tolist(), shard.windows.tolist(), strict=True)
+            self._rows_known |= {place: shard.first_row + row for row, place in enumerate(places)}
+
+    def rows(
+        self, examples: Sequence[TokenizedExample], advance: Callable[[int], None] = lambda _examples: None
+    ) -> tuple[StoredRows, Float32[Tensor, "rows"]]:
+        """Rows of the examples, in their order, and their losses in nats.
+
+        Args:
+            examples: At least one.
+            advance: Told how many documents have been done.
+        """
+        # Whitening reads a W_train of the size of R_train: many rows at once.
+        at_once = len(examples) if self._train is None else _ROWS_AT_ONCE
+        parts = [self._part(examples[first : first + at_once], advance) for first in range(0, len(examples), at_once)]
+        return StoredRows.joined([part for part, _ in parts]), torch.cat([losses for _, losses in parts])
+
+    def _part(
+        self, examples: Sequence[TokenizedExample], advance: Callable[[int], None]
+    ) -> tuple[StoredRows, Float32[Tensor, "rows"]]:
+        losses = torch.empty(len(examples))
+        stored = StoredRows.empty(self._codec, len(examples), self._projector.dimensions, self._blocks)
+        phi = torch.empty(len(examples), self._projector.dimensions) if self._train is not None else None
+        places = [(example.record, example.window) for example in examples]
+        missing = [place for place, key in enumerate(places) if key not in self._rows_known]
+        if phi is not None and len(missing) < len(examples):
+            assert self._known is not None, "rows are known of an index"
+            there = [place for place, key in enumerate(places) if key in self._rows_known]
+            rows = [self._rows_known[places[place]] for place in there]
+            phi[there] = self._known.some_rows(rows).decode()
+            losses[there] = self._known.some_losses(rows)
+            advance(sum(examples[place].window == 0 for place in there))
+        for batch, batch_phi, batch_losses in self._projector.batches([examples[place] for place in missing]):
+            rows = torch.tensor([missing[place] for place in batch])
+            if phi is None:
+                stored[rows] = encode(batch_phi, self._codec, self._blocks).to("cpu")
+            else:
+                phi[rows] = batch_phi.cpu()
+            losses[rows] = batch_losses.cpu()
+            advance(sum(examples[missing[place]].window == 0 for place in batch))
+        if phi is not None and self._train is not None:
+            device = self._train.factors.device
+            stored = encode(self._train.apply(phi.to(device)), self._codec, self._blocks).to("cpu")
+        return stored, losses
+
+
 def write_shards(
     writer: IndexWriter,
-    corpus: Corpus,
+    corpus: ExampleSource,
     model: LanguageModel,
-    projector: GradientProjector,
+    maker: RowMaker,
     *,
     advance: Callable[[int], None],
 ) -> CorpusPosition:
@@ -164,7 +272,7 @@ def write_shards(
         writer: The open index.
         corpus: Where the examples come from.
         model: Whose tokenizer splits them.
-        projector: Gives φ.
+        maker: Makes rows of examples.
         advance: Told how many examples have been done, documents counted once.
 
     Returns:
@@ -179,7 +287,14 @@ def write_shards(
     windows = tokenized_windows(
         corpus, model, start, window_tokens=manifest.windows.tokens, overlap=manifest.windows.overlap
     )
-    r_train = RunningAutocorrelation(writer, device=model.device)
+    projected = manifest.coordinates == "projected"
+    r_train = RunningAutocorrelation(writer, device=model.device) if projected else None
+
+    def write(at: CorpusPosition) -> None:
+        shard = write_shard(writer, held, at, maker, advance)
+        if r_train is not None:
+            r_train.add(shard)
+
     at = start
     held: list[TokenizedExample] = []
     position = start
@@ -189,17 +304,18 @@ def write_shards(
         held.append(window)
         at = position
         if len(held) == manifest.shard_examples:
-            r_train.add(write_shard(writer, held, at, projector, advance))
+            write(at)
             held = []
     if held:
         # Records without a token to score that end the corpus belong to no shard; `finish` counts them.
-        r_train.add(write_shard(writer, held, at, projector, advance))
+        write(at)
     if not writer.shards_done:
         raise CorpusError(
             f"{corpus.name}: none of its {position.record} records has a token to score, expected texts of two tokens "
             "or more"
         )
-    writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
+    if r_train is not None:
+        writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
     return position
 
 
@@ -207,7 +323,7 @@ def write_shard(
     writer: IndexWriter,
     examples: Sequence[TokenizedExample],
     after: CorpusPosition,
-    projector: GradientProjector,
+    maker: RowMaker,
     advance: Callable[[int], None] = lambda _examples: None,
 ) -> Shard:
     """Write one shard: φ of the examples, encoded, with what is needed to show and recompute them.
@@ -216,22 +332,12 @@ def write_shard(
         writer: The open index.
         examples: The shard's examples, in the order of its rows.
         after: Where the next shard begins.
-        projector: Gives φ.
+        maker: Makes rows of examples.
         advance: Told how many documents have been done.
     """
-    codec = writer.manifest.codec
-    codes = torch.empty(len(examples), projector.dimensions, dtype=codec_dtype(codec))
-    scales, losses = torch.empty(len(examples)), torch.empty(len(examples))
-    for places, phi, batch_losses in projector.batches(examples):
-        rows = torch.tensor(places)
-        batch_codes, batch_scales = encode(phi, codec)
-        codes[rows] = batch_codes.cpu()
-        scales[rows] = batch_scales.cpu()
-        losses[rows] = batch_losses.cpu()
-        advance(sum(examples[place].window == 0 for place in places))
+    stored, losses = maker.rows(examples, advance)
     content = ShardContent(
-        codes=codes,
-        scales=scales,
+        stored=stored,
         losses=losses,
         examples=examples,
         next_record=after.record,
@@ -274,10 +380,11 @@ class RunningAutocorrelation:
         return self._sums.mean().cpu()
 
     def _add_rows(self, shard: Shard) -> None:
+        stored = shard.stored
         for first in range(0, shard.rows, _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
             device = self._sums.sums.device
-            self._sums.add(decode(shard.codes[rows].to(device), shard.scales[rows].to(device)))
+            self._sums.add(stored[rows].to(device).decode())
 
 
 def chosen_second_moment(

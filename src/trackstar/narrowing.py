@@ -12,10 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.errors import OptionError
-from trackstar.indexing import RunningAutocorrelation
-from trackstar.progress import Progress
 from trackstar.projection import projection_digest
-from trackstar.store import Index, IndexWriter, Manifest, ProjectionEntry, ShardContent, decode, encode
+from trackstar.rewriting import rewrite_shards
+from trackstar.store import Index, Manifest, ProjectionEntry, StoredRows, encode
 
 
 def narrow_index(index: Index | str | Path, out: str | Path, *, side: int, progress: bool = True) -> Index:
@@ -47,14 +46,15 @@ def narrow_index(index: Index | str | Path, out: str | Path, *, side: int, progr
             f"side {side}: {index.path} has side {manifest.projection.side}, expected 1 to that; for a larger one, "
             "index again"
         )
-    with (
-        Progress("Narrowing", unit="examples", total=index.rows, shown=progress) as bar,
-        IndexWriter.open(out, narrowed_manifest(manifest, side), on_note=bar.note) as writer,
-    ):
-        if not writer.completed:
-            bar.advance(writer.resume_point.row)
-            _fill(writer, index, bar)
-    return Index.open(out)
+    if manifest.whitening is not None:
+        raise OptionError(f"{index.path}: whitened rows cannot be narrowed; index again with --side {side}")
+    blocks = len(manifest.layer_blocks)
+
+    def recode(stored: StoredRows) -> StoredRows:
+        return encode(narrowed(stored.decode(), blocks=blocks, side=side), manifest.codec, blocks)
+
+    smaller = narrowed_manifest(manifest, side)
+    return rewrite_shards(index, out, smaller, recode, title="Narrowing", progress=progress)
 
 
 def narrowed_manifest(manifest: Manifest, side: int) -> Manifest:
@@ -70,30 +70,3 @@ def narrowed(phi: Float[Tensor, "rows dim"], *, blocks: int, side: int) -> Float
     old = round((phi.shape[1] // blocks) ** 0.5)
     squares = phi.unflatten(1, (blocks, old, old))
     return squares[:, :, :side, :side].flatten(1) * (old / side)
-
-
-def _fill(writer: IndexWriter, index: Index, bar: Progress) -> None:
-    manifest, old = writer.manifest, index.manifest
-    if manifest.second_moment.digest is not None:
-        writer.write_tensors("second_moment", index.tensors("second_moment"))
-    r_train = RunningAutocorrelation(writer)
-    for shard in index.shards[len(writer.shards_done) :]:
-        shard.check()  # or a damaged number would get a digest of its own
-        phi = narrowed(
-            decode(shard.codes, shard.scales), blocks=len(manifest.layer_blocks), side=manifest.projection.side
-        )
-        codes, scales = encode(phi, manifest.codec)
-        content = ShardContent(
-            codes=codes.contiguous(),
-            scales=scales,
-            losses=shard.losses,
-            examples=[stored.example for stored in shard.examples()],
-            next_record=shard.end.record,
-            next_window=shard.end.window,
-            skipped=shard.end.skipped,
-        )
-        r_train.add(writer.write_shard(content))
-        bar.advance(shard.rows)
-    writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
-    assert old.completion is not None, "an open index is finished"
-    writer.finish(records=old.completion.records, skipped=old.completion.skipped)

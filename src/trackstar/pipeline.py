@@ -5,9 +5,10 @@
 φ = P(∇Loss/√V)     projection.py
 R                   curvature.py: R_train while indexing, R_eval and their mixing here
 Ḡ = R^(-1/2)φ/‖·‖   curvature.py, retrieval.py
-Ḡ(z_m)·Ḡ(z_q)       retrieval.py
+Ḡ(z_m)·Ḡ(z_q)       retrieval.py; reranking.py computes the best candidates' again
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +22,31 @@ from trackstar.correction import task_correction
 from trackstar.curvature import check_autocorrelation_size
 from trackstar.errors import OptionError
 from trackstar.examples import Corpus, Query, open_corpus, tokenize_query
+from trackstar.first_pass import TrainWhitening, whitening_of_sample
 from trackstar.gradients import Output
-from trackstar.indexing import GradientProjector, chosen_second_moment, write_shards
+from trackstar.indexing import GradientProjector, RowMaker, chosen_second_moment, projector_of, write_shards
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.projection import floored_entries
 from trackstar.provenance import make_manifest, model_of_index, second_moment_of_index
+from trackstar.reranking import RERANKED, ExactScores, exact_top, rerank
 from trackstar.results import QueryReport, QueryResult, Ranked
-from trackstar.retrieval import top_candidates, trackstar_scorer
+from trackstar.retrieval import top_candidates, trackstar_scorer, unit_queries
 from trackstar.second_moment import SecondMoment
-from trackstar.store import CodecName, Index, IndexWriter, ProjectionKind, WindowsEntry, codec_dtype
+from trackstar.store import (
+    PART_FOLDER,
+    CodecName,
+    Coordinates,
+    Index,
+    IndexWriter,
+    ProjectionKind,
+    WindowsEntry,
+    check_codec,
+    check_quantizable,
+    load_manifest,
+    quantized_bits,
+    row_bytes,
+)
 
 # A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
 _SHARD_BYTES = 64 << 20
@@ -59,6 +75,9 @@ def build_index(
     side: int = 64,
     seed: int = 0,
     codec: CodecName = "float16",
+    coordinates: Coordinates | None = None,
+    whitening_examples: int = 16_384,
+    damping: float | None = None,
     shard_examples: int | None = None,
     batch_tokens: int = 2048,
     output: Output = "loss",
@@ -92,7 +111,13 @@ def build_index(
         second_moment_examples: How many examples V is estimated from.
         side: √d, rows and columns of a block of φ (64 in the paper).
         seed: Of the projections and of the sample that V is estimated from.
-        codec: What φ is stored as: `float32`, `bfloat16` or `float16`.
+        codec: How a row is stored: `float32`, `bfloat16`, `float16`, `int8`, `4-bit`, `2-bit` or `1-bit`.
+        coordinates: `projected` stores φ; `whitened` stores u = W_train φ, which codes of few bits are made for. None
+            is `whitened` for int8 and fewer bits.
+        whitening_examples: How many records R_train comes from where coordinates are whitened, drawn with `seed`: a
+            first pass, whose gradients are not computed again. A corpus of no more is taken whole.
+        damping: Where coordinates are whitened, the fraction of a block's mean eigenvalue added to R_train; None is
+            chosen by `shrinkage_damping`.
         shard_examples: Examples of a shard; None makes shards of about 64 MiB, 4,096 examples at most.
         batch_tokens: Most tokens of a batch, padding included; peak memory follows it.
         output: What is differentiated: the `loss`, or to be compared with it TRAK's `margin` or the `logit`.
@@ -117,8 +142,12 @@ def build_index(
             mlp_pattern=mlp_pattern,
             layer_blocks=layer_blocks,
         )
-    codec_dtype(codec)
+    check_codec(codec)
+    if coordinates is None:
+        coordinates = "projected" if quantized_bits(codec) is None else "whitened"
+    check_quantizable(codec, side)
     _positive("--shard-examples", shard_examples)
+    _positive("--whitening-examples", whitening_examples)
     _positive("--batch-tokens", batch_tokens)
     _positive("--side", side)
     _positive("--second-moment-examples", second_moment_examples)
@@ -143,30 +172,55 @@ def build_index(
             out=Path(out),
             note=bar.note,
         )
-        rows = shard_examples or _shard_rows(len(model.blocks) * side**2, codec)
+        rows = shard_examples or _shard_rows(len(model.blocks), side, codec)
         manifest = make_manifest(
             model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows, output=output,
             projection=projection,
         )  # fmt: skip
+
+        def projector() -> GradientProjector:
+            return projector_of(manifest, model, moment, batch_tokens=batch_tokens, note=bar.note)
+
+        train = None
+        if coordinates == "whitened":
+            train = whitening_of_sample(
+                Path(out), manifest, corpus, model, moment, projector, examples=whitening_examples, seed=seed,
+                damping=damping, note=bar.note, progress=progress,
+            )  # fmt: skip
+            manifest = dataclasses.replace(manifest, coordinates=coordinates, whitening=train.entry)
         with IndexWriter.open(out, manifest, on_note=bar.note) as writer:
             completion = writer.manifest.completion
             if completion is not None:
                 bar.note(f"{out}: the index is complete, with {completion.rows} examples")
             else:
                 bar.advance(writer.resume_point.record)
-                _fill(writer, corpus, model, moment, batch_tokens=batch_tokens, bar=bar)
+                part = Path(out) / PART_FOLDER
+                known = Index.open(part) if load_manifest(part) is not None else None
+                _fill(writer, corpus, model, moment, train, known, batch_tokens=batch_tokens, bar=bar)
     return Index.open(out)
 
 
 def _fill(
-    writer: IndexWriter, corpus: Corpus, model: LanguageModel, moment: SecondMoment, *, batch_tokens: int, bar: Progress
+    writer: IndexWriter,
+    corpus: Corpus,
+    model: LanguageModel,
+    moment: SecondMoment,
+    train: TrainWhitening | None,
+    known: Index | None,
+    *,
+    batch_tokens: int,
+    bar: Progress,
 ) -> None:
     bar.note(f"model: {model.architecture}, {model.coverage}")
     bar.note(f"second moment: {moment.source if moment.kind == 'none' else f'{moment.kind}, {moment.source}'}")
     manifest = writer.manifest
-    kib = manifest.dimensions * codec_dtype(manifest.codec).itemsize / 1024
-    mib = len(manifest.layer_blocks) * manifest.projection.side**4 * 4 / 2**20
-    bar.note(f"φ: {manifest.dimensions:,} dimensions, {kib:,.1f} KiB an example; R: {mib:,.1f} MiB (--side)")
+    blocks = len(manifest.layer_blocks)
+    kib = row_bytes(manifest.codec, manifest.dimensions, blocks) / 1024
+    mib = blocks * manifest.projection.side**4 * 4 / 2**20
+    bar.note(
+        f"{manifest.coordinates}: {manifest.dimensions:,} dimensions, {manifest.codec}, {kib:,.1f} KiB an example; R: "
+        f"{mib:,.1f} MiB (--side)"
+    )
     raised = floored_entries(moment)
     if raised:
         bar.note(
@@ -175,18 +229,11 @@ def _fill(
         )
     if moment.kind != "none":
         writer.write_tensors("second_moment", moment.tensors())
-    projection = writer.manifest.projection
-    with GradientProjector(
-        model,
-        moment,
-        seed=projection.seed,
-        side=projection.side,
-        batch_tokens=batch_tokens,
-        note=bar.note,
-        output=writer.manifest.output,
-        kind=projection.kind,
-    ) as projector:
-        end = write_shards(writer, corpus, model, projector, advance=bar.advance)
+    if train is not None:
+        writer.write_tensors("whitening", {"whitening": train.whitening.factors})
+    with projector_of(manifest, model, moment, batch_tokens=batch_tokens, note=bar.note) as projector:
+        maker = RowMaker(projector, manifest, train.whitening if train is not None else None, known)
+        end = write_shards(writer, corpus, model, maker, advance=bar.advance)
     if end.skipped:
         bar.note(f"{end.skipped} of {end.record} records have no token to score and were left out")
     writer.finish(records=end.record, skipped=end.skipped)
@@ -201,6 +248,8 @@ def answer_queries(
     mixing: float | None = None,
     damping: float | None = None,
     task: Sequence[Query] | None = None,
+    reranked: int | None = None,
+    exact: bool = False,
     device: str = "cpu",
     batch_tokens: int = 2048,
     progress: bool = True,
@@ -216,6 +265,10 @@ def answer_queries(
             `MIN_TASK_QUERIES`.
         damping: Fraction of a block's mean eigenvalue added to R; None is chosen by `shrinkage_damping`.
         task: The queries that R_eval and λ are taken from; None is `queries`.
+        reranked: How many of each query's best and worst candidates by the store are ranked again from recomputed
+            gradients; None is the codec's `RERANKED`, 0 is none.
+        exact: Whether every candidate's gradient is computed again, and the store is not asked. It goes on where an
+            interrupted run was.
         device: Where the queries' gradients are computed.
         batch_tokens: Most tokens of a batch, padding included.
         progress: Whether progress is shown where stderr is a terminal.
@@ -234,14 +287,34 @@ def answer_queries(
     if task is not None:
         task_phi, _ = query_gradients(index, model, task, batch_tokens=batch_tokens, progress=progress)
     correction = task_correction(index, task_phi, mixing=mixing, damping=damping)
-    scorer = trackstar_scorer(index, phi, correction.whitening, key=correction.key, progress=progress)
-    top = top_candidates(index, scorer, k, progress=progress)
+    queries_in = correction.coordinates(phi)
+    moment = second_moment_of_index(index)
+
+    def projector() -> GradientProjector:
+        return projector_of(index.manifest, model, moment, batch_tokens=batch_tokens)
+
+    missed: tuple[float | None, ...] = (None,) * len(queries)
+    count = RERANKED[index.manifest.codec] if reranked is None else reranked
+    if exact:
+        vectors = unit_queries(queries_in, correction.whitening)
+        again = ExactScores(index, projector, correction, vectors, progress=progress)
+        top = exact_top(index, again, k, key=correction.key)
+        count = index.rows
+    else:
+        scorer = trackstar_scorer(index, queries_in, correction.whitening, key=correction.key, progress=progress)
+        if count:
+            again = ExactScores(index, projector, correction, scorer.vectors, progress=progress)
+            ranking = rerank(index, scorer, again, k, reranked=max(count, k), progress=progress)
+            top, missed = ranking.top, ranking.missed
+        else:
+            top = top_candidates(index, scorer, k, progress=progress)
     results = tuple(
         QueryResult(
             query=query,
             loss=float(losses[number]),
             proponents=_ranked(index, top.proponents[number], top.proponent_scores[number]),
             opponents=_ranked(index, top.opponents[number], top.opponent_scores[number]),
+            missed=missed[number],
         )
         for number, query in enumerate(queries)
     )
@@ -251,6 +324,8 @@ def answer_queries(
         damping=correction.damping,
         damping_rule=correction.damping_rule,
         candidates=index.rows,
+        codec=index.manifest.codec,
+        reranked=min(count, index.rows),
         index=str(index.path),
         model=model.source,
         coverage=str(model.coverage),
@@ -267,24 +342,13 @@ def query_gradients(
     progress: bool = True,
 ) -> tuple[Float[Tensor, "queries dimensions"], Float[Tensor, "queries"]]:
     """φ of each query, with the index's V and projections, and each completion's loss in nats."""
-    manifest = index.manifest
     moment = second_moment_of_index(index)
     examples = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
     phi = torch.empty(len(examples), index.dimensions)
     losses = torch.empty(len(examples))
-    projection = manifest.projection
     with (
         Progress("Queries' gradients", unit="queries", total=len(examples), shown=progress) as bar,
-        GradientProjector(
-            model,
-            moment,
-            seed=projection.seed,
-            side=projection.side,
-            batch_tokens=batch_tokens,
-            note=bar.note,
-            output=manifest.output,
-            kind=projection.kind,
-        ) as projector,
+        projector_of(index.manifest, model, moment, batch_tokens=batch_tokens, note=bar.note) as projector,
     ):
         for places, batch_phi, batch_losses in projector.batches(examples):
             phi[torch.tensor(places)] = batch_phi.cpu()
@@ -309,8 +373,8 @@ def _ranked(index: Index, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
     return tuple(ranked)
 
 
-def _shard_rows(dimensions: int, codec: str) -> int:
-    return min(4096, max(64, _SHARD_BYTES // (dimensions * codec_dtype(codec).itemsize)))
+def _shard_rows(blocks: int, side: int, codec: CodecName) -> int:
+    return min(4096, max(64, _SHARD_BYTES // row_bytes(codec, blocks * side**2, blocks)))
 
 
 def _count(corpus: Corpus, progress: bool) -> int | None:

@@ -23,6 +23,7 @@ from trackstar.store import (
     ProjectionKind,
     SecondMomentEntry,
     TokenizerEntry,
+    WhiteningEntry,
     WindowsEntry,
     tensors_digest,
 )
@@ -38,6 +39,7 @@ def make_manifest(
     side: int,
     codec: CodecName,
     shard_examples: int,
+    whitening: WhiteningEntry | None = None,
     output: Output = "loss",
     projection: ProjectionKind = "two-sided",
 ) -> Manifest:
@@ -55,13 +57,8 @@ def make_manifest(
             dtype=dtype_name(model),
         ),
         tokenizer=TokenizerEntry(digest=model.tokenizer_digest()),
-        corpus=CorpusEntry(
-            source=corpus.name,
-            digest=corpus.digest(),
-            text_field=corpus.text_field,
-            id_field=corpus.id_field,
-            limit=corpus.limit,
-        ),
+        corpora=(corpus_entry(corpus),),
+        removed=None,
         windows=windows,
         second_moment=SecondMomentEntry(
             kind=moment.kind,
@@ -93,9 +90,22 @@ def make_manifest(
             left_out=covered.left_out,
         ),
         output=output,
+        coordinates="projected" if whitening is None else "whitened",
+        whitening=whitening,
         codec=codec,
         shard_examples=shard_examples,
         completion=None,
+    )
+
+
+def corpus_entry(corpus: Corpus) -> CorpusEntry:
+    """What a manifest says of a corpus; reads all of it for its digest."""
+    return CorpusEntry(
+        source=corpus.name,
+        digest=corpus.digest(),
+        text_field=corpus.text_field,
+        id_field=corpus.id_field,
+        limit=corpus.limit,
     )
 
 

@@ -69,12 +69,15 @@ class QueryResult:
         loss: The sum of the completion's tokens' cross-entropies, in nats.
         proponents: The most positive candidates, descending.
         opponents: The most negative candidates, ascending.
+        missed: Where candidates were ranked again from recomputed gradients, the estimated chance that one of the true
+            proponents is not among them; None where nothing can be said, or nothing was ranked again.
     """
 
     query: Query
     loss: float
     proponents: tuple[Ranked, ...]
     opponents: tuple[Ranked, ...]
+    missed: float | None = None
 
     @property
     def probability(self) -> float:
@@ -116,7 +119,10 @@ class QueryReport:
         damping: Fraction of each block's mean eigenvalue that was added to R.
         damping_rule: In words, where the damping comes from.
         candidates: How many training examples were ranked.
-        index: The index's folder.
+        codec: How the index stores them; `none` where no index was asked.
+        reranked: How many of each query's best and worst candidates were ranked again from recomputed gradients; all
+            of them in an exact pass.
+        index: The index's folder, or the corpus that was gone through without one.
         model: Where the model was loaded from.
         coverage: Which weight matrices the gradients are of, and what share of the parameters they are.
         second_moment: Where V comes from.
@@ -127,6 +133,8 @@ class QueryReport:
     damping: float
     damping_rule: str
     candidates: int
+    codec: str
+    reranked: int
     index: str
     model: str
     coverage: str
@@ -171,6 +179,7 @@ class QueryReport:
         mixing = self.mixing
         lines = [
             f"index: {self.index}, {self.candidates:,} candidates",
+            self._ranking(),
             f"gradients of {self.coverage}",
             f"V: {self.second_moment}",
             f"λ = {mixing.value:.4f} ({mixing.rule})",
@@ -187,19 +196,38 @@ class QueryReport:
         lines.append(f"damping {self.damping:.4g} ({self.damping_rule})")
         return lines
 
+    def _ranking(self) -> str:
+        """How the ranking came about, and how likely it is not to be the exact one."""
+        if self.reranked == self.candidates:
+            return "ranking: exact, from every candidate's gradient computed for it"
+        if not self.reranked:
+            return f"ranking: by the {self.codec} store"
+        line = (
+            f"ranking: the {self.reranked:,} best and worst by the {self.codec} store, again from recomputed gradients"
+        )
+        known = sorted(result.missed for result in self.results if result.missed is not None)
+        if known:
+            middle, most = known[len(known) // 2], known[-1]
+            line += f"; estimated chance that a true proponent is missing {middle:.2g}"
+            line += f" (median; at most {most:.2g}); --exact checks it" if len(known) > 1 else "; --exact checks it"
+        return line
+
     def to_json(self) -> dict[str, Any]:
         """All that the release's lines do not say: λ and both spectra, ranks, damping, coverage, losses."""
         return {
             "index": self.index,
             "model": self.model,
             "candidates": self.candidates,
+            "codec": self.codec,
+            "reranked": self.reranked,
             "coverage": self.coverage,
             "second_moment": self.second_moment,
             "mixing": dataclasses.asdict(self.mixing),
             "damping": self.damping,
             "damping_rule": self.damping_rule,
             "queries": [
-                {"query_id": r.query.query_id, "loss": r.loss, "probability": r.probability} for r in self.results
+                {"query_id": r.query.query_id, "loss": r.loss, "probability": r.probability, "missed": r.missed}
+                for r in self.results
             ],
         }
 

@@ -13,16 +13,18 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trackstar.coarse_scan import CoarseQueries, Finalists
-from trackstar.curvature import Whitening
+from trackstar.correction import StoredWhitening
 from trackstar.errors import GradientError, OptionError
 from trackstar.progress import Progress
-from trackstar.store import Index, decode
+from trackstar.quantized_scan import MOST_QUERIES, QuantizedQueries, decode_into
+from trackstar.store import CodeChunk, Index, quantized_bits
 
 # A chunk's codes as float32: small enough that they are multiplied while still in the processor's cache.
 _SCAN_BYTES = 4 << 20
 # Rows scored in float16 at once, and for how many queries at once that is the faster way.
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
+_QUANTIZED_ROWS = 2048
 # Candidates beside the k best, and k itself, up to which some are scored again rather than all.
 _MOST_FINALISTS = 2048
 # Rows whitened at once: enough for an efficient matrix product.
@@ -31,10 +33,10 @@ _WHITENING_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scorer:
-    """Inner products with a multiplier a candidate: score(q, m) = vector_q · φ_m · multiplier_m.
+    """Inner products with a multiplier a candidate: score(q, m) = vector_q · row_m · multiplier_m.
 
     Attributes:
-        vectors: What each query meets the candidates with.
+        vectors: What each query meets the candidates' rows with, in the index's coordinates.
         multipliers: A factor for each candidate; 0 for one without any gradient, which is then never a proponent.
     """
 
@@ -62,7 +64,7 @@ class TopCandidates:
 def trackstar_scorer(
     index: Index,
     queries: Float[Tensor, "queries dimensions"],
-    whitening: Whitening,
+    whitening: StoredWhitening,
     *,
     key: str | None = None,
     progress: bool = False,
@@ -71,20 +73,31 @@ def trackstar_scorer(
 
     Args:
         index: The candidates.
-        queries: φ of each query.
-        whitening: Of the R that both sides are corrected by.
+        queries: Each query in the index's coordinates: φ, or W_train φ.
+        whitening: By the R that both sides are corrected by, of rows in these coordinates.
         key: Names that R: the candidates' norms under it are kept with the index by this name.
         progress: Whether the pass over the index is shown.
 
     Raises:
         GradientError: A query's gradient is zero, so that its direction says nothing.
     """
-    norms = torch.linalg.vector_norm(whitening.apply(queries), dim=1)
+    vectors = unit_queries(queries, whitening)
+    return Scorer(vectors=vectors, multipliers=_inverse(whitened_norms(index, whitening, key=key, progress=progress)))
+
+
+def unit_queries(
+    queries: Float[Tensor, "queries dimensions"], whitening: StoredWhitening
+) -> Float[Tensor, "queries dimensions"]:
+    """R⁻¹q / ‖q‖ in an index's coordinates: what each query meets the candidates with (Eq. 1-2).
+
+    Raises:
+        GradientError: A query's gradient is zero, so that its direction says nothing.
+    """
+    norms = whitening.norms(queries)
     zero = (norms == 0).nonzero()
     if len(zero):
         raise GradientError(f"query {int(zero[0])}: its projected gradient is zero, expected one that is not")
-    vectors = whitening.apply_inverse(queries) / norms[:, None]
-    return Scorer(vectors=vectors, multipliers=_inverse(whitened_norms(index, whitening, key=key, progress=progress)))
+    return whitening.apply_inverse(queries) / norms[:, None]
 
 
 def dot_product_scorer(index: Index, queries: Float[Tensor, "queries dimensions"]) -> Scorer:
@@ -92,53 +105,65 @@ def dot_product_scorer(index: Index, queries: Float[Tensor, "queries dimensions"
     return Scorer(vectors=queries, multipliers=torch.ones(index.rows))
 
 
-def cosine_scorer(index: Index, queries: Float[Tensor, "queries dimensions"], *, progress: bool = False) -> Scorer:
+def cosine_scorer(index: Index, queries: Float[Tensor, "queries dimensions"]) -> Scorer:
     """Gradient cosine, φ_q·φ_m / (‖φ_q‖ ‖φ_m‖): unit norm but no R (Table 2)."""
     norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-    return Scorer(vectors=queries / norms.clamp_min(1e-30), multipliers=_inverse(norms_of(index, progress=progress)))
+    return Scorer(vectors=queries / norms.clamp_min(1e-30), multipliers=_inverse(index.norms()))
 
 
 def whitened_norms(
-    index: Index, whitening: Whitening, *, key: str | None = None, progress: bool = False
+    index: Index, whitening: StoredWhitening, *, key: str | None = None, progress: bool = False
 ) -> Float[Tensor, "candidates"]:
-    """‖Wφ_m‖ of every candidate: one pass, kept with the index under `key`, which names the R."""
+    """The norm of Eq. 1 of every candidate: one pass, kept with the index under `key`, which names the R."""
     kept = index.load_derived(f"norms-{key}") if key else None
     if kept is not None:
         return kept["norms"]
     norms = torch.empty(index.rows)
     with _shown(progress, "Candidates' norms under R", index.rows) as bar:
-        for first, phi in _decoded(index, _WHITENING_BYTES):
-            norms[first : first + len(phi)] = whitening.norms(phi)
-            bar.advance(len(phi))
+        for chunk in index.iterate(max(1, _WHITENING_BYTES // (4 * index.dimensions))):
+            norms[chunk.first_row : chunk.first_row + len(chunk.stored)] = whitening.stored_norms(chunk.stored)
+            bar.advance(len(chunk.stored))
     if key:
         index.save_derived(f"norms-{key}", {"norms": norms})
-    return norms
-
-
-def norms_of(index: Index, *, progress: bool = False) -> Float[Tensor, "candidates"]:
-    """‖φ_m‖ of every candidate."""
-    norms = torch.empty(index.rows)
-    with _shown(progress, "Candidates' norms", index.rows) as bar:
-        for first, phi in _decoded(index, _SCAN_BYTES):
-            norms[first : first + len(phi)] = torch.linalg.vector_norm(phi, dim=1)
-            bar.advance(len(phi))
     return norms
 
 
 def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "queries candidates"]]]:
     """Scores of consecutive candidates: the first one's row, and queries × candidates; one pass over the index."""
     vectors = scorer.vectors.float()
+    bits = quantized_bits(index.manifest.codec)
+    few = bits is not None and len(vectors) <= MOST_QUERIES
+    products = _products_of_codes(index, vectors) if few else _products_of_values(index, vectors)
+    for chunk, product in products:
+        factors = scorer.multipliers[chunk.first_row : chunk.first_row + len(product)]
+        if bits is None:
+            factors = factors * chunk.stored.scales
+        yield chunk.first_row, (product * factors[:, None]).T
+
+
+def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
+    """Codes are turned into float32, a few rows at a time, and multiplied."""
     rows = max(1, _SCAN_BYTES // (4 * index.dimensions))
     # One chunk's codes in float32, reused: fresh memory a chunk would cost more than the product.
     values = torch.empty(rows, index.dimensions)
     columns = vectors.T.contiguous() if len(vectors) > 1 else vectors[0]
+    quantized = quantized_bits(index.manifest.codec) is not None
     for chunk in index.iterate(rows):
-        part = values[: len(chunk.codes)]
-        part.copy_(chunk.codes)
-        product = part @ columns
-        product = product.reshape(len(part), len(vectors))
-        factors = chunk.scales * scorer.multipliers[chunk.first_row : chunk.first_row + len(part)]
-        yield chunk.first_row, (product * factors[:, None]).T
+        part = values[: len(chunk.stored)]
+        if quantized:
+            decode_into(chunk.stored, part)
+        else:
+            part.copy_(chunk.stored.codes)
+        yield chunk, (part @ columns).reshape(len(part), len(vectors))
+
+
+def _products_of_codes(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
+    """Products in whole numbers from the packed bytes, which are read once."""
+    bits = quantized_bits(index.manifest.codec)
+    assert bits is not None, index.manifest.codec
+    queries = QuantizedQueries(vectors, len(index.manifest.layer_blocks), bits)
+    for chunk in index.iterate(_QUANTIZED_ROWS):
+        yield chunk, queries.scores(chunk.stored)
 
 
 def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidates"]:
@@ -173,15 +198,15 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
 
 def _top_by_plain_scan(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
     """Every candidate is scored in float32."""
-    queries = len(scorer.vectors)
-    best = (torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
-    worst = (torch.empty(queries, 0), torch.empty(queries, 0, dtype=torch.int64))
+    best: tuple[Tensor, Tensor] | None = None
+    worst: tuple[Tensor, Tensor] | None = None
     with _shown(progress, "Scan", index.rows) as bar:
         # Merging is done for many chunks at once: it costs more than a small chunk's product.
         for rows, part in _gathered(scores(index, scorer), 4096):
-            best = _merged(best, part, rows, k)
-            worst = _merged(worst, -part, rows, k)
+            best, worst = best_of(part, rows, k, before=best), best_of(-part, rows, k, before=worst)
             bar.advance(len(rows))
+    assert best is not None, "an index has at least one example"
+    assert worst is not None, "an index has at least one example"
     return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
 
 
@@ -192,12 +217,13 @@ def _top_by_coarse_scan(index: Index, scorer: Scorer, k: int, *, progress: bool 
     best, worst = ([Finalists(k) for _ in range(count)] for _ in range(2))
     with _shown(progress, "Scan", index.rows) as bar:
         for chunk in index.iterate(_COARSE_ROWS):
-            factors = chunk.scales * scorer.multipliers[chunk.first_row : chunk.first_row + len(chunk.codes)]
-            values, slack = coarse.scores(chunk.codes, factors)
+            stored = chunk.stored
+            factors = stored.scales * scorer.multipliers[chunk.first_row : chunk.first_row + len(stored)]
+            values, slack = coarse.scores(stored.codes, factors)
             for query in range(count):
                 best[query].add(chunk.first_row, values[query], slack[query])
                 worst[query].add(chunk.first_row, -values[query], slack[query])
-            bar.advance(len(chunk.codes))
+            bar.advance(len(stored))
         if max(len(finalists.rows()) for finalists in (*best, *worst)) > k + _MOST_FINALISTS:
             # So many candidates are so close together that the plain scan is cheaper than scoring them again.
             return _top_by_plain_scan(index, scorer, k, progress=progress)
@@ -226,8 +252,9 @@ def _rescored(
     at_once = max(1, _SCAN_BYTES // (4 * index.dimensions))
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
-        codes, scales = index.some_codes(rows[part].tolist())
-        found[part] = (codes.float() @ scorer.vectors[query].float()) * (scales * scorer.multipliers[rows[part]])
+        stored = index.some_rows(rows[part].tolist())
+        factors = stored.scales * scorer.multipliers[rows[part]]
+        found[part] = (stored.codes.float() @ scorer.vectors[query].float()) * factors
     order = (sign * found).sort(descending=True, stable=True).indices[:k]
     return rows[order], found[order], finalists.bound(sign * found)
 
@@ -248,17 +275,26 @@ def _gathered(
         yield torch.arange(first, first + count), torch.cat(held, dim=1)
 
 
-def _merged(best: tuple[Tensor, Tensor], values: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of what was best so far and new values; the sort is stable, so earlier rows win ties."""
-    joined = torch.cat([best[0], values], dim=1)
-    joined_rows = torch.cat([best[1], rows.expand(len(values), -1)], dim=1)
-    order = joined.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return joined.gather(1, order), joined_rows.gather(1, order)
+def best_of(
+    values: Float[Tensor, "queries rows"],
+    rows: Int64[Tensor, "rows"],
+    k: int,
+    *,
+    before: tuple[Float[Tensor, "queries found"], Int64[Tensor, "queries found"]] | None = None,
+) -> tuple[Float[Tensor, "queries k"], Int64[Tensor, "queries k"]]:
+    """The k largest of what was best before and of new values, with their rows; earlier rows win ties.
 
-
-def _decoded(index: Index, chunk_bytes: int) -> Iterator[tuple[int, Float[Tensor, "rows dimensions"]]]:
-    for chunk in index.iterate(max(1, chunk_bytes // (4 * index.dimensions))):
-        yield chunk.first_row, decode(chunk.codes, chunk.scales)
+    Args:
+        values: Scores.
+        rows: Their rows in the index, ascending and after those of `before`.
+        k: How many; all of them where there are fewer.
+        before: What this gave for earlier rows.
+    """
+    rows = rows.expand(len(values), -1)
+    if before is not None:
+        values, rows = torch.cat([before[0], values], dim=1), torch.cat([before[1], rows], dim=1)
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return values.gather(1, order), rows.gather(1, order)
 
 
 def _inverse(norms: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def _live(folder: Path, lines: Sequence[Mapping[str, object]], model: Path) -> L
         progress=False,
     )  # fmt: skip
     attributor = Attributor(index, load_model(model, layer_blocks=2), damping=0.1)
-    return LiveIndex(attributor, encoder=None, corpus=open_corpus(str(corpus)), task_queries=0)
+    return LiveIndex(attributor, encoder=None, corpora=[open_corpus(str(corpus))], task_queries=0)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "an edited manifest": (
         overwrite("manifest.json", 21, b"9"),
         DamagedIndexError,
-        "manifest.json: format_version is 9, expected at most 2",
+        "manifest.json: format_version is 9, expected at most 3",
     ),
     "a missing shard": (remove(SHARD), DamagedIndexError, f"{SHARD}: missing, expected it to be there; restore"),
     "an empty shard": (cut(SHARD, 0), DamagedIndexError, f"{SHARD}: 0 bytes, expected at least a header"),
@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "tensors that are no shard": (
         replace_by(SHARD, "second_moment.safetensors"),
         DamagedIndexError,
-        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-1'",
+        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-2'",
     ),
     "no second moment": (remove("second_moment.safetensors"), DamagedIndexError, "second_moment.safetensors: missing"),
     "no autocorrelation": (
@@ -309,11 +309,11 @@ def test_a_shard_that_shrinks_while_it_is_open_is_damage_not_a_crash(index: Path
     opened = store.Index.open(index)
     os.truncate(index / SHARD, 4200)
     with pytest.raises(DamagedIndexError, match=rf"{SHARD}: 4200 bytes, expected \d+"):
-        _ = opened.shards[1].codes
+        _ = opened.shards[1].stored
     with pytest.raises(DamagedIndexError, match=rf"{SHARD}: ends at byte \d+, expected \d+ bytes"):
         opened.example(4)
     (index / SHARD).unlink()
-    for read in (lambda: opened.shards[1].codes, lambda: opened.example(4)):
+    for read in (lambda: opened.shards[1].stored, lambda: opened.example(4)):
         with pytest.raises(DamagedIndexError, match=f"{SHARD}: missing"):
             read()
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from small_index import (
     SECOND_MOMENT,
+    SIDE,
     index_bytes,
     small_content,
     small_manifest,
@@ -25,9 +27,13 @@ from trackstar.store.manifest import CodecName
 
 # A changed digest here is a changed format: it needs a new FORMAT_VERSION, and readers of the old one.
 GOLDEN: dict[CodecName, str] = {
-    "float32": "77b17ceb68d495218a3e60cc27166d293aa0a33c3cba00a0c18a1e9aacd3dc16",
-    "bfloat16": "2ddaf78aa096925ba8b4103b6ac69f7ed6fe1062b69800043bebefbde8f91769",
-    "float16": "de43423559c309878597ce59c794222a668d7dd9c8fee4aa3db5820e4461503d",
+    "float32": "997a1a27a985e58fb64440b93a02240bb96dc9ac7998adf5395b18c239b02dda",
+    "bfloat16": "f6aacea90b256167adf1b32deb0c6a5207b49a388dbbbaab41de794d8b2b008c",
+    "float16": "34f09e2181a27b736cc431896b7ad2626a131bc780a208fe40d9b4a66cedff1e",
+    "int8": "6e009eb959078ee9590a9247e0f9e5e66c36e766b8e3139ed3e62c180a00daec",
+    "4-bit": "acd9415397aa677e77cb9eab185d03293d91788c824c6a7901a2023ef24f406e",
+    "2-bit": "5be20b0bd5aa6fe2465a95c904c58d73a911a026eeac8a7765cd0c80651aeec6",
+    "1-bit": "cac1accdfa51bf97a99e60eb14a342b5babb9324317bb4081ca54a529864eb31",
 }
 
 
@@ -62,7 +68,7 @@ def test_other_readers_of_safetensors_read_a_shard(tmp_path: Path, codec: CodecN
     assert tensors["tokens"].dtype is torch.int32
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-    assert metadata["format"] == "trackstar-shard-1"
+    assert metadata["format"] == "trackstar-shard-2"
     assert metadata["manifest_digest"] == small_manifest(codec).identity_digest()
     assert (metadata["number"], metadata["first_row"]) == ("1", "3")
     assert (metadata["next_record"], metadata["next_window"], metadata["skipped"]) == ("6", "0", "3")
@@ -70,7 +76,33 @@ def test_other_readers_of_safetensors_read_a_shard(tmp_path: Path, codec: CodecN
     assert all(torch.equal(found[name], SECOND_MOMENT[name]) for name in SECOND_MOMENT)
 
 
-@pytest.mark.parametrize("codec", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("codec", "bits", "levels"),
+    [
+        ("int8", 8, np.arange(-128, 128)),
+        ("4-bit", 4, np.array([-126, -95, -74, -58, -43, -30, -18, -6, 6, 18, 30, 43, 58, 74, 95, 126]) / 46),
+        ("2-bit", 2, np.array([-1.5104, -0.4528, 0.4528, 1.5104])),
+        ("1-bit", 1, np.array([-1.0, 1.0])),
+    ],
+)
+def test_codes_of_few_bits_are_as_the_format_says(
+    tmp_path: Path, codec: CodecName, bits: int, levels: np.ndarray
+) -> None:
+    """Read from the bytes by FORMAT.md alone: low bits first, levels, factors ‖u‖²/⟨c, u⟩, norms."""
+    write_small_index(tmp_path, small_manifest(codec))
+    tensors = load_file(tmp_path / "shards" / "000001.safetensors")
+    bytes_of = tensors["codes"].numpy()
+    bit = np.unpackbits(bytes_of, axis=1, bitorder="little").reshape(3, 2, SIDE**2, bits)
+    c = levels[(bit * 2 ** np.arange(bits)).sum(axis=3)]
+    u = small_projected_gradients(range(3, 6)).double().numpy().reshape(3, 2, SIDE**2)
+    factors = (u**2).sum(axis=2) / (c * u).sum(axis=2)
+    np.testing.assert_allclose(tensors["scales"].numpy(), factors, rtol=1e-5)
+    np.testing.assert_allclose(tensors["norms"].numpy(), np.sqrt((u**2).sum(axis=(1, 2))), rtol=1e-6)
+    found = store.Index.open(tmp_path).shards[1].stored.decode().double().numpy()
+    np.testing.assert_allclose(found, (c * factors[:, :, None]).reshape(3, -1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("codec", list(GOLDEN))
 def test_codes_come_first_and_begin_at_a_page(tmp_path: Path, codec: CodecName) -> None:
     write_small_index(tmp_path, small_manifest(codec))
     for shard in store.Index.open(tmp_path).shards:
@@ -119,6 +151,7 @@ def test_tensors_of_every_shape_and_type_come_back(tmp_path: Path) -> None:
 def test_format_md_names_every_field_tensor_and_file(tmp_path: Path) -> None:
     text = (Path(shards.__file__).parent / "FORMAT.md").read_text()
     write_small_index(tmp_path)
+    write_small_index(tmp_path / "whitened", small_manifest("1-bit"))
     with store.IndexWriter.open(tmp_path / "unfinished", small_manifest()) as writer:
         writer.save_progress({"sums": torch.ones(1)})
     store.Index.open(tmp_path).save_derived("x", {"a": torch.ones(1)})
@@ -127,7 +160,8 @@ def test_format_md_names_every_field_tensor_and_file(tmp_path: Path) -> None:
         opened = tensor_file.open_tensor_file(file)
         names |= set(opened.metadata) | {opened.metadata["format"]}
         names |= set(opened.places) if opened.metadata["format"] == shards.SHARD_FORMAT else set()
-    names |= set(_keys(json.loads((tmp_path / "manifest.json").read_text())))
+    for folder in (tmp_path, tmp_path / "whitened"):
+        names |= set(_keys(json.loads((folder / "manifest.json").read_text())))
     assert len(names) > 60
     assert [name for name in sorted(names) if f"`{name}`" not in text] == []
 

@@ -345,7 +345,7 @@ def test_readers_see_only_whole_shards_while_a_writer_works(tmp_path: Path) -> N
                 for row in [places.randrange(index.rows) for _ in range(3)] if index.rows else []:
                     assert index.example(row).example.text == small_example(row).text
                     shard = index.shards[row // 3]
-                    found = store.decode(shard.codes, shard.scales)[row - shard.first_row]
+                    found = shard.stored.decode()[row - shard.first_row]
                     assert torch.equal(found, small_projected_gradients(range(row, row + 1))[0])
                 turns.release()
         except BaseException as error:

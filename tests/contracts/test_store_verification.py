@@ -190,11 +190,11 @@ def _example(row: int, **changes: object) -> TokenizedExample:
 
 SENSELESS: dict[str, tuple[store.ShardContent, str]] = {
     "a code that is NaN": (
-        _spoiled(lambda content: content.codes[1].fill_(math.nan)),
+        _spoiled(lambda content: content.stored.codes[1].fill_(math.nan)),
         "row 1 has a code that is not finite",
     ),
     "a scale that is NaN": (
-        _spoiled(lambda content: content.scales[2:].fill_(math.nan)),
+        _spoiled(lambda content: content.stored.scales[2:].fill_(math.nan)),
         "row 2 has scale nan, expected a positive power of two",
     ),
     "a loss that is infinite": (

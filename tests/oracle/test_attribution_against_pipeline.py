@@ -52,7 +52,9 @@ def test_influences_equal_whitened_cosines(index: Index):
     phi, _ = query_gradients(index, asked.model, [QUERIES[0]], progress=False)
     r = index.tensors("autocorrelation")["autocorrelation"].double()
     damped = r + DAMPING * r.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(r.shape[1])
-    candidates = torch.cat([chunk.codes for chunk in index.iterate(100)]).double().reshape(index.rows, len(r), -1)
+    candidates = (
+        torch.cat([chunk.stored.codes for chunk in index.iterate(100)]).double().reshape(index.rows, len(r), -1)
+    )
     query = phi.double().reshape(1, len(r), -1)
     inverse = torch.linalg.inv(damped)
 

@@ -42,11 +42,9 @@ def write_index(
         writer.write_tensors("second_moment", SECOND_MOMENT)
         for first in range(0, len(phi), shard_examples):
             part = phi[first : first + shard_examples]
-            codes, scales = store.encode(part, codec)
             writer.write_shard(
                 store.ShardContent(
-                    codes=codes,
-                    scales=scales,
+                    stored=store.encode(part, codec, BLOCKS),
                     losses=torch.ones(len(part)),
                     examples=[small_example(first + row) for row in range(len(part))],
                     next_record=first + len(part),
@@ -267,8 +265,8 @@ def test_coarse_scores_are_within_their_bound(tmp_path: Path, queries: Tensor, c
     coarse = CoarseQueries(queries / magnitude)
     exact = all_scores(index, Scorer(vectors=queries / magnitude, multipliers=torch.ones(ROWS))).double()
     for chunk in index.iterate(64):
-        values, slack = coarse.scores(chunk.codes, chunk.scales)
-        error = (values - exact[:, chunk.first_row : chunk.first_row + len(chunk.codes)]).abs()
+        values, slack = coarse.scores(chunk.stored.codes, chunk.stored.scales)
+        error = (values - exact[:, chunk.first_row : chunk.first_row + len(chunk.stored.codes)]).abs()
         assert (error <= slack).all()
         assert float((slack / error.mean(dim=1, keepdim=True)).max()) < 1e4  # a bound that says something
 
@@ -298,6 +296,6 @@ def test_few_candidates_are_scored_twice(tmp_path: Path, queries: Tensor):
     for query in range(len(queries)):
         finalists = Finalists(10)
         for chunk in index.iterate(256):
-            values, slack = coarse.scores(chunk.codes, chunk.scales)
+            values, slack = coarse.scores(chunk.stored.codes, chunk.stored.scales)
             finalists.add(chunk.first_row, values[query], slack[query])
         assert 10 <= len(finalists.rows()) < 40

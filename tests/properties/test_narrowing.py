@@ -13,7 +13,7 @@ from trackstar.examples import Query
 from trackstar.narrowing import narrow_index
 from trackstar.pipeline import answer_queries, build_index
 from trackstar.projection import random_projection
-from trackstar.store import Index, decode, verify
+from trackstar.store import Index, verify
 
 TEXTS = [f"Trains to {city} leave when it rains in {land}." for city in ("Rome", "Lima") for land in "abcdefgh"]
 TEXTS.insert(3, "")  # has no token to score, and stays counted
@@ -21,7 +21,7 @@ QUERIES = [Query(query_id=f"q{n}", prompt="Trains to", completion=city) for n, c
 
 
 def phi_of(index: Index) -> torch.Tensor:
-    return torch.cat([decode(chunk.codes, chunk.scales) for chunk in index.iterate(4)])
+    return torch.cat([chunk.stored.decode() for chunk in index.iterate(4)])
 
 
 @pytest.mark.parametrize(("kind", "output"), [("factored", "loss"), ("elementwise", "loss"), ("none", "margin")])

@@ -141,29 +141,36 @@ class GradientRetriever:
         """See `Retriever.scores`; where no task was given, R_eval and λ depend on all the queries."""
         return all_scores(self._gradients.index, self._scorer(queries))
 
-    def _scorer(self, queries: Sequence[Query]) -> Scorer:
-        index, phi = self._gradients.index, self._gradients.of(queries)
+    def _scorer(self, asked: Sequence[Query]) -> Scorer:
+        index, phi = self._gradients.index, self._gradients.of(asked)
         if self._method.correction == "none":
             if self._method.unit_norm:
-                return cosine_scorer(index, phi, progress=self._gradients.progress)
+                return cosine_scorer(index, phi)
             return dot_product_scorer(index, phi)
         task = phi if self._task is None else self._gradients.of(self._task)
         mixing = 0.0 if self._method.correction == "train" else self._mixing
         correction = task_correction(index, task, mixing=mixing, damping=self._damping)
+        queries = correction.coordinates(phi)
         if self._method.unit_norm:
             return trackstar_scorer(
-                index, phi, correction.whitening, key=correction.key, progress=self._gradients.progress
+                index, queries, correction.whitening, key=correction.key, progress=self._gradients.progress
             )
-        return Scorer(vectors=correction.whitening.apply_inverse(phi), multipliers=torch.ones(index.rows))
+        return Scorer(vectors=correction.whitening.apply_inverse(queries), multipliers=torch.ones(index.rows))
 
 
 def check_index(index: Index, method: GradientMethod) -> None:
     """See that an index was made for the method.
 
     Raises:
-        IndexMismatchError: It was made with or without V, for another output function, or with another projection.
+        IndexMismatchError: It was made with or without V, for another output function, with another projection, or
+            whitened for a method without R.
     """
     manifest = index.manifest
+    if manifest.coordinates == "whitened" and method.correction == "none":
+        raise IndexMismatchError(
+            f"{index.path}: rows are whitened by R_train, which {method.name} does not want; index again with "
+            "--coordinates projected"
+        )
     if manifest.projection.kind != method.projection:
         raise IndexMismatchError(
             f"{index.path}: was made with a {manifest.projection.kind} projection, expected a {method.projection} one "

@@ -16,6 +16,7 @@ from trackstar.errors import OptionError
 if TYPE_CHECKING:
     from trackstar.examples import Query
     from trackstar.model import LanguageModel
+    from trackstar.store import Index
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,6 +30,9 @@ def _shared(function: Function) -> Function:
     device = click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.  [cpu]")
     threads = _rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
     return device(threads(function))
+
+
+_CODECS = ("float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", "1-bit")
 
 
 @click.group(cls=Group)
@@ -46,7 +50,7 @@ def trackstar() -> None:
 @click.option("--limit", type=int, metavar="N", help="Read the first N records only.")
 @click.option("--second-moment", default="auto", metavar="V", help="auto, estimate, none, or optimizer state.  [auto]")
 @click.option("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 computation.  [float32]")
-@click.option("--codec", default="float16", metavar="TYPE", help="float32, bfloat16 or float16.  [float16]")
+@click.option("--codec", default="float16", metavar="TYPE", help="float32 to 1-bit; see below.  [float16]")
 @click.option("--side", type=int, default=64, metavar="N", help="φ has 16 blocks of side² numbers.  [64]")
 @click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
 @_shared
@@ -59,29 +63,91 @@ def trackstar() -> None:
 @_rare("--second-moment-examples", type=int, default=256, metavar="N", help="Estimate V from so many.  [256]")
 @_rare("--output", default="loss", metavar="F", help="What is differentiated: loss, margin, logit.  [loss]")
 @_rare("--projection", default="two-sided", metavar="P", help="two-sided or one-sided (small models).  [two-sided]")
+@_rare("--coordinates", metavar="C", help="projected or whitened.  [whitened for int8 and fewer bits]")
+@_rare("--whitening-examples", type=int, default=16_384, metavar="N", help="R_train for it from so many.  [16384]")
+@_rare("--damping", type=float, metavar="X", help="Added to it, of its mean eigenvalue.  [shrinkage]")
 @_rare("--seed", type=int, default=0, metavar="N", help="Of projections and samples.  [0]")
 @_rare("--shard-examples", type=int, metavar="N", help="Examples a shard.  [64 MiB]")
 @_rare("--revision", metavar="NAME", help="Revision of a hub's model.")
 @_rare("--gguf-file", metavar="NAME", help="Which file of the folder holds GGUF weights.")
 def index(*, model: str, data: str, out: str, threads: int | None, **options: Any) -> None:
-    """Index a corpus for a model; run again to resume."""
+    """Index a corpus for a model; run again to resume.
+
+    Codecs: float32, bfloat16, float16, int8, 4-bit, 2-bit, 1-bit.
+    """
     _one_of("--second-moment-kind", options["second_moment_kind"], ("factored", "elementwise"))
     _one_of("--output", options["output"], ("loss", "margin", "logit"))
     _one_of("--projection", options["projection"], ("two-sided", "one-sided"))
-    _one_of("--codec", options["codec"], ("float32", "bfloat16", "float16"))
+    _one_of("--codec", options["codec"], _CODECS)
+    if options["coordinates"] is not None:
+        _one_of("--coordinates", options["coordinates"], ("projected", "whitened"))
     _prepare(threads)
     from trackstar.pipeline import build_index
 
-    finished = build_index(model, data, out, **options)
-    manifest = finished.manifest
-    click.echo(
-        f"{out}: {finished.rows:,} examples, {finished.dimensions:,} dimensions, {manifest.codec}; ask it with "
-        f"trackstar query --index {out}"
-    )
+    _tell(build_index(model, data, out, **options))
 
 
 @trackstar.command()
-@click.option("--index", required=True, metavar="IDX", help="Folder made by trackstar index.")
+@click.option("--index", required=True, metavar="IDX", help="The index; it is left as it is.")
+@click.option("--data", required=True, metavar="D", help="Further corpus: .jsonl, .txt, .parquet, a folder.")
+@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
+@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
+@click.option("--id-field", metavar="NAME", help="Field that names an example.  [found]")
+@click.option("--limit", type=int, metavar="N", help="Read the first N records only.")
+@click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
+@_shared
+@_rare("--model", metavar="M", help="The model, where it is not where the index says.")
+def add(*, index: str, data: str, out: str, threads: int | None, **options: Any) -> None:
+    """An index with further examples; only theirs are computed."""
+    _prepare(threads)
+    from trackstar.growing import add_examples
+
+    _tell(add_examples(index, data, out, **options))
+
+
+@trackstar.command()
+@click.argument("indexes", nargs=-1, required=True, metavar="IDX IDX...")
+@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
+@_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+def merge(*, indexes: tuple[str, ...], out: str, threads: int | None) -> None:
+    """One index of several that were made alike."""
+    _prepare(threads)
+    from trackstar.rewriting import merge_indexes
+
+    _tell(merge_indexes(indexes, out))
+
+
+@trackstar.command()
+@click.option("--index", required=True, metavar="IDX", help="The index; it is left as it is.")
+@click.option("--names", required=True, metavar="FILE", help="Names of examples or documents, one a line.")
+@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
+@_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+def remove(*, index: str, names: str, out: str, threads: int | None) -> None:
+    """An index without some of its examples."""
+    _prepare(threads)
+    from trackstar.examples import read_names
+    from trackstar.rewriting import remove_examples
+
+    _tell(remove_examples(index, read_names(names), out))
+
+
+@trackstar.command()
+@click.option("--index", required=True, metavar="IDX", help="The index; it is left as it is.")
+@click.option("--codec", required=True, metavar="TYPE", help="Of no more bits: float16, int8, 4-bit, 2-bit, 1-bit.")
+@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
+@click.option("--damping", type=float, metavar="X", help="Added to R_train in whitening.  [shrinkage]")
+@_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+def convert(*, index: str, codec: Any, out: str, damping: float | None, threads: int | None) -> None:
+    """The same index stored in fewer bits."""
+    _one_of("--codec", codec, _CODECS)
+    _prepare(threads)
+    from trackstar.rewriting import convert_index
+
+    _tell(convert_index(index, out, codec=codec, damping=damping))
+
+
+@trackstar.command()
+@click.option("--index", metavar="IDX", help="Folder made by trackstar index.")
 @click.option("--prompt", metavar="TEXT", help="What the model reads.")
 @click.option("--completion", metavar="TEXT", help="What it says, to be explained.")
 @click.option("--generate", is_flag=True, help="Explain what the model itself says.")
@@ -92,15 +158,18 @@ def index(*, model: str, data: str, out: str, threads: int | None, **options: An
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout, no table.")
 @click.option("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
 @click.option("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
+@click.option("--rerank", "reranked", type=int, metavar="N", help="Rank N again from gradients.  [by codec]")
+@click.option("--exact", is_flag=True, help="Compute every candidate's gradient.")
+@click.option("--data", metavar="D", help="Without --index: stream this corpus through --model.")
 @_shared
-@_rare("--model", metavar="M", help="The model, where it is not where the index says.")
+@click.option("--model", metavar="M", help="The model, where it is not where the index says.")
 @_rare("--prompt-field", metavar="NAME", help="Field of --queries that holds the prompt.  [found]")
 @_rare("--query-set", metavar="NAME", help="Name of the set of queries in results.  [the file's]")
 @_rare("--max-new-tokens", type=int, default=16, metavar="N", help="Most tokens to generate.  [16]")
 @_rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
 def query(
     *,
-    index: str,
+    index: str | None,
     prompt: str | None,
     completion: str | None,
     generate: bool,
@@ -115,18 +184,29 @@ def query(
     device: str,
     threads: int | None,
     top: int,
+    data: str | None,
+    reranked: int | None,
+    exact: bool,
     **options: Any,
 ) -> None:
     """Which training examples moved the model towards a completion?"""
     _check_query_options(prompt, completion, generate, queries)
+    if (index is None) == (data is None) or (data is not None and model is None):
+        raise OptionError("expected --index, or --data and --model to go through a corpus without an index")
+    if data is not None and (exact or reranked is not None):
+        raise OptionError("--exact, --rerank: belong to an index; --data is gone through exactly")
+    if (reranked is not None and 0 < reranked < top) or (reranked or 0) < 0:
+        raise OptionError(f"--rerank {reranked}: expected at least as many as --top {top}, or 0 to leave it out")
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     _prepare(threads)
     from trackstar.examples import Query, read_queries
+    from trackstar.model import load_model
     from trackstar.pipeline import answer_queries
     from trackstar.provenance import model_of_index
     from trackstar.results import check_writable, release_lines, write_results
     from trackstar.store import Index
+    from trackstar.streaming import stream_queries
     from trackstar.terminal import print_query_result
 
     if out is not None:
@@ -137,11 +217,20 @@ def query(
         else [Query(query_id="prompt", prompt=prompt or "", completion=completion or "")]
     )
     about = read_queries(task, prompt_field=prompt_field) if task is not None else None
-    opened = Index.open(index)
-    used = model_of_index(opened, model, device=device)
+    if index is not None:
+        opened = Index.open(index)
+        used = model_of_index(opened, model, device=device)
+    else:
+        opened, used = None, load_model(str(model), device=device)
     if generate:
         asked = _with_own_completions(asked, used, max_new_tokens)
-    report = answer_queries(opened, asked, model=used, k=top, task=about, device=device, **options)
+    if opened is not None:
+        report = answer_queries(
+            opened, asked, model=used, k=top, task=about, device=device, reranked=reranked, exact=exact, **options
+        )
+    else:
+        kept = f"{out}.unfinished" if out is not None else None
+        report = stream_queries(used, data, asked, k=top, task=about, kept=kept, **options)
     name = query_set or (Path(queries).name.split(".")[0] if queries is not None else "prompt")
     if out is not None:
         lines, beside = write_results(report, out, query_set=name)
@@ -328,6 +417,15 @@ def _prepare(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _tell(index: "Index") -> None:
+    """What has been made, and how to ask it."""
+    manifest = index.manifest
+    click.echo(
+        f"{index.path}: {index.rows:,} examples, {index.dimensions:,} dimensions, {manifest.codec}; ask it with "
+        f"trackstar query --index {index.path}"
+    )
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> None:

@@ -148,7 +148,7 @@ class Rankings:
             "template": template,
             "strict": config.strict,
             "top_k": config.top_k,
-            "corpus": self.index(TRACKSTAR).manifest.corpus.digest,
+            "corpus": self.index(TRACKSTAR).manifest.corpora[0].digest,
         }
         if method == "embeddings":
             assert config.embedding_model is not None

@@ -1,6 +1,7 @@
 """Training examples and queries: what they are, how they are read, and how they become tokens."""
 
 from trackstar.examples.corpus import Corpus, open_corpus
+from trackstar.examples.names import read_names
 from trackstar.examples.queries import prompt_tokens, query_text, read_queries, tokenize_query
 from trackstar.examples.records import Example, Query, TokenizedExample
 from trackstar.examples.tokenization import Tokenizer, tokenize_example, tokenize_examples
@@ -14,6 +15,7 @@ __all__ = [
     "open_corpus",
     "prompt_tokens",
     "query_text",
+    "read_names",
     "read_queries",
     "tokenize_example",
     "tokenize_examples",

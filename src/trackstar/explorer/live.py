@@ -24,7 +24,7 @@ from trackstar.baselines.interface import Pool
 from trackstar.errors import CorpusError, OptionError, TrackstarError
 from trackstar.examples import Corpus, Query, query_text
 from trackstar.explorer.insight import groups, insight, scatter_rows
-from trackstar.explorer.metadata import Metadata
+from trackstar.explorer.metadata import Metadata, metadata_fields
 from trackstar.explorer.passages import make_passage
 from trackstar.explorer.result_files import mixing_summary, sendable
 from trackstar.explorer.schemas import (
@@ -72,20 +72,20 @@ class LiveIndex:
     Args:
         attributor: The index with its model.
         encoder: An embedding model, or None.
-        corpus: The corpus that was indexed, where it can be read.
+        corpora: The corpora that were indexed, where they can be read.
         task_queries: Of how many queries the task is.
     """
 
     def __init__(
-        self, attributor: Attributor, *, encoder: Encoder | None, corpus: Corpus | None, task_queries: int
+        self, attributor: Attributor, *, encoder: Encoder | None, corpora: Sequence[Corpus], task_queries: int
     ) -> None:
         self._attributor = attributor
         self._index = attributor.index
         self._model = attributor.model
         self._encoder = encoder
-        self._corpus = corpus
+        self._corpora = list(corpora)
         self._metadata: Metadata | None = None
-        self._metadata_wanted = corpus is not None and bool(corpus.metadata_fields)
+        self._metadata_wanted = bool(metadata_fields(self._corpora))
         self._pool: Pool | None = None
         self._bm25: BM25Retriever | None = None
         self._embeddings: EmbeddingRetriever | None = None
@@ -115,12 +115,12 @@ class LiveIndex:
             model="/".join(PurePath(manifest.model.source).parts[-2:]).lstrip("/"),
             coverage=str(self._model.coverage),
             second_moment=manifest.second_moment.kind,
-            corpus=PurePath(manifest.corpus.source).name,
+            corpus=", ".join(PurePath(corpus.source).name for corpus in manifest.corpora),
             task_queries=self._task_queries,
             methods=self.methods,
             step=self._step,
             no_step=self._no_step,
-            metadata=list(self._corpus.metadata_fields) if self._corpus is not None and self._metadata_wanted else [],
+            metadata=metadata_fields(self._corpora) if self._metadata_wanted else [],
         )
 
     def generate(self, request: GenerateRequest) -> Generation:
@@ -342,9 +342,9 @@ class LiveIndex:
         return self._embeddings
 
     def _read_metadata(self) -> None:
-        if self._metadata is None and self._metadata_wanted and self._corpus is not None:
+        if self._metadata is None and self._metadata_wanted:
             try:
-                self._metadata = Metadata.read(self._index, self._corpus)
+                self._metadata = Metadata.read(self._index, self._corpora)
             except CorpusError as error:
                 # Without its fields an answer is still an answer.
                 self._metadata_wanted = False

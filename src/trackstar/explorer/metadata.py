@@ -1,11 +1,11 @@
 """Fields of an indexed corpus's records (source, date, licence ...), held by column, to show and to group by."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from trackstar.errors import CorpusError
+from trackstar.errors import CorpusError, OptionError
 from trackstar.examples import Corpus, open_corpus
 from trackstar.progress import Progress
 from trackstar.store import Index
@@ -45,29 +45,31 @@ class Metadata:
         self._columns = columns
 
     @classmethod
-    def read(cls, index: Index, corpus: Corpus) -> "Metadata":
-        """Read the corpus that an index was made of.
+    def read(cls, index: Index, corpora: Sequence[Corpus]) -> "Metadata":
+        """Read the corpora that an index was made of.
 
         A field whose different values come to more than 64 MiB is left out.
 
         Raises:
-            CorpusError: The corpus is not what was indexed, or cannot be read.
+            CorpusError: A corpus is not what was indexed, or cannot be read.
         """
-        if corpus.digest() != index.manifest.corpus.digest:
-            raise CorpusError(
-                f"{corpus.name}: has changed since {index.path} was made of it, expected the same bytes; give the "
-                "corpus that was indexed (--data)"
-            )
-        columns = {name: _Column() for name in corpus.metadata_fields[:_MOST_FIELDS]}
+        columns = {name: _Column() for name in metadata_fields(corpora)}
         records = 0
         with Progress("Reading the corpus's fields", unit="records", shown=False) as bar:
-            for fields in corpus.metadata():
-                for name in [name for name in columns if name in fields]:
-                    columns[name].add(records, fields[name])
-                    if columns[name].characters > _MOST_CHARACTERS:
-                        del columns[name]
-                records += 1
-                bar.advance(1)
+            for corpus, entry in zip(corpora, index.manifest.corpora, strict=True):
+                if corpus.digest() != entry.digest:
+                    raise CorpusError(
+                        f"{corpus.name}: has changed since {index.path} was made of it, expected the same bytes; give "
+                        "the corpus that was indexed (--data)"
+                    )
+                records = entry.first_record
+                for fields in corpus.metadata():
+                    for name in [name for name in columns if name in fields]:
+                        columns[name].add(records, fields[name])
+                        if columns[name].characters > _MOST_CHARACTERS:
+                            del columns[name]
+                    records += 1
+                    bar.advance(1)
         for column in columns.values():
             column.codes.extend([0] * (records - len(column.codes)))
         return cls({name: (np.array(column.codes, dtype=np.int32), column.values) for name, column in columns.items()})
@@ -92,11 +94,23 @@ class Metadata:
         return {values[code]: count / len(codes) for code, count in Counter(codes.tolist()).items()}
 
 
-def corpus_of_index(index: Index, data: str | None) -> Corpus:
-    """The corpus that an index says it was made of, or that lies elsewhere now; not yet compared with it.
+def metadata_fields(corpora: Sequence[Corpus]) -> list[str]:
+    """The fields of all corpora, each once, as many as are read."""
+    names = dict.fromkeys(name for corpus in corpora for name in corpus.metadata_fields)
+    return list(names)[:_MOST_FIELDS]
+
+
+def corpora_of_index(index: Index, data: str | None) -> list[Corpus]:
+    """The corpora that an index says it was made of, or that lies elsewhere now; not yet compared with it.
 
     Raises:
-        CorpusError: It is not there.
+        CorpusError: One is not there.
+        OptionError: One is given for an index of several.
     """
-    entry = index.manifest.corpus
-    return open_corpus(data or entry.source, text_field=entry.text_field, id_field=entry.id_field, limit=entry.limit)
+    entries = index.manifest.corpora
+    if data is not None and len(entries) > 1:
+        raise OptionError(f"--data {data}: {index.path} was made of {len(entries)} corpora, expected one; leave it out")
+    return [
+        open_corpus(data or entry.source, text_field=entry.text_field, id_field=entry.id_field, limit=entry.limit)
+        for entry in entries
+    ]

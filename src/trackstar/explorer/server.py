@@ -18,7 +18,7 @@ from trackstar.examples import Corpus, read_queries
 from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
-from trackstar.explorer.metadata import corpus_of_index
+from trackstar.explorer.metadata import corpora_of_index
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.security import Guard
 from trackstar.provenance import model_of_index
@@ -155,14 +155,14 @@ def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) 
     attributor = Attributor(
         index, model, task=task, mixing=options.mixing, damping=options.damping, batch_tokens=options.batch_tokens
     )
-    corpus: Corpus | None = None
+    corpora: list[Corpus] = []
     try:
-        corpus = corpus_of_index(index, options.data)
+        corpora = corpora_of_index(index, options.data)
     except CorpusError as error:
         if options.data is not None:
             raise
         say(f"no fields of the corpus's records are shown: {error} (--data says where it is)")
-    return LiveIndex(attributor, encoder=encoder, corpus=corpus, task_queries=len(task))
+    return LiveIndex(attributor, encoder=encoder, corpora=corpora, task_queries=len(task))
 
 
 def _listen(port: int) -> socket.socket:

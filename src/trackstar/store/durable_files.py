@@ -104,6 +104,15 @@ def remove_if_there(path: Path) -> bool:
     return True
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, as far as it can be removed; links are not followed."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            remove_if_there(Path(folder) / name)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
 def write_error(path: Path, error: OSError) -> StoreError:
     """The one-line error for a file that could not be written."""
     if error.errno in NO_SPACE:

@@ -1,4 +1,4 @@
-"""The tensors that an index keeps beside its shards: V, R_train, and what an interrupted run had accumulated."""
+"""The tensors that an index keeps beside its shards: V, R_train or W_train, and what an interrupted run had summed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +21,8 @@ from trackstar.store.tensor_file import (
 
 SECOND_MOMENT = "second_moment"
 AUTOCORRELATION = "autocorrelation"
+WHITENING = "whitening"
+NAMES = (SECOND_MOMENT, AUTOCORRELATION, WHITENING)
 PROGRESS = "progress"
 TENSORS_METADATA = {"format": "trackstar-tensors-1"}
 PROGRESS_FORMAT = "trackstar-progress-1"
@@ -57,14 +59,14 @@ class IndexTensors:
         self._path = path
 
     def write(self, name: str, tensors: Mapping[str, Tensor], manifest: Manifest) -> str:
-        """Write `second_moment` or `autocorrelation`; gives its digest."""
+        """Write `second_moment`, `autocorrelation` or `whitening`; gives its digest."""
         path = self._place(name)
-        if name == SECOND_MOMENT:
-            found, expected = tensors_digest(tensors), manifest.second_moment.digest
+        if name != AUTOCORRELATION:
+            found, expected = tensors_digest(tensors), _known_digest(name, manifest)
             if found != expected:
                 raise IndexMismatchError(
-                    f"{path}: the index was made with second_moment.digest {expected!r}, but {found!r} is given now; "
-                    "use the second moment that the index was begun with, or choose another folder"
+                    f"{path}: the index was made with {name}.digest {expected!r}, but {found!r} is given now; "
+                    "use what the index was begun with, or choose another folder"
                 )
         return write_tensor_file(path, in_order(tensors), TENSORS_METADATA)
 
@@ -73,12 +75,9 @@ class IndexTensors:
         return checked_tensors(self.open(name, manifest))
 
     def open(self, name: str, manifest: Manifest) -> TensorFile:
-        """The file of `second_moment` or `autocorrelation`: its header, against the manifest, not its data."""
+        """The file of one of them: its header, against the manifest, not its data."""
         file = open_tensor_file(self._place(name))
-        completion = manifest.completion
-        known = manifest.second_moment.digest
-        if name == AUTOCORRELATION:
-            known = completion.autocorrelation_digest if completion is not None else None
+        known = _known_digest(name, manifest)
         if known is not None and file.digest != known:
             raise damaged(file.path, f"digest {file.digest}, expected {known} as the manifest says")
         return file
@@ -89,9 +88,8 @@ class IndexTensors:
         Raises:
             DamagedIndexError: One is missing, cut off, or not the manifest's.
         """
-        self.open(AUTOCORRELATION, manifest)
-        if manifest.second_moment.digest is not None:
-            self.open(SECOND_MOMENT, manifest)
+        for name in needed_tensors(manifest):
+            self.open(name, manifest)
 
     def save_progress(self, tensors: Mapping[str, Tensor], shards: Sequence[Shard]) -> None:
         """Keep what was accumulated over `shards`."""
@@ -115,5 +113,20 @@ class IndexTensors:
         return 0, {}
 
     def _place(self, name: str) -> Path:
-        assert name in (SECOND_MOMENT, AUTOCORRELATION), name
+        assert name in NAMES, name
         return self._path / f"{name}.safetensors"
+
+
+def needed_tensors(manifest: Manifest) -> tuple[str, ...]:
+    """Which of the files a finished index has."""
+    kept = () if manifest.second_moment.digest is None else (SECOND_MOMENT,)
+    return (*kept, AUTOCORRELATION if manifest.whitening is None else WHITENING)
+
+
+def _known_digest(name: str, manifest: Manifest) -> str | None:
+    """What the manifest says of a file's digest, if anything."""
+    if name == SECOND_MOMENT:
+        return manifest.second_moment.digest
+    if name == WHITENING:
+        return manifest.whitening.digest if manifest.whitening is not None else None
+    return manifest.completion.autocorrelation_digest if manifest.completion is not None else None

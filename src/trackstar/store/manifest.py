@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,17 +16,18 @@ from typing import Literal, get_args
 from trackstar.errors import DamagedIndexError, StoreError
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DIGEST_FIELD = "digest"
 LARGEST_MANIFEST = 256 * 2**20
 
-CodecName = Literal["float32", "bfloat16", "float16"]
+CodecName = Literal["float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", "1-bit"]
+Coordinates = Literal["projected", "whitened"]
 ProjectionKind = Literal["two-sided", "one-sided"]
 
 # Where something came from, said for people to read. The digest beside each is what decides whether it is the same, so
 # that a model or corpus that has been moved is still the same model or corpus.
 DESCRIPTIVE_FIELDS = frozenset(
-    {"model.source", "model.revision", "model.gguf_file", "corpus.source", "second_moment.source"}
+    {"model.source", "model.revision", "model.gguf_file", "corpora.source", "second_moment.source", "whitening.source"}
 )
 
 
@@ -67,6 +69,7 @@ class CorpusEntry:
         text_field: The field that holds a record's text.
         id_field: The field that holds a record's name; None where names are made from record numbers.
         limit: The most records that are read; None for all.
+        first_record: The number of its first record among those of all corpora of the index.
     """
 
     source: str
@@ -74,6 +77,7 @@ class CorpusEntry:
     text_field: str
     id_field: str | None
     limit: int | None
+    first_record: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +103,21 @@ class SecondMomentEntry:
     source: str
     digest: str | None
     floor: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WhiteningEntry:
+    """W_train, by which the coordinates of a whitened store are u = W_train φ.
+
+    Attributes:
+        source: Which examples R_train is the mean of (descriptive).
+        damping: The fraction of each block's mean eigenvalue that was added to R_train.
+        digest: `tensors_digest` of what is in whitening.safetensors.
+    """
+
+    source: str
+    damping: float
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +196,8 @@ class CompletionEntry:
         records: Number of the corpus's records that were read.
         skipped: Number of those without a scorable token.
         shards: The shard files in order.
-        autocorrelation_digest: `tensors_digest` of what is in autocorrelation.safetensors.
+        autocorrelation_digest: `tensors_digest` of what is in autocorrelation.safetensors; None for whitened
+            coordinates, where R_train is in the whitening.
     """
 
     rows: int
@@ -186,7 +206,7 @@ class CompletionEntry:
     records: int
     skipped: int
     shards: tuple[ShardEntry, ...]
-    autocorrelation_digest: str
+    autocorrelation_digest: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,13 +218,16 @@ class Manifest:
         trackstar_version: The version of trackstar that began the index.
         model: The model.
         tokenizer: The tokenizer.
-        corpus: The corpus.
+        corpora: The corpora, one after the other; several where indexes were merged.
+        removed: Digest of the names of the examples that were taken out; None where none were.
         windows: How long documents are split.
         second_moment: V.
         projection: P.
         layer_blocks: The blocks of a projected gradient, in the order in which they lie in a row.
         coverage: How much of the model the gradient covers.
         output: What is differentiated.
+        coordinates: What a row holds: φ itself, or u = W_train φ.
+        whitening: W_train; None for projected coordinates.
         codec: The number format of the codes.
         shard_examples: The number of examples in every shard but the last.
         completion: What the finished index holds.
@@ -214,13 +237,16 @@ class Manifest:
     trackstar_version: str
     model: ModelEntry
     tokenizer: TokenizerEntry
-    corpus: CorpusEntry
+    corpora: tuple[CorpusEntry, ...]
+    removed: str | None
     windows: WindowsEntry
     second_moment: SecondMomentEntry
     projection: ProjectionEntry
     layer_blocks: tuple[LayerBlockEntry, ...]
     coverage: CoverageEntry
     output: Literal["loss", "margin", "logit"]
+    coordinates: Coordinates
+    whitening: WhiteningEntry | None
     codec: CodecName
     shard_examples: int
     completion: CompletionEntry | None
@@ -275,7 +301,7 @@ class Manifest:
 
         Left out are `completion` and the descriptive fields. Every shard carries it.
         """
-        identity = {name: value for name, value in _leaves(self) if name not in DESCRIPTIVE_FIELDS}
+        identity = {name: value for name, value in _leaves(self) if not _descriptive(name)}
         return _digest(json.dumps(identity, separators=(",", ":")))
 
 
@@ -318,8 +344,12 @@ def differences(found: Manifest, expected: Manifest) -> list[tuple[str, object, 
     return [
         (name, found_leaves.get(name), expected_leaves.get(name))
         for name in names
-        if name not in DESCRIPTIVE_FIELDS and found_leaves.get(name) != expected_leaves.get(name)
+        if not _descriptive(name) and found_leaves.get(name) != expected_leaves.get(name)
     ]
+
+
+def _descriptive(name: str) -> bool:
+    return re.sub(r"\[[0-9]+\]", "", name) in DESCRIPTIVE_FIELDS
 
 
 def _leaves(manifest: Manifest) -> Iterator[tuple[str, object]]:
@@ -359,7 +389,7 @@ def _check_version(fields: dict[str, object]) -> None:
         raise FieldError(
             "format_version",
             version,
-            f"{FORMAT_VERSION}: the index was made by an older trackstar with other projections, index again",
+            f"{FORMAT_VERSION}: the index was made by an older trackstar in another format, index again",
         )
     if type(version) is int and version > FORMAT_VERSION:
         raise FieldError(
@@ -378,6 +408,11 @@ def _check_values(manifest: Manifest) -> None:
     floor = manifest.second_moment.floor
     _expect("second_moment.floor", floor, math.isfinite(floor) and floor >= 0, "a finite number, at least 0")
     _expect("codec", manifest.codec, manifest.codec in get_args(CodecName), f"one of {', '.join(get_args(CodecName))}")
+    whitened = manifest.coordinates == "whitened"
+    _expect("whitening", manifest.whitening, (manifest.whitening is not None) == whitened, _WHITENING[whitened])
+    _expect("corpora", manifest.corpora, len(manifest.corpora) >= 1, "at least one corpus")
+    starts = [corpus.first_record for corpus in manifest.corpora]
+    _expect("corpora.first_record", starts, starts[0] == 0 and starts == sorted(starts), "numbers that rise from 0")
     _expect("windows.tokens", manifest.windows.tokens, manifest.windows.tokens >= 2, "at least 2")
     completion = manifest.completion
     if completion is None:
@@ -390,11 +425,21 @@ def _check_values(manifest: Manifest) -> None:
         full = manifest.shard_examples
         fits = 1 <= shard.rows <= full if last else shard.rows == full
         _expect(f"{field}.rows", shard.rows, fits, f"1 to {full}" if last else str(full))
+    has_autocorrelation = completion.autocorrelation_digest is not None
+    _expect(
+        "completion.autocorrelation_digest",
+        completion.autocorrelation_digest,
+        has_autocorrelation != whitened,
+        "null" if whitened else "a digest",
+    )
     rows = sum(shard.rows for shard in completion.shards)
     _expect("completion.rows", completion.rows, completion.rows == rows, f"{rows}, the sum over its shards")
     for name in ("tokens", "targets", "records", "skipped"):
         value = getattr(completion, name)
         _expect(f"completion.{name}", value, value >= 0, "at least 0")
+
+
+_WHITENING = {True: "the whitening of whitened coordinates", False: "null for projected coordinates"}
 
 
 def _expect(field: str, found: object, holds: bool, expected: str) -> None:

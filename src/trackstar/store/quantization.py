@@ -8,8 +8,9 @@ spacing for a unit normal entry, after division by the block's root mean square.
 as in RaBitQ (Gao and Long, SIGMOD 2024) and its multi-bit form: c points in a direction near u's, and this f makes the
 part of q along u count in full, so that over random directions of the rest the estimate is unbiased. (The factor of
 least squares, ⟨c, u⟩/‖c‖², would shrink every score.) 1-bit codes are signs; 2 and 4 bits use the levels of Lloyd and
-Max, which have the least squared error for a normal entry (Max 1960); 8 bits use equal steps up to the block's largest
-entry. Codes are packed low bits first: the dimension 8k/b·i + j of a b-bit code is in byte i.
+Max, which have the least squared error for a normal entry (Max 1960), rounded to 46ths (4 bits) or four decimals (2
+bits); 8 bits use equal steps up to the block's largest entry. Codes are packed low bits first: the dimension 8k/b·i + j
+of a b-bit code is in byte i.
 """
 
 import functools
@@ -24,6 +25,8 @@ from torch import Tensor
 from trackstar.errors import OptionError
 
 Bits = Literal[1, 2, 4, 8]
+LEVEL_UNIT = 46
+"""4-bit levels are whole numbers over this, the largest 126/46: integer instructions serve to multiply with them."""
 _TINY = 1e-30
 
 
@@ -50,7 +53,9 @@ def levels(bits: Bits) -> Float32[Tensor, "levels"]:
         density = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
         mass = np.array([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in edges])
         found = (density[:-1] - density[1:]) / (mass[1:] - mass[:-1])
-    return torch.from_numpy((found - found[::-1]) / 2).float()
+    symmetric = (found - found[::-1]) / 2
+    unit = LEVEL_UNIT if bits == 4 else 10_000
+    return torch.from_numpy(np.rint(symmetric * unit) / unit).float()
 
 
 def quantize(
@@ -70,12 +75,13 @@ def quantize(
     """
     rows, blocks, dim = coordinates.shape
     if dim % 8:
-        raise OptionError(f"--side: blocks of {dim} dimensions, expected a multiple of 8 for low-bit codes")
+        raise OptionError(f"--side: blocks of {dim} dimensions, expected a multiple of 8 for codes of {bits} bits")
     u = coordinates.float()
     codes = _codes(u, bits)
     c = levels(bits).to(u.device)[codes.long()]
-    squares, product = u.square().sum(dim=2), (c * u).sum(dim=2)
-    factors = torch.where(product > 0, squares / product.clamp_min(_TINY), 0.0)
+    # In float64, so that factors do not depend on the order in which a machine sums.
+    squares, product = u.double().square().sum(dim=2), (c.double() * u).sum(dim=2)
+    factors = torch.where(product > 0, squares / product.clamp_min(_TINY), 0.0).float()
     return _pack(codes.reshape(rows, blocks * dim), bits), factors
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import final
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
+from trackstar.store.codecs import StoredRows
 from trackstar.store.derived_cache import DerivedCache
 from trackstar.store.index_tensors import IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
@@ -21,17 +22,15 @@ from trackstar.store.shards import Shard, StoredExample, open_shard
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CodeChunk:
-    """Consecutive rows of one shard's codes, memory-mapped.
+    """Consecutive rows of one shard, their codes memory-mapped.
 
     Attributes:
         first_row: The index's row of the first.
-        codes: The codes.
-        scales: Their scales.
+        stored: The rows.
     """
 
     first_row: int
-    codes: Float[Tensor, "rows dim"]
-    scales: Float32[Tensor, "rows"]
+    stored: StoredRows
 
 
 @final
@@ -131,27 +130,37 @@ class Index:
             yield from shard.examples()
 
     def iterate(self, rows_per_chunk: int) -> Iterator[CodeChunk]:
-        """All codes in the order of the rows, in chunks of at most `rows_per_chunk` rows of one shard each."""
+        """All rows in the order of the rows, in chunks of at most `rows_per_chunk` rows of one shard each."""
         assert rows_per_chunk >= 1, rows_per_chunk
         for shard in self._shards:
-            codes, scales = shard.codes, shard.scales
+            stored = shard.stored
             for first in range(0, shard.rows, rows_per_chunk):
-                stop = first + rows_per_chunk
-                yield CodeChunk(first_row=shard.first_row + first, codes=codes[first:stop], scales=scales[first:stop])
+                yield CodeChunk(first_row=shard.first_row + first, stored=stored[first : first + rows_per_chunk])
 
-    def some_codes(self, rows: Sequence[int]) -> tuple[Float[Tensor, "some dim"], Float32[Tensor, "some"]]:
-        """Codes and scales of a few rows, ascending, in memory."""
-        codes, scales = [], []
+    def some_rows(self, rows: Sequence[int]) -> StoredRows:
+        """A few rows, ascending, in memory."""
+        parts = []
         for shard in self._shards:
             first, last = (bisect.bisect_left(rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
             if first < last:
-                within = torch.tensor(rows[first:last]) - shard.first_row
-                codes.append(shard.codes[within])
-                scales.append(shard.scales[within])
-        return torch.cat(codes), torch.cat(scales)
+                parts.append(shard.stored[torch.tensor(rows[first:last]) - shard.first_row])
+        return StoredRows.joined(parts)
+
+    def some_losses(self, rows: Sequence[int]) -> Float32[Tensor, "some"]:
+        """Losses of a few rows, ascending: summed cross-entropy of the target tokens, in nats."""
+        parts = []
+        for shard in self._shards:
+            first, last = (bisect.bisect_left(rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
+            if first < last:
+                parts.append(shard.losses[torch.tensor(rows[first:last]) - shard.first_row])
+        return torch.cat(parts)
+
+    def norms(self) -> Float32[Tensor, "rows"]:
+        """Euclidean norm of every row's coordinates before they were coded."""
+        return torch.cat([shard.norms for shard in self._shards])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """`second_moment` or `autocorrelation`, checked against its digest, memory-mapped.
+        """`second_moment`, `autocorrelation` or `whitening`, checked against its digest, memory-mapped.
 
         Raises:
             DamagedIndexError: It is missing or not what was written.

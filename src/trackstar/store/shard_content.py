@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from torch import Tensor
 
 from trackstar.examples import TokenizedExample
-from trackstar.store.codecs import codec_dtype
-from trackstar.store.manifest import Manifest
+from trackstar.store.codecs import StoredRows, code_columns, codec_dtype, scales_shape
+from trackstar.store.manifest import CodecName, Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +20,16 @@ class ShardPlan:
     Attributes:
         index: The identity digest of the index's manifest.
         examples: The number of examples in every shard but the last.
-        dimensions: Number of dimensions of a projected gradient.
-        dtype: The dtype of the codes.
+        dimensions: Number of dimensions of a row.
+        blocks: Number of layer blocks.
+        codec: How rows are stored.
     """
 
     index: str
     examples: int
     dimensions: int
-    dtype: torch.dtype
+    blocks: int
+    codec: CodecName
 
     @classmethod
     def of(cls, manifest: Manifest) -> "ShardPlan":
@@ -36,7 +38,8 @@ class ShardPlan:
             index=manifest.identity_digest(),
             examples=manifest.shard_examples,
             dimensions=manifest.dimensions,
-            dtype=codec_dtype(manifest.codec),
+            blocks=len(manifest.layer_blocks),
+            codec=manifest.codec,
         )
 
 
@@ -45,8 +48,7 @@ class ShardContent:
     """What a shard is written from.
 
     Attributes:
-        codes: The codec's codes of the projected gradients, contiguous, in main memory.
-        scales: The codec's scales.
+        stored: The coordinates as the codec stores them, contiguous, in main memory.
         losses: Summed cross-entropy of each example's target tokens, in nats.
         examples: The examples, in the order of the rows.
         next_record: The record that the example after the shard's last comes from.
@@ -54,8 +56,7 @@ class ShardContent:
         skipped: Number of records, of all before `next_record`, without a scorable token.
     """
 
-    codes: Float[Tensor, "rows dim"]
-    scales: Float32[Tensor, "rows"]
+    stored: StoredRows
     losses: Float32[Tensor, "rows"]
     examples: Sequence[TokenizedExample]
     next_record: int
@@ -68,9 +69,12 @@ def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
     examples = content.examples
     rows = len(examples)
     assert 1 <= rows <= plan.examples, rows
-    assert content.codes.shape == (rows, plan.dimensions), content.codes.shape
-    assert content.codes.dtype is plan.dtype, content.codes.dtype
-    assert content.scales.shape == content.losses.shape == (rows,)
+    stored = content.stored
+    assert stored.codec == plan.codec, stored.codec
+    assert stored.codes.shape == (rows, code_columns(plan.codec, plan.dimensions)), stored.codes.shape
+    assert stored.codes.dtype is codec_dtype(plan.codec), stored.codes.dtype
+    assert stored.scales.shape == scales_shape(plan.codec, rows, plan.blocks), stored.scales.shape
+    assert stored.norms.shape == content.losses.shape == (rows,)
     token_offsets, tokens = _ragged([example.token_ids for example in examples], np.int32)
     _, masks = _ragged([example.target_mask for example in examples], np.uint8)
     assert len(tokens) == len(masks)
@@ -79,13 +83,14 @@ def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
     parent_offsets, parents = _strings([example.parent_id for example in examples])
     counts = [int(np.count_nonzero(example.target_mask)) for example in examples]
     return {
-        "codes": content.codes,
+        "codes": stored.codes,
         "records": torch.tensor([example.record for example in examples], dtype=torch.int64),
         "token_offsets": token_offsets,
         "text_offsets": text_offsets,
         "id_offsets": id_offsets,
         "parent_offsets": parent_offsets,
-        "scales": content.scales.to(torch.float32),
+        "scales": stored.scales.to(torch.float32),
+        "norms": stored.norms.to(torch.float32),
         "losses": content.losses.to(torch.float32),
         "target_counts": torch.tensor(counts, dtype=torch.int32),
         "windows": torch.tensor([example.window for example in examples], dtype=torch.int32),

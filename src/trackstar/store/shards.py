@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
 from trackstar.errors import IndexMismatchError, StoreError
 from trackstar.examples import TokenizedExample
-from trackstar.store.manifest import ShardEntry, shard_file_name
+from trackstar.store.codecs import StoredRows, code_columns, codec_dtype, quantized_bits, scales_shape
+from trackstar.store.manifest import CodecName, ShardEntry, shard_file_name
 from trackstar.store.shard_content import ShardContent, ShardPlan, shard_tensors
 from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import (
@@ -29,7 +30,7 @@ from trackstar.store.tensor_file import (
     write_tensor_file,
 )
 
-SHARD_FORMAT = "trackstar-shard-1"
+SHARD_FORMAT = "trackstar-shard-2"
 SHARD_METADATA = {
     "format",
     "manifest_digest",
@@ -86,6 +87,7 @@ class Shard:
         tokens: Number of their tokens.
         targets: Number of their tokens whose cross-entropy counts.
         end: Where the next shard begins.
+        codec: How its rows are stored.
     """
 
     file: TensorFile
@@ -95,6 +97,7 @@ class Shard:
     tokens: int
     targets: int
     end: ResumePoint
+    codec: CodecName
 
     @property
     def path(self) -> Path:
@@ -107,24 +110,47 @@ class Shard:
         return self.file.digest
 
     @property
-    def codes(self) -> Float[Tensor, "rows dim"]:
-        """The codes, memory-mapped anew: nothing is read before it is used, and writing never reaches the file."""
-        return map_tensor(self.file, "codes")
+    def stored(self) -> StoredRows:
+        """The rows' codes, memory-mapped anew (nothing is read before it is used), with their scales and norms.
+
+        Raises:
+            DamagedIndexError: A scale or norm cannot be one; the message names its row.
+        """
+        codes = map_tensor(self.file, "codes")
+        return StoredRows(codec=self.codec, codes=codes, scales=self.scales, norms=self.norms)
 
     @property
-    def scales(self) -> Float32[Tensor, "rows"]:
-        """The scales: positive powers of two.
+    def scales(self) -> Float32[Tensor, "rows *blocks"]:
+        """The scales: positive powers of two, or a quantizing codec's factors, which are finite and not negative.
 
         Raises:
             DamagedIndexError: One is not; the message names its row.
         """
-        scales = self.read("scales")
-        mantissas, exponents = np.frexp(scales)
-        wrong = np.flatnonzero(~((mantissas == 0.5) & (exponents > -126)))
+        scales = self.read("scales").reshape(self.file.places["scales"].shape)
+        if quantized_bits(self.codec) is None:
+            mantissas, exponents = np.frexp(scales)
+            good, expected = (mantissas == 0.5) & (exponents > -126), "a positive power of two"
+        else:
+            good, expected = (np.isfinite(scales) & (scales >= 0)).all(axis=1), "finite factors, none negative"
+        wrong = np.flatnonzero(~good)
         if wrong.size:
             row = int(wrong[0])
-            raise damaged(self.path, f"row {row} has scale {scales[row]}, expected a positive power of two")
+            raise damaged(self.path, f"row {row} has scale {scales[row]}, expected {expected}")
         return torch.from_numpy(scales)
+
+    @property
+    def norms(self) -> Float32[Tensor, "rows"]:
+        """Euclidean norm of each row's coordinates before they were coded.
+
+        Raises:
+            DamagedIndexError: One is negative or not finite; the message names its row.
+        """
+        norms = self.read("norms")
+        wrong = np.flatnonzero(~(np.isfinite(norms) & (norms >= 0)))
+        if wrong.size:
+            row = int(wrong[0])
+            raise damaged(self.path, f"row {row} has norm {norms[row]}, expected a finite number, at least 0")
+        return torch.from_numpy(norms)
 
     @property
     def losses(self) -> Float32[Tensor, "rows"]:
@@ -178,7 +204,7 @@ class Shard:
         check_digest(self.file)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor with one dimension, as it is in the file."""
+        """A tensor's numbers, as they are in the file, one after the other."""
         with TensorFileReader(self.file) as reader:
             return reader.read(name)
 
@@ -293,7 +319,7 @@ def open_shard(path: Path, plan: ShardPlan, number: int, entry: ShardEntry | Non
             "move the file back to its own index"
         )
     try:
-        shard = _parse_shard(file)
+        shard = _parse_shard(file, plan.codec)
         _check_shard(shard, plan, number, entry)
     except FieldError as error:
         raise damaged(path, str(error)) from error
@@ -312,7 +338,7 @@ def shard_rows(file: TensorFile) -> int:
         raise damaged(file.path, str(error)) from error
 
 
-def _parse_shard(file: TensorFile) -> Shard:
+def _parse_shard(file: TensorFile, codec: CodecName) -> Shard:
     rows, tokens = _length(file, "losses"), _length(file, "tokens")
     first_row = _number(file, "first_row")
     end = ResumePoint(
@@ -329,6 +355,7 @@ def _parse_shard(file: TensorFile) -> Shard:
         tokens=tokens,
         targets=_number(file, "targets"),
         end=end,
+        codec=codec,
     )
 
 
@@ -367,13 +394,14 @@ def _check_shard(shard: Shard, plan: ShardPlan, number: int, entry: ShardEntry |
 def _check_places(shard: Shard, plan: ShardPlan) -> None:
     rows, tokens = shard.rows, shard.tokens
     expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {
-        "codes": (plan.dtype, (rows, plan.dimensions)),
+        "codes": (codec_dtype(plan.codec), (rows, code_columns(plan.codec, plan.dimensions))),
         "records": (torch.int64, (rows,)),
         "token_offsets": (torch.int64, (rows + 1,)),
         "text_offsets": (torch.int64, (rows + 1,)),
         "id_offsets": (torch.int64, (rows + 1,)),
         "parent_offsets": (torch.int64, (rows + 1,)),
-        "scales": (torch.float32, (rows,)),
+        "scales": (torch.float32, scales_shape(plan.codec, rows, plan.blocks)),
+        "norms": (torch.float32, (rows,)),
         "losses": (torch.float32, (rows,)),
         "target_counts": (torch.int32, (rows,)),
         "windows": (torch.int32, (rows,)),

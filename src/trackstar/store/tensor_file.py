@@ -211,14 +211,14 @@ class TensorFileReader:
         os.close(self._descriptor)
 
     def read(self, name: str, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """Elements `first` to `stop` of a one-dimensional tensor, as a new array.
+        """Elements `first` to `stop` of a tensor, in the order in which they lie, as a new array.
 
         Raises:
             DamagedIndexError: The file has become too short.
             StoreError: The file cannot be read.
         """
         place = self._file.places[name]
-        stop = place.shape[0] if stop is None else stop
+        stop = math.prod(place.shape) if stop is None else stop
         array = np.empty(stop - first, dtype=_NUMPY_DTYPES[place.dtype])
         remaining = array.data.cast("B")
         offset = place.start + first * array.itemsize

@@ -9,16 +9,14 @@ from pathlib import Path
 
 from trackstar.errors import StoreError
 from trackstar.store.durable_files import PARTIAL_SUFFIX
-from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, SECOND_MOMENT, IndexTensors
+from trackstar.store.index_tensors import NAMES, PROGRESS, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_check import check_content
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import ResumePoint, open_shard, shard_rows
 from trackstar.store.tensor_file import TensorFile, check_digest, open_tensor_file
 
-OWN_NAMES = {".lock", "manifest.json", "shards", "derived"} | {
-    f"{name}.safetensors" for name in (SECOND_MOMENT, AUTOCORRELATION, PROGRESS)
-}
+OWN_NAMES = {".lock", "manifest.json", "shards", "derived"} | {f"{name}.safetensors" for name in (*NAMES, PROGRESS)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +153,10 @@ class _Verification:
 
     def _check_tensors(self, manifest: Manifest) -> None:
         tensors = IndexTensors(self._folder)
-        for name in (SECOND_MOMENT, AUTOCORRELATION):
+        for name in NAMES:
             path = self._folder / f"{name}.safetensors"
-            needed = name == AUTOCORRELATION or manifest.second_moment.digest is not None
-            if path.exists() or (needed and manifest.completion is not None):
+            needed = name in needed_tensors(manifest) and manifest.completion is not None
+            if path.exists() or needed:
                 with self._collecting():
                     self._on_file(path)
                     self._check_bytes(tensors.open(name, manifest))

@@ -15,8 +15,15 @@ import filelock
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, IndexLockedError, IndexMismatchError, OptionError, StoreError
-from trackstar.store.durable_files import PARTIAL_SUFFIX, make_folder, remove_if_there, write_error, write_text
-from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, SECOND_MOMENT, IndexTensors
+from trackstar.store.durable_files import (
+    PARTIAL_SUFFIX,
+    make_folder,
+    remove_folder,
+    remove_if_there,
+    write_error,
+    write_text,
+)
+from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, IndexTensors, needed_tensors
 from trackstar.store.manifest import (
     CompletionEntry,
     Manifest,
@@ -31,6 +38,8 @@ from trackstar.store.strict_json import FieldError, abridged
 from trackstar.store.tensor_file import check_digest
 
 LOCK_FILE = ".lock"
+PART_FOLDER = "part"
+"""Within an unfinished index: an index that it is made from, of a first pass's examples or of those to be added."""
 Note = Callable[[str], None]
 
 
@@ -151,11 +160,12 @@ class IndexWriter:
         return shard
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write `second_moment` or `autocorrelation`, durably, and give the digest that `tensors_digest` gives.
+        """Write `second_moment`, `autocorrelation` or `whitening`, durably, and give the digest that `tensors_digest`
+        gives.
 
         Raises:
             StoreError: It cannot be written.
-            IndexMismatchError: It is a second moment other than the manifest's.
+            IndexMismatchError: It is a second moment or whitening other than the manifest's.
         """
         return self._tensors.write(name, tensors, self._manifest)
 
@@ -189,7 +199,8 @@ class IndexWriter:
     def finish(self, *, records: int, skipped: int) -> Manifest:
         """Write the completed manifest: the index is finished from the moment that its file is renamed.
 
-        `second_moment`, unless the manifest's digest is None, and `autocorrelation` must have been written.
+        What the manifest names (`second_moment`, `whitening`) and for projected coordinates `autocorrelation` must have
+        been written.
 
         Args:
             records: Number of the corpus's records that were read.
@@ -201,8 +212,7 @@ class IndexWriter:
         assert not self.completed, "the index is finished"
         assert self._shards, "an index has at least one shard"
         assert 0 <= self.resume_point.skipped <= skipped <= records, (records, skipped)
-        if self._manifest.second_moment.digest is not None:
-            self._tensors.open(SECOND_MOMENT, self._manifest)
+        digests = {name: self._tensors.open(name, self._manifest).digest for name in needed_tensors(self._manifest)}
         completion = CompletionEntry(
             rows=self.resume_point.row,
             tokens=sum(shard.tokens for shard in self._shards),
@@ -212,7 +222,7 @@ class IndexWriter:
             shards=tuple(
                 ShardEntry(file=shard.path.name, rows=shard.rows, digest=shard.digest) for shard in self._shards
             ),
-            autocorrelation_digest=self._tensors.open(AUTOCORRELATION, self._manifest).digest,
+            autocorrelation_digest=digests.get(AUTOCORRELATION),
         )
         self._replace_manifest(dataclasses.replace(self._manifest, completion=completion))
         self._remove_leftovers()
@@ -301,12 +311,14 @@ class IndexWriter:
                     self._on_note(f"removed {name}, left unfinished by an interrupted run")
         if self.completed:
             remove_if_there(self._path / f"{PROGRESS}.safetensors")
+            if load_manifest(self._path / PART_FOLDER) is not None:
+                remove_folder(self._path / PART_FOLDER)
 
 
 def _refuse_foreign_folder(folder: Path) -> None:
     """An index begins in a folder that has nothing but what an interrupted beginning leaves."""
     names = set(_names(folder))
-    foreign = names - {LOCK_FILE, f"manifest.json{PARTIAL_SUFFIX}"}
+    foreign = names - {LOCK_FILE, PART_FOLDER, f"manifest.json{PARTIAL_SUFFIX}"}
     if foreign and "manifest.json" not in names:
         raise StoreError(
             f"{folder}: holds {abridged(min(foreign))} but no manifest.json, expected an index or an empty folder; "

@@ -1,0 +1,244 @@
+"""Exact influences of chosen candidates, or of all of them, from gradients computed again (Eq. 1-2).
+
+A store of few bits ranks coarsely: its best N candidates are recomputed from their tokens, which the index keeps, and
+ranked by what Eq. 1 gives without any rounding. How likely it is that one of the true first k is not among the N is
+estimated from the N themselves.
+
+Given a candidate's coarse score, its exact score is taken to be normal around a line in the coarse one, with the same
+spread everywhere. Line and spread are fitted to the candidates ranked again; choosing these by their coarse scores does
+not bias such a fit, since the coarse score is what it is given. A candidate that was not ranked again then belongs to
+the first k with the probability that it exceeds the k-th exact score.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trackstar.correction import TaskCorrection
+from trackstar.errors import OptionError
+from trackstar.indexing import GradientProjector
+from trackstar.progress import Progress
+from trackstar.retrieval import Scorer, TopCandidates, best_of, top_candidates
+from trackstar.store import CodecName, Index
+
+# Examples whose gradients are held at once.
+_ROWS_AT_ONCE = 256
+# Of the coarse ranking this many times N are kept: those beyond the N are what may have been missed.
+_LOOKED_AT = 4
+# Fewer pairs of scores than this say nothing of the codes' error.
+_FEWEST = 12
+
+RERANKED: dict[CodecName, int] = {
+    "float32": 0, "bfloat16": 0, "float16": 0, "int8": 50, "4-bit": 50, "2-bit": 100, "1-bit": 200,
+}  # fmt: skip
+"""How many candidates of each query are ranked again by default, by codec; from docs/log.md's curve."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reranked:
+    """A ranking whose first candidates are exact.
+
+    Attributes:
+        top: The candidates.
+        missed: For each query the estimated chance that one of its true first k is not among those ranked again; None
+            where too few were ranked again to say.
+        recomputed: How many candidates' gradients were computed.
+    """
+
+    top: TopCandidates
+    missed: tuple[float | None, ...]
+    recomputed: int
+
+
+class ExactScores:
+    """Influences of an index's candidates on queries, from the model instead of the store.
+
+    Args:
+        index: The candidates.
+        projector: Makes φ as the index was made; called when gradients are needed.
+        correction: R for the task.
+        vectors: What each query meets candidates with, in the index's coordinates.
+        progress: Whether progress is shown where stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        projector: Callable[[], GradientProjector],
+        correction: TaskCorrection,
+        vectors: Float[Tensor, "queries dimensions"],
+        *,
+        progress: bool = False,
+    ) -> None:
+        self._index = index
+        self._projector = projector
+        self._correction = correction
+        self._vectors = vectors.float()
+        self._progress = progress
+
+    def queries_digest(self) -> str:
+        """Names the queries."""
+        return hashlib.blake2b(self._vectors.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+
+    def of(self, rows: Sequence[int]) -> Float[Tensor, "queries rows"]:
+        """Scores of some rows of the index, in their order."""
+        found = torch.empty(len(self._vectors), len(rows))
+        for first, part in self.parts(rows):
+            found[:, first : first + part.shape[1]] = part
+        return found
+
+    def parts(self, rows: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "queries part"]]]:
+        """The same, some hundred rows at a time: the place of the first, and their scores."""
+        with (
+            Progress("Ranking again", unit="examples", total=len(rows), shown=self._progress) as bar,
+            self._projector() as projector,
+        ):
+            for first in range(0, len(rows), _ROWS_AT_ONCE):
+                examples = [self._index.example(row).example for row in rows[first : first + _ROWS_AT_ONCE]]
+                phi = torch.empty(len(examples), self._index.dimensions)
+                for places, batch_phi, _ in projector.batches(examples):
+                    phi[torch.tensor(places)] = batch_phi.cpu()
+                    bar.advance(len(places))
+                yield first, self.scores(phi)
+
+    def scores(self, phi: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "queries rows"]:
+        """Eq. 1 of candidates whose φ is given."""
+        coordinates = self._correction.coordinates(phi)
+        norms = self._correction.whitening.norms(coordinates)
+        return self._vectors @ coordinates.T * torch.where(norms > 0, 1 / norms, 0.0)
+
+
+def rerank(
+    index: Index, scorer: Scorer, exact: ExactScores, k: int, *, reranked: int, progress: bool = False
+) -> Reranked:
+    """The k proponents and opponents of each query: the best N of each by the store, ranked by exact scores.
+
+    Args:
+        index: The candidates.
+        scorer: How they are scored by the store.
+        exact: Gives exact scores.
+        k: How many to give.
+        reranked: N, at least k.
+        progress: Whether the pass over the index is shown.
+
+    Raises:
+        OptionError: N is less than k.
+    """
+    if reranked < k:
+        raise OptionError(f"--rerank {reranked}: expected at least as many as --top {k}, or 0 to leave it out")
+    looked_at = min(index.rows, _LOOKED_AT * reranked)
+    coarse = top_candidates(index, scorer, looked_at, progress=progress)
+    count = min(reranked, index.rows)
+    rows = torch.cat([coarse.proponents[:, :count].flatten(), coarse.opponents[:, :count].flatten()]).unique()
+    scores = exact.of(rows.tolist())
+    proponents = best_of(scores, rows, k)
+    opponents = best_of(-scores, rows, k)
+    missed = tuple(
+        missed_chance(
+            coarse.proponent_scores[query],
+            scores[query, torch.searchsorted(rows, coarse.proponents[query, :count])],
+            threshold=float(proponents[0][query, -1]),
+            rows=index.rows,
+        )
+        for query in range(len(scores))
+    )
+    top = TopCandidates(
+        proponents=proponents[1],
+        proponent_scores=proponents[0],
+        opponents=opponents[1],
+        opponent_scores=-opponents[0],
+    )
+    return Reranked(top=top, missed=missed, recomputed=len(rows))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a coarse score says of the exact one: a line, and the spread around it."""
+
+    slope: float
+    intercept: float
+    spread: float
+
+    def expected(self, coarse: Float[Tensor, "candidates"]) -> Float[Tensor, "candidates"]:
+        """The exact scores to be expected of candidates with these coarse ones."""
+        return self.intercept + self.slope * coarse
+
+
+def calibration(coarse: Float[Tensor, "reranked"], exact: Float[Tensor, "reranked"]) -> Calibration:
+    """The line of least squares through candidates whose exact scores are known."""
+    x, y = coarse.double(), exact.double()
+    centred = x - x.mean()
+    slope = float((centred * y).sum() / centred.square().sum().clamp_min(1e-300))
+    residuals = y - y.mean() - slope * centred
+    spread = math.sqrt(float(residuals.square().sum()) / max(1, len(x) - 2))
+    return Calibration(slope=slope, intercept=float(y.mean() - slope * x.mean()), spread=spread)
+
+
+def missed_chance(
+    coarse: Float[Tensor, "looked_at"], exact: Float[Tensor, "reranked"], *, threshold: float, rows: int
+) -> float | None:
+    """The chance that a candidate that was not ranked again belongs to the true first k.
+
+    Args:
+        coarse: The best coarse scores, descending.
+        exact: Exact scores of the first of them.
+        threshold: The k-th best exact score.
+        rows: How many candidates there are.
+
+    Returns:
+        1 - Π(1 - p) over all candidates that were not ranked again, each one's p that of its exact score to exceed the
+        threshold; those beyond the coarse scores given count as the last of these. None where too few were ranked
+        again.
+    """
+    count = len(exact)
+    if count >= rows:
+        return 0.0
+    if count < _FEWEST:
+        return None
+    fitted = calibration(coarse[:count], exact)
+    rest = coarse[count:].double()
+    beyond = rows - len(coarse)
+    if beyond:
+        rest = torch.cat([rest, coarse[-1:].double()])
+    weights = torch.ones_like(rest)
+    if beyond:
+        weights[-1] = beyond
+    # log Π(1 - p) with p = Φ(z), and 1 - p = Φ(-z)
+    z = (fitted.expected(rest) - threshold) / max(fitted.spread, 1e-300)
+    return float(-torch.expm1((weights * torch.special.log_ndtr(-z)).sum()))
+
+
+def exact_top(index: Index, exact: ExactScores, k: int, *, key: str) -> TopCandidates:
+    """The k proponents and opponents of each query with every candidate's gradient computed again.
+
+    What has been gone through is kept with the index under a name made of `key`, which names the R, the queries and k:
+    a later call goes on from there.
+    """
+    best: tuple[Tensor, Tensor] | None = None
+    worst: tuple[Tensor, Tensor] | None = None
+    key = f"{key}-{exact.queries_digest()}-{k}"
+    kept = index.load_derived(f"exact-{key}")
+    start = int(kept["done"]) if kept is not None else 0
+    if kept is not None:
+        best, worst = (kept["best"], kept["best_rows"]), (kept["worst"], kept["worst_rows"])
+    for first, part in exact.parts(range(start, index.rows)):
+        rows = torch.arange(start + first, start + first + part.shape[1])
+        best, worst = best_of(part, rows, k, before=best), best_of(-part, rows, k, before=worst)
+        index.save_derived(
+            f"exact-{key}",
+            {
+                "done": torch.tensor(int(rows[-1]) + 1),
+                "best": best[0],
+                "best_rows": best[1],
+                "worst": worst[0],
+                "worst_rows": worst[1],
+            },
+        )
+    assert best is not None, "an index has at least one example"
+    assert worst is not None, "an index has at least one example"
+    return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
