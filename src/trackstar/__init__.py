@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from trackstar.errors import TrackstarError
     from trackstar.examples import Corpus, Example, Query, open_corpus, read_queries
     from trackstar.generation import generate
+    from trackstar.growing import add_examples
     from trackstar.model import LanguageModel, load_model, wrap_model
     from trackstar.narrowing import narrow_index
     from trackstar.pipeline import answer_queries, build_index, query_gradients
     from trackstar.pretraining import PretrainingConfig, pretrain
     from trackstar.provenance import model_of_index
     from trackstar.results import QueryReport, QueryResult, Ranked, write_results
+    from trackstar.rewriting import convert_index, merge_indexes, remove_examples
     from trackstar.store import Index, verify
+    from trackstar.streaming import stream_queries
 
 __all__ = [
     "Attribution",
@@ -39,16 +42,21 @@ __all__ = [
     "Ranked",
     "TokenInfluence",
     "TrackstarError",
+    "add_examples",
     "answer_queries",
     "build_index",
+    "convert_index",
     "generate",
     "load_model",
+    "merge_indexes",
     "model_of_index",
     "narrow_index",
     "open_corpus",
     "pretrain",
     "query_gradients",
     "read_queries",
+    "remove_examples",
+    "stream_queries",
     "verify",
     "wrap_model",
     "write_results",
@@ -59,13 +67,16 @@ _HOMES = {
     "trackstar.errors": ("TrackstarError",),
     "trackstar.examples": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
     "trackstar.generation": ("generate",),
+    "trackstar.growing": ("add_examples",),
     "trackstar.model": ("LanguageModel", "load_model", "wrap_model"),
     "trackstar.narrowing": ("narrow_index",),
     "trackstar.pipeline": ("answer_queries", "build_index", "query_gradients"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
     "trackstar.provenance": ("model_of_index",),
     "trackstar.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
+    "trackstar.rewriting": ("convert_index", "merge_indexes", "remove_examples"),
     "trackstar.store": ("Index", "verify"),
+    "trackstar.streaming": ("stream_queries",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -189,12 +189,10 @@ class Attributor:
         exact = ExactScores(self.index, self._projector, self.correction, scorer.vectors).of(rows.tolist())[0]
         influences = calibration(coarse[rows], exact).expected(coarse)
         influences[rows] = exact
-        missed = missed_chance(
-            coarse[order],
-            influences[best],
-            threshold=float(influences[best].topk(min(10, len(best))).values[-1]),
-            rows=self.index.rows,
-        )
+        left = torch.ones(len(coarse), dtype=torch.bool)
+        left[rows] = False
+        threshold = float(influences[best].topk(min(10, len(best))).values[-1])
+        missed = missed_chance(coarse[best], influences[best], coarse[left], threshold=threshold)
         return rows, influences, missed
 
     def _projector(self) -> GradientProjector:

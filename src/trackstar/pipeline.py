@@ -74,7 +74,7 @@ def build_index(
     second_moment_examples: int = 256,
     side: int = 64,
     seed: int = 0,
-    codec: CodecName = "float16",
+    codec: CodecName = "1-bit",
     coordinates: Coordinates | None = None,
     whitening_examples: int = 16_384,
     damping: float | None = None,
@@ -111,7 +111,8 @@ def build_index(
         second_moment_examples: How many examples V is estimated from.
         side: √d, rows and columns of a block of φ (64 in the paper).
         seed: Of the projections and of the sample that V is estimated from.
-        codec: How a row is stored: `float32`, `bfloat16`, `float16`, `int8`, `4-bit`, `2-bit` or `1-bit`.
+        codec: How a row is stored: `float32`, `bfloat16`, `float16`, `int8`, `4-bit`, `2-bit` or `1-bit`. The default,
+            with the paper's 65,536 dimensions, is the best that 8 KB an example buy (docs/stores.md).
         coordinates: `projected` stores φ; `whitened` stores u = W_train φ, which codes of few bits are made for. None
             is `whitened` for int8 and fewer bits.
         whitening_examples: How many records R_train comes from where coordinates are whitened, drawn with `seed`: a
@@ -294,7 +295,10 @@ def answer_queries(
         return projector_of(index.manifest, model, moment, batch_tokens=batch_tokens)
 
     missed: tuple[float | None, ...] = (None,) * len(queries)
-    count = RERANKED[index.manifest.codec] if reranked is None else reranked
+    count = reranked
+    if count is None:
+        count = RERANKED[index.manifest.codec]
+        count = max(count, k) if count else 0
     if exact:
         vectors = unit_queries(queries_in, correction.whitening)
         again = ExactScores(index, projector, correction, vectors, progress=progress)
@@ -304,7 +308,7 @@ def answer_queries(
         scorer = trackstar_scorer(index, queries_in, correction.whitening, key=correction.key, progress=progress)
         if count:
             again = ExactScores(index, projector, correction, scorer.vectors, progress=progress)
-            ranking = rerank(index, scorer, again, k, reranked=max(count, k), progress=progress)
+            ranking = rerank(index, scorer, again, k, reranked=count, progress=progress)
             top, missed = ranking.top, ranking.missed
         else:
             top = top_candidates(index, scorer, k, progress=progress)

@@ -16,6 +16,7 @@ as many threads as torch has.
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -35,6 +36,7 @@ _INT32_MAX = 2**31 - 1
 
 
 @intrinsic
+@no_type_check
 def _popcount(typingctx, word):
     """Number of set bits of a 64-bit word: one instruction, and LLVM knows how to do many at once."""
 
@@ -45,6 +47,7 @@ def _popcount(typingctx, word):
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
+@no_type_check
 def _int8_products(codes, queries, out):
     """out[row, query, block] = Σ (code - 128)·q; codes [rows, blocks, dim] u8, queries [queries, blocks, dim] i16."""
     rows, blocks, dim = codes.shape
@@ -60,6 +63,7 @@ def _int8_products(codes, queries, out):
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
+@no_type_check
 def _table_products(codes, table, queries, out):
     """The same for 4-bit codes [rows, blocks, dim/2]: `table` turns a byte into two levels, as one 16-bit word."""
     rows, blocks, width = codes.shape
@@ -78,6 +82,7 @@ def _table_products(codes, table, queries, out):
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
+@no_type_check
 def _plane_products(codes, planes, out):
     """out[row, query, block, place] = popcount(code bits AND plane); the words of a block one after the other.
 
@@ -95,6 +100,7 @@ def _plane_products(codes, planes, out):
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
+@no_type_check
 def _decode(codes, table, factors, out):
     """out[row, block, byte, place] = table[code byte, place]·factor; codes [rows, blocks, bytes] u8."""
     rows, blocks, width = codes.shape

@@ -16,20 +16,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trackstar.correction import TaskCorrection
 from trackstar.errors import OptionError
 from trackstar.indexing import GradientProjector
 from trackstar.progress import Progress
-from trackstar.retrieval import Scorer, TopCandidates, best_of, top_candidates
+from trackstar.retrieval import Scorer, TopCandidates, best_of, scores_of, top_candidates
 from trackstar.store import CodecName, Index
 
 # Examples whose gradients are held at once.
 _ROWS_AT_ONCE = 256
-# Of the coarse ranking this many times N are kept: those beyond the N are what may have been missed.
+# Of the coarse ranking this many times N are kept: those beyond the N are what may have been missed. Of the candidates
+# beyond these, whose number makes up for how unlikely each is, this many are looked at.
 _LOOKED_AT = 4
+_SAMPLED = 2048
 # Fewer pairs of scores than this say nothing of the codes' error.
 _FEWEST = 12
 
@@ -138,22 +140,26 @@ def rerank(
     scores = exact.of(rows.tolist())
     proponents = best_of(scores, rows, k)
     opponents = best_of(-scores, rows, k)
-    missed = tuple(
-        missed_chance(
-            coarse.proponent_scores[query],
-            scores[query, torch.searchsorted(rows, coarse.proponents[query, :count])],
-            threshold=float(proponents[0][query, -1]),
-            rows=index.rows,
+    others = _Others(index, scorer, coarse, rows)
+    missed = []
+    for query in range(len(scores)):
+        left, weights = others.of(query)
+        missed.append(
+            missed_chance(
+                coarse.proponent_scores[query, :count],
+                scores[query, torch.searchsorted(rows, coarse.proponents[query, :count])],
+                left,
+                threshold=float(proponents[0][query, -1]),
+                weights=weights,
+            )
         )
-        for query in range(len(scores))
-    )
     top = TopCandidates(
         proponents=proponents[1],
         proponent_scores=proponents[0],
         opponents=opponents[1],
         opponent_scores=-opponents[0],
     )
-    return Reranked(top=top, missed=missed, recomputed=len(rows))
+    return Reranked(top=top, missed=tuple(missed), recomputed=len(rows))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,37 +186,66 @@ def calibration(coarse: Float[Tensor, "reranked"], exact: Float[Tensor, "reranke
 
 
 def missed_chance(
-    coarse: Float[Tensor, "looked_at"], exact: Float[Tensor, "reranked"], *, threshold: float, rows: int
+    coarse: Float[Tensor, "reranked"],
+    exact: Float[Tensor, "reranked"],
+    others: Float[Tensor, "others"],
+    *,
+    threshold: float,
+    weights: Float[Tensor, "others"] | None = None,
 ) -> float | None:
     """The chance that a candidate that was not ranked again belongs to the true first k.
 
     Args:
-        coarse: The best coarse scores, descending.
-        exact: Exact scores of the first of them.
+        coarse: Coarse scores of the candidates that were ranked again for this query.
+        exact: Their exact scores.
+        others: Coarse scores of candidates that were not.
         threshold: The k-th best exact score.
-        rows: How many candidates there are.
+        weights: How many candidates each of these stands for; None is one.
 
     Returns:
-        1 - Π(1 - p) over all candidates that were not ranked again, each one's p that of its exact score to exceed the
-        threshold; those beyond the coarse scores given count as the last of these. None where too few were ranked
-        again.
+        1 - Π(1 - p), each p that of an exact score above the threshold. None where too few were ranked again.
     """
-    count = len(exact)
-    if count >= rows:
+    if not len(others):
         return 0.0
-    if count < _FEWEST:
+    if len(exact) < _FEWEST:
         return None
-    fitted = calibration(coarse[:count], exact)
-    rest = coarse[count:].double()
-    beyond = rows - len(coarse)
-    if beyond:
-        rest = torch.cat([rest, coarse[-1:].double()])
-    weights = torch.ones_like(rest)
-    if beyond:
-        weights[-1] = beyond
+    fitted = calibration(coarse, exact)
     # log Π(1 - p) with p = Φ(z), and 1 - p = Φ(-z)
-    z = (fitted.expected(rest) - threshold) / max(fitted.spread, 1e-300)
-    return float(-torch.expm1((weights * torch.special.log_ndtr(-z)).sum()))
+    z = (fitted.expected(others.double()) - threshold) / max(fitted.spread, 1e-300)
+    logarithms = torch.special.log_ndtr(-z)
+    return float(-torch.expm1((logarithms if weights is None else weights * logarithms).sum()))
+
+
+class _Others:
+    """Candidates that were not ranked again: the next best of each query, and a sample of all that come after these.
+
+    Args:
+        index: The candidates.
+        scorer: How the store scores them.
+        coarse: Of each query the next best, in order, and before them those that were ranked again.
+        rows: Every row that was ranked again, for whichever query.
+    """
+
+    def __init__(self, index: Index, scorer: Scorer, coarse: TopCandidates, rows: Int64[Tensor, "rows"]) -> None:
+        self._coarse = coarse
+        self._rows = rows
+        self._beyond = index.rows - coarse.proponents.shape[1]
+        count = min(_SAMPLED, index.rows) if self._beyond else 0
+        self._sampled = torch.arange(count) * index.rows // max(count, 1)
+        self._scores = scores_of(index, scorer, self._sampled)
+
+    def of(self, query: int) -> tuple[Float[Tensor, "others"], Float[Tensor, "others"]]:
+        """Coarse scores, and how many candidates each stands for."""
+        near = ~torch.isin(self._coarse.proponents[query], self._rows)
+        next_best = self._coarse.proponent_scores[query][near]
+        if not self._beyond:
+            return next_best, torch.ones(len(next_best))
+        below = self._scores[query] < self._coarse.proponent_scores[query, -1]
+        weight = self._beyond / max(1, int(below.sum()))
+        sampled = self._scores[query][below & ~torch.isin(self._sampled, self._rows)]
+        return torch.cat([next_best, sampled]), torch.cat(
+            [torch.ones(len(next_best)), torch.full((len(sampled),), weight)]
+        )
 
 
 def exact_top(index: Index, exact: ExactScores, k: int, *, key: str) -> TopCandidates:

@@ -174,6 +174,17 @@ def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidate
     return result
 
 
+def scores_of(index: Index, scorer: Scorer, rows: Int64[Tensor, "some"]) -> Float[Tensor, "queries some"]:
+    """Scores of a few candidates, their rows ascending."""
+    found = torch.empty(len(scorer.vectors), len(rows))
+    at_once = max(1, _WHITENING_BYTES // (4 * index.dimensions))
+    for first in range(0, len(rows), at_once):
+        part = slice(first, first + at_once)
+        values = index.some_rows(rows[part].tolist()).decode()
+        found[:, part] = scorer.vectors.float() @ values.T * scorer.multipliers[rows[part]]
+    return found
+
+
 def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
     """The k proponents and k opponents of each query, exactly, by one pass over the index.
 

@@ -10,13 +10,14 @@ So stored rows stay as they are: the inverse is applied to the queries, and a ca
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.errors import OptionError
-from trackstar.store import StoredRows
+from trackstar.store import StoredRows, quantized_bits
 
 # σ below this fraction of a block's largest are rounding noise, not directions of the task.
 _TOLERANCE = 1e-7
@@ -72,16 +73,29 @@ class TaskWhitening:
         return cls(directions=directions, weights=weights, mixing=mixing)
 
     def apply_inverse(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
-        """(λA + (1-λ)I)⁻¹u: a query in this form meets candidates as stored."""
-        u = self._blocks(coordinates)
-        along = torch.bmm(u, self.directions.mT) * self.weights[:, None]
-        corrected = (u - torch.bmm(along, self.directions)) / (1 - self.mixing)
-        return corrected.transpose(0, 1).flatten(1)
+        """(λA + (1-λ)I)⁻¹u: a query in this form meets candidates as stored.
+
+        In float64: near λ = 1 most of u is taken off.
+        """
+        corrected = torch.empty_like(coordinates, dtype=torch.float32)
+        parts = corrected.view(len(coordinates), len(self.directions), -1)
+        for number, (u, directions, weights) in enumerate(self._in_double(coordinates)):
+            parts[:, number] = ((u - (u @ directions.mT * weights) @ directions) / (1 - self.mixing)).float()
+        return corrected
 
     def norms(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows"]:
         """√(uᵀ(λA + (1-λ)I)⁻¹u) of each row: with W φ in place of φ, the norm of Eq. 1."""
-        squares = coordinates.square().sum(dim=1)
-        return self._rooted(squares, self._along(coordinates))
+        squares = torch.zeros(len(coordinates), dtype=torch.float64, device=coordinates.device)
+        along = torch.zeros_like(squares)
+        for u, directions, weights in self._in_double(coordinates):
+            squares += u.square().sum(dim=1)
+            along += ((u @ directions.mT).square() * weights).sum(dim=1)
+        return self._rooted(squares, along).float()
+
+    def _in_double(self, coordinates: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each block's u, directions and weights in float64."""
+        for u, directions, weights in zip(self._blocks(coordinates), self.directions, self.weights, strict=True):
+            yield u.double(), directions.double(), weights.double()
 
     def stored_norms(self, stored: StoredRows) -> Float[Tensor, "rows"]:
         """The same of stored rows, from their exact ‖u‖ and what their codes say of v_k·u.
@@ -90,6 +104,8 @@ class TaskWhitening:
         on average, which is taken off.
         """
         decoded = stored.decode()
+        if quantized_bits(stored.codec) is None:
+            return self.norms(decoded)
         squares = stored.norms.square()
         lengths = self._blocks(decoded).square().sum(dim=2)
         share = (1 - squares / lengths.sum(dim=0).clamp_min(1e-30)).clamp_min(0)

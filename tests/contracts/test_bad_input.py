@@ -54,7 +54,7 @@ class Case(NamedTuple):
     status: int = 1
 
 
-INDEX = "index --model {model} --data {corpus} --out {folder}/new --side 4"
+INDEX = "index --model {model} --data {corpus} --out {folder}/new --side 4 --codec float16"
 ASK = "query --index {index} --prompt Paris --completion France"
 
 
@@ -203,13 +203,13 @@ CASES = [
     Case("nothing to score", INDEX, "trackstar: {corpus}: none of 256 records drawn from it has a token to score", lambda w: w.write("corpus.jsonl", '{"text": ""}')),
     Case("unknown format", "index --model {model} --data {folder}/a.docx --out {folder}/new", "trackstar: {folder}/a.docx: ", lambda w: w.write("a.docx", "x")),
     # The index's folder
-    Case("out is a file", "index --model {model} --data {corpus} --out {corpus} --side 4", "trackstar: {corpus}"),
+    Case("out is a file", "index --model {model} --data {corpus} --out {corpus} --side 4 --codec float16", "trackstar: {corpus}"),
     Case("out is full of others", INDEX,  "trackstar: {folder}/new: holds 'letter.txt' but no manifest.json", lambda w: [
         (w.folder / "new").mkdir(), (w.folder / "new" / "letter.txt").write_text("Dear")
     ]),
-    Case("other settings", "index --model {model} --data {corpus} --out {index} --side 2", "trackstar: {index}: the index was made with projection.side 4, but 2 is asked for now"),
-    Case("other corpus", "index --model {model} --data {folder}/other.txt --out {index} --side 4", "trackstar: {index}: the index was made with corpus.digest", lambda w: w.write("other.txt", "Rome is in Italy.\n")),
-    Case("other model", "index --model {model} --data {corpus} --out {index} --side 4", "trackstar: {index}: the index was made with model.digest", _other_model),
+    Case("other settings", "index --model {model} --data {corpus} --out {index} --side 2 --codec float16", "trackstar: {index}: the index was made with projection.side 4, but 2 is asked for now"),
+    Case("other corpus", "index --model {model} --data {folder}/other.txt --out {index} --side 4 --codec float16", "trackstar: {index}: the index was made with corpora[0].digest", lambda w: w.write("other.txt", "Rome is in Italy.\n")),
+    Case("other model", "index --model {model} --data {corpus} --out {index} --side 4 --codec float16", "trackstar: {index}: the index was made with model.digest", _other_model),
     # Asking
     Case("no index", "query --index {folder}/none --prompt a --completion b", "trackstar: {folder}/none: no index is there (no manifest.json)"),
     Case("nothing asked", "query --index {index}", "trackstar: found neither of --prompt and --queries"),
@@ -238,6 +238,31 @@ CASES = [
     Case("lost model", ASK, "trackstar: {model}: no such folder", lambda w: shutil.rmtree(w.model)),
     Case("damaged, verified", "verify {index}", "{index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
     Case("nothing to verify", "verify {folder}", "trackstar: {folder}: no index is there"),
+    # Stores of few bits, growing, no index
+    Case("a side for codes", "index --model {model} --data {corpus} --out {folder}/new --side 4", "trackstar: --side 4: expected a multiple of 8 for --codec 1-bit"),
+    Case("coordinates", INDEX + " --coordinates polar", "trackstar: --coordinates polar: expected one of projected, whitened"),
+    Case("no sample", INDEX + " --whitening-examples 0", "trackstar: --whitening-examples 0: expected 1 or more"),
+    Case("too few again", ASK + " --top 5 --rerank 3", "trackstar: --rerank 3: expected at least as many as --top 5, or 0"),
+    Case("less than none again", ASK + " --rerank -1", "trackstar: --rerank -1: expected at least as many as --top 10, or 0"),
+    Case("neither index nor corpus", "query --prompt Paris --completion France", "trackstar: expected --index, or --data and --model"),
+    Case("index and corpus", ASK + " --data {corpus} --model {model}", "trackstar: expected --index, or --data and --model"),
+    Case("a corpus without a model", "query --data {corpus} --prompt Paris --completion France", "trackstar: expected --index, or --data and --model"),
+    Case("exact without an index", "query --data {corpus} --model {model} --prompt Paris --completion France --exact", "trackstar: --exact, --rerank: belong to an index"),
+    Case("converted to no codec", "convert --index {index} --codec 3-bit --out {folder}/new", "trackstar: --codec 3-bit: expected one of float32"),
+    Case("converted to more", "convert --index {index} --codec float32 --out {folder}/new", "trackstar: --codec float32: {index} keeps float16, which does not hold"),
+    Case("converted in place", "convert --index {index} --codec bfloat16 --out {index}", "trackstar: {index}: the index was made with codec 'float16'"),
+    Case("converted side", "convert --index {index} --codec 1-bit --out {folder}/new", "trackstar: --side 4: expected a multiple of 8 for --codec 1-bit"),
+    Case("nothing to convert", "convert --index {folder} --codec float16 --out {folder}/new", "trackstar: {folder}: no index is there"),
+    Case("merged alone", "merge {index} --out {folder}/new", "trackstar: merge: found 1 index, expected two or more"),
+    Case("merged into itself", "merge {index} {index} --out {index}", "trackstar: {index}: the index was made with corpora"),
+    Case("merged with nothing", "merge {index} {folder} --out {folder}/new", "trackstar: {folder}: no index is there"),
+    Case("no names", "remove --index {index} --names {folder}/n.txt --out {folder}/new", "trackstar: {folder}/n.txt: holds no name", lambda w: w.write("n.txt", "\n \n")),
+    Case("names that are not there", "remove --index {index} --names {folder}/n.txt --out {folder}/new", "trackstar: {index}: found 1 names that are not examples of it, such as 'nobody'", lambda w: w.write("n.txt", "nobody\n")),
+    Case("names in binary", "remove --index {index} --names {folder}/n.txt --out {folder}/new", "trackstar: {folder}/n.txt: byte 1 is not UTF-8", lambda w: w.write("n.txt", b"a\xff\n")),
+    Case("names nowhere", "remove --index {index} --names {folder}/n.txt --out {folder}/new", "trackstar: {folder}/n.txt: cannot be read (No such file"),
+    Case("added to itself", "add --index {index} --data {corpus} --out {index}", "trackstar: --out {index}: is the index itself"),
+    Case("added nothing", "add --index {index} --data {folder}/none.jsonl --out {folder}/new", "trackstar: {folder}/none.jsonl: "),
+    Case("added by another model", "add --index {index} --data {corpus} --out {folder}/new", "trackstar: {index}: made with model.digest", _other_model),
     # Pretraining
     Case("pretraining width", "pretrain --data {corpus} --out {folder}/run --width 7", "trackstar: width is 7 for 4 heads; expected an even number"),
     Case("pretraining optimizer", "pretrain --data {corpus} --out {folder}/run --optimizer sgd", "trackstar: --optimizer sgd: expected one of adafactor, adamw"),
@@ -253,7 +278,7 @@ def whole_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     save_tiny_model(world.model, "llama")
     world.write("corpus.jsonl", "\n".join(json.dumps({"id": f"e{n}", "text": t}) for n, t in enumerate(TEXTS)))
     command = ["index", "--model", str(world.model), "--data", str(world.corpus), "--out", str(world.index)]
-    assert framework.run(command_group, [*command, "--side", "4"]) == 0
+    assert framework.run(command_group, [*command, "--side", "4", "--codec", "float16"]) == 0
     return world
 
 
@@ -266,7 +291,7 @@ def world(whole_world: World, tmp_path: Path) -> World:
     # The copied index was made with the model of the original: it is made again in place.
     shutil.rmtree(world.index)
     command = ["index", "--model", str(world.model), "--data", str(world.corpus), "--out", str(world.index)]
-    assert framework.run(command_group, [*command, "--side", "4"]) == 0
+    assert framework.run(command_group, [*command, "--side", "4", "--codec", "float16"]) == 0
     return world
 
 
@@ -298,7 +323,7 @@ def test_mistake_is_one_line_that_names_it(
 
 def test_second_writer_is_refused(world: World, capsys: pytest.CaptureFixture[str]):
     with filelock.FileLock(world.index / ".lock"):
-        command = f"index --model {world.model} --data {world.corpus} --out {world.index} --side 4"
+        command = f"index --model {world.model} --data {world.corpus} --out {world.index} --side 4 --codec float16"
         assert framework.run(command_group, command.split()) == 1
     assert f"trackstar: {world.index}: another process is writing this index" in capsys.readouterr().err
 
@@ -311,6 +336,6 @@ def test_gradient_that_is_not_finite_names_the_example(world: World, capsys: pyt
     # Finite, but its square is not: only the one example with this word overflows in its layer norm.
     weights["gpt_neox.embed_in.weight"][token_id] = 3e38
     save_file(weights, world.model / "model.safetensors", metadata={"format": "pt"})
-    command = f"index --model {world.model} --data {world.corpus} --out {world.folder}/new --side 4"
+    command = f"index --model {world.model} --data {world.corpus} --out {world.folder}/new --side 4 --codec float16"
     assert framework.run(command_group, command.split()) == 1
     assert re.search(r"^trackstar: e2: its loss .*is not finite", capsys.readouterr().err, re.MULTILINE)

@@ -17,7 +17,9 @@ from trackstar.cli import trackstar as command_group
 from trackstar.cli.framework import RareOption
 from trackstar.store import Index
 
-COMMANDS = ["index", "query", "explore", "evaluate", "pretrain", "verify", "demo"]
+COMMANDS = [
+    "index", "add", "merge", "remove", "convert", "query", "explore", "evaluate", "pretrain", "verify", "demo"
+]  # fmt: skip
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
     text
@@ -41,7 +43,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def index_folder(tiny_model_folder: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "index"
-    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4) == 0
+    assert (
+        run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4, "--codec", "float16")
+        == 0
+    )
     return out
 
 
@@ -115,13 +120,21 @@ def test_options_are_frozen():
             "--model --data --out --text-field --id-field --limit --second-moment --dtype --codec --batch-tokens "
             "--device --threads --window-tokens --overlap --side --layer-blocks --attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
-            "--revision --gguf-file "
+            "--revision --gguf-file --coordinates --whitening-examples --damping "
             "--help-all".split()
         ),
         "query": sorted(
             "--index --prompt --completion --generate --queries --task --top --out --json --mixing --damping --device "
-            "--threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --help-all".split()
+            "--threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --rerank --exact --data "
+            "--help-all".split()
         ),
+        "add": sorted(
+            "--index --data --out --text-field --id-field --limit --batch-tokens --device --threads --model "
+            "--help-all".split()
+        ),
+        "merge": sorted("indexes --out --threads --help-all".split()),
+        "remove": sorted("--index --names --out --threads --help-all".split()),
+        "convert": sorted("--index --codec --out --damping --threads --help-all".split()),
         "explore": sorted(
             "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
             "--batch-tokens --help-all".split()
@@ -154,7 +167,19 @@ def test_index_says_what_is_covered_and_where_v_comes_from(
     tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "index"
-    arguments = ("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4)
+    arguments = (
+        "index",
+        "--model",
+        tiny_model_folder,
+        "--data",
+        corpus,
+        "--out",
+        out,
+        "--side",
+        4,
+        "--codec",
+        "float16",
+    )
     assert run(*arguments) == 0
     shown = capsys.readouterr()
     assert f"{out}: 12 examples, 96 dimensions, float16" in shown.out
@@ -272,7 +297,22 @@ def test_pretrained_checkpoint_is_indexed_with_its_own_optimizer_state(
     assert run("pretrain", "--data", corpus, "--out", run_folder, "--steps", 6, "--checkpoint-steps", 3, *shape) == 0
     checkpoint = run_folder / "checkpoint-000006"
     assert f"trackstar index --model {checkpoint}" in capsys.readouterr().out
-    assert run("index", "--model", checkpoint, "--data", corpus, "--out", tmp_path / "index", "--side", 4) == 0
+    assert (
+        run(
+            "index",
+            "--model",
+            checkpoint,
+            "--data",
+            corpus,
+            "--out",
+            tmp_path / "index",
+            "--side",
+            4,
+            "--codec",
+            "float16",
+        )
+        == 0
+    )
     assert "optimizer.safetensors (Adafactor (transformers) at step 6)" in capsys.readouterr().err
     assert Index.open(tmp_path / "index").manifest.second_moment.kind == "factored"
 
@@ -281,7 +321,10 @@ def test_verify_tells_a_whole_index_from_a_damaged_one(
     tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "index"
-    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4) == 0
+    assert (
+        run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4, "--codec", "float16")
+        == 0
+    )
     assert run("verify", out) == 0
     assert f"{out}: whole, 1 shards with 12 examples" in capsys.readouterr().out
     shard = out / "shards" / "000000.safetensors"
@@ -338,7 +381,10 @@ def test_text_that_would_steer_a_terminal_is_shown_without_its_controls(
     hostile = ["\x1b[31mred\x1b[0m text here", "back \u202e wards it goes", "bell \x07 and [bold]markup[/bold]"]
     corpus.write_text("\n".join(json.dumps({"text": text}) for text in hostile), encoding="utf-8")
     out = tmp_path / "index"
-    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 2) == 0
+    assert (
+        run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 2, "--codec", "float16")
+        == 0
+    )
     assert run("query", "--index", out, "--prompt", "red", "--completion", "text \x1b[2J here") == 0
     shown = capsys.readouterr().out
     assert not set("\x1b\x07\u202e") & set(shown)
@@ -355,7 +401,8 @@ def test_interrupted_index_says_so_in_one_line_and_goes_on_later(
             file.write(json.dumps({"text": f"The capital of {place} is {place * 7}."}) + "\n")
     command = [
         sys.executable, "-c", "from trackstar.cli import main; main()", "index", "--model", str(tiny_model_folder),
-        "--data", str(corpus), "--out", str(out), "--side", "4", "--shard-examples", "16", "--threads", "1",
+        "--data", str(corpus), "--out", str(out), "--side", "4", "--codec", "float16", "--shard-examples", "16",
+        "--threads", "1",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -369,6 +416,6 @@ def test_interrupted_index_says_so_in_one_line_and_goes_on_later(
     assert "Traceback" not in stderr
     kept = len(list((out / "shards").glob("*.safetensors")))
     assert kept >= 3
-    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4,
+    assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4, "--codec", "float16",
                "--shard-examples", 16, "--threads", 1) == 0  # fmt: skip
     assert Index.open(out).rows == 3000

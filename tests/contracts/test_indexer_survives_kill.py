@@ -26,7 +26,8 @@ def index_corpus(model: str, corpus: str, out: str) -> None:
 
     torch.set_num_threads(1)
     build_index(
-        model, corpus, out, side=4, second_moment_examples=16, shard_examples=SHARD_EXAMPLES, batch_tokens=64,
+        model, corpus, out, side=4, codec="float16", second_moment_examples=16, shard_examples=SHARD_EXAMPLES,
+        batch_tokens=64,
         progress=False,
     )  # fmt: skip
 

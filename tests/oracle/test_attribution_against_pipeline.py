@@ -112,7 +112,14 @@ def test_the_task_is_corrected_for_once(index: Index):
 
 def test_a_step_without_v_and_without_a_training_state_is_refused(tiny_model_folder: Path, tmp_path: Path):
     without = build_index(
-        tiny_model_folder, TEXTS, tmp_path / "index", side=4, layer_blocks=2, second_moment="none", progress=False
+        tiny_model_folder,
+        TEXTS,
+        tmp_path / "index",
+        side=4,
+        layer_blocks=2,
+        codec="float16",
+        second_moment="none",
+        progress=False,
     )
     asked = attributor(without)
     with pytest.raises(OptionError, match="found a second moment of kind none, expected a factored one"):

@@ -63,7 +63,9 @@ def test_projections_of_a_smaller_side_are_the_first_columns_of_a_larger_ones():
 def test_narrowing_goes_on_after_an_interruption_and_opens_what_is_finished(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    wide = build_index(str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, shard_examples=5, progress=False)
+    wide = build_index(
+        str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, codec="float16", shard_examples=5, progress=False
+    )
     whole = narrow_index(wide, tmp_path / "whole", side=3, progress=False)
     narrow_half(wide, tmp_path / "out", monkeypatch)
     assert len(Index.open(tmp_path / "out", allow_incomplete=True).shards) == 2
@@ -93,7 +95,7 @@ def narrow_half(wide: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_damaged_number_does_not_get_a_digest_of_its_own(tiny_model_folder: Path, tmp_path: Path):
-    wide = build_index(str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, progress=False)
+    wide = build_index(str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, codec="float16", progress=False)
     path = wide.shards[0].path
     content = bytearray(path.read_bytes())
     content[wide.shards[0].file.places["codes"].start + 40] ^= 64
@@ -104,14 +106,14 @@ def test_damaged_number_does_not_get_a_digest_of_its_own(tiny_model_folder: Path
 
 @pytest.mark.parametrize("side", [4.0, "4", None, True])
 def test_side_that_is_no_whole_number_is_refused(side: Any, tiny_model_folder: Path, tmp_path: Path):
-    wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, progress=False)
+    wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, codec="float16", progress=False)
     with pytest.raises((OptionError, TypeCheckError), match="side"):
         narrow_index(wide, tmp_path / "out", side=side, progress=False)
 
 
 @pytest.mark.parametrize("side", [0, 7])
 def test_side_that_is_no_smaller_one_is_refused(side: int, tiny_model_folder: Path, tmp_path: Path):
-    wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, progress=False)
+    wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, codec="float16", progress=False)
     with pytest.raises(OptionError, match=f"side {side}: .* has side 6, expected 1 to that"):
         narrow_index(wide, tmp_path / "out", side=side, progress=False)
     assert not (tmp_path / "out").exists()

@@ -50,7 +50,7 @@ def trackstar() -> None:
 @click.option("--limit", type=int, metavar="N", help="Read the first N records only.")
 @click.option("--second-moment", default="auto", metavar="V", help="auto, estimate, none, or optimizer state.  [auto]")
 @click.option("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 computation.  [float32]")
-@click.option("--codec", default="float16", metavar="TYPE", help="float32 to 1-bit; see below.  [float16]")
+@click.option("--codec", default="1-bit", metavar="TYPE", help="float32 to 1-bit; see below.  [1-bit]")
 @click.option("--side", type=int, default=64, metavar="N", help="φ has 16 blocks of side² numbers.  [64]")
 @click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
 @_shared

@@ -83,8 +83,10 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     print_line(
         "3. indexing every training example, V from the run's own optimizer state; once more without V, to compare"
     )
-    index = build_index(model, str(sentences), out / "index", side=_SIDE)
-    plain = build_index(model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none")
+    index = build_index(model, str(sentences), out / "index", side=_SIDE, codec="float16")
+    plain = build_index(
+        model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none", codec="float16"
+    )
     lap("indexing")
     print_line("4. which training examples made the model say that?")
     print_line("   P: the model's probability of the answer; numbers: influence, from -1 to 1; ★: states the fact")

@@ -1,0 +1,106 @@
+"""A whitened index's first pass: one gradient an example, a stated sample, and no trace of an interruption."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from capitals import TEXTS
+from trackstar import indexing
+from trackstar.examples import TokenizedExample, open_corpus
+from trackstar.pipeline import build_index
+from trackstar.store import PART_FOLDER, Index, verify
+
+
+def build(folder: Path, out: Path, **options: object) -> Index:
+    settings = {"layer_blocks": 2, "side": 8, "second_moment": "none", "shard_examples": 5, "progress": False}
+    return build_index(str(folder), TEXTS, out, **{**settings, **options})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts whose gradients are computed."""
+    texts: list[str] = []
+    original = indexing.GradientProjector.batches
+
+    def noted(self: indexing.GradientProjector, examples: list[TokenizedExample]):
+        for places, phi, losses in original(self, examples):
+            texts.extend(examples[place].text for place in places)
+            yield places, phi, losses
+
+    monkeypatch.setattr(indexing.GradientProjector, "batches", noted)
+    return texts
+
+
+@pytest.mark.parametrize("examples", [9, 1000])
+def test_no_gradient_is_computed_twice(examples: int, computed: list[str], tiny_model_folder: Path, tmp_path: Path):
+    index = build(tiny_model_folder, tmp_path / "index", whitening_examples=examples)
+    assert sorted(computed) == sorted(TEXTS)
+    assert index.manifest.whitening is not None
+    assert index.manifest.whitening.source == f"of {examples} records drawn with seed 0"
+    assert not (tmp_path / "index" / PART_FOLDER).exists()
+    report = verify(tmp_path / "index")
+    assert report.ok
+    assert not report.notes
+
+
+def test_r_train_is_that_of_the_sample(tiny_model_folder: Path, tmp_path: Path):
+    index = build(tiny_model_folder, tmp_path / "index", whitening_examples=9, codec="float32", coordinates="whitened")
+    drawn = {example.record for example in open_corpus(TEXTS).sample(9, 0)}
+    projected = build(tiny_model_folder, tmp_path / "projected", codec="float32")
+    phi = torch.cat([shard.stored.decode() for shard in projected.shards])
+    sample = phi[sorted(drawn)].double().reshape(9, -1, 64)
+    r_train = torch.einsum("nbi,nbj->bij", sample, sample) / 9
+    damping = index.manifest.whitening.damping if index.manifest.whitening is not None else 0.0
+    means = r_train.diagonal(dim1=1, dim2=2).mean(dim=1)
+    damped = r_train + damping * means[:, None, None] * torch.eye(64, dtype=torch.float64)
+    w = index.tensors("whitening")["whitening"].double()
+    identity = torch.bmm(torch.bmm(w, damped), w.mT)
+    torch.testing.assert_close(identity, torch.eye(64, dtype=torch.float64).expand_as(identity), rtol=0, atol=5e-3)
+    found = torch.cat([shard.stored.decode() for shard in index.shards]).reshape(len(TEXTS), -1, 64).double()
+    expected = torch.einsum("bij,nbj->nbi", w, phi.double().reshape(len(TEXTS), -1, 64))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_an_interrupted_run_goes_on_wherever_it_was(
+    computed: list[str], tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {"whitening_examples": 12, "codec": "2-bit"}
+    expected = build(tiny_model_folder, tmp_path / "undisturbed", **options)
+    computed.clear()
+    monkeypatch.setattr("trackstar.first_pass._SHARD_EXAMPLES", 4)
+    original = indexing.IndexWriter.write_shard
+    left = 0
+
+    def stopping(self: indexing.IndexWriter, content: object) -> object:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return original(self, content)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(indexing.IndexWriter, "write_shard", stopping)
+    found, runs = None, 0
+    while found is None:
+        left, runs = 1, runs + 1
+        assert runs < 20
+        with contextlib.suppress(KeyboardInterrupt):
+            found = build(tiny_model_folder, tmp_path / "index", **options)
+    assert runs > 5
+    assert found.manifest.whitening is not None
+    assert expected.manifest.whitening is not None
+    assert found.manifest.whitening.source == expected.manifest.whitening.source
+    values = [torch.cat([shard.stored.decode() for shard in index.shards]) for index in (found, expected)]
+    assert float(torch.nn.functional.cosine_similarity(*values, dim=1).min()) > 0.98
+    assert not (tmp_path / "index" / PART_FOLDER).exists()
+
+
+def test_another_sample_is_another_index(tiny_model_folder: Path, tmp_path: Path):
+    from trackstar.errors import IndexMismatchError
+
+    build(tiny_model_folder, tmp_path / "index", whitening_examples=9)
+    with pytest.raises(IndexMismatchError, match="whitening"):
+        build(tiny_model_folder, tmp_path / "index", whitening_examples=12)
+    again = build(tiny_model_folder, tmp_path / "index", whitening_examples=9)
+    assert again.rows == len(TEXTS)

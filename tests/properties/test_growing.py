@@ -1,0 +1,238 @@
+"""Indexes that grow, shrink, merge and change codec are those that would have been made at once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from capitals import QUERIES, TEXTS
+from trackstar import growing, rewriting
+from trackstar.errors import IndexMismatchError, OptionError
+from trackstar.examples import TokenizedExample
+from trackstar.first_pass import TrainWhitening
+from trackstar.growing import add_examples
+from trackstar.pipeline import answer_queries, build_index
+from trackstar.rewriting import convert_index, merge_indexes, remove_examples
+from trackstar.store import CodecName, Index, verify
+
+FIRST, SECOND = TEXTS[:14], ["", *TEXTS[14:]]
+
+
+def build(folder: Path, texts: list[str], out: Path, codec: CodecName = "float16", **options: object) -> Index:
+    settings = {"layer_blocks": 2, "side": 8, "second_moment": "none", "shard_examples": 5, "progress": False}
+    return build_index(str(folder), texts, out, codec=codec, **{**settings, **options})  # pyright: ignore[reportArgumentType]
+
+
+def rows_of(index: Index) -> list[tuple[str, int, int, bytes]]:
+    """Every example with its place in the corpora and the bytes of its codes."""
+    codes = [row.numpy().tobytes() for shard in index.shards for row in shard.stored.codes.view(torch.uint8)]
+    places = [(one.example.text, one.example.record, one.example.window) for one in index.examples()]
+    return [(*place, code) for place, code in zip(places, codes, strict=True)]
+
+
+def values(index: Index) -> torch.Tensor:
+    return torch.cat([shard.stored.decode() for shard in index.shards])
+
+
+def check_whole(index: Index) -> None:
+    report = verify(index.path)
+    assert report.ok, report.problems
+    assert not report.notes
+    assert [shard.rows for shard in index.shards[:-1]] == [5] * (len(index.shards) - 1)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Index, Index]:
+    """Both parts of a corpus, and all of it, indexed alike."""
+    folder = tmp_path_factory.mktemp("parts")
+    made = zip(("first", "second", "all"), (FIRST, SECOND, [*FIRST, *SECOND]), strict=True)
+    first, second, whole = (build(tiny_model_folder, texts, folder / name) for name, texts in made)
+    return first, second, whole
+
+
+def test_merged_indexes_are_the_index_of_both_corpora(parts: tuple[Index, Index, Index], tmp_path: Path):
+    first, second, whole = parts
+    merged = merge_indexes([first.path, second], tmp_path / "merged", progress=False)
+    check_whole(merged)
+    found, expected = rows_of(merged), rows_of(whole)
+    assert [row[:3] for row in found] == [row[:3] for row in expected]
+    torch.testing.assert_close(values(merged), values(whole), rtol=1e-2, atol=1e-4)
+    r, r_expected = (index.tensors("autocorrelation")["autocorrelation"] for index in (merged, whole))
+    torch.testing.assert_close(r, r_expected, rtol=1e-2, atol=1e-3 * float(r_expected.abs().max()))
+    for completion in (merged.manifest.completion, whole.manifest.completion):
+        assert completion is not None
+        assert (completion.records, completion.skipped) == (len(FIRST) + len(SECOND), 1)
+    assert [corpus.first_record for corpus in merged.manifest.corpora] == [0, len(FIRST)]
+    report, expected_report = (answer_queries(index, QUERIES, k=5, progress=False) for index in (merged, whole))
+    for one, other in zip(report.results, expected_report.results, strict=True):
+        assert [ranked.text for ranked in one.proponents] == [ranked.text for ranked in other.proponents]
+
+
+def test_removed_examples_are_gone_and_the_rest_is_as_it_was(parts: tuple[Index, Index, Index], tmp_path: Path):
+    whole = parts[2]
+    names = [stored.example.example_id for stored in whole.examples()]
+    gone = {names[0], names[6], names[7], names[-1]}
+    left = remove_examples(whole, gone, tmp_path / "left", progress=False)
+    check_whole(left)
+    kept = [row for row, name in zip(rows_of(whole), names, strict=True) if name not in gone]
+    assert rows_of(left) == kept
+    phi = values(whole)[[row for row, name in enumerate(names) if name not in gone]].reshape(len(kept), -1, 64)
+    expected = torch.einsum("nbi,nbj->bij", phi, phi) / len(phi)
+    found = left.tensors("autocorrelation")["autocorrelation"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert left.manifest.identity_digest() != whole.manifest.identity_digest()
+    again = remove_examples(left, [names[1]], tmp_path / "again", progress=False)
+    assert again.manifest.removed not in (None, left.manifest.removed)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["nothing of the kind"], "1 names that are not examples of it, such as 'nothing of"), ([], "found no name")],
+)
+def test_names_that_are_not_there_are_refused(
+    names: list[str], expected: str, parts: tuple[Index, Index, Index], tmp_path: Path
+):
+    with pytest.raises(OptionError, match=expected):
+        remove_examples(parts[0], names, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    everything = [stored.example.example_id for stored in parts[0].examples()]
+    with pytest.raises(OptionError, match="all of its 14 examples would be removed"):
+        remove_examples(parts[0], everything, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("codec", ["int8", "4-bit", "2-bit", "1-bit"])
+def test_a_converted_index_is_the_one_made_with_the_codec(
+    codec: CodecName, parts: tuple[Index, Index, Index], tiny_model_folder: Path, tmp_path: Path
+):
+    """But for the rounding of the float16 that it was converted from, which turns a code here and there."""
+    converted = convert_index(parts[2], tmp_path / "converted", codec=codec, progress=False)
+    check_whole(converted)
+    made = build(tiny_model_folder, [*FIRST, *SECOND], tmp_path / "made", codec)
+    assert converted.manifest.coordinates == made.manifest.coordinates == "whitened"
+    found, expected = values(converted), values(made)
+    cosines = torch.nn.functional.cosine_similarity(found, expected, dim=1)
+    assert float(cosines.min()) > 0.99
+    again = convert_index(converted, tmp_path / "again", codec="1-bit", progress=False)
+    check_whole(again)
+    assert again.manifest.whitening == converted.manifest.whitening
+    one, other = (
+        answer_queries(index, QUERIES, k=5, exact=True, mixing=0.4, progress=False) for index in (converted, again)
+    )
+    for a, b in zip(one.results, other.results, strict=True):
+        assert [ranked.row for ranked in a.proponents] == [ranked.row for ranked in b.proponents]
+
+
+def test_bits_that_are_gone_cannot_be_asked_for(parts: tuple[Index, Index, Index], tmp_path: Path):
+    small = convert_index(parts[0], tmp_path / "small", codec="1-bit", progress=False)
+    with pytest.raises(OptionError, match=r"--codec 4-bit: .* keeps 1-bit, which does not hold what 4-bit would"):
+        convert_index(small, tmp_path / "large", codec="4-bit", progress=False)
+    with pytest.raises(OptionError, match="is not whitened anew"):
+        convert_index(small, tmp_path / "damped", codec="1-bit", damping=0.1, progress=False)
+    with pytest.raises(OptionError, match="--codec 3-bit: expected one of"):
+        rewriting.check_codec("3-bit")
+
+
+def test_indexes_that_were_made_otherwise_are_not_merged(
+    parts: tuple[Index, Index, Index], tiny_model_folder: Path, tmp_path: Path
+):
+    other = build(tiny_model_folder, SECOND, tmp_path / "other", seed=1)
+    with pytest.raises(IndexMismatchError, match=r"other: made with projection.seed 1, but .* with 0; only indexes"):
+        merge_indexes([parts[0], other], tmp_path / "out", progress=False)
+    small = [convert_index(part, tmp_path / name, codec="1-bit", progress=False) for part, name in zip(parts, "ab")]  # noqa: B905
+    with pytest.raises(IndexMismatchError, match=r"whitening.d"):
+        merge_indexes(small, tmp_path / "out", progress=False)
+    with pytest.raises(OptionError, match="found 1 index, expected two or more"):
+        merge_indexes([parts[0]], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("codec", ["float16", "1-bit"])
+def test_added_examples_cost_their_own_gradients_alone(
+    codec: CodecName, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = build(tiny_model_folder, FIRST, tmp_path / "first", codec)
+    computed: list[str] = []
+    original = growing.projector_of
+
+    def watched(*arguments: object, **options: object):
+        made = original(*arguments, **options)  # pyright: ignore[reportArgumentType]
+        batches = made.batches
+
+        def noted(examples: list[TokenizedExample]):
+            computed.extend(example.text for example in examples)
+            return batches(examples)
+
+        made.batches = noted  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+    monkeypatch.setattr(growing, "projector_of", watched)
+    grown = add_examples(first, SECOND, tmp_path / "grown", progress=False)
+    check_whole(grown)
+    assert computed == SECOND[1:]
+    assert [row[0] for row in rows_of(grown)] == [*FIRST, *SECOND[1:]]
+    assert rows_of(grown)[: len(FIRST)] == rows_of(first)
+    assert first.rows == len(FIRST)
+    assert grown.manifest.whitening == first.manifest.whitening
+    # Done already: opened, nothing computed; and another corpus does not fit.
+    again = add_examples(tmp_path / "first", SECOND, tmp_path / "grown", progress=False)
+    assert again.manifest == grown.manifest
+    assert len(computed) == len(SECOND) - 1
+    with pytest.raises(OptionError, match="holds an index of other corpora, expected an empty folder"):
+        add_examples(first, TEXTS[:3], tmp_path / "grown", progress=False)
+    with pytest.raises(OptionError, match="is the index itself, expected another folder"):
+        add_examples(first, SECOND, tmp_path / "first", progress=False)
+    report = answer_queries(grown, QUERIES[:2], k=len(TEXTS), exact=True, progress=False)
+    assert {ranked.text for ranked in report.results[0].proponents} == set(TEXTS)
+
+
+def test_every_way_of_growing_goes_on_after_an_interruption(
+    parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped after each shard in turn, and run again: the bytes are those of a run that was not."""
+    first, second, whole = parts
+    names = [stored.example.example_id for stored in whole.examples()][3:9]
+    ways = {
+        "merged": lambda out: merge_indexes([first, second], out, progress=False),
+        "removed": lambda out: remove_examples(whole, names, out, progress=False),
+        "converted": lambda out: convert_index(whole, out, codec="1-bit", progress=False),
+        "added": lambda out: add_examples(first, SECOND, out, progress=False),
+    }
+    original = rewriting.IndexWriter.write_shard
+    for name, way in ways.items():
+        expected = way(tmp_path / name)
+        left = -1
+
+        def stopping(self: rewriting.IndexWriter, content: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return original(self, content)  # pyright: ignore[reportArgumentType]
+
+        out = tmp_path / f"{name} interrupted"
+        runs = 0
+        while runs < 12:
+            runs += 1
+            left = 1
+            with monkeypatch.context() as patch:
+                patch.setattr(rewriting.IndexWriter, "write_shard", stopping)
+                try:
+                    way(out)
+                except KeyboardInterrupt:
+                    continue
+                break
+        assert 2 < runs < 12
+        found = Index.open(out)
+        assert found.manifest.to_json() == expected.manifest.to_json()
+        assert [shard.digest for shard in found.shards] == [shard.digest for shard in expected.shards]
+        assert not (out / "part").exists()
+
+
+def test_damping_can_be_chosen_in_converting(parts: tuple[Index, Index, Index], tmp_path: Path):
+    converted = convert_index(parts[0], tmp_path / "out", codec="int8", damping=0.7, progress=False)
+    assert converted.manifest.whitening is not None
+    assert converted.manifest.whitening.damping == 0.7
+    expected = TrainWhitening.of_index(parts[0], damping=0.7, source="x")
+    assert converted.manifest.whitening.digest == expected.entry.digest
+    assert dataclasses.asdict(expected.entry)["source"] == "x"

@@ -1,0 +1,73 @@
+"""Scores straight from packed bytes are those of the decoded rows, but for the rounding of the query."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from trackstar.quantized_scan import QuantizedQueries, decode_into
+from trackstar.store import Bits, CodecName, encode
+
+CODECS: list[tuple[CodecName, Bits]] = [("int8", 8), ("4-bit", 4), ("2-bit", 2), ("1-bit", 1)]
+# Of a query's norm times a row's, per root of the dimensions of a block: 12 bits or so, and 8.
+ROUNDING = {8: 2e-3, 4: 2e-3, 2: 3e-2, 1: 3e-2}
+
+
+def normal(rows: int, dimensions: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, dimensions, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("codec", "bits"), CODECS)
+@hypothesis.given(
+    rows=st.integers(1, 80), blocks=st.integers(1, 3), words=st.integers(1, 4), queries=st.integers(1, 4),
+    magnitude=st.integers(-30, 30), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_scores_are_those_of_decoded_rows(
+    codec: CodecName, bits: Bits, rows: int, blocks: int, words: int, queries: int, magnitude: int, seed: int
+):
+    dimensions = blocks * words * 64
+    stored = encode(normal(rows, dimensions, seed) * 2.0**magnitude, codec, blocks)
+    asked = normal(queries, dimensions, seed + 1) * 2.0**-magnitude
+    found = QuantizedQueries(asked, blocks, bits).scores(stored)
+    decoded = stored.decode()
+    error = found.double() - decoded.double() @ asked.double().T
+    bound = ROUNDING[bits] * decoded.norm(dim=1)[:, None] * asked.norm(dim=1)
+    assert found.shape == (rows, queries)
+    assert bool((error.abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("codec", "bits"), CODECS)
+def test_a_row_of_the_largest_codes_does_not_overflow(codec: CodecName, bits: Bits):
+    """Every product has the same sign and the largest size that there is, over the paper's 4,096 dimensions a block."""
+    signs = normal(1, 4096, 0).sign()
+    found = QuantizedQueries(signs * 7, 1, bits).scores(encode(signs.repeat(40, 1) * 3, codec, 1))
+    torch.testing.assert_close(found, torch.full((40, 1), 4096.0 * 21), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("codec", "bits"), CODECS)
+def test_zero_rows_and_zero_queries_score_zero(codec: CodecName, bits: Bits):
+    rows = torch.cat([torch.zeros(1, 128), normal(1, 128, 0)])
+    found = QuantizedQueries(torch.cat([normal(1, 128, 1), torch.zeros(1, 128)]), 2, bits).scores(
+        encode(rows, codec, 2)
+    )
+    assert found[0].tolist() == [0, 0]
+    assert found[1, 1] == 0
+    assert found[1, 0] != 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("codec", "bits"), CODECS)
+def test_threads_and_parts_change_nothing(codec: CodecName, bits: Bits, threads: int):
+    stored = encode(normal(150, 256, 0), codec, 2)
+    asked = normal(2, 256, 1)
+    before = torch.get_num_threads()
+    expected = torch.cat([QuantizedQueries(asked, 2, bits).scores(stored[row : row + 1]) for row in range(150)])
+    decoded = torch.empty(150, 256)
+    torch.set_num_threads(threads)
+    try:
+        found = QuantizedQueries(asked, 2, bits).scores(stored)
+        decode_into(stored, decoded)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected)
+    assert torch.equal(decoded, stored.decode())

@@ -1,0 +1,138 @@
+"""Two-stage retrieval: what is ranked again is exact, and the estimate of what was missed is what happens."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from capitals import QUERIES, TEXTS
+from trackstar import Attributor, load_model
+from trackstar.errors import OptionError
+from trackstar.pipeline import answer_queries, build_index
+from trackstar.reranking import RERANKED, calibration, missed_chance
+from trackstar.store import CODECS, Index
+
+
+@pytest.fixture(scope="module")
+def index(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    out = tmp_path_factory.mktemp("reranking") / "index"
+    return build_index(
+        str(tiny_model_folder), TEXTS, out, layer_blocks=2, side=8, second_moment_examples=8, progress=False
+    )
+
+
+def test_the_default_is_one_bit_a_dimension_whitened_and_ranked_again(index: Index):
+    assert (index.manifest.codec, index.manifest.coordinates) == ("1-bit", "whitened")
+    report = answer_queries(index, QUERIES[:2], k=3, progress=False)
+    assert report.reranked == min(RERANKED["1-bit"], len(TEXTS)) == len(TEXTS)
+    assert any("exact" in line for line in report.summary())
+    assert set(RERANKED) == set(CODECS)
+
+
+def test_what_is_ranked_again_has_exact_influences(index: Index):
+    exact = {
+        (number, ranked.row): ranked.influence
+        for number, result in enumerate(
+            answer_queries(index, QUERIES, k=len(TEXTS), exact=True, progress=False).results
+        )
+        for ranked in result.proponents
+    }
+    report = answer_queries(index, QUERIES, k=3, reranked=12, progress=False)
+    for number, result in enumerate(report.results):
+        for ranked in (*result.proponents, *result.opponents):
+            assert ranked.influence == pytest.approx(exact[number, ranked.row], abs=1e-5)
+        assert list(result.proponents) == sorted(result.proponents, key=lambda one: -one.influence)
+        assert list(result.opponents) == sorted(result.opponents, key=lambda one: one.influence)
+        assert result.missed is not None
+        assert 0 <= result.missed <= 1
+    assert "estimated chance that a true proponent is missing" in " ".join(report.summary())
+
+
+def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.MonkeyPatch):
+    from trackstar import reranking
+
+    monkeypatch.setattr(reranking, "_ROWS_AT_ONCE", 7)
+    options = {"k": 4, "exact": True, "mixing": 0.3, "progress": False}
+    done: list[int] = []
+    original = reranking.ExactScores.scores
+
+    def stopping(self: reranking.ExactScores, phi: torch.Tensor) -> torch.Tensor:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(len(phi))
+        return original(self, phi)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reranking.ExactScores, "scores", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            answer_queries(index, QUERIES, **options)
+    again: list[int] = []
+
+    def counting(self: reranking.ExactScores, phi: torch.Tensor) -> torch.Tensor:
+        again.append(len(phi))
+        return original(self, phi)
+
+    monkeypatch.setattr(reranking.ExactScores, "scores", counting)
+    found = answer_queries(index, QUERIES, **options)
+    assert sum(again) == len(TEXTS) - 14
+    assert [len(result.proponents) for result in found.results] == [4] * len(QUERIES)
+    whole = answer_queries(index, QUERIES, k=len(TEXTS), reranked=len(TEXTS), mixing=0.3, progress=False)
+    for one, other in zip(found.results, whole.results, strict=True):
+        assert [r.row for r in one.proponents] == [r.row for r in other.proponents[:4]]
+
+
+def test_fewer_ranked_again_than_asked_for_is_refused(index: Index):
+    with pytest.raises(OptionError, match="--rerank 2: expected at least as many as --top 5"):
+        answer_queries(index, QUERIES[:1], k=5, reranked=2, progress=False)
+
+
+def test_a_single_question_is_ranked_again_too(index: Index, tiny_model_folder: Path):
+    model = load_model(str(tiny_model_folder), layer_blocks=2)
+    attributor = Attributor(index, model, reranked=6)
+    attribution = attributor.attribute(QUERIES[0])
+    exact = Attributor(index, model, reranked=len(TEXTS)).attribute(QUERIES[0])
+    assert len(exact.reranked) == len(TEXTS)
+    assert 6 <= len(attribution.reranked) <= 12
+    rows = attribution.reranked
+    torch.testing.assert_close(attribution.influences[rows], exact.influences[rows], rtol=0, atol=1e-5)
+    row = int(attribution.top(1)[0])
+    for split in (attributor.over_candidate(attribution, row), attributor.over_query(attribution, row)):
+        assert float(split.parts.sum()) == pytest.approx(split.influence, abs=1e-4)
+
+
+def simulated(queries: int, rows: int, again: int, noise: float) -> list[tuple[float, bool]]:
+    """Estimated chances and what happened, for exact scores that are normal and coarse ones with noise added."""
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(queries):
+        exact = torch.randn(rows, generator=draw)
+        coarse, order = (exact + noise * torch.randn(rows, generator=draw)).sort(descending=True)
+        best = exact[order[:again]]
+        chance = missed_chance(coarse[:again], best, coarse[again:], threshold=float(best.topk(10).values[-1]))
+        assert chance is not None
+        found.append((chance, bool(exact.topk(10).values[-1] > best.topk(10).values[-1])))
+    return found
+
+
+@pytest.mark.parametrize(("again", "noise"), [(20, 0.3), (40, 0.3), (60, 0.6), (100, 0.6), (200, 1.0)])
+def test_the_estimated_chance_is_how_often_it_happens(again: int, noise: float):
+    found = simulated(400, 3000, again, noise)
+    expected = sum(chance for chance, _ in found) / len(found)
+    happened = sum(missed for _, missed in found) / len(found)
+    assert expected == pytest.approx(happened, abs=0.08)
+
+
+def test_nothing_is_missed_where_all_are_ranked_again_and_nothing_said_of_few():
+    coarse = torch.linspace(1, 0, 20)
+    assert missed_chance(coarse, coarse, torch.empty(0), threshold=0.5) == 0.0
+    assert missed_chance(coarse[:11], coarse[:11], coarse[11:], threshold=0.5) is None
+
+
+def test_calibration_is_the_line_of_least_squares():
+    coarse = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    fitted = calibration(coarse, torch.tensor([2.0, 4.5, 5.5, 8.0]))
+    assert fitted.slope == pytest.approx(1.9)
+    assert fitted.intercept == pytest.approx(0.25)
+    assert fitted.spread == pytest.approx(math.sqrt(0.45 / 2), rel=0.05)
+    torch.testing.assert_close(fitted.expected(torch.tensor([10.0])), torch.tensor([19.25]))

@@ -1,0 +1,78 @@
+"""Without an index: the same ranking as with one, from one pass, and what was found survives an interruption."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from capitals import QUERIES, TEXTS
+from trackstar import streaming
+from trackstar.errors import CorpusError, OptionError
+from trackstar.pipeline import answer_queries, build_index
+from trackstar.streaming import stream_queries
+
+SETTINGS = {"side": 4, "second_moment_examples": 64, "progress": False}
+
+
+def test_it_ranks_as_an_index_does(tiny_model_folder: Path, tmp_path: Path):
+    index = build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", codec="float32", **SETTINGS)  # pyright: ignore[reportArgumentType]
+    for task in (None, QUERIES[:9]):
+        report = answer_queries(index, QUERIES, k=6, task=task, progress=False)
+        found = stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=6, task=task, **SETTINGS)  # pyright: ignore[reportArgumentType]
+        assert found.mixing.value == pytest.approx(report.mixing.value, rel=1e-2)
+        assert found.candidates == len(TEXTS)
+        for one, other in zip(found.results, report.results, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-5)
+            for mine, theirs in ((one.proponents, other.proponents), (one.opponents, other.opponents)):
+                assert [r.text for r in mine] == [r.text for r in theirs]
+                assert [r.influence for r in mine] == pytest.approx([r.influence for r in theirs], abs=2e-3)
+                assert [r.row for r in mine] == [r.row for r in theirs]
+
+
+def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streaming, "_EXAMPLES_AT_ONCE", 5)
+    monkeypatch.setattr(streaming, "_KEEP_EVERY", -1.0)
+    kept = tmp_path / "results.unfinished"
+
+    def ask() -> object:
+        return stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=3, kept=kept, **SETTINGS)  # pyright: ignore[reportArgumentType]
+
+    expected = ask()
+    assert not kept.exists()
+    scored: list[int] = []
+    original = streaming._scores
+
+    def stopping(correction: object, vectors: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+        if len(scored) in (2, 3):
+            scored.append(0)
+            raise KeyboardInterrupt
+        scored.append(len(phi))
+        return original(correction, vectors, phi)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(streaming, "_scores", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+        assert json.loads(kept.read_text())["rows"] == 10
+    assert ask() == expected
+    assert sum(scored) == len(TEXTS)
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"question": 1}', "[1]", "\0\0", '{"question": "x", "rows": "many"}'])
+def test_a_kept_file_that_is_not_ours_is_passed_over(content: str, tiny_model_folder: Path, tmp_path: Path):
+    kept = tmp_path / "kept"
+    kept.write_text(content)
+    found = stream_queries(str(tiny_model_folder), TEXTS, QUERIES[:1], k=3, kept=kept, **SETTINGS)  # pyright: ignore[reportArgumentType]
+    assert found.candidates == len(TEXTS)
+
+
+def test_what_cannot_be_asked_is_refused(tiny_model_folder: Path):
+    ask = {"progress": False, "side": 4}
+    with pytest.raises(OptionError, match="queries: found none"):
+        stream_queries(str(tiny_model_folder), TEXTS, [], **ask)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(OptionError, match="--top 0: expected 1 or more"):
+        stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=0, **ask)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(CorpusError, match="has a token to score"):
+        stream_queries(str(tiny_model_folder), ["", ""], QUERIES, second_moment="none", **ask)  # pyright: ignore[reportArgumentType]
