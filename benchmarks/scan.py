@@ -1,9 +1,13 @@
-"""Speed of the exact top-k scan over a float16 store of 65,536 dimensions, against the machine's read bandwidth.
+"""Speed of the whole top-10 search by codec, against a plain float32 matrix product and the machine's read bandwidth.
 
-The bandwidth is measured in the same run, interleaved with the scans: the sum of all 8-byte words of the very same
-memory-mapped files. `ratio` is the store's bytes per second through the whole top-k search over that.
+For stores of 65,536 dimensions, memory-mapped and in the page cache, and batches of 1, 16 and 256 queries. In the same
+run, in turn with every search: `values @ queries` of the same shapes in float32, from memory, without any search; and
+the sum of all 8-byte words of the very files that are searched (`read`). Told are candidates a second and query, how
+many times as fast as the product, and bytes a second over those of reading.
 
-    python benchmarks/scan.py [--rows 16384] [--threads 2] [--rounds 5]
+    python benchmarks/scan.py [--rows 16384] [--threads 2] [--rounds 5] [--codecs float16 int8 1-bit]
+
+The product's matrix of ROWS × 256 KiB must fit into memory.
 """
 
 import argparse
@@ -15,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from indexing import _NoTokenizer, given_second_moment, make_model
 from measurement import save
@@ -22,22 +27,39 @@ from trackstar.examples import TokenizedExample, open_corpus
 from trackstar.model import wrap_model
 from trackstar.provenance import make_manifest
 from trackstar.retrieval import Scorer, top_candidates
-from trackstar.store import Index, IndexWriter, ShardContent, WindowsEntry, encode
+from trackstar.store import (
+    CODECS,
+    CodecName,
+    Index,
+    IndexWriter,
+    ShardContent,
+    WhiteningEntry,
+    WindowsEntry,
+    encode,
+    quantized_bits,
+    row_bytes,
+    tensors_digest,
+)
 
-BATCHES = (1, 4, 16, 64)
+BATCHES = (1, 16, 256)
 SHARD_ROWS = 1024
+WHITENING = {"whitening": torch.zeros(1)}  # rows are scanned as they are
 
 
-def make_store(folder: Path, rows: int) -> Index:
+def make_store(folder: Path, rows: int, codec: CodecName) -> Index:
     """A store of random rows: a scan's speed does not depend on what they are."""
     model = wrap_model(make_model("llama-135m", "float32", "cpu"), _NoTokenizer())  # type: ignore[arg-type]
     moment = given_second_moment(model)
+    whitened = quantized_bits(codec) is not None
+    entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None
     manifest = make_manifest(
         model, open_corpus(["rows made for the benchmark"]), WindowsEntry(tokens=2, overlap=1), moment,
-        seed=0, side=64, codec="float16", shard_examples=SHARD_ROWS,
+        seed=0, side=64, codec=codec, shard_examples=SHARD_ROWS, whitening=entry,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    stored = encode(torch.randn(SHARD_ROWS, manifest.dimensions, generator=generator), "float16")
+    values = torch.randn(SHARD_ROWS, manifest.dimensions, generator=generator)
+    stored = encode(values, codec, len(manifest.layer_blocks))
+    del values
     with IndexWriter.open(folder, manifest) as writer:
         writer.write_tensors("second_moment", moment.tensors())
         for first in range(0, rows, SHARD_ROWS):
@@ -52,7 +74,10 @@ def make_store(folder: Path, rows: int) -> Index:
                     skipped=0,
                 )
             )
-        writer.write_tensors("autocorrelation", {"autocorrelation": torch.zeros(1)})
+        if whitened:
+            writer.write_tensors("whitening", WHITENING)
+        else:
+            writer.write_tensors("autocorrelation", {"autocorrelation": torch.zeros(1)})
         writer.finish(records=rows, skipped=0)
     return Index.open(folder)
 
@@ -85,34 +110,61 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16_384)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--codecs", nargs="*", default=list(CODECS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        index = make_store(Path(folder) / "index", arguments.rows)
-        store_bytes = index.rows * index.dimensions * 2
-        read_everything(index)  # into the page cache
-        figures = {}
-        for queries in BATCHES:
-            scorer = Scorer(vectors=torch.randn(queries, index.dimensions), multipliers=torch.ones(index.rows))
-            top_candidates(index, scorer, 10)
-            pairs = [
-                (timed(lambda scorer=scorer: top_candidates(index, scorer, 10)), timed(lambda: read_everything(index)))
-                for _ in range(arguments.rounds)
-            ]
-            scan = statistics.median(pair[0] for pair in pairs)
-            read = statistics.median(pair[1] for pair in pairs)
-            figures[str(queries)] = {
-                "queries": queries,
-                "scan_gb_per_s": round(store_bytes / scan / 1e9, 2),
-                "read_gb_per_s": round(store_bytes / read / 1e9, 2),
-                "ratio": round(statistics.median(r / s for s, r in pairs), 3),
-                "candidates_per_s_per_query": round(index.rows * queries / scan),
-            }
-            print(figures[str(queries)], flush=True)
+    values = torch.randn(SHARD_ROWS, 65_536, generator=torch.Generator().manual_seed(0)).repeat(
+        arguments.rows // SHARD_ROWS, 1
+    )
+    figures = []
+    for codec in arguments.codecs:
+        with tempfile.TemporaryDirectory() as folder:
+            index = make_store(Path(folder) / "index", arguments.rows, codec)
+            read_everything(index)  # into the page cache
+            for queries in BATCHES:
+                line = measured(index, values, queries, arguments.rounds)
+                print(line, flush=True)
+                figures.append(line)
     save(
         f"scan-cpu-{arguments.threads}-threads",
-        {"rows": arguments.rows, "bytes": store_bytes, "threads": arguments.threads, "batches": figures, "bar": 0.5},
-    )  # fmt: skip
+        {
+            "rows": arguments.rows,
+            "threads": arguments.threads,
+            "lines": figures,
+            "bars": {"float16 of reading": 0.5, "1-bit times the product": 8, "int8 times the product": 3.5},
+        },
+    )
+
+
+def measured(index: Index, values: Tensor, queries: int, rounds: int) -> dict[str, object]:
+    codec = index.manifest.codec
+    vectors = torch.randn(queries, index.dimensions)
+    columns = vectors.T.contiguous()
+    scorer = Scorer(vectors=vectors, multipliers=torch.ones(index.rows))
+    top_candidates(index, scorer, 10)
+    if queries > 16:
+        rounds = max(1, rounds // 2)
+    times = [
+        (
+            timed(lambda: top_candidates(index, scorer, 10)),
+            timed(lambda: values @ columns),
+            timed(lambda: read_everything(index)),
+        )
+        for _ in range(rounds)
+    ]
+    scan, product, read = (statistics.median(one[place] for one in times) for place in range(3))
+    size = index.rows * row_bytes(codec, index.dimensions, len(index.manifest.layer_blocks))
+    return {
+        "codec": codec,
+        "bytes_an_example": size // index.rows,
+        "queries": queries,
+        "candidates_per_s_per_query": round(index.rows * queries / scan),
+        "times_the_float32_product": round(statistics.median(p / s for s, p, _ in times), 2),
+        "scan_gb_per_s": round(size / scan / 1e9, 2),
+        "read_gb_per_s": round(size / read / 1e9, 2),
+        "of_reading": round(statistics.median(r / s for s, _, r in times), 3),
+        "product_gb_per_s": round(values.nbytes / product / 1e9, 2),
+    }
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def answer_queries(
             gradients; None is the codec's `RERANKED`, 0 is none.
         exact: Whether every candidate's gradient is computed again, and the store is not asked. It goes on where an
             interrupted run was.
-        device: Where the queries' gradients are computed.
+        device: Where gradients are computed and the store is scanned.
         batch_tokens: Most tokens of a batch, padding included.
         progress: Whether progress is shown where stderr is a terminal.
 
@@ -306,8 +306,10 @@ def answer_queries(
         count = index.rows
     else:
         scorer = trackstar_scorer(index, queries_in, correction.whitening, key=correction.key, progress=progress)
+        vectors = scorer.vectors
+        scorer = dataclasses.replace(scorer, vectors=vectors.to(device))
         if count:
-            again = ExactScores(index, projector, correction, scorer.vectors, progress=progress)
+            again = ExactScores(index, projector, correction, vectors, progress=progress)
             ranking = rerank(index, scorer, again, k, reranked=count, progress=progress)
             top, missed = ranking.top, ranking.missed
         else:

@@ -3,7 +3,7 @@
 A query's block is rounded to whole numbers of its own (12 bits or so for int8 and 4-bit codes, 8 bits for 2-bit and
 1-bit codes), so that a row's block costs integer instructions over the bytes as stored, never a decoded copy:
 
-* int8: Σ code·q with codes widened to 16 bits.
+* int8: Σ code·q with codes widened to 16 bits, less 128·Σq.
 * 4-bit: the same after a table that turns a byte into its two levels, which are whole numbers over `LEVEL_UNIT`.
 * 2-bit and 1-bit: a code's level is linear in its bits (-b + (a+b)·high + (b-a)·low for the levels -b, -a, a, b), so
   that the product is a sum over the query's binary places of popcount(code bits AND query bits).
@@ -46,10 +46,30 @@ def _popcount(typingctx, word):
     return types.uint64(types.uint64), generate
 
 
+def _multiply_add(signed: bool):
+    """total + code·q in 32 bits; written out, since Numba would widen whole numbers to 64."""
+
+    @intrinsic
+    @no_type_check
+    def step(typingctx, total, code, q):
+        def generate(context, builder, signature, arguments):
+            total, code, q = arguments
+            word = total.type
+            wide = builder.sext(code, word) if signed else builder.zext(code, word)
+            return builder.add(total, builder.mul(wide, builder.sext(q, word)))
+
+        return types.int32(types.int32, types.int8 if signed else types.uint8, types.int16), generate
+
+    return step
+
+
+_add_unsigned, _add_signed = _multiply_add(False), _multiply_add(True)
+
+
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 @no_type_check
 def _int8_products(codes, queries, out):
-    """out[row, query, block] = Σ (code - 128)·q; codes [rows, blocks, dim] u8, queries [queries, blocks, dim] i16."""
+    """out[row, query, block] = Σ code·q; codes [rows, blocks, dim] u8, queries [queries, blocks, dim] i16."""
     rows, blocks, dim = codes.shape
     for row in range(rows):
         for block in range(blocks):
@@ -58,7 +78,7 @@ def _int8_products(codes, queries, out):
                 q = queries[query, block]
                 total = np.int32(0)
                 for i in range(dim):
-                    total += np.int32(np.int16(part[i]) - np.int16(128)) * np.int32(q[i])
+                    total = _add_unsigned(total, part[i], q[i])
                 out[row, query, block] = total
 
 
@@ -77,7 +97,7 @@ def _table_products(codes, table, queries, out):
                 q = queries[query, block]
                 total = np.int32(0)
                 for i in range(2 * width):
-                    total += np.int32(decoded[i]) * np.int32(q[i])
+                    total = _add_signed(total, decoded[i], q[i])
                 out[row, query, block] = total
 
 
@@ -138,7 +158,7 @@ class QuantizedQueries:
         q = vectors.detach().cpu().double().numpy().reshape(len(vectors), blocks, -1)
         dim = q.shape[2]
         largest = np.maximum(np.abs(q).max(axis=2, keepdims=True), 1e-300)
-        most = min(2**15 - 1, _INT32_MAX // (128 * dim)) if bits >= 4 else 2 ** (_PLANES - 1) - 1
+        most = min(2**15 - 1, _INT32_MAX // (255 * dim)) if bits >= 4 else 2 ** (_PLANES - 1) - 1
         rounded = np.rint(q / largest * most).astype(np.int16)
         # What a unit of the whole-number product stands for.
         self._units = (largest[:, :, 0] / most).astype(np.float32)
@@ -167,7 +187,7 @@ class QuantizedQueries:
             out = np.empty((rows, queries, blocks), dtype=np.int32)
             if self._bits == 8:
                 _int8_products(parts, self._queries, out)
-                return out
+                return out - np.float32(128) * self._sums
             _table_products(parts, _byte_table(), self._queries, out)
             return out / np.float32(LEVEL_UNIT)
         places = self._planes.shape[2]

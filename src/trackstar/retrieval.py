@@ -25,6 +25,8 @@ _SCAN_BYTES = 4 << 20
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
 _QUANTIZED_ROWS = 2048
+# Decoded rows held at once on a GPU.
+_DEVICE_BYTES = 512 << 20
 # Candidates beside the k best, and k itself, up to which some are scored again rather than all.
 _MOST_FINALISTS = 2048
 # Rows whitened at once: enough for an efficient matrix product.
@@ -36,7 +38,8 @@ class Scorer:
     """Inner products with a multiplier a candidate: score(q, m) = vector_q · row_m · multiplier_m.
 
     Attributes:
-        vectors: What each query meets the candidates' rows with, in the index's coordinates.
+        vectors: What each query meets the candidates' rows with, in the index's coordinates; on the device that the
+            products are made on.
         multipliers: A factor for each candidate; 0 for one without any gradient, which is then never a proponent.
     """
 
@@ -131,14 +134,22 @@ def whitened_norms(
 def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "queries candidates"]]]:
     """Scores of consecutive candidates: the first one's row, and queries × candidates; one pass over the index."""
     vectors = scorer.vectors.float()
-    bits = quantized_bits(index.manifest.codec)
-    few = bits is not None and len(vectors) <= MOST_QUERIES
-    products = _products_of_codes(index, vectors) if few else _products_of_values(index, vectors)
+    if vectors.device.type != "cpu":
+        products = _products_on_device(index, vectors)
+    elif quantized_bits(index.manifest.codec) is not None and len(vectors) <= MOST_QUERIES:
+        products = _products_of_codes(index, vectors)
+    else:
+        products = _products_of_values(index, vectors)
     for chunk, product in products:
         factors = scorer.multipliers[chunk.first_row : chunk.first_row + len(product)]
-        if bits is None:
-            factors = factors * chunk.stored.scales
         yield chunk.first_row, (product * factors[:, None]).T
+
+
+def _products_on_device(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
+    """Codes go to the vectors' device as they are, and are decoded and multiplied there."""
+    columns = vectors.T.contiguous()
+    for chunk in index.iterate(max(1, _DEVICE_BYTES // (4 * index.dimensions))):
+        yield chunk, (chunk.stored.to(vectors.device).decode() @ columns).cpu()
 
 
 def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
@@ -154,7 +165,8 @@ def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChu
             decode_into(chunk.stored, part)
         else:
             part.copy_(chunk.stored.codes)
-        yield chunk, (part @ columns).reshape(len(part), len(vectors))
+        product = (part @ columns).reshape(len(part), len(vectors))
+        yield chunk, product if quantized else product * chunk.stored.scales[:, None]
 
 
 def _products_of_codes(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
@@ -181,7 +193,7 @@ def scores_of(index: Index, scorer: Scorer, rows: Int64[Tensor, "some"]) -> Floa
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
         values = index.some_rows(rows[part].tolist()).decode()
-        found[:, part] = scorer.vectors.float() @ values.T * scorer.multipliers[rows[part]]
+        found[:, part] = scorer.vectors.float().cpu() @ values.T * scorer.multipliers[rows[part]]
     return found
 
 
@@ -202,7 +214,7 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
     if k < 1:
         raise OptionError(f"--top {k}: expected 1 or more candidates a query")
     few = len(scorer.vectors) <= _MOST_COARSE_QUERIES and k <= _MOST_FINALISTS
-    if index.manifest.codec == "float16" and few:
+    if index.manifest.codec == "float16" and few and scorer.vectors.device.type == "cpu":
         return _top_by_coarse_scan(index, scorer, k, progress=progress)
     return _top_by_plain_scan(index, scorer, k, progress=progress)
 

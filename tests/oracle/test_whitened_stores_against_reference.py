@@ -16,7 +16,7 @@ from trackstar.correction import task_correction
 from trackstar.curvature import autocorrelation, whitening
 from trackstar.errors import OptionError
 from trackstar.pipeline import answer_queries, build_index, query_gradients
-from trackstar.retrieval import Scorer, all_scores, scores_of, top_candidates
+from trackstar.retrieval import Scorer, _products_on_device, all_scores, scores_of, top_candidates
 from trackstar.store import CODECS, CodecName, Index, encode
 from trackstar.task_whitening import TaskWhitening
 
@@ -223,5 +223,7 @@ def test_few_queries_and_many_are_scored_alike(codec: CodecName, tiny_model_fold
     few = dataclasses.replace(scorer, vectors=scorer.vectors[:2])
     assert bool(((all_scores(index, few) - expected[:2]).abs() <= 0.03 * scale[:2]).all())
     torch.testing.assert_close(scores_of(index, scorer, torch.tensor([1, 8, 20])), expected[:, [1, 8, 20]])
+    on_device = [part for _, part in _products_on_device(index, scorer.vectors)]
+    torch.testing.assert_close((torch.cat(on_device) * scorer.multipliers[:, None]).T, expected, rtol=1e-4, atol=1e-4)
     best = top_candidates(index, scorer, 3)
     assert torch.equal(best.proponents, all_scores(index, scorer).topk(3, dim=1).indices)
