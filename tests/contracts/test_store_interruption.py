@@ -416,6 +416,6 @@ def test_the_steps_counted_here_are_the_only_ones_that_write() -> None:
         source = file.read_text()
         for forbidden in ("write_text(encoding", "write_bytes(", '"wb"', '"w"', "shutil", ".rename(", ".touch("):
             assert forbidden not in source, (file.name, forbidden)
-        if file.name not in ("durable_files.py", "tensor_file.py"):
+        if file.name not in ("durable_files.py", "tensor_file.py", "direct_reads.py"):  # the last opens for reading
             for function in STEPS:
                 assert f"os.{function}(" not in source, (file.name, function)

@@ -18,12 +18,14 @@ from trackstar.pipeline import answer_queries, build_index, query_gradients
 from trackstar.pretraining import pretrain
 from trackstar.results import QueryReport, QueryResult, write_results
 from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
-from trackstar.store import Index
+from trackstar.rewriting import convert_index
+from trackstar.store import Index, row_bytes
 from trackstar.terminal import print_line, print_query_result, print_table
 
 # 16 blocks of 32×32: 16,384 dimensions.
 _SIDE = 32
 _SHOWN_RIGHT, _SHOWN_WRONG = 6, 4
+_RERANKED = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class DemoReport:
         accuracy: Share of the queries that the model answers right.
         mrr: Each method's mean reciprocal rank over all queries, by name.
         recall: Each method's recall@10: the share of queries with a gold sentence among the first ten.
+        overlap: Of the exact first ten, the share that a store of one bit a dimension finds, before and after ranking
+            again.
         answers: The model's own completion of each query, by query.
         seconds: Wall time of each stage, by name.
     """
@@ -41,6 +45,7 @@ class DemoReport:
     accuracy: float
     mrr: Mapping[str, Estimate]
     recall: Mapping[str, Estimate]
+    overlap: Mapping[str, float]
     answers: Mapping[str, str]
     seconds: Mapping[str, float]
 
@@ -48,8 +53,8 @@ class DemoReport:
 def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     """Run the whole demo in `out` and print what happens; a run that was interrupted goes on.
 
-    Leaves `corpus.jsonl`, `queries.jsonl`, the checkpoints in `model/`, the indexes `index/` and `index-without-v/`,
-    `results.jsonl` and `report.json`.
+    Leaves `corpus.jsonl`, `queries.jsonl`, the checkpoints in `model/`, the indexes `index/`, `index-without-v/` and
+    `index-1-bit/`, `results.jsonl` and `report.json`.
 
     Raises:
         TrackstarError: `out` cannot be written, or holds something else.
@@ -100,10 +105,14 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
     methods = _evaluated(index, plain, model, corpus)
     lap("evaluation")
     _print_methods(methods)
+    print_line("6. the same index in one bit a dimension, and the best ranked again from their gradients:")
+    overlap = _small_store(index, out / "index-1-bit", model, corpus)
+    lap("small store")
     demo = DemoReport(
         accuracy=accuracy,
         mrr={name: estimate(found.reciprocal_rank) for name, found in methods.items()},
         recall={name: estimate(found.recall) for name, found in methods.items()},
+        overlap=overlap,
         answers=answers,
         seconds=seconds,
     )
@@ -196,6 +205,29 @@ def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCor
     return {
         name: metrics_of_ranks(gold_ranks(all_scores(pool, scorer), gold)) for name, (pool, scorer) in scorers.items()
     }
+
+
+def _small_store(index: Index, out: Path, model: LanguageModel, corpus: DemoCorpus) -> dict[str, float]:
+    """Convert the index and compare the first ten of every query with the exact ones."""
+    small = convert_index(index, out, codec="1-bit")
+    ways = {"by the store": {"reranked": 0}, "ranked again": {"reranked": _RERANKED}, "exact": {"exact": True}}
+    found = {name: answer_queries(small, corpus.queries, model=model, k=10, **way) for name, way in ways.items()}
+    exact = [{ranked.row for ranked in result.proponents} for result in found.pop("exact").results]
+    overlap = {
+        name: sum(
+            len(rows & {ranked.row for ranked in result.proponents}) / len(rows)
+            for rows, result in zip(exact, report.results, strict=True)
+        )
+        / len(exact)
+        for name, report in found.items()
+    }
+    bytes_of = [row_bytes(one.manifest.codec, one.dimensions, len(one.manifest.layer_blocks)) for one in (small, index)]
+    print_line(
+        f"   {bytes_of[0]:,} bytes an example instead of {bytes_of[1]:,}; of the exact first ten it finds "
+        f"{overlap['by the store']:.0%}, and {overlap['ranked again']:.1%} with {_RERANKED} of "
+        f"{small.rows:,} ranked again"
+    )
+    return overlap
 
 
 def _print_methods(methods: Mapping[str, QueryMetrics]) -> None:

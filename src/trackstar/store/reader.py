@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
+import psutil
 import torch
 from jaxtyping import Float32
 from torch import Tensor
@@ -14,15 +15,19 @@ from torch import Tensor
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
 from trackstar.store.codecs import StoredRows
 from trackstar.store.derived_cache import DerivedCache
+from trackstar.store.direct_reads import direct_rows
 from trackstar.store.index_tensors import IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import Shard, StoredExample, open_shard
 
+# Read at once where the page cache is passed by.
+_DIRECT_BYTES = 16 << 20
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CodeChunk:
-    """Consecutive rows of one shard, their codes memory-mapped.
+    """Consecutive rows of one shard, their codes memory-mapped or in a buffer.
 
     Attributes:
         first_row: The index's row of the first.
@@ -40,21 +45,28 @@ class Index:
     Opening checks each file's size and header, not its data; `verify` checks every byte.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, shards: tuple[Shard, ...]) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, shards: tuple[Shard, ...], *, direct_reads: bool | None = None
+    ) -> None:
         self._path = path
         self._manifest = manifest
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.rows for shard in shards))
         self._tensors = IndexTensors(path)
         self._derived = DerivedCache(path / "derived", manifest)
+        codes = sum(shard.file.places["codes"].stop - shard.file.places["codes"].start for shard in shards)
+        # Codes that fit into memory stay there from one pass to the next.
+        self._direct = codes > psutil.virtual_memory().available if direct_reads is None else direct_reads
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> "Index":
+    def open(cls, path: str | Path, *, allow_incomplete: bool = False, direct_reads: bool | None = None) -> "Index":
         """Open the index at `path`.
 
         Args:
             path: The index's folder.
             allow_incomplete: Whether an unfinished index will do; it has the shards that are there now.
+            direct_reads: Whether passes over all rows read past the page cache instead of mapping the files; None is
+                where the codes are larger than the memory that is free.
 
         Raises:
             IncompleteIndexError: Its making was interrupted, or still goes on.
@@ -75,13 +87,13 @@ class Index:
                     f"{sum(shard.rows for shard in shards)} examples are there; "
                     "run the same `trackstar index` command again to finish it"
                 )
-            return cls(folder, manifest, shards)
+            return cls(folder, manifest, shards, direct_reads=direct_reads)
         plan = ShardPlan.of(manifest)
         shards = tuple(
             open_shard(folder / "shards" / entry.file, plan, number, entry)
             for number, entry in enumerate(manifest.completion.shards)
         )
-        index = cls(folder, manifest, shards)
+        index = cls(folder, manifest, shards, direct_reads=direct_reads)
         index._tensors.check_headers(manifest)
         return index
 
@@ -130,12 +142,29 @@ class Index:
             yield from shard.examples()
 
     def iterate(self, rows_per_chunk: int) -> Iterator[CodeChunk]:
-        """All rows in the order of the rows, in chunks of at most `rows_per_chunk` rows of one shard each."""
+        """All rows in the order of the rows, in chunks of at most `rows_per_chunk` rows of one shard each.
+
+        A chunk may be used until the next is asked for.
+        """
         assert rows_per_chunk >= 1, rows_per_chunk
         for shard in self._shards:
-            stored = shard.stored
-            for first in range(0, shard.rows, rows_per_chunk):
-                yield CodeChunk(first_row=shard.first_row + first, stored=stored[first : first + rows_per_chunk])
+            first, scales, norms = 0, shard.scales, shard.norms
+            for codes in self._codes(shard, rows_per_chunk):
+                for start in range(0, len(codes), rows_per_chunk):
+                    part = codes[start : start + rows_per_chunk]
+                    rows = slice(first, first + len(part))
+                    stored = StoredRows(codec=shard.codec, codes=part, scales=scales[rows], norms=norms[rows])
+                    yield CodeChunk(first_row=shard.first_row + first, stored=stored)
+                    first += len(part)
+
+    def _codes(self, shard: Shard, rows_per_chunk: int) -> Iterator[Tensor]:
+        """A shard's codes in one mapped part, or in several of whole chunks that are read."""
+        if not self._direct:
+            yield shard.stored.codes
+            return
+        place = shard.file.places["codes"]
+        chunk_bytes = rows_per_chunk * (place.stop - place.start) // shard.rows
+        yield from direct_rows(shard.file, "codes", rows_per_chunk * max(1, _DIRECT_BYTES // chunk_bytes))
 
     def some_rows(self, rows: Sequence[int]) -> StoredRows:
         """A few rows, ascending, in memory."""
