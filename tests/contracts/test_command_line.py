@@ -137,7 +137,7 @@ def test_options_are_frozen():
         "convert": sorted("--index --codec --out --damping --threads --help-all".split()),
         "explore": sorted(
             "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
-            "--batch-tokens --help-all".split()
+            "--rerank --batch-tokens --help-all".split()
         ),
         "evaluate": sorted("--config --out --threads --help-all".split()),
         "pretrain": sorted(

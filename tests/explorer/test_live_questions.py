@@ -15,7 +15,9 @@ from explorer_server import HEADERS, asked, explorer, finished, opened, result, 
 from trackstar.explorer import live as live_module
 from trackstar.explorer.jobs import MOST_WAITING, Jobs, TooManyJobsError
 from trackstar.explorer.result_files import read_result_file
-from trackstar.pipeline import answer_queries
+from trackstar.explorer.schemas import AnswerRequest
+from trackstar.explorer.server import IndexOptions, open_index
+from trackstar.pipeline import answer_queries, build_index
 from trackstar.progress import Progress
 from trackstar.store import Index
 
@@ -200,3 +202,17 @@ def test_a_defect_in_a_job_is_told_and_the_next_one_runs():
         assert "a defect of trackstar, please report it: ZeroDivisionError" in broken.error
     finally:
         jobs.close()
+
+
+def test_an_answer_of_few_bits_says_what_is_exact(tiny_model_folder: Path, tmp_path: Path):
+    index = build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", layer_blocks=2, side=8, progress=False)
+    live = open_index(str(index.path), IndexOptions(reranked=7), say=lambda _line: None)
+    answer = live.answer(AnswerRequest(**asked()))
+    (note,) = [note for note in answer.notes if "1-bit codes" in note]
+    assert f"of {len(TEXTS)} influences are from gradients computed for this answer" in note
+    first = answer.rankings[0].proponents[0]
+    assert first.row is not None
+    split = live.tokens(answer.key, first.row, over_query=False)
+    assert sum(share.influence for share in split.shares) == pytest.approx(first.score, abs=1e-3)
+    whole = open_index(str(index.path), IndexOptions(), say=lambda _line: None).answer(AnswerRequest(**asked()))
+    assert f"{len(TEXTS)} of {len(TEXTS)} influences" in " ".join(whole.notes)

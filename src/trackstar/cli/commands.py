@@ -256,6 +256,7 @@ def query(
 @_rare("--data", metavar="D", help="The corpus, likewise; its fields are shown.")
 @_rare("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
 @_rare("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
+@_rare("--rerank", "reranked", type=int, metavar="N", help="Rank N again from gradients.  [by codec, at most 100]")
 @_rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
 def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int | None, **options: Any) -> int:
     """See results and an index in the browser: PATH is an index or a file of results."""

@@ -182,13 +182,25 @@ class LiveIndex:
                 damping=correction.damping,
                 damping_rule=correction.damping_rule,
             ),
-            notes=[sendable(note) for note in (*self._notes, *_cut(query, attribution))],
+            notes=[sendable(note) for note in (*self._notes, *_cut(query, attribution), *self._exact(attribution))],
         )
         with self._lock:
             self._answers[key] = _Held(answer=answer, attribution=attribution, scores=scores)
             while len(self._answers) > _MOST_ANSWERS:
                 self._answers.popitem(last=False)
         return answer
+
+    def _exact(self, attribution: Attribution) -> list[str]:
+        """Which of the influences are exact, and what may be missing, where the store has few bits."""
+        if not len(attribution.reranked):
+            return []
+        note = (
+            f"{len(attribution.reranked):,} of {self._index.rows:,} influences are from gradients computed for this "
+            f"answer; the others are what is to be expected of their {self._index.manifest.codec} codes"
+        )
+        if attribution.missed is not None:
+            note += f"; estimated chance that one of the true first ten is among these: {attribution.missed:.2g}"
+        return [note]
 
     def known_answer(self, key: str) -> Answer | None:
         """The answer of that key, where it is still held."""

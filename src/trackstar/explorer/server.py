@@ -22,12 +22,14 @@ from trackstar.explorer.metadata import corpora_of_index
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.security import Guard
 from trackstar.provenance import model_of_index
+from trackstar.reranking import RERANKED
 from trackstar.store import Index
 
 MOST_RUNS = 8
 MOST_CONNECTIONS = 512
 SILENT_SECONDS = 10.0
 LOOPBACK = "127.0.0.1"
+_MOST_RERANKED = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class IndexOptions:
         device: Where gradients are computed.
         mixing: λ; None follows the paper's rule.
         damping: See `task_correction`.
+        reranked: How many candidates are ranked again from recomputed gradients; None is the codec's number, but no
+            more than a person waits for.
         batch_tokens: Most tokens of a batch, padding included.
     """
 
@@ -52,6 +56,7 @@ class IndexOptions:
     device: str = "cpu"
     mixing: float | None = None
     damping: float | None = None
+    reranked: int | None = None
     batch_tokens: int = 2048
 
 
@@ -138,6 +143,8 @@ def check_options(options: IndexOptions) -> None:
         raise OptionError(f"--mixing {options.mixing}: expected a number from 0 (only R_train) to 1 (only R_eval)")
     if options.damping is not None and not options.damping >= 0:
         raise OptionError(f"--damping {options.damping}: expected 0 or more, as a fraction of the mean eigenvalue")
+    if options.reranked is not None and options.reranked < 0:
+        raise OptionError(f"--rerank {options.reranked}: expected 0 or more")
     if options.batch_tokens < 1:
         raise OptionError(f"--batch-tokens {options.batch_tokens}: expected 1 or more")
 
@@ -152,8 +159,15 @@ def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) 
     task = read_queries(options.task) if options.task is not None else []
     encoder = load_encoder(options.embedding_model, device=options.device) if options.embedding_model else None
     model = model_of_index(index, options.model, device=options.device)
+    reranked = options.reranked
     attributor = Attributor(
-        index, model, task=task, mixing=options.mixing, damping=options.damping, batch_tokens=options.batch_tokens
+        index,
+        model,
+        task=task,
+        mixing=options.mixing,
+        damping=options.damping,
+        reranked=min(RERANKED[index.manifest.codec], _MOST_RERANKED) if reranked is None else reranked,
+        batch_tokens=options.batch_tokens,
     )
     corpora: list[Corpus] = []
     try:
