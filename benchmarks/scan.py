@@ -139,7 +139,7 @@ def main() -> None:
 def measured(index: Index, values: Tensor, queries: int, rounds: int) -> dict[str, object]:
     codec = index.manifest.codec
     vectors = torch.randn(queries, index.dimensions)
-    columns = vectors.T.contiguous()
+    columns = vectors.T.contiguous() if queries > 1 else vectors[0]
     scorer = Scorer(vectors=vectors, multipliers=torch.ones(index.rows))
     top_candidates(index, scorer, 10)
     if queries > 16:
