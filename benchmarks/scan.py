@@ -25,6 +25,7 @@ from indexing import _NoTokenizer, given_second_moment, make_model
 from measurement import save
 from trackstar.examples import TokenizedExample, open_corpus
 from trackstar.model import wrap_model
+from trackstar.pipeline import _shard_rows
 from trackstar.provenance import make_manifest
 from trackstar.retrieval import Scorer, top_candidates
 from trackstar.store import (
@@ -42,7 +43,6 @@ from trackstar.store import (
 )
 
 BATCHES = (1, 16, 256)
-SHARD_ROWS = 1024
 WHITENING = {"whitening": torch.zeros(1)}  # rows are scanned as they are
 
 
@@ -54,16 +54,17 @@ def make_store(folder: Path, rows: int, codec: CodecName) -> Index:
     entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None
     manifest = make_manifest(
         model, open_corpus(["rows made for the benchmark"]), WindowsEntry(tokens=2, overlap=1), moment,
-        seed=0, side=64, codec=codec, shard_examples=SHARD_ROWS, whitening=entry,
+        seed=0, side=64, codec=codec, shard_examples=_shard_rows(16, 64, codec), whitening=entry,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(SHARD_ROWS, manifest.dimensions, generator=generator)
+    shard_rows = manifest.shard_examples
+    values = torch.randn(shard_rows, manifest.dimensions, generator=generator)
     stored = encode(values, codec, len(manifest.layer_blocks))
     del values
     with IndexWriter.open(folder, manifest) as writer:
         writer.write_tensors("second_moment", moment.tensors())
-        for first in range(0, rows, SHARD_ROWS):
-            examples = [_example(first + row) for row in range(min(SHARD_ROWS, rows - first))]
+        for first in range(0, rows, shard_rows):
+            examples = [_example(first + row) for row in range(min(shard_rows, rows - first))]
             writer.write_shard(
                 ShardContent(
                     stored=stored[: len(examples)],
@@ -113,9 +114,8 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="*", default=list(CODECS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    values = torch.randn(SHARD_ROWS, 65_536, generator=torch.Generator().manual_seed(0)).repeat(
-        arguments.rows // SHARD_ROWS, 1
-    )
+    part = torch.randn(1024, 65_536, generator=torch.Generator().manual_seed(0))
+    values = part.repeat(-(-arguments.rows // 1024), 1)[: arguments.rows]
     figures = []
     for codec in arguments.codecs:
         with tempfile.TemporaryDirectory() as folder:

@@ -149,20 +149,50 @@ def _table_products(codes, table, queries, out):
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 @no_type_check
-def _plane_products(codes, planes, out):
-    """out[row, query, block, place] = popcount(code bits AND plane); the words of a block one after the other.
+def _plane_products(codes, planes, ones, out):
+    """out[row, query, block, bit] = Σ bit·q: over the seven places of q + 64 less 64 times the number of bits that are
+    set.
 
-    codes [rows, blocks, words] u64; planes [queries, blocks, places, words] u64.
+    codes [rows, blocks, words] u64; planes [queries, blocks, bits, 7, words] u64; ones [bits] u64: where a bit lies in
+    a word. Two rows at a time meet the planes, which do not fit into the smallest cache.
     """
     rows, blocks, width = codes.shape
-    for row in range(rows):
+    s1, s2, s3, s4, s5, s6 = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4), np.uint64(5), np.uint64(6)
+    for first in range(0, rows, 2):
+        second = min(first + 1, rows - 1)
         for block in range(blocks):
+            a, b = codes[first, block], codes[second, block]
             for query in range(planes.shape[0]):
-                for place in range(planes.shape[2]):
-                    total = np.uint64(0)
+                for bit in range(planes.shape[2]):
+                    plane = planes[query, block, bit]
+                    mask = ones[bit]
+                    total_a = total_b = set_a = set_b = np.uint64(0)
                     for i in range(width):
-                        total += _popcount(codes[row, block, i] & planes[query, block, place, i])  # pyright: ignore[reportCallIssue]
-                    out[row, query, block, place] = total
+                        p0, p1, p2, p3 = plane[0, i], plane[1, i], plane[2, i], plane[3, i]
+                        p4, p5, p6 = plane[4, i], plane[5, i], plane[6, i]
+                        x, y = a[i], b[i]
+                        set_a += _popcount(x & mask)
+                        set_b += _popcount(y & mask)
+                        total_a += (
+                            _popcount(x & p0)
+                            + (_popcount(x & p1) << s1)
+                            + (_popcount(x & p2) << s2)
+                            + (_popcount(x & p3) << s3)
+                            + (_popcount(x & p4) << s4)
+                            + (_popcount(x & p5) << s5)
+                            + (_popcount(x & p6) << s6)
+                        )
+                        total_b += (
+                            _popcount(y & p0)
+                            + (_popcount(y & p1) << s1)
+                            + (_popcount(y & p2) << s2)
+                            + (_popcount(y & p3) << s3)
+                            + (_popcount(y & p4) << s4)
+                            + (_popcount(y & p5) << s5)
+                            + (_popcount(y & p6) << s6)
+                        )
+                    out[first, query, block, bit] = np.int64(total_a) - np.int64(set_a << s6)
+                    out[second, query, block, bit] = np.int64(total_b) - np.int64(set_b << s6)
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -236,38 +266,36 @@ class QuantizedQueries:
                 return out - np.float32(128) * self._sums
             _table_products(parts, _byte_table(), self._queries, out)
             return out / np.float32(LEVEL_UNIT)
-        places = self._planes.shape[2]
-        counts = np.empty((rows, queries, blocks, places), dtype=np.int32)
-        _plane_products(parts.view(np.uint64), self._planes, counts)
+        counts = np.empty((rows, queries, blocks, self._bits), dtype=np.int32)
+        _plane_products(parts.view(np.uint64), self._planes, _bit_places(self._bits), counts)
         # A level is the lowest one, and what its bits add.
-        return counts.astype(np.float32) @ _place_weights(self._bits) + float(levels(self._bits)[0]) * self._sums
+        return counts @ _steps(self._bits) + float(levels(self._bits)[0]) * self._sums
 
 
 def _planes(rounded: np.ndarray, bits: Bits) -> np.ndarray:
-    """Binary places of q + 128, as masks over the packed codes; for each bit of a code, all places and then all ones.
-
-    Σ bit·q = Σ_place 2^place·popcount(bit AND place of (q + 128)) - 128·popcount(bit).
-    """
+    """Binary places of q + 64 as masks over the packed codes, for each bit: [queries, blocks, bits, 7, words]."""
     queries, blocks, dim = rounded.shape
     shifted = (rounded + 2 ** (_PLANES - 1)).astype(np.uint8)
-    masks = []
+    spread = np.zeros((queries, blocks, bits, _PLANES, dim, bits), dtype=np.uint8)
     for bit in range(bits):
-        for place in range(_PLANES + 1):
-            ones = (shifted >> place) & 1 if place < _PLANES else np.ones_like(shifted)
-            spread = np.zeros((queries, blocks, dim, bits), dtype=np.uint8)
-            spread[..., bit] = ones
-            masks.append(np.packbits(spread.reshape(queries, blocks, -1), axis=2, bitorder="little"))
-    return np.ascontiguousarray(np.stack(masks, axis=2)).view(np.uint64)
+        for place in range(_PLANES):
+            spread[:, :, bit, place, :, bit] = (shifted >> place) & 1
+    packed = np.packbits(spread.reshape(queries, blocks, bits, _PLANES, -1), axis=4, bitorder="little")
+    return np.ascontiguousarray(packed).view(np.uint64)
 
 
 @functools.cache
-def _place_weights(bits: Bits) -> np.ndarray:
-    """What each place of `_planes` counts: 2^place or -128, times what the bit adds to the level."""
-    table = levels(bits).double().numpy()
-    # 1-bit: from -1 to 1. 2-bit, levels -b, -a, a, b: the low bit adds b - a, the high one a + b.
-    adds = [table[1] - table[0]] if bits == 1 else [table[1] - table[0], table[2] - table[0]]
-    places = np.array([2.0**place for place in range(_PLANES)] + [-(2.0 ** (_PLANES - 1))])
-    return np.concatenate([places * step for step in adds]).astype(np.float32)
+def _bit_places(bits: Bits) -> np.ndarray:
+    """Where each bit of the codes lies in a word."""
+    whole, every = 2**64 - 1, sum(1 << place for place in range(0, 64, bits))
+    return np.array([(every << bit) & whole for bit in range(bits)], dtype=np.uint64)
+
+
+@functools.cache
+def _steps(bits: Bits) -> np.ndarray:
+    """What each bit adds to the level. 1-bit: from -1 to 1. 2-bit, levels -b, -a, a, b: b - a, and a + b."""
+    table = levels(bits).numpy()
+    return np.array([table[1 << bit] - table[0] for bit in range(bits)], dtype=np.float32)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ _SCAN_BYTES = 4 << 20
 # Rows scored in float16 at once, and for how many queries at once that is the faster way.
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
-_QUANTIZED_ROWS = 2048
+_QUANTIZED_ROWS = 4096
 # Decoded rows held at once on a GPU.
 _DEVICE_BYTES = 512 << 20
 # Candidates beside the k best, and k itself, up to which some are scored again rather than all.

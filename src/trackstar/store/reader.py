@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
@@ -20,6 +21,7 @@ from trackstar.store.index_tensors import IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import Shard, StoredExample, open_shard
+from trackstar.store.tensor_file import map_tensor
 
 # Read at once where the page cache is passed by.
 _DIRECT_BYTES = 16 << 20
@@ -53,6 +55,7 @@ class Index:
         self._shards = shards
         self._ends = list(itertools.accumulate(shard.rows for shard in shards))
         self._tensors = IndexTensors(path)
+        self._maps: dict[int, tuple[object, Tensor]] = {}
         self._derived = DerivedCache(path / "derived", manifest)
         codes = sum(shard.file.places["codes"].stop - shard.file.places["codes"].start for shard in shards)
         # Codes that fit into memory stay there from one pass to the next.
@@ -160,11 +163,23 @@ class Index:
     def _codes(self, shard: Shard, rows_per_chunk: int) -> Iterator[Tensor]:
         """A shard's codes in one mapped part, or in several of whole chunks that are read."""
         if not self._direct:
-            yield shard.stored.codes
+            yield self._mapped(shard)
             return
         place = shard.file.places["codes"]
         chunk_bytes = rows_per_chunk * (place.stop - place.start) // shard.rows
         yield from direct_rows(shard.file, "codes", rows_per_chunk * max(1, _DIRECT_BYTES // chunk_bytes))
+
+    def _mapped(self, shard: Shard) -> Tensor:
+        """A shard's codes, mapped once for all passes as long as the file stays what it was: each page costs time."""
+        try:
+            found = os.stat(shard.path)
+            state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        except OSError:
+            state = None  # mapping says what is wrong
+        kept = self._maps.get(shard.number)
+        if kept is None or kept[0] != state:
+            kept = self._maps[shard.number] = (state, map_tensor(shard.file, "codes"))
+        return kept[1]
 
     def some_rows(self, rows: Sequence[int]) -> StoredRows:
         """A few rows, ascending, in memory."""
