@@ -5,12 +5,14 @@ run, in turn with every search: `values @ queries` of the same shapes in float32
 the sum of all 8-byte words of the very files that are searched (`read`). Told are candidates a second and query, how
 many times as fast as the product, and bytes a second over those of reading.
 
-    python benchmarks/scan.py [--rows 16384] [--threads 2] [--rounds 5] [--codecs float16 int8 1-bit]
+    GOMP_SPINCOUNT=10000 python benchmarks/scan.py [--rows 16384] [--threads 2] [--rounds 5] [--codecs int8 1-bit]
 
-The product's matrix of ROWS × 256 KiB must fit into memory.
+The product's matrix of ROWS × 256 KiB must fit into memory. `GOMP_SPINCOUNT` is what the commands set for themselves:
+without it torch's idle threads take time from the scan's.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -129,6 +131,7 @@ def main() -> None:
         f"scan-cpu-{arguments.threads}-threads",
         {
             "rows": arguments.rows,
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
             "threads": arguments.threads,
             "lines": figures,
             "bars": {"float16 of reading": 0.5, "1-bit times the product": 8, "int8 times the product": 3.5},

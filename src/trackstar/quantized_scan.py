@@ -85,8 +85,9 @@ def _prefetch(typingctx, address):
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 @no_type_check
-def _int8_products(codes, queries, out):
-    """out[row, query, block] = Σ code·q; codes [rows, blocks, dim] u8, queries [queries, blocks, dim] i16.
+def _int8_products(codes, queries, offsets, units, factors, out):
+    """out[row, query] += Σ_block factor·unit·(Σ code·q - offset); codes [rows, blocks, dim] u8, queries [queries,
+    blocks, dim] i16, offsets and units [queries, blocks], factors [rows, blocks].
 
     Eight rows at a time, the next block of each asked for beforehand: one stream of addresses, stopping at every page,
     would leave half of the memory's bandwidth unused.
@@ -113,10 +114,9 @@ def _int8_products(codes, queries, out):
                     t5 = _add_unsigned(t5, p5[i], q[i])
                     t6 = _add_unsigned(t6, p6[i], q[i])
                     t7 = _add_unsigned(t7, p7[i], q[i])
-                out[row, query, block], out[row + 1, query, block] = t0, t1
-                out[row + 2, query, block], out[row + 3, query, block] = t2, t3
-                out[row + 4, query, block], out[row + 5, query, block] = t4, t5
-                out[row + 6, query, block], out[row + 7, query, block] = t6, t7
+                offset, unit = offsets[query, block], units[query, block]
+                for near, total in enumerate((t0, t1, t2, t3, t4, t5, t6, t7)):
+                    out[row + near, query] += (total - offset) * unit * factors[row + near, block]
     for row in range(whole, rows):
         for block in range(blocks):
             part = codes[row, block]
@@ -125,12 +125,12 @@ def _int8_products(codes, queries, out):
                 total = np.int32(0)
                 for i in range(dim):
                     total = _add_unsigned(total, part[i], q[i])
-                out[row, query, block] = total
+                out[row, query] += (total - offsets[query, block]) * units[query, block] * factors[row, block]
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 @no_type_check
-def _table_products(codes, table, queries, out):
+def _table_products(codes, table, queries, units, factors, out):
     """The same for 4-bit codes [rows, blocks, dim/2]: `table` turns a byte into two levels, as one 16-bit word."""
     rows, blocks, width = codes.shape
     words = np.empty(width, np.uint16)
@@ -144,14 +144,14 @@ def _table_products(codes, table, queries, out):
                 total = np.int32(0)
                 for i in range(2 * width):
                     total = _add_signed(total, decoded[i], q[i])
-                out[row, query, block] = total
+                out[row, query] += total * units[query, block] * factors[row, block]
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 @no_type_check
-def _plane_products(codes, planes, ones, out):
-    """out[row, query, block, bit] = Σ bit·q: over the seven places of q + 64 less 64 times the number of bits that are
-    set.
+def _plane_products(codes, planes, ones, steps, offsets, units, factors, out):
+    """out[row, query] += Σ_block factor·unit·(Σ_bit step·(Σ bit·q) - offset), Σ bit·q being over the seven places of
+    q + 64 less 64 times the number of bits that are set.
 
     codes [rows, blocks, words] u64; planes [queries, blocks, bits, 7, words] u64; ones [bits] u64: where a bit lies in
     a word. Two rows at a time meet the planes, which do not fit into the smallest cache.
@@ -163,36 +163,31 @@ def _plane_products(codes, planes, ones, out):
         for block in range(blocks):
             a, b = codes[first, block], codes[second, block]
             for query in range(planes.shape[0]):
+                product_a = product_b = -offsets[query, block]
                 for bit in range(planes.shape[2]):
                     plane = planes[query, block, bit]
                     mask = ones[bit]
-                    total_a = total_b = set_a = set_b = np.uint64(0)
+                    a0 = a1 = a2 = a3 = a4 = a5 = a6 = set_a = np.uint64(0)
+                    b0 = b1 = b2 = b3 = b4 = b5 = b6 = set_b = np.uint64(0)
                     for i in range(width):
                         p0, p1, p2, p3 = plane[0, i], plane[1, i], plane[2, i], plane[3, i]
                         p4, p5, p6 = plane[4, i], plane[5, i], plane[6, i]
                         x, y = a[i], b[i]
-                        set_a += _popcount(x & mask)
-                        set_b += _popcount(y & mask)
-                        total_a += (
-                            _popcount(x & p0)
-                            + (_popcount(x & p1) << s1)
-                            + (_popcount(x & p2) << s2)
-                            + (_popcount(x & p3) << s3)
-                            + (_popcount(x & p4) << s4)
-                            + (_popcount(x & p5) << s5)
-                            + (_popcount(x & p6) << s6)
-                        )
-                        total_b += (
-                            _popcount(y & p0)
-                            + (_popcount(y & p1) << s1)
-                            + (_popcount(y & p2) << s2)
-                            + (_popcount(y & p3) << s3)
-                            + (_popcount(y & p4) << s4)
-                            + (_popcount(y & p5) << s5)
-                            + (_popcount(y & p6) << s6)
-                        )
-                    out[first, query, block, bit] = np.int64(total_a) - np.int64(set_a << s6)
-                    out[second, query, block, bit] = np.int64(total_b) - np.int64(set_b << s6)
+                        set_a, set_b = set_a + _popcount(x & mask), set_b + _popcount(y & mask)
+                        a0, b0 = a0 + _popcount(x & p0), b0 + _popcount(y & p0)
+                        a1, b1 = a1 + _popcount(x & p1), b1 + _popcount(y & p1)
+                        a2, b2 = a2 + _popcount(x & p2), b2 + _popcount(y & p2)
+                        a3, b3 = a3 + _popcount(x & p3), b3 + _popcount(y & p3)
+                        a4, b4 = a4 + _popcount(x & p4), b4 + _popcount(y & p4)
+                        a5, b5 = a5 + _popcount(x & p5), b5 + _popcount(y & p5)
+                        a6, b6 = a6 + _popcount(x & p6), b6 + _popcount(y & p6)
+                    total_a = a0 + (a1 << s1) + (a2 << s2) + (a3 << s3) + (a4 << s4) + (a5 << s5) + (a6 << s6)
+                    total_b = b0 + (b1 << s1) + (b2 << s2) + (b3 << s3) + (b4 << s4) + (b5 << s5) + (b6 << s6)
+                    product_a += steps[bit] * (np.int64(total_a) - np.int64(set_a << s6))
+                    product_b += steps[bit] * (np.int64(total_b) - np.int64(set_b << s6))
+                out[first, query] += product_a * units[query, block] * factors[first, block]
+                if second > first:
+                    out[second, query] += product_b * units[query, block] * factors[second, block]
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -236,40 +231,35 @@ class QuantizedQueries:
         largest = np.maximum(np.abs(q).max(axis=2, keepdims=True), 1e-300)
         most = min(2**15 - 1, _INT32_MAX // (255 * dim)) if bits >= 4 else 2 ** (_PLANES - 1) - 1
         rounded = np.rint(q / largest * most).astype(np.int16)
-        # What a unit of the whole-number product stands for.
-        self._units = (largest[:, :, 0] / most).astype(np.float32)
-        self._sums = rounded.sum(axis=2, dtype=np.int64).astype(np.float32)
+        # What a unit of the whole-number product stands for, and the product of a code of zeros.
+        self._units = largest[:, :, 0] / most
+        sums = rounded.sum(axis=2, dtype=np.int64)
         self._queries = np.ascontiguousarray(rounded)
-        if bits < 4:
+        if bits == 8:
+            self._offsets = 128 * sums
+        elif bits == 4:
+            self._units /= LEVEL_UNIT
+        else:
+            self._offsets = -float(levels(bits)[0]) * sums
             self._planes = _planes(rounded, bits)
 
     def scores(self, stored: StoredRows) -> Float32[Tensor, "rows queries"]:
         """Inner products of the queries with rows as `StoredRows.decode` gives them, but for the queries' rounding."""
-        out = np.empty((len(stored), len(self._units)), dtype=np.float32)
-        codes, scales = stored.codes.numpy(), stored.scales.numpy()
-
-        def run(rows: slice) -> None:
-            products = self._products(codes[rows]) * self._units
-            out[rows] = (products * scales[rows, None, :]).sum(axis=2)
-
-        _in_parts(len(stored), run)
+        out = np.zeros((len(stored), len(self._units)), dtype=np.float32)
+        factors = stored.scales.numpy()
+        codes = stored.codes.numpy().reshape(*factors.shape, -1)
+        _in_parts(len(stored), lambda rows: self._add_products(codes[rows], factors[rows], out[rows]))
         return torch.from_numpy(out)
 
-    def _products(self, codes: np.ndarray) -> np.ndarray:
-        """Σ level·q of each row, query and block, in the queries' units."""
-        rows, (queries, blocks) = len(codes), self._units.shape
-        parts = codes.reshape(rows, blocks, -1)
-        if self._bits >= 4:
-            out = np.empty((rows, queries, blocks), dtype=np.int32)
-            if self._bits == 8:
-                _int8_products(parts, self._queries, out)
-                return out - np.float32(128) * self._sums
-            _table_products(parts, _byte_table(), self._queries, out)
-            return out / np.float32(LEVEL_UNIT)
-        counts = np.empty((rows, queries, blocks, self._bits), dtype=np.int32)
-        _plane_products(parts.view(np.uint64), self._planes, _bit_places(self._bits), counts)
-        # A level is the lowest one, and what its bits add.
-        return counts @ _steps(self._bits) + float(levels(self._bits)[0]) * self._sums
+    def _add_products(self, codes: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
+        if self._bits == 8:
+            _int8_products(codes, self._queries, self._offsets, self._units, factors, out)
+        elif self._bits == 4:
+            _table_products(codes, _byte_table(), self._queries, self._units, factors, out)
+        else:
+            places, steps = _bit_places(self._bits), _steps(self._bits)
+            words = codes.view(np.uint64)
+            _plane_products(words, self._planes, places, steps, self._offsets, self._units, factors, out)
 
 
 def _planes(rounded: np.ndarray, bits: Bits) -> np.ndarray:
@@ -295,7 +285,7 @@ def _bit_places(bits: Bits) -> np.ndarray:
 def _steps(bits: Bits) -> np.ndarray:
     """What each bit adds to the level. 1-bit: from -1 to 1. 2-bit, levels -b, -a, a, b: b - a, and a + b."""
     table = levels(bits).numpy()
-    return np.array([table[1 << bit] - table[0] for bit in range(bits)], dtype=np.float32)
+    return np.array([table[1 << bit] - table[0] for bit in range(bits)], dtype=np.float64)
 
 
 @functools.cache

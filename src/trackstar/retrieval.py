@@ -316,8 +316,18 @@ def best_of(
     rows = rows.expand(len(values), -1)
     if before is not None:
         values, rows = torch.cat([before[0], values], dim=1), torch.cat([before[1], rows], dim=1)
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order = _largest(values, min(k, values.shape[1]))
     return values.gather(1, order), rows.gather(1, order)
+
+
+def _largest(values: Float[Tensor, "queries rows"], k: int) -> Int64[Tensor, "queries k"]:
+    """Places of the k largest values, descending, the first places among equals."""
+    found, places = values.topk(k, dim=1)
+    if (values >= found[:, -1:]).sum() > found.numel():
+        # Equals of the last one were left out, and which ones is anyone's guess.
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    places = places.sort(dim=1).values
+    return places.gather(1, values.gather(1, places).sort(dim=1, descending=True, stable=True).indices)
 
 
 def _inverse(norms: Tensor) -> Tensor:
