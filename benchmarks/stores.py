@@ -14,6 +14,7 @@ also: the same codes without whitening, and those of FAISS where it is installed
 import argparse
 import dataclasses
 import gc
+import importlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence

@@ -4,7 +4,7 @@ A query's block is rounded to whole numbers of its own (12 bits or so for int8 a
 1-bit codes), so that a row's block costs integer instructions over the bytes as stored, never a decoded copy:
 
 * int8: Σ code·q with codes widened to 16 bits, less 128·Σq.
-* 4-bit: the same after a table that turns a byte into its two levels, which are whole numbers over `LEVEL_UNIT`.
+* 4-bit: the same after a table that turns a byte into its two levels, which are whole numbers over a unit.
 * 2-bit and 1-bit: a code's level is linear in its bits (-b + (a+b)·high + (b-a)·low for the levels -b, -a, a, b), so
   that the product is a sum over the query's binary places of popcount(code bits AND query bits).
 
@@ -28,10 +28,10 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from trackstar.store import Bits, StoredRows, quantized_bits
-from trackstar.store.quantization import LEVEL_UNIT, levels
+from trackstar.store.quantization import levels, whole_levels
 
 # Queries for which a scan from the bytes is faster than decoding them once and a matrix product.
-MOST_QUERIES = 4
+MOST_QUERIES: dict[Bits, int] = {8: 2, 4: 2, 2: 3, 1: 6}
 _PLANES = 7
 _INT32_MAX = 2**31 - 1
 
@@ -212,7 +212,7 @@ def decode_into(stored: StoredRows, out: Float32[Tensor, "rows dim"]) -> None:
     codes, factors = stored.codes.numpy(), stored.scales.numpy()
     parts = codes.reshape(len(codes), blocks, -1)
     places = out.numpy().reshape(*parts.shape, 8 // bits)
-    _in_parts(len(codes), lambda rows: _decode(parts[rows], _byte_levels(bits), factors[rows], places[rows]))
+    in_parts(len(codes), lambda rows: _decode(parts[rows], _byte_levels(bits), factors[rows], places[rows]))
 
 
 class QuantizedQueries:
@@ -238,7 +238,7 @@ class QuantizedQueries:
         if bits == 8:
             self._offsets = 128 * sums
         elif bits == 4:
-            self._units /= LEVEL_UNIT
+            self._units /= whole_levels(4)[1]
         else:
             self._offsets = -float(levels(bits)[0]) * sums
             self._planes = _planes(rounded, bits)
@@ -248,7 +248,7 @@ class QuantizedQueries:
         out = np.zeros((len(stored), len(self._units)), dtype=np.float32)
         factors = stored.scales.numpy()
         codes = stored.codes.numpy().reshape(*factors.shape, -1)
-        _in_parts(len(stored), lambda rows: self._add_products(codes[rows], factors[rows], out[rows]))
+        in_parts(len(stored), lambda rows: self._add_products(codes[rows], factors[rows], out[rows]))
         return torch.from_numpy(out)
 
     def _add_products(self, codes: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
@@ -290,8 +290,8 @@ def _steps(bits: Bits) -> np.ndarray:
 
 @functools.cache
 def _byte_table() -> np.ndarray:
-    """Of each byte of 4-bit codes its two levels, in units of 1/`LEVEL_UNIT`, as one 16-bit word."""
-    table = np.rint(levels(4).double().numpy() * LEVEL_UNIT).astype(np.int8)
+    """Of each byte of 4-bit codes its two whole levels, as one 16-bit word."""
+    table = whole_levels(4)[0].numpy()
     pairs = np.stack([table[np.arange(256) & 15], table[np.arange(256) >> 4]], axis=1)
     return np.ascontiguousarray(pairs).view(np.uint16)[:, 0]
 
@@ -303,7 +303,7 @@ def _byte_levels(bits: Bits) -> np.ndarray:
     return table[(np.arange(256)[:, None] >> (bits * steps)) & (2**bits - 1)]
 
 
-def _in_parts(rows: int, run: Callable[[slice], None]) -> None:
+def in_parts(rows: int, run: Callable[[slice], None]) -> None:
     """Run over consecutive rows in as many parts as torch has threads."""
     threads = max(1, min(torch.get_num_threads(), rows // 32))
     if threads == 1:

@@ -12,15 +12,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from trackstar.byte_products import ByteQueries, byte_products_serve
 from trackstar.coarse_scan import CoarseQueries, Finalists
 from trackstar.correction import StoredWhitening
 from trackstar.errors import GradientError, OptionError
 from trackstar.progress import Progress
 from trackstar.quantized_scan import MOST_QUERIES, QuantizedQueries, decode_into
-from trackstar.store import CodeChunk, Index, quantized_bits
+from trackstar.store import Bits, CodeChunk, Index, quantized_bits
 
-# A chunk's codes as float32: small enough that they are multiplied while still in the processor's cache.
+# A part of a chunk's codes as float32: small enough that it is multiplied while still in the processor's cache.
 _SCAN_BYTES = 4 << 20
+_VALUE_ROWS = 256
 # Rows scored in float16 at once, and for how many queries at once that is the faster way.
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
@@ -134,10 +136,11 @@ def whitened_norms(
 def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "queries candidates"]]]:
     """Scores of consecutive candidates: the first one's row, and queries × candidates; one pass over the index."""
     vectors = scorer.vectors.float()
+    bits = quantized_bits(index.manifest.codec)
     if vectors.device.type != "cpu":
         products = _products_on_device(index, vectors)
-    elif quantized_bits(index.manifest.codec) is not None and len(vectors) <= MOST_QUERIES:
-        products = _products_of_codes(index, vectors)
+    elif bits is not None and (len(vectors) <= MOST_QUERIES[bits] or byte_products_serve()):
+        products = _products_of_codes(index, vectors, bits)
     else:
         products = _products_of_values(index, vectors)
     for chunk, product in products:
@@ -153,27 +156,31 @@ def _products_on_device(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChu
 
 
 def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
-    """Codes are turned into float32, a few rows at a time, and multiplied."""
-    rows = max(1, _SCAN_BYTES // (4 * index.dimensions))
-    # One chunk's codes in float32, reused: fresh memory a chunk would cost more than the product.
-    values = torch.empty(rows, index.dimensions)
-    columns = vectors.T.contiguous() if len(vectors) > 1 else vectors[0]
+    """Codes are turned into float32, a few rows and dimensions at a time, and multiplied."""
+    rows, dimensions = (_VALUE_ROWS if len(vectors) > 1 else 16), index.dimensions
     quantized = quantized_bits(index.manifest.codec) is not None
+    width = dimensions if quantized else min(dimensions, _SCAN_BYTES // (4 * rows))
+    # One part's codes in float32, reused: fresh memory a part would cost more than the product.
+    values = torch.empty(rows, width)
+    columns = vectors.T.contiguous()
     for chunk in index.iterate(rows):
-        part = values[: len(chunk.stored)]
-        if quantized:
-            decode_into(chunk.stored, part)
-        else:
-            part.copy_(chunk.stored.codes)
-        product = (part @ columns).reshape(len(part), len(vectors))
+        product = torch.zeros(len(chunk.stored), len(vectors))
+        for first in range(0, dimensions, width):
+            part = values[: len(chunk.stored), : min(width, dimensions - first)]
+            if quantized:
+                decode_into(chunk.stored, part)
+            else:
+                part.copy_(chunk.stored.codes[:, first : first + width])
+            product.addmm_(part, columns[first : first + width])
         yield chunk, product if quantized else product * chunk.stored.scales[:, None]
 
 
-def _products_of_codes(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
+def _products_of_codes(
+    index: Index, vectors: Tensor, bits: Bits
+) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
     """Products in whole numbers from the packed bytes, which are read once."""
-    bits = quantized_bits(index.manifest.codec)
-    assert bits is not None, index.manifest.codec
-    queries = QuantizedQueries(vectors, len(index.manifest.layer_blocks), bits)
+    kind = QuantizedQueries if len(vectors) <= MOST_QUERIES[bits] else ByteQueries
+    queries = kind(vectors, len(index.manifest.layer_blocks), bits)
     for chunk in index.iterate(_QUANTIZED_ROWS):
         yield chunk, queries.scores(chunk.stored)
 

@@ -8,9 +8,9 @@ spacing for a unit normal entry, after division by the block's root mean square.
 as in RaBitQ (Gao and Long, SIGMOD 2024) and its multi-bit form: c points in a direction near u's, and this f makes the
 part of q along u count in full, so that over random directions of the rest the estimate is unbiased. (The factor of
 least squares, ⟨c, u⟩/‖c‖², would shrink every score.) 1-bit codes are signs; 2 and 4 bits use the levels of Lloyd and
-Max, which have the least squared error for a normal entry (Max 1960), rounded to 46ths (4 bits) or four decimals (2
-bits); 8 bits use equal steps up to the block's largest entry. Codes are packed low bits first: the dimension 8k/b·i + j
-of a b-bit code is in byte i.
+Max, which have the least squared error for a normal entry (Max 1960), rounded to 46ths (4 bits) or 53rds (2 bits), so
+that integer instructions serve to multiply with them; 8 bits use equal steps up to the block's largest entry. Codes are
+packed low bits first: the dimension 8k/b·i + j of a b-bit code is in byte i.
 """
 
 import functools
@@ -19,14 +19,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int8, UInt8
 from torch import Tensor
 
 from trackstar.errors import OptionError
 
 Bits = Literal[1, 2, 4, 8]
-LEVEL_UNIT = 46
-"""4-bit levels are whole numbers over this, the largest 126/46: integer instructions serve to multiply with them."""
+# Levels are whole numbers of one byte over this.
+_LEVEL_UNITS: dict[Bits, int] = {1: 1, 2: 53, 4: 46, 8: 1}
 _TINY = 1e-30
 
 
@@ -54,8 +54,14 @@ def levels(bits: Bits) -> Float32[Tensor, "levels"]:
         mass = np.array([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in edges])
         found = (density[:-1] - density[1:]) / (mass[1:] - mass[:-1])
     symmetric = (found - found[::-1]) / 2
-    unit = LEVEL_UNIT if bits == 4 else 10_000
+    unit = _LEVEL_UNITS[bits]
     return torch.from_numpy(np.rint(symmetric * unit) / unit).float()
+
+
+def whole_levels(bits: Bits) -> tuple[Int8[Tensor, "levels"], int]:
+    """The levels as whole numbers, and what they are to be divided by."""
+    unit = _LEVEL_UNITS[bits]
+    return (levels(bits).double() * unit).round().to(torch.int8), unit
 
 
 def quantize(
