@@ -159,7 +159,7 @@ def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChu
     """Codes are turned into float32, a few rows and dimensions at a time, and multiplied."""
     rows, dimensions = (_VALUE_ROWS if len(vectors) > 1 else 16), index.dimensions
     quantized = quantized_bits(index.manifest.codec) is not None
-    width = dimensions if quantized else min(dimensions, _SCAN_BYTES // (4 * rows))
+    width = dimensions if quantized else max(1, min(dimensions, _SCAN_BYTES // (4 * rows)))
     # One part's codes in float32, reused: fresh memory a part would cost more than the product.
     values = torch.empty(rows, width)
     columns = vectors.T.contiguous()

@@ -12,6 +12,7 @@ import reference
 from capitals import QUERIES, TEXTS
 from capitals_oracle import second_moments, tokenized_corpus, tokenized_queries
 from comparisons import language_model, reference_phi
+from trackstar import retrieval
 from trackstar.correction import task_correction
 from trackstar.curvature import autocorrelation, whitening
 from trackstar.errors import OptionError
@@ -209,8 +210,10 @@ def test_another_damping_than_the_indexes_is_refused(tiny_model_folder: Path, tm
 
 
 @pytest.mark.parametrize("codec", ["int8", "4-bit", "2-bit", "1-bit"])
-def test_few_queries_and_many_are_scored_alike(codec: CodecName, tiny_model_folder: Path, tmp_path: Path):
-    """Straight from the bytes for a few, decoded for many: both the products of the decoded rows."""
+def test_few_queries_and_many_are_scored_alike(
+    codec: CodecName, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Straight from the bytes for a few, by products of bytes or decoded for many: the products of the decoded rows."""
     index = build(tiny_model_folder, tmp_path / "index", codec, shard_examples=7)
     draw = torch.Generator().manual_seed(0)
     scorer = Scorer(
@@ -219,7 +222,10 @@ def test_few_queries_and_many_are_scored_alike(codec: CodecName, tiny_model_fold
     decoded = torch.cat([shard.stored.decode() for shard in index.shards])
     expected = scorer.vectors @ decoded.T * scorer.multipliers
     scale = scorer.vectors.norm(dim=1)[:, None] * (decoded.norm(dim=1) * scorer.multipliers)
-    torch.testing.assert_close(all_scores(index, scorer), expected, rtol=1e-4, atol=1e-4)
+    with monkeypatch.context() as patched:
+        patched.setattr(retrieval, "byte_products_serve", lambda: False)
+        torch.testing.assert_close(all_scores(index, scorer), expected, rtol=1e-4, atol=1e-4)
+    assert bool(((all_scores(index, scorer) - expected).abs() <= 3e-4 * scale).all())
     few = dataclasses.replace(scorer, vectors=scorer.vectors[:2])
     assert bool(((all_scores(index, few) - expected[:2]).abs() <= 0.03 * scale[:2]).all())
     torch.testing.assert_close(scores_of(index, scorer, torch.tensor([1, 8, 20])), expected[:, [1, 8, 20]])
