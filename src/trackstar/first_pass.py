@@ -107,7 +107,7 @@ def whitening_of_sample(
         note: Told what is done.
         progress: Whether progress is shown where stderr is a terminal.
     """
-    source = f"of {examples} records drawn with seed {seed}"
+    source = f"of up to {examples} records drawn with seed {seed}"
     begun = load_manifest(out)
     entry = begun.whitening if begun is not None else None
     if begun is not None and entry is not None and entry.source == source and damping in (None, entry.damping):
