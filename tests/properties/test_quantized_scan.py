@@ -1,55 +1,72 @@
-"""Scores straight from packed bytes are those of the decoded rows, but for the rounding of the query."""
+"""Scores from packed bytes, few queries or many, are those of the decoded rows, but for the rounding of the query."""
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
 
+from trackstar.byte_products import ByteQueries
 from trackstar.quantized_scan import QuantizedQueries, decode_into
 from trackstar.store import Bits, CodecName, encode
 
 CODECS: list[tuple[CodecName, Bits]] = [("int8", 8), ("4-bit", 4), ("2-bit", 2), ("1-bit", 1)]
-# Of a query's norm times a row's, per root of the dimensions of a block: 12 bits or so, and 8.
+Kind = type[QuantizedQueries] | type[ByteQueries]
+KINDS: list[Kind] = [QuantizedQueries, ByteQueries]
+# Of a query's norm times a row's: 12 bits or so and 8 for a few queries, 15 for many.
 ROUNDING = {8: 2e-3, 4: 2e-3, 2: 3e-2, 1: 3e-2}
+MANY_ROUNDING = 3e-4
 
 
 def normal(rows: int, dimensions: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, dimensions, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("codec", "bits"), CODECS)
 @hypothesis.given(
-    rows=st.integers(1, 80), blocks=st.integers(1, 3), words=st.integers(1, 4), queries=st.integers(1, 4),
+    rows=st.integers(1, 80), blocks=st.integers(1, 3), words=st.integers(1, 4), queries=st.integers(1, 40),
     magnitude=st.integers(-30, 30), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_scores_are_those_of_decoded_rows(
-    codec: CodecName, bits: Bits, rows: int, blocks: int, words: int, queries: int, magnitude: int, seed: int
+    kind: Kind,
+    codec: CodecName,
+    bits: Bits,
+    rows: int,
+    blocks: int,
+    words: int,
+    queries: int,
+    magnitude: int,
+    seed: int,
 ):
     dimensions = blocks * words * 64
     stored = encode(normal(rows, dimensions, seed) * 2.0**magnitude, codec, blocks)
     asked = normal(queries, dimensions, seed + 1) * 2.0**-magnitude
-    found = QuantizedQueries(asked, blocks, bits).scores(stored)
+    found = kind(asked, blocks, bits).scores(stored)
     decoded = stored.decode()
     error = found.double() - decoded.double() @ asked.double().T
-    bound = ROUNDING[bits] * decoded.norm(dim=1)[:, None] * asked.norm(dim=1)
+    bound = (
+        (ROUNDING[bits] if kind is QuantizedQueries else MANY_ROUNDING)
+        * decoded.norm(dim=1)[:, None]
+        * asked.norm(dim=1)
+    )
     assert found.shape == (rows, queries)
     assert bool((error.abs() <= bound).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("codec", "bits"), CODECS)
-def test_a_row_of_the_largest_codes_does_not_overflow(codec: CodecName, bits: Bits):
+def test_a_row_of_the_largest_codes_does_not_overflow(kind: Kind, codec: CodecName, bits: Bits):
     """Every product has the same sign and the largest size that there is, over the paper's 4,096 dimensions a block."""
     signs = normal(1, 4096, 0).sign()
-    found = QuantizedQueries(signs * 7, 1, bits).scores(encode(signs.repeat(40, 1) * 3, codec, 1))
+    found = kind(signs * 7, 1, bits).scores(encode(signs.repeat(40, 1) * 3, codec, 1))
     torch.testing.assert_close(found, torch.full((40, 1), 4096.0 * 21), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("codec", "bits"), CODECS)
-def test_zero_rows_and_zero_queries_score_zero(codec: CodecName, bits: Bits):
+def test_zero_rows_and_zero_queries_score_zero(kind: Kind, codec: CodecName, bits: Bits):
     rows = torch.cat([torch.zeros(1, 128), normal(1, 128, 0)])
-    found = QuantizedQueries(torch.cat([normal(1, 128, 1), torch.zeros(1, 128)]), 2, bits).scores(
-        encode(rows, codec, 2)
-    )
+    found = kind(torch.cat([normal(1, 128, 1), torch.zeros(1, 128)]), 2, bits).scores(encode(rows, codec, 2))
     assert found[0].tolist() == [0, 0]
     assert found[1, 1] == 0
     assert found[1, 0] != 0
