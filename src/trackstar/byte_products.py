@@ -9,14 +9,13 @@ are several times as fast as the float32 product.
 import functools
 from typing import no_type_check
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int8, Int32
 from llvmlite import binding
 from torch import Tensor
 
-from trackstar.quantized_scan import in_parts
+from trackstar.quantized_scan import compiled, in_parts
 from trackstar.store import Bits, StoredRows
 from trackstar.store.quantization import whole_levels
 
@@ -95,7 +94,7 @@ def byte_products_serve() -> bool:
     return torch.equal(found.long(), left @ right)
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _look_up(codes, table, out):
     """out[row, i] = table[byte i of the row], the byte's levels side by side."""
@@ -105,7 +104,7 @@ def _look_up(codes, table, out):
             out[row, i] = table[codes[row, i]]
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _flip(codes, table, out):
     """The same for a level a byte, k - 128, without the table: many bytes an instruction."""
@@ -115,7 +114,7 @@ def _flip(codes, table, out):
             out[row, i] = codes[row, i] ^ np.uint8(128)
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _add_halves(products, units, factors, out):
     """out[row, query] += (128·high + low)·unit·factor; products [rows, high of each query, then low, then nothing]."""

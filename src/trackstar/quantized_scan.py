@@ -36,6 +36,15 @@ _PLANES = 7
 _INT32_MAX = 2**31 - 1
 
 
+@no_type_check
+def compiled(kernel):
+    """Compiled when it is first called; the machine code is kept beside the module, or in the user's cache."""
+    try:
+        return numba.njit(nogil=True, cache=True)(kernel)
+    except RuntimeError:  # neither folder can be written
+        return numba.njit(nogil=True)(kernel)
+
+
 @intrinsic
 @no_type_check
 def _popcount(typingctx, word):
@@ -83,7 +92,7 @@ def _prefetch(typingctx, address):
     return types.void(types.int64), generate
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _int8_products(codes, queries, offsets, units, factors, out):
     """out[row, query] += Σ_block factor·unit·(Σ code·q - offset); codes [rows, blocks, dim] u8, queries [queries,
@@ -128,7 +137,7 @@ def _int8_products(codes, queries, offsets, units, factors, out):
                 out[row, query] += (total - offsets[query, block]) * units[query, block] * factors[row, block]
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _table_products(codes, table, queries, units, factors, out):
     """The same for 4-bit codes [rows, blocks, dim/2]: `table` turns a byte into two levels, as one 16-bit word."""
@@ -147,7 +156,7 @@ def _table_products(codes, table, queries, units, factors, out):
                 out[row, query] += total * units[query, block] * factors[row, block]
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _plane_products(codes, planes, ones, steps, offsets, units, factors, out):
     """out[row, query] += Σ_block factor·unit·(Σ_bit step·(Σ bit·q) - offset), Σ bit·q being over the seven places of
@@ -190,7 +199,7 @@ def _plane_products(codes, planes, ones, steps, offsets, units, factors, out):
                     out[second, query] += product_b * units[query, block] * factors[second, block]
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)
+@compiled
 @no_type_check
 def _decode(codes, table, factors, out):
     """out[row, block, byte, place] = table[code byte, place]·factor; codes [rows, blocks, bytes] u8."""

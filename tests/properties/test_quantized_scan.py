@@ -1,12 +1,15 @@
 """Scores from packed bytes, few queries or many, are those of the decoded rows, but for the rounding of the query."""
 
+from typing import Any
+
 import hypothesis
+import numba
 import pytest
 import torch
 from hypothesis import strategies as st
 
 from trackstar.byte_products import ByteQueries
-from trackstar.quantized_scan import QuantizedQueries, decode_into
+from trackstar.quantized_scan import QuantizedQueries, compiled, decode_into
 from trackstar.store import Bits, CodecName, encode
 
 CODECS: list[tuple[CodecName, Bits]] = [("int8", 8), ("4-bit", 4), ("2-bit", 2), ("1-bit", 1)]
@@ -88,3 +91,15 @@ def test_threads_and_parts_change_nothing(codec: CodecName, bits: Bits, threads:
         torch.set_num_threads(before)
     assert torch.equal(found, expected)
     assert torch.equal(decoded, stored.decode())
+
+
+def test_kernels_work_where_no_folder_can_be_written(monkeypatch: pytest.MonkeyPatch):
+    njit = numba.njit
+
+    def unwritable(**options: Any):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", unwritable)
+    assert compiled(lambda number: number + 1)(2) == 3
