@@ -38,6 +38,7 @@ DESCRIPTIONS = {
     "docs/concepts.md": "the mathematics, step by step, with the file that holds each",
     "docs/index-format.md": "what is in an index, for users",
     "docs/log.md": "what was tried and what it gave",
+    "docs/security.md": "what is trusted and what is not, and what a digest says",
     "benchmarks/fact_tracing/pretrained.toml": "settings of the report on a model trained on its own candidates",
     "benchmarks/fact_tracing/smollm2.toml": "settings of the report on SmolLM2",
     "src/trackstar/store/FORMAT.md": "the index on disk, byte by byte",

@@ -1,0 +1,66 @@
+"""Nothing in the package unpickles, evaluates text or starts a program: docs/security.md says so."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "trackstar"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {"subprocess", "shelve", "marshal", "dill", "cloudpickle", "joblib", "yaml", "ctypes"}
+CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def wrong(source: str) -> list[str]:
+    """What a source file does that none may."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names if name.name.split(".")[0] in MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            if (node.module or "").split(".")[0] in MODULES | {"pickle"}:
+                found.append(f"from {node.module}")
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            called = f"{node.value.id}.{node.attr}"
+            if called in {"os.system", "os.popen", "np.load"} or (
+                node.value.id == "pickle" and node.attr != "UnpicklingError"
+            ):
+                found.append(called)
+        if isinstance(node, ast.Call):
+            found += _wrong_call(node)
+    return found
+
+
+def _wrong_call(node: ast.Call) -> list[str]:
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    if isinstance(node.func, ast.Name) and node.func.id in CALLS:
+        return [node.func.id]
+    if isinstance(node.func, ast.Attribute):
+        name = node.func.attr
+        if name == "load" and ast.unparse(node.func) == "torch.load" and not _is(given.get("weights_only"), True):
+            return ["torch.load without weights_only=True"]
+        if name == "from_pretrained" and not _is(given.get("trust_remote_code"), False):
+            return ["from_pretrained without trust_remote_code=False"]
+    return []
+
+
+def _is(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_source_file_runs_what_it_reads(path: Path):
+    assert wrong(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import subprocess", "import yaml.cyaml", "from pickle import loads", "import pickle; pickle.loads(b'')",
+        "eval('1')", "import os; os.system('ls')", "import torch; torch.load('x')",
+        "import torch; torch.load('x', weights_only=False)", "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "AutoModel.from_pretrained('x')", "import numpy as np; np.load('x')",
+    ],
+)  # fmt: skip
+def test_the_check_finds_what_it_looks_for(source: str):
+    assert wrong(source)
