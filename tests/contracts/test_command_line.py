@@ -399,8 +399,13 @@ def test_interrupted_index_says_so_in_one_line_and_goes_on_later(
     with corpus.open("w", encoding="utf-8") as file:
         for place in range(3000):
             file.write(json.dumps({"text": f"The capital of {place} is {place * 7}."}) + "\n")
+    # A shell's background jobs, such as a whole test run can be, ignore interrupts, and so do their children.
+    started = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from trackstar.cli import main; main()"
+    )
     command = [
-        sys.executable, "-c", "from trackstar.cli import main; main()", "index", "--model", str(tiny_model_folder),
+        sys.executable, "-c", started, "index", "--model", str(tiny_model_folder),
         "--data", str(corpus), "--out", str(out), "--side", "4", "--codec", "float16", "--shard-examples", "16",
         "--threads", "1",
     ]  # fmt: skip
