@@ -214,7 +214,8 @@ def missed_chance(
     # log Π(1 - p) with p = Φ(z), and 1 - p = Φ(-z)
     z = (fitted.expected(others.double()) - threshold) / max(fitted.spread, 1e-300)
     logarithms = torch.special.log_ndtr(-z)
-    return float(-torch.expm1((logarithms if weights is None else weights * logarithms).sum()))
+    # Adding zero turns -0 into 0.
+    return float(-torch.expm1((logarithms if weights is None else weights * logarithms).sum())) + 0.0
 
 
 class _Others:

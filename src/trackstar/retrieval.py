@@ -15,7 +15,7 @@ from torch import Tensor
 from trackstar.byte_products import ByteQueries, byte_products_serve
 from trackstar.coarse_scan import CoarseQueries, Finalists
 from trackstar.correction import StoredWhitening
-from trackstar.errors import GradientError, OptionError
+from trackstar.errors import DamagedIndexError, GradientError, OptionError
 from trackstar.progress import Progress
 from trackstar.quantized_scan import MOST_QUERIES, QuantizedQueries, decode_into
 from trackstar.store import Bits, CodeChunk, Index, quantized_bits
@@ -217,9 +217,23 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
 
     Raises:
         OptionError: k is not positive.
+        DamagedIndexError: A score is not finite, which rows as they were written do not give.
     """
     if k < 1:
         raise OptionError(f"--top {k}: expected 1 or more candidates a query")
+    top = _top_by_scan(index, scorer, k, progress=progress)
+    # What is not finite sorts to one of the two ends.
+    for rows, found in ((top.proponents, top.proponent_scores), (top.opponents, top.opponent_scores)):
+        bad = (~found.isfinite()).nonzero()
+        if len(bad):
+            row = int(rows[tuple(bad[0].tolist())])
+            raise DamagedIndexError(
+                f"{index.path}: row {row} has a score that is not finite; `trackstar verify` finds the damaged file"
+            )
+    return top
+
+
+def _top_by_scan(index: Index, scorer: Scorer, k: int, *, progress: bool) -> TopCandidates:
     few = len(scorer.vectors) <= _MOST_COARSE_QUERIES and k <= _MOST_FINALISTS
     if index.manifest.codec == "float16" and few and scorer.vectors.device.type == "cpu":
         return _top_by_coarse_scan(index, scorer, k, progress=progress)

@@ -202,6 +202,13 @@ def _rewrite(
     title: str,
     progress: bool,
 ) -> Index:
+    place = Path(out).resolve()
+    for index in sources:
+        if index.path.resolve() in (place, *place.parents):
+            raise OptionError(
+                f"--out {out}: is the index {index.path} itself or lies in it, expected another folder; the old one is "
+                "left as it is"
+            )
     total = sum(index.rows for index in sources) if rows is None else rows
     with (
         Progress(title, unit="examples", total=total, shown=progress) as bar,

@@ -8,11 +8,12 @@ import torch
 
 from capitals import QUERIES, TEXTS
 from trackstar import growing, rewriting
-from trackstar.errors import IndexMismatchError, OptionError
+from trackstar.errors import DamagedIndexError, IndexMismatchError, OptionError
 from trackstar.examples import TokenizedExample
 from trackstar.first_pass import TrainWhitening
 from trackstar.growing import add_examples
 from trackstar.pipeline import answer_queries, build_index
+from trackstar.retrieval import Scorer, top_candidates
 from trackstar.rewriting import convert_index, merge_indexes, remove_examples
 from trackstar.store import CodecName, Index, verify
 
@@ -236,3 +237,29 @@ def test_damping_can_be_chosen_in_converting(parts: tuple[Index, Index, Index], 
     expected = TrainWhitening.of_index(parts[0], damping=0.7, source="x")
     assert converted.manifest.whitening.digest == expected.entry.digest
     assert dataclasses.asdict(expected.entry)["source"] == "x"
+
+
+@pytest.mark.parametrize("inside", ["", "sub"])
+def test_no_index_is_written_over_or_into_its_source(parts: tuple[Index, Index, Index], inside: str):
+    first, second, _ = parts
+    out = first.path / inside
+    before = sorted(first.path.rglob("*"))
+    for make in (
+        lambda: convert_index(first, out, codec="float16", progress=False),
+        lambda: merge_indexes([first, second], out, progress=False),
+        lambda: remove_examples(first, [first.example(0).example.example_id], out, progress=False),
+    ):
+        with pytest.raises(OptionError, match=r"is the index .* itself or lies in it, expected another folder"):
+            make()
+    assert sorted(first.path.rglob("*")) == before
+
+
+def test_a_damaged_number_is_told_and_not_ranked(parts: tuple[Index, Index, Index], monkeypatch: pytest.MonkeyPatch):
+    index = Index.open(parts[0].path)
+    found = index.shards[0].stored.codes.clone()
+    found[0, 0] = float("nan")
+    monkeypatch.setattr(Index, "_codes", lambda _index, shard, _rows: iter([found[: shard.rows]]))
+    for queries in (1, 8):
+        scorer = Scorer(vectors=torch.ones(queries, index.dimensions), multipliers=torch.ones(index.rows))
+        with pytest.raises(DamagedIndexError, match="row 0 has a score that is not finite; `trackstar verify`"):
+            top_candidates(index, scorer, 2)
