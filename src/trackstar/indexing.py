@@ -397,7 +397,7 @@ def chosen_second_moment(
     examples: int,
     seed: int,
     batch_tokens: int,
-    out: Path,
+    out: Path | None,
     note: Callable[[str], None],
 ) -> SecondMoment:
     """V as asked for: given, none, from optimizer state, or estimated; see `build_index`.
@@ -417,8 +417,9 @@ def chosen_second_moment(
     if state is not None:
         return checked_second_moment(second_moment_from_state(state, model, kind=kind), model.matrices)
     source = f"estimated from {examples} examples drawn with seed {seed}"
-    begun = load_manifest(out)
-    if begun is not None and begun.second_moment.source == source and begun.second_moment.kind == kind:
+    begun = load_manifest(out) if out is not None else None
+    same = begun is not None and begun.second_moment.source == source and begun.second_moment.kind == kind
+    if out is not None and begun is not None and same:
         with contextlib.suppress(DamagedIndexError):  # it is estimated again
             kept = IndexTensors(out).read("second_moment", begun)
             return SecondMoment.from_tensors(kept, source=source, floor=begun.second_moment.floor)

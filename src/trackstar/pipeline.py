@@ -196,7 +196,8 @@ def build_index(
             else:
                 bar.advance(writer.resume_point.record)
                 part = Path(out) / PART_FOLDER
-                known = Index.open(part) if load_manifest(part) is not None else None
+                # Projected rows are all computed: what an earlier attempt left in there is not of this index.
+                known = Index.open(part) if train is not None and load_manifest(part) is not None else None
                 _fill(writer, corpus, model, moment, train, known, batch_tokens=batch_tokens, bar=bar)
     return Index.open(out)
 

@@ -104,7 +104,7 @@ def stream_queries(
     with Progress("R_train", unit="examples", shown=progress) as bar:
         moment = chosen_second_moment(
             second_moment, model, corpus, windows, kind=second_moment_kind, examples=second_moment_examples, seed=seed,
-            batch_tokens=batch_tokens, out=Path(), note=bar.note,
+            batch_tokens=batch_tokens, out=None, note=bar.note,
         )  # fmt: skip
         with GradientProjector(
             model, moment, seed=seed, side=side, batch_tokens=batch_tokens, note=bar.note, output=output

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from capitals import TEXTS
-from trackstar import indexing
+from trackstar import first_pass, indexing
+from trackstar.errors import CurvatureError
 from trackstar.examples import TokenizedExample, open_corpus
 from trackstar.pipeline import build_index
 from trackstar.store import PART_FOLDER, Index, verify
@@ -104,3 +105,25 @@ def test_another_sample_is_another_index(tiny_model_folder: Path, tmp_path: Path
         build(tiny_model_folder, tmp_path / "index", whitening_examples=12)
     again = build(tiny_model_folder, tmp_path / "index", whitening_examples=9)
     assert again.rows == len(TEXTS)
+
+
+def test_what_another_attempt_left_is_not_taken_for_projected_rows(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A whitened attempt ends after its first pass; the folder is then used for projected rows."""
+    out = tmp_path / "index"
+
+    def refused(*_arguments: object, **_options: object) -> None:
+        raise CurvatureError("R is singular")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(first_pass, "whitening", refused)
+        with pytest.raises(CurvatureError, match="R is singular"):
+            build(tiny_model_folder, out, codec="1-bit")
+    assert (out / PART_FOLDER).exists()
+    found = build(tiny_model_folder, out, codec="float32")
+    expected = build(tiny_model_folder, tmp_path / "anew", codec="float32")
+    for one, other in zip(found.shards, expected.shards, strict=True):
+        assert torch.equal(one.stored.codes, other.stored.codes)
+        assert torch.equal(one.losses, other.losses)
+    assert not (out / PART_FOLDER).exists()
