@@ -7,7 +7,8 @@ many times as fast as the product, and bytes a second over those of reading.
 
     GOMP_SPINCOUNT=10000 python benchmarks/scan.py [--rows 16384] [--threads 2] [--rounds 5] [--codecs int8 1-bit]
 
-The product's matrix of ROWS × 256 KiB must fit into memory. `GOMP_SPINCOUNT` is what the commands set for themselves:
+A store has ROWS rows, or as many as fill 1 GiB: one that fits into the processor's cache would tell too much. The
+product's matrix of ROWS × 256 KiB must fit into memory; rates are compared, by candidates. `GOMP_SPINCOUNT` is what the commands set for themselves:
 without it torch's idle threads take time from the scan's.
 """
 
@@ -45,6 +46,7 @@ from trackstar.store import (
 )
 
 BATCHES = (1, 16, 256)
+STORE_BYTES = 1 << 30
 WHITENING = {"whitening": torch.zeros(1)}  # rows are scanned as they are
 
 
@@ -85,6 +87,11 @@ def make_store(folder: Path, rows: int, codec: CodecName) -> Index:
     return Index.open(folder)
 
 
+def store_rows(codec: CodecName, rows: int) -> int:
+    """Rows of a codec's store."""
+    return max(rows, -(-STORE_BYTES // row_bytes(codec, 65_536, 16)))
+
+
 def _example(record: int) -> TokenizedExample:
     return TokenizedExample(
         example_id=f"e{record}",
@@ -121,7 +128,7 @@ def main() -> None:
     figures = []
     for codec in arguments.codecs:
         with tempfile.TemporaryDirectory() as folder:
-            index = make_store(Path(folder) / "index", arguments.rows, codec)
+            index = make_store(Path(folder) / "index", store_rows(codec, arguments.rows), codec)
             read_everything(index)  # into the page cache
             for queries in BATCHES:
                 line = measured(index, values, queries, arguments.rounds)
@@ -130,7 +137,7 @@ def main() -> None:
     save(
         f"scan-cpu-{arguments.threads}-threads",
         {
-            "rows": arguments.rows,
+            "product_rows": arguments.rows,
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
             "threads": arguments.threads,
             "lines": figures,
@@ -159,10 +166,13 @@ def measured(index: Index, values: Tensor, queries: int, rounds: int) -> dict[st
     size = index.rows * row_bytes(codec, index.dimensions, len(index.manifest.layer_blocks))
     return {
         "codec": codec,
+        "rows": index.rows,
         "bytes_an_example": size // index.rows,
         "queries": queries,
         "candidates_per_s_per_query": round(index.rows * queries / scan),
-        "times_the_float32_product": round(statistics.median(p / s for s, p, _ in times), 2),
+        "times_the_float32_product": round(
+            statistics.median(p / len(values) / (s / index.rows) for s, p, _ in times), 2
+        ),
         "scan_gb_per_s": round(size / scan / 1e9, 2),
         "read_gb_per_s": round(size / read / 1e9, 2),
         "of_reading": round(statistics.median(r / s for s, _, r in times), 3),
