@@ -8,8 +8,8 @@ many times as fast as the product, and bytes a second over those of reading.
     GOMP_SPINCOUNT=10000 python benchmarks/scan.py [--rows 16384] [--threads 2] [--rounds 5] [--codecs int8 1-bit]
 
 A store has ROWS rows, or as many as fill 1 GiB: one that fits into the processor's cache would tell too much. The
-product's matrix of ROWS × 256 KiB must fit into memory; rates are compared, by candidates. `GOMP_SPINCOUNT` is what the commands set for themselves:
-without it torch's idle threads take time from the scan's.
+product's matrix of ROWS × 256 KiB must fit into memory; rates are compared, by candidates. `GOMP_SPINCOUNT` is what
+the commands set for themselves: without it torch's idle threads take time from the scan's.
 """
 
 import argparse

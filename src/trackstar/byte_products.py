@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int8, Int32
 from llvmlite import binding
 from torch import Tensor
 
-from trackstar.quantized_scan import compiled, in_parts
+from trackstar.quantized_scan import byte_words, compiled, in_parts
 from trackstar.store import Bits, StoredRows
 from trackstar.store.quantization import whole_levels
 
@@ -45,7 +45,6 @@ class ByteQueries:
         self._columns = torch.zeros(blocks, q.shape[2], columns, dtype=torch.int8)
         self._columns[:, :, : len(vectors)] = (rounded >> 7).permute(1, 2, 0)
         self._columns[:, :, len(vectors) : 2 * len(vectors)] = (rounded & 127).permute(1, 2, 0)
-
         # One block's levels of some rows, reused: fresh memory would cost as much as the product.
         self._levels = torch.empty(_ROWS, q.shape[2], dtype=torch.int8)
 
@@ -60,7 +59,7 @@ class ByteQueries:
         return torch.from_numpy(out)
 
     def _add_products(self, codes: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
-        table, levels = _byte_levels(self._bits), self._levels[: len(codes)]
+        table, levels = byte_words(self._bits), self._levels[: len(codes)]
         words = levels.numpy().view(table.dtype)
         turn = _flip if self._bits == 8 else _look_up
         for block, columns in enumerate(self._columns):
@@ -89,7 +88,7 @@ def byte_products_serve() -> bool:
     right = torch.randint(0, 2, (512, _COLUMNS), generator=generator) * 255 - 128
     try:
         found = _multiply(left.to(torch.int8), right.to(torch.int8))
-    except (AttributeError, RuntimeError, NotImplementedError):
+    except (AttributeError, RuntimeError):  # torch has no such product, or not on this machine
         return False
     return torch.equal(found.long(), left @ right)
 
@@ -124,11 +123,3 @@ def _add_halves(products, units, factors, out):
         for query in range(queries):
             high, low = np.float32(products[row, query]), np.float32(products[row, queries + query])
             out[row, query] += (np.float32(128) * high + low) * (units[query] * factor)
-
-
-@functools.cache
-def _byte_levels(bits: Bits) -> np.ndarray:
-    """Of each byte the whole levels of its codes, low bits first, as one word of 8/bits bytes."""
-    table, places = whole_levels(bits)[0].numpy(), np.arange(8 // bits)
-    found = table[(np.arange(256)[:, None] >> (bits * places)) & (2**bits - 1)].astype(np.int8)
-    return np.ascontiguousarray(found).view(f"u{8 // bits}")[:, 0]

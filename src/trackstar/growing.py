@@ -14,7 +14,7 @@ from trackstar.indexing import RowMaker, projector_of, write_shards
 from trackstar.model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.provenance import corpus_entry, model_of_index, second_moment_of_index
-from trackstar.rewriting import merge_indexes
+from trackstar.rewriting import check_apart, merge_indexes
 from trackstar.store import PART_FOLDER, Index, IndexWriter, load_manifest
 
 
@@ -52,13 +52,12 @@ def add_examples(
 
     Raises:
         IndexMismatchError: The model is not the one that was indexed.
-        OptionError: The new folder is the old one.
+        OptionError: The new folder is the old one or in it, or holds an index of other corpora.
         TrackstarError: Something cannot be read or written; see `trackstar.errors`.
     """
     index = index if isinstance(index, Index) else Index.open(index)
     out = Path(out)
-    if out.resolve() == index.path.resolve():
-        raise OptionError(f"--out {out}: is the index itself, expected another folder; the old one is left as it is")
+    check_apart(out, [index])
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
     entry = corpus_entry(corpus)
     part = out / PART_FOLDER

@@ -264,7 +264,7 @@ class QuantizedQueries:
         if self._bits == 8:
             _int8_products(codes, self._queries, self._offsets, self._units, factors, out)
         elif self._bits == 4:
-            _table_products(codes, _byte_table(), self._queries, self._units, factors, out)
+            _table_products(codes, byte_words(4), self._queries, self._units, factors, out)
         else:
             places, steps = _bit_places(self._bits), _steps(self._bits)
             words = codes.view(np.uint64)
@@ -298,11 +298,11 @@ def _steps(bits: Bits) -> np.ndarray:
 
 
 @functools.cache
-def _byte_table() -> np.ndarray:
-    """Of each byte of 4-bit codes its two whole levels, as one 16-bit word."""
-    table = whole_levels(4)[0].numpy()
-    pairs = np.stack([table[np.arange(256) & 15], table[np.arange(256) >> 4]], axis=1)
-    return np.ascontiguousarray(pairs).view(np.uint16)[:, 0]
+def byte_words(bits: Bits) -> np.ndarray:
+    """Of each byte the whole levels of its codes, low bits first, as one word of 8/bits bytes."""
+    table, places = whole_levels(bits)[0].numpy(), np.arange(8 // bits)
+    found = table[(np.arange(256)[:, None] >> (bits * places)) & (2**bits - 1)]
+    return np.ascontiguousarray(found).view(f"u{8 // bits}")[:, 0]
 
 
 @functools.cache

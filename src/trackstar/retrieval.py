@@ -20,9 +20,10 @@ from trackstar.progress import Progress
 from trackstar.quantized_scan import MOST_QUERIES, QuantizedQueries, decode_into
 from trackstar.store import Bits, CodeChunk, Index, quantized_bits
 
-# A part of a chunk's codes as float32: small enough that it is multiplied while still in the processor's cache.
+# A part of a chunk's codes as float32: small enough that it is multiplied while still in the processor's cache. (Codes
+# of few bits are decoded whole rows at a time.) More rows make the product of many queries faster.
 _SCAN_BYTES = 4 << 20
-_VALUE_ROWS = 256
+_ONE_QUERY_ROWS, _VALUE_ROWS = 16, 256
 # Rows scored in float16 at once, and for how many queries at once that is the faster way.
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
@@ -157,7 +158,7 @@ def _products_on_device(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChu
 
 def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
     """Codes are turned into float32, a few rows and dimensions at a time, and multiplied."""
-    rows, dimensions = (_VALUE_ROWS if len(vectors) > 1 else 16), index.dimensions
+    rows, dimensions = (_VALUE_ROWS if len(vectors) > 1 else _ONE_QUERY_ROWS), index.dimensions
     quantized = quantized_bits(index.manifest.codec) is not None
     width = dimensions if quantized else max(1, min(dimensions, _SCAN_BYTES // (4 * rows)))
     # One part's codes in float32, reused: fresh memory a part would cost more than the product.

@@ -56,7 +56,7 @@ def merge_indexes(indexes: Sequence[Index | str | Path], out: str | Path, *, pro
 
     Raises:
         IndexMismatchError: They were not made alike; the message names the first field that differs.
-        OptionError: There are fewer than two.
+        OptionError: There are fewer than two, or the new folder is one of them or in one.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     opened = [_opened(index) for index in indexes]
@@ -96,7 +96,7 @@ def remove_examples(
         progress: Whether progress is shown where stderr is a terminal.
 
     Raises:
-        OptionError: A name is not in the index, or none would be left.
+        OptionError: A name is not in the index, none would be left, or the new folder is the index or in it.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     index = _opened(index)
@@ -149,8 +149,8 @@ def convert_index(
         progress: Whether progress is shown where stderr is a terminal.
 
     Raises:
-        OptionError: The codec is unknown or needs more bits than are there, or a damping is given for an index that is
-            whitened.
+        OptionError: The codec is unknown or needs more bits than are there, a damping is given for an index that is
+            whitened, or the new folder is the index or in it.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     index = _opened(index)
@@ -190,6 +190,21 @@ def rewrite_shards(
     return _rewrite([index], out, manifest, recode=recode, title=title, progress=progress)
 
 
+def check_apart(out: str | Path, sources: Sequence[Index]) -> None:
+    """See that a new index's folder is none of the indexes that it is made from, and in none of them.
+
+    Raises:
+        OptionError: It is.
+    """
+    place = Path(out).resolve()
+    for index in sources:
+        if index.path.resolve() in (place, *place.parents):
+            raise OptionError(
+                f"--out {out}: is the index itself or lies in it ({index.path}), expected another folder; the old one "
+                "is left as it is"
+            )
+
+
 def _rewrite(
     sources: Sequence[Index],
     out: str | Path,
@@ -202,13 +217,7 @@ def _rewrite(
     title: str,
     progress: bool,
 ) -> Index:
-    place = Path(out).resolve()
-    for index in sources:
-        if index.path.resolve() in (place, *place.parents):
-            raise OptionError(
-                f"--out {out}: is the index {index.path} itself or lies in it, expected another folder; the old one is "
-                "left as it is"
-            )
+    check_apart(out, sources)
     total = sum(index.rows for index in sources) if rows is None else rows
     with (
         Progress(title, unit="examples", total=total, shown=progress) as bar,

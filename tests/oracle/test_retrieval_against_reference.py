@@ -156,7 +156,9 @@ def test_simpler_methods_equal_the_references_ablations(index: store.Index, quer
 def test_top_candidates_equal_a_full_sort_however_the_index_is_read(
     index: store.Index, queries: Tensor, k: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("trackstar.retrieval._SCAN_BYTES", chunk_rows * 4 * index.dimensions)
+    monkeypatch.setattr("trackstar.retrieval._VALUE_ROWS", chunk_rows)
+    # Three and a half parts to a row.
+    monkeypatch.setattr("trackstar.retrieval._SCAN_BYTES", chunk_rows * 4 * index.dimensions * 2 // 7)
     scorer = cosine_scorer(index, queries)
     scores = all_scores(index, scorer)
     found = top_candidates(index, scorer, k)

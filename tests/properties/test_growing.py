@@ -181,7 +181,7 @@ def test_added_examples_cost_their_own_gradients_alone(
     assert len(computed) == len(SECOND) - 1
     with pytest.raises(OptionError, match="holds an index of other corpora, expected an empty folder"):
         add_examples(first, TEXTS[:3], tmp_path / "grown", progress=False)
-    with pytest.raises(OptionError, match="is the index itself, expected another folder"):
+    with pytest.raises(OptionError, match="is the index itself or lies in it"):
         add_examples(first, SECOND, tmp_path / "first", progress=False)
     report = answer_queries(grown, QUERIES[:2], k=len(TEXTS), exact=True, progress=False)
     assert {ranked.text for ranked in report.results[0].proponents} == set(TEXTS)
@@ -249,7 +249,7 @@ def test_no_index_is_written_over_or_into_its_source(parts: tuple[Index, Index, 
         lambda: merge_indexes([first, second], out, progress=False),
         lambda: remove_examples(first, [first.example(0).example.example_id], out, progress=False),
     ):
-        with pytest.raises(OptionError, match=r"is the index .* itself or lies in it, expected another folder"):
+        with pytest.raises(OptionError, match="is the index itself or lies in it"):
             make()
     assert sorted(first.path.rglob("*")) == before
 
