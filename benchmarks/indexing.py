@@ -21,10 +21,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from measurement import save
 from trackstar.errors import TrackstarError
 from trackstar.examples import TokenizedExample, open_corpus
-from trackstar.indexing import CorpusPosition, GradientProjector, RowMaker, RunningAutocorrelation, write_shard
+from trackstar.indexing import RowWork, RunningAutocorrelation, shard_content
 from trackstar.model import LanguageModel, wrap_model
+from trackstar.projecting import GradientProjector
 from trackstar.provenance import make_manifest
 from trackstar.second_moment import FactoredMoment, SecondMoment
+from trackstar.shard_groups import CorpusPosition, Group
 from trackstar.store import IndexWriter, WindowsEntry
 
 # Name: shape of the model, examples a batch, tokens an example, dtype, batches a round.
@@ -133,6 +135,7 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
             ) as projector,
         ):
             r_train = RunningAutocorrelation(writer, device=model.device)
+            work = RowWork.of(writer.manifest)
             record = 0
 
             def indexing_pass() -> None:
@@ -140,7 +143,8 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
                 record += count
                 after = CorpusPosition(record=record, window=0, skipped=0)
                 moved = [_at(example, record - count + place) for place, example in enumerate(examples)]
-                r_train.add(write_shard(writer, moved, after, RowMaker(projector, writer.manifest)))
+                group = Group(shard=len(writer.shards_done), examples=tuple(moved), after=after, known=None)
+                r_train.add(writer.write_shard(shard_content([(group, work(projector, group))])))
 
             times = interleaved(indexing_pass, lambda: plain_pass(trained, plain_batches), rounds, device)
     ratios = [ours / plain for ours, plain in times]

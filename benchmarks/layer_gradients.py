@@ -22,9 +22,10 @@ from numpy.lib.format import open_memmap
 
 from trackstar.evaluation.facts import read_facts, to_queries
 from trackstar.examples import TokenizedExample, open_corpus, tokenize_examples, tokenize_query
-from trackstar.indexing import GradientProjector, chosen_second_moment
+from trackstar.index_settings import chosen_second_moment
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
+from trackstar.projecting import GradientProjector
 from trackstar.second_moment import SecondMoment
 from trackstar.store import WindowsEntry
 

@@ -50,7 +50,7 @@ STORE_BYTES = 1 << 30
 WHITENING = {"whitening": torch.zeros(1)}  # rows are scanned as they are
 
 
-def make_store(folder: Path, rows: int, codec: CodecName) -> Index:
+def make_store(folder: str | Path, rows: int, codec: CodecName) -> Index:
     """A store of random rows: a scan's speed does not depend on what they are."""
     model = wrap_model(make_model("llama-135m", "float32", "cpu"), _NoTokenizer())  # type: ignore[arg-type]
     moment = given_second_moment(model)

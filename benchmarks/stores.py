@@ -37,7 +37,7 @@ from trackstar.curvature import (
 from trackstar.evaluation.facts import read_facts, to_queries
 from trackstar.evaluation.metrics import gold_ranks
 from trackstar.examples import open_corpus, tokenize_examples, tokenize_query
-from trackstar.indexing import chosen_second_moment
+from trackstar.index_settings import chosen_second_moment
 from trackstar.model import load_model
 from trackstar.store import CODECS, WindowsEntry, encode, row_bytes
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch

@@ -45,8 +45,8 @@ DESCRIPTIONS = {
     "src/trackstar/py.typed": "says that the package is typed",
 }
 FOLDERS = (".ci", "src/trackstar", "frontend", "tests", "benchmarks", "docs")
-# Results' folders are not code, and a picture says itself what it is.
-HIDDEN = {"__pycache__", "node_modules", "static", "images"}
+# Results' folders are not code; a picture, and what fuzzing kept, say by their names what they are.
+HIDDEN = {"__pycache__", "node_modules", "static", "images", "corpus"}
 
 
 def command_line_page() -> str:

@@ -1,7 +1,6 @@
 """The explorer's server on a free port of this machine, in a thread, for tests that speak to it as a browser does."""
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.result_files import read_result_file
-from trackstar.explorer.server import http_server
+from trackstar.explorer.server import http_server, listen
 from trackstar.model import load_model
 from trackstar.store import Index
 
@@ -27,7 +26,7 @@ HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}
 @contextlib.contextmanager
 def explorer(results: Sequence[Path] = (), live: LiveIndex | None = None) -> Iterator[str]:
     """Serve result files and an index; gives the address, without a slash at its end."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen(0)
     port = listening.getsockname()[1]
     jobs = Jobs()
     files = [read_result_file(path) for path in results]

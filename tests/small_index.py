@@ -105,7 +105,7 @@ def small_content(
 
 
 def write_small_index(
-    path: Path,
+    path: str | Path,
     manifest: store.Manifest | None = None,
     *,
     examples: int = EXAMPLES,

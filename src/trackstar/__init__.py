@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trackstar.attribution import Attribution, Attributor, TokenInfluence
+    from trackstar.audit import AtHand, AuditReport, Check, write_audit
+    from trackstar.audit_again import check_audit
+    from trackstar.audit_record import Audit, read_audit
     from trackstar.errors import TrackstarError
     from trackstar.examples import Corpus, Example, Query, open_corpus, read_queries
     from trackstar.generation import generate
@@ -29,8 +32,12 @@ if TYPE_CHECKING:
     from trackstar.streaming import stream_queries
 
 __all__ = [
+    "AtHand",
     "Attribution",
     "Attributor",
+    "Audit",
+    "AuditReport",
+    "Check",
     "Corpus",
     "Example",
     "Index",
@@ -45,6 +52,7 @@ __all__ = [
     "add_examples",
     "answer_queries",
     "build_index",
+    "check_audit",
     "convert_index",
     "generate",
     "load_model",
@@ -54,16 +62,21 @@ __all__ = [
     "open_corpus",
     "pretrain",
     "query_gradients",
+    "read_audit",
     "read_queries",
     "remove_examples",
     "stream_queries",
     "verify",
     "wrap_model",
+    "write_audit",
     "write_results",
 ]
 
 _HOMES = {
     "trackstar.attribution": ("Attribution", "Attributor", "TokenInfluence"),
+    "trackstar.audit": ("AtHand", "AuditReport", "Check", "write_audit"),
+    "trackstar.audit_again": ("check_audit",),
+    "trackstar.audit_record": ("Audit", "read_audit"),
     "trackstar.errors": ("TrackstarError",),
     "trackstar.examples": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
     "trackstar.generation": ("generate",),

@@ -16,18 +16,19 @@ from torch import Tensor
 from trackstar.correction import TaskCorrection, task_correction
 from trackstar.errors import OptionError
 from trackstar.examples import Query, TokenizedExample, tokenize_query
-from trackstar.indexing import GradientProjector, projector_of
 from trackstar.markup import heat_map
 from trackstar.model import LanguageModel
 from trackstar.pipeline import query_gradients
 from trackstar.pretraining.checkpoints import STATE_FILE
 from trackstar.progress import Progress
+from trackstar.projecting import projected, projector_of
 from trackstar.provenance import second_moment_of_index
 from trackstar.reranking import RERANKED, ExactScores, calibration, missed_chance
 from trackstar.retrieval import Scorer, scores, trackstar_scorer
 from trackstar.store import Index, quantized_bits
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
 from trackstar.tokens import TextSpan, split_over_tokens, token_spans
+from trackstar.workers import GradientSetup
 
 RELATIVE_LEARNING_RATE = 0.01
 """Of tail-patch's step, relative to each matrix's root mean square, for a model without optimizer state."""
@@ -186,7 +187,7 @@ class Attributor:
         order = coarse.sort(descending=True, stable=True).indices
         best = order[: self._reranked]
         rows = torch.cat([best, order[-self._reranked :]]).unique()
-        exact = ExactScores(self.index, self._projector, self.correction, scorer.vectors).of(rows.tolist())[0]
+        exact = ExactScores(self.index, self.model, self._setup(), self.correction, scorer.vectors).of(rows.tolist())[0]
         influences = calibration(coarse[rows], exact).expected(coarse)
         influences[rows] = exact
         left = torch.ones(len(coarse), dtype=torch.bool)
@@ -195,9 +196,11 @@ class Attributor:
         missed = missed_chance(coarse[best], influences[best], coarse[left], threshold=threshold)
         return rows, influences, missed
 
-    def _projector(self) -> GradientProjector:
-        return projector_of(
-            self.index.manifest, self.model, second_moment_of_index(self.index), batch_tokens=self._batch_tokens
+    def _setup(self) -> GradientSetup:
+        return GradientSetup(
+            manifest=self.index.manifest,
+            second_moment=second_moment_of_index(self.index),
+            batch_tokens=self._batch_tokens,
         )
 
     def over_candidate(self, attribution: Attribution, row: int) -> TokenInfluence:
@@ -228,9 +231,12 @@ class Attributor:
         """A candidate in the index's coordinates: as stored, or of few bits, from its gradient computed again."""
         if quantized_bits(self.index.manifest.codec) is None:
             return self.index.some_rows([row]).decode()
-        with self._projector() as projector:
-            ((_, phi, _),) = projector.batches([self._example(row)])
-        return self.correction.coordinates(phi.cpu())
+        setup = self._setup()
+        with projector_of(
+            setup.manifest, self.model, setup.second_moment, batch_tokens=setup.batch_tokens
+        ) as projector:
+            phi, _ = projected(projector, [self._example(row)])
+        return self.correction.coordinates(phi)
 
     def _split(
         self, attribution: Attribution, row: int, example: TokenizedExample, vectors: Float[Tensor, "1 dimensions"]

@@ -6,7 +6,7 @@ whitened by R_train when it was made; what is left for the task is of low rank (
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,8 +25,8 @@ from trackstar.curvature import (
     spectrum_of_examples,
     whitening,
 )
-from trackstar.errors import OptionError
-from trackstar.store import Index, StoredRows
+from trackstar.errors import DamagedIndexError, OptionError
+from trackstar.store import Index, Manifest, Place, StoredRows
 from trackstar.task_whitening import TaskWhitening
 
 
@@ -100,7 +100,7 @@ def task_correction(
     chosen = choose_mixing(task, lambda: train_spectrum(index), blocks=blocks, given=mixing)
     entry = index.manifest.whitening
     if entry is None:
-        r_train = index.tensors("autocorrelation")["autocorrelation"]
+        r_train = stored_matrices(index, "autocorrelation")
         names = [block.name for block in index.manifest.layer_blocks]
         return mixed_correction(
             r_train, index.rows, task, chosen, damping=damping, names=names, made_of=index.manifest.to_json()
@@ -123,8 +123,41 @@ def task_correction(
 
 
 def train_whitening(index: Index) -> Whitening:
-    """W_train of an index in whitened coordinates."""
-    return Whitening(factors=index.tensors("whitening")["whitening"], triangular=False)
+    """W_train of an index in whitened coordinates.
+
+    Raises:
+        DamagedIndexError: It is missing, not what was written, or no matrix a layer block.
+    """
+    return Whitening(factors=stored_matrices(index, "whitening"), triangular=False)
+
+
+def stored_matrices(index: Index, name: str) -> Float[Tensor, "blocks dim dim"]:
+    """`autocorrelation` or `whitening` of an index.
+
+    Raises:
+        DamagedIndexError: It is missing, not what was written, or no matrix of finite numbers a layer block.
+    """
+    return checked_matrices(index.tensors(name), name, index.path, index.manifest)
+
+
+def checked_matrices(
+    tensors: Mapping[str, Tensor], name: str, path: Place, manifest: Manifest
+) -> Float[Tensor, "blocks dim dim"]:
+    """`autocorrelation` or `whitening` among the tensors of that file of the index at `path`.
+
+    Raises:
+        DamagedIndexError: It is no matrix of finite numbers a layer block.
+    """
+    dim = manifest.projection.side**2
+    expected = (len(manifest.layer_blocks), dim, dim)
+    found = tensors.get(name)
+    file = path / f"{name}.safetensors"
+    if found is None or found.dtype is not torch.float32 or tuple(found.shape) != expected:
+        what = "no tensor of that name" if found is None else f"{found.dtype} {list(found.shape)}"
+        raise DamagedIndexError(f"{file}: holds {what}, expected float32 {list(expected)}; make the index again")
+    if not torch.isfinite(found).all():
+        raise DamagedIndexError(f"{file}: holds numbers that are not finite; make the index again")
+    return found
 
 
 def mixed_correction(
@@ -177,9 +210,9 @@ def _key(made_of: str, task: Tensor, mixing: float, damping: float) -> str:
 
 def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
     """R_train's singular values, all blocks pooled, descending; kept with the index."""
-    kept = index.load_derived("train-spectrum")
-    if kept is not None:
-        return kept["values"]
+    kept = (index.load_derived("train-spectrum") or {}).get("values")
+    if kept is not None and kept.is_floating_point() and kept.ndim == 1 and torch.isfinite(kept).all():
+        return kept
     blocks = len(index.manifest.layer_blocks)
     entry = index.manifest.whitening
     if entry is not None:
@@ -188,7 +221,7 @@ def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
         phi = torch.cat([chunk.stored.decode() for chunk in index.iterate(1024)])
         values = spectrum_of_examples(phi, blocks)
     else:
-        values = spectrum_of_autocorrelation(index.tensors("autocorrelation")["autocorrelation"])
+        values = spectrum_of_autocorrelation(stored_matrices(index, "autocorrelation"))
     index.save_derived("train-spectrum", {"values": values})
     return values
 

@@ -34,7 +34,7 @@ def check_autocorrelation_size(blocks: int, side: int, device: torch.device | st
     Raises:
         OptionError: It does not.
     """
-    wanted = blocks * side**4 * 4
+    wanted = blocks * side**4 * 8  # sums in float64
     device = torch.device(device)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -47,8 +47,15 @@ def check_autocorrelation_size(blocks: int, side: int, device: torch.device | st
         )
 
 
+# Rows of a block's sums that are made by one product.
+_PANEL = 1024
+
+
 class Autocorrelation:
-    """Sums φφᵀ block by block over batches of examples.
+    """Sums φφᵀ over batches of examples, in float64, each layer block for itself.
+
+    A batch's own sum is a float32 product. A block's numbers depend on the batches and their order alone, not on which
+    other blocks are summed beside it: they may be summed elsewhere.
 
     Args:
         blocks: Number of layer blocks.
@@ -57,26 +64,34 @@ class Autocorrelation:
     """
 
     def __init__(self, blocks: int, dimensions: int, *, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(blocks, dimensions, dimensions, device=device)
+        self.sums = torch.zeros(blocks, dimensions, dimensions, dtype=torch.float64, device=device)
         self.examples = 0
 
     def add(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> None:
-        """Add examples' φφᵀ; sums are kept in float32."""
+        """Add examples' φφᵀ."""
         blocks, dimensions, _ = self.sums.shape
         phi = projected_gradients.to(self.sums.device, torch.float32)
-        phi = phi.reshape(len(phi), blocks, dimensions).transpose(0, 1)
-        self.sums.baddbmm_(phi.mT, phi)
-        self.examples += phi.shape[1]
+        for total, rows in zip(self.sums, phi.reshape(len(phi), blocks, dimensions).unbind(1), strict=True):
+            block = rows.contiguous()
+            # The sums are symmetric: what lies left of a panel's own columns is not computed.
+            for first in range(0, dimensions, _PANEL):
+                panel = block[:, first : first + _PANEL]
+                total[first : first + _PANEL, first:] += panel.T @ block[:, first:]
+        self.examples += len(phi)
 
     def mean(self) -> Float[Tensor, "blocks dim dim"]:
-        """R: the mean over all examples added; the sums are used up.
+        """R, in float32: the mean over all examples added.
 
         Raises:
             CurvatureError: No example was added.
         """
         if self.examples == 0:
             raise CurvatureError("autocorrelation: found no example, expected one or more")
-        return self.sums.div_(self.examples)
+        mean = torch.empty(self.sums.shape, device=self.sums.device)
+        for whole, sums in zip(mean, self.sums, strict=True):
+            upper = sums.triu().div_(self.examples)
+            whole.copy_(upper.add_(upper.triu(1).T.clone()))
+        return mean
 
 
 def autocorrelation(
@@ -105,8 +120,12 @@ def mixed(
 def spectrum_of_autocorrelation(
     autocorrelation: Iterable[Float[Tensor, "dim dim"]],
 ) -> Float[Tensor, "eigenvalues"]:
-    """All blocks' eigenvalues pooled, largest first, in float64."""
-    values = torch.cat([torch.linalg.eigvalsh(block.double()) for block in autocorrelation])
+    """All blocks' eigenvalues pooled, largest first, in float64.
+
+    Raises:
+        CurvatureError: A number is not finite.
+    """
+    values = torch.cat([_eigenvalues(block.double()) for block in autocorrelation])
     return values.clamp_min(0).sort(descending=True).values
 
 
@@ -116,11 +135,23 @@ def spectrum_of_examples(
     """The same from φ itself, by the examples' Gram matrices: cheaper where they are fewer than a block's dimensions.
 
     The eigenvalues of ΦᵀΦ/n that are not zero are those of ΦΦᵀ/n.
+
+    Raises:
+        CurvatureError: A number is not finite.
     """
     count = len(projected_gradients)
     phi = projected_gradients.double().reshape(count, blocks, -1).transpose(0, 1)
-    values = torch.cat([torch.linalg.eigvalsh(block @ block.mT / count) for block in phi])
+    values = torch.cat([_eigenvalues(block @ block.mT / count) for block in phi])
     return values.clamp_min(0).sort(descending=True).values
+
+
+def _eigenvalues(block: Float64[Tensor, "dim dim"]) -> Float64[Tensor, "dim"]:
+    if not torch.isfinite(block).all():
+        raise CurvatureError(
+            "spectrum: found numbers that are not finite, expected gradients that are; is the index damaged "
+            "(trackstar verify)?"
+        )
+    return torch.linalg.eigvalsh(block)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,9 +296,19 @@ class Whitening:
         return self._each(whitened, self.factors)
 
     def autocorrelation(self, damping: float) -> Iterator[Float64[Tensor, "dim dim"]]:
-        """The R that W was made from with this damping, block by block: R + cI = (WᵀW)⁻¹."""
-        for factor in self.factors:
-            damped = torch.cholesky_inverse(torch.linalg.cholesky(factor.double().mT @ factor.double()))
+        """The R that W was made from with this damping, block by block: R + cI = (WᵀW)⁻¹.
+
+        Raises:
+            CurvatureError: A W is no whitening: WᵀW is singular.
+        """
+        for number, factor in enumerate(self.factors):
+            root, failed = torch.linalg.cholesky_ex(factor.double().mT @ factor.double())
+            if failed:
+                raise CurvatureError(
+                    f"whitening: block {number} is singular, expected the inverse square root of R_train; make the "
+                    "index again"
+                )
+            damped = torch.cholesky_inverse(root)
             damped.diagonal().sub_(damping / (1 + damping) * damped.diagonal().mean())
             yield damped
 

@@ -9,6 +9,8 @@
     ├── SecondMomentError        V cannot be read from an optimizer's state, or does not fit the model
     ├── CurvatureError           R cannot be inverted, mixed or estimated
     ├── PretrainingError         a training run cannot start, go on or be resumed
+    ├── AuditError               an audit cannot be written, read or repeated
+    ├── ClusterError             a cluster cannot be reached, or loses its workers again and again
     └── StoreError               an index cannot be written or read
         ├── IndexLockedError         another process is writing it
         ├── IndexMismatchError       it was made with something else than what was asked for now
@@ -19,9 +21,26 @@ Every message is one line: what was found, what was expected, what to do; it nam
 example or option. Anything else that escapes is a defect of trackstar.
 """
 
+LONGEST_MESSAGE = 6000
+"""Most characters of a message: a path, the longest of which has 4,096 bytes, and what is said of it."""
+
 
 class TrackstarError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Args:
+        message: The line. What it quotes of a file stays on it, whatever that is, and leaves room for what to do.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - 500]} ... {message[-400:]}"
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text without what could move a terminal's cursor, recolour it or reverse its writing: spaces instead."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class OptionError(TrackstarError):
@@ -54,6 +73,14 @@ class CurvatureError(TrackstarError):
 
 class PretrainingError(TrackstarError):
     """A training run cannot start, go on or be resumed."""
+
+
+class AuditError(TrackstarError):
+    """An audit cannot be written, read or repeated."""
+
+
+class ClusterError(TrackstarError):
+    """A cluster cannot be reached, or loses its workers again and again."""
 
 
 class StoreError(TrackstarError):

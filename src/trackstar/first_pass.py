@@ -1,34 +1,37 @@
 """W_train for a whitened index, from a first pass over a sample of the corpus; no gradient is computed twice (Eq. 2).
 
 The sample's φ are kept, as an ordinary index in projected coordinates, within the index that is being made, until that
-is
-finished: R_train is their mean of φφᵀ, and when the corpus is gone through their rows are taken from there. A corpus no
-larger than the sample is its own sample. An interrupted first pass goes on where it was.
+is finished: R_train is their mean of φφᵀ, and when the corpus is gone through their rows are taken from there. A corpus
+no larger than the sample is its own sample. An interrupted first pass goes on where it was.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import final
 
+from trackstar.correction import checked_matrices, stored_matrices
 from trackstar.curvature import Whitening, shrinkage_damping, whitening
-from trackstar.errors import DamagedIndexError
+from trackstar.errors import DamagedIndexError, IndexMismatchError
 from trackstar.examples import Corpus, Example
-from trackstar.indexing import GradientProjector, RowMaker, write_shards
+from trackstar.indexing import RowWork, rows_by, write_shards
 from trackstar.model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.second_moment import SecondMoment
 from trackstar.store import (
     PART_FOLDER,
+    Coordinates,
     Index,
     IndexTensors,
     IndexWriter,
     Manifest,
+    Place,
     WhiteningEntry,
+    as_folder,
+    check_same,
     load_manifest,
     tensors_digest,
 )
+from trackstar.workers import GradientSetup, Workers
 
 _SHARD_EXAMPLES = 512
 
@@ -57,12 +60,31 @@ class TrainWhitening:
         Raises:
             CurvatureError: R_train cannot be inverted.
         """
-        r_train = index.tensors("autocorrelation")["autocorrelation"]
+        r_train = stored_matrices(index, "autocorrelation")
         chosen = shrinkage_damping(r_train, index.rows) if damping is None else damping
         names = [block.name for block in index.manifest.layer_blocks]
         found = whitening(r_train, damping=chosen, names=names).rotated(index.manifest.projection.seed)
         digest = tensors_digest({"whitening": found.factors})
         return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest), whitening=found)
+
+    @classmethod
+    def kept_in(cls, out: str | Place, *, damping: float | None, source: str) -> "TrainWhitening | None":
+        """What an earlier run that made the index at `out` kept; None where there is none, or not of these examples.
+
+        Args:
+            out: The index's folder.
+            damping: As asked for; None fits any.
+            source: Which examples are asked for.
+        """
+        begun = load_manifest(out)
+        entry = begun.whitening if begun is not None else None
+        if begun is None or entry is None or entry.source != source or damping not in (None, entry.damping):
+            return None
+        with contextlib.suppress(DamagedIndexError):  # it is made again
+            folder = as_folder(out)
+            factors = checked_matrices(IndexTensors(folder).read("whitening", begun), "whitening", folder, begun)
+            return cls(entry=entry, whitening=Whitening(factors=factors, triangular=False))
+        return None
 
 
 @final
@@ -78,42 +100,70 @@ class SampledCorpus:
         return (example for example in self.drawn if example.record >= start)
 
 
-def whitening_of_sample(
-    out: Path,
+def sample_source(examples: int, seed: int) -> str:
+    """How a manifest names the sample that R_train comes from."""
+    return f"of up to {examples} records drawn with seed {seed}"
+
+
+def check_begun(
+    out: Place, manifest: Manifest, *, coordinates: Coordinates, source: str, damping: float | None
+) -> None:
+    """See that what was begun at `out` is what is asked for, before a first pass is computed for it.
+
+    Args:
+        out: Folder of the index that is to be made.
+        manifest: What is asked for, in projected coordinates.
+        coordinates: What is asked for.
+        source: Which examples W_train is asked to come from.
+        damping: As asked for; None fits any.
+
+    Raises:
+        IndexMismatchError: It is not; the message names the first field that differs.
+    """
+    begun = load_manifest(out)
+    if begun is None:
+        return
+    entry = begun.whitening
+    if coordinates == "whitened":
+        asked = WhiteningEntry(source=source, damping=0.0, digest="") if entry is None else entry
+        if entry is not None and (entry.source != source or damping not in (None, entry.damping)):
+            wanted = source if damping is None else f"{source}, damping {damping:g}"
+            raise IndexMismatchError(
+                f"{out}: the index was made with whitening by R_train {entry.source}, damping {entry.damping:g}, but "
+                f"{wanted} is asked for now; ask for the same, or choose another folder"
+            )
+        manifest = dataclasses.replace(manifest, coordinates=coordinates, whitening=asked)
+    check_same(out, begun, manifest)
+
+
+def first_pass(
+    out: Place,
     manifest: Manifest,
     corpus: Corpus,
     model: LanguageModel,
-    moment: SecondMoment,
-    projector: Callable[[], GradientProjector],
+    setup: GradientSetup,
+    workers: Workers,
     *,
     examples: int,
     seed: int,
-    damping: float | None,
     note: Callable[[str], None],
     progress: bool,
-) -> TrainWhitening:
-    """W_train from a sample of a corpus; what an interrupted run has of it is taken up.
+) -> Index:
+    """The gradients of a sample of a corpus, an index of its own; what an interrupted run has of it is taken up.
 
     Args:
         out: Folder of the index that is being made.
         manifest: That index's, in projected coordinates.
         corpus: Its corpus.
         model: The model.
-        moment: V.
-        projector: Gives φ.
+        setup: How φ is made.
+        workers: Who computes it.
         examples: How many records to draw.
         seed: Of the sample.
-        damping: See `TrainWhitening.of_index`.
         note: Told what is done.
         progress: Whether progress is shown where stderr is a terminal.
     """
-    source = f"of up to {examples} records drawn with seed {seed}"
-    begun = load_manifest(out)
-    entry = begun.whitening if begun is not None else None
-    if begun is not None and entry is not None and entry.source == source and damping in (None, entry.damping):
-        with contextlib.suppress(DamagedIndexError):  # it is made again
-            kept = IndexTensors(out).read("whitening", begun)
-            return TrainWhitening(entry=entry, whitening=Whitening(factors=kept["whitening"], triangular=False))
+    source = sample_source(examples, seed)
     sample = dataclasses.replace(
         manifest, codec="float16", shard_examples=_SHARD_EXAMPLES, removed=f"all but {source}", completion=None
     )
@@ -122,14 +172,14 @@ def whitening_of_sample(
     note(f"R_train: first pass over {len(sampled.drawn):,} records, {source}")
     with (
         Progress("First pass", unit="examples", total=len(sampled.drawn), shown=progress) as bar,
-        IndexWriter.open(folder, sample, on_note=bar.note) as writer,
+        IndexWriter.open(folder, sample, on_note=bar.note, whole=True) as writer,
     ):
         if not writer.completed:
             done = writer.resume_point.record
             bar.advance(sum(example.record < done for example in sampled.drawn))
-            if moment.kind != "none":
-                writer.write_tensors("second_moment", moment.tensors())
-            with projector() as opened:
-                end = write_shards(writer, sampled, model, RowMaker(opened, sample), advance=bar.advance)
+            if setup.second_moment.kind != "none":
+                writer.write_tensors("second_moment", setup.second_moment.tensors())
+            make_rows = rows_by(workers, model, setup, RowWork.of(sample), bar)
+            end = write_shards(writer, sampled, model, make_rows, advance=bar.advance)
             writer.finish(records=end.record, skipped=end.skipped)
-    return TrainWhitening.of_index(Index.open(folder), damping=damping, source=source)
+    return Index.open(folder)

@@ -56,6 +56,7 @@ class FlattenedGradients:
         self.side = side
         self.dimensions = len(model.blocks) * side * side
         self._blocks = len(model.blocks)
+        model.check_on_one_device("--projection one-sided")
         self._device = model.device
         self._projections: dict[str, Tensor] = {}
         self._inverse_roots: dict[str, Tensor] = {}

@@ -10,18 +10,19 @@ from pathlib import Path
 from trackstar.correction import train_whitening
 from trackstar.errors import OptionError
 from trackstar.examples import Corpus, open_corpus
-from trackstar.indexing import RowMaker, projector_of, write_shards
+from trackstar.indexing import RowWork, rows_by, write_shards
 from trackstar.model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.provenance import corpus_entry, model_of_index, second_moment_of_index
-from trackstar.rewriting import check_apart, merge_indexes
-from trackstar.store import PART_FOLDER, Index, IndexWriter, load_manifest
+from trackstar.rewriting import check_apart, joined_manifest, write_rows_of
+from trackstar.store import PART_FOLDER, Index, IndexWriter, Place, as_folder, load_manifest
+from trackstar.workers import THIS_PROCESS, GradientSetup
 
 
 def add_examples(
-    index: Index | str | Path,
+    index: Index | str | Place,
     data: object,
-    out: str | Path,
+    out: str | Place,
     *,
     model: LanguageModel | str | Path | None = None,
     text_field: str = "text",
@@ -51,33 +52,38 @@ def add_examples(
         The new index, opened.
 
     Raises:
-        IndexMismatchError: The model is not the one that was indexed.
-        OptionError: The new folder is the old one or in it, or holds an index of other corpora.
+        IndexMismatchError: The model is not the one that was indexed, or the new folder holds another index.
+        OptionError: The new folder is the old one or in it, or the index has been made of this corpus.
         TrackstarError: Something cannot be read or written; see `trackstar.errors`.
     """
     index = index if isinstance(index, Index) else Index.open(index)
-    out = Path(out)
     check_apart(out, [index])
+    completion = index.manifest.completion
+    assert completion is not None, "an open index is finished"
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
     entry = corpus_entry(corpus)
-    part = out / PART_FOLDER
+    if entry.digest in {there.digest for there in index.manifest.corpora}:
+        raise OptionError(
+            f"--data {corpus.name}: {index.path} has been made of this corpus, whose examples would count twice; give "
+            "only what is new"
+        )
+    added = dataclasses.replace(index.manifest, corpora=(entry,), removed=None, completion=None)
+    grown = joined_manifest([index.manifest, added], [completion.records])
     there = load_manifest(out)
-    if there is not None and there.completion is not None:
-        if [corpus.digest for corpus in there.corpora] != [
-            *(old.digest for old in index.manifest.corpora),
-            entry.digest,
-        ]:
-            raise OptionError(f"--out {out}: holds an index of other corpora, expected an empty folder")
-        return Index.open(out)
-    model = model_of_index(index, model, device=device)
-    manifest = dataclasses.replace(index.manifest, corpora=(entry,), removed=None, completion=None)
+    # A model that does not fit is refused before a folder is made.
+    fits = model_of_index(index, model, device=device) if there is None or there.completion is None else None
     with (
         Progress("Adding", unit="examples", shown=progress) as bar,
-        IndexWriter.open(part, manifest, on_note=bar.note) as writer,
+        IndexWriter.open(out, grown, on_note=bar.note) as writer,
     ):
         if not writer.completed:
-            _fill(writer, index, model, corpus, batch_tokens=batch_tokens, bar=bar)
-    return merge_indexes([index, part], out, progress=progress)
+            fits = fits or model_of_index(index, model, device=device)
+            part = as_folder(out) / PART_FOLDER
+            with IndexWriter.open(part, added, on_note=bar.note, whole=True) as part_writer:
+                if not part_writer.completed:
+                    _fill(part_writer, index, fits, corpus, batch_tokens=batch_tokens, bar=bar)
+            write_rows_of(writer, [index, Index.open(part)], bar=bar)
+    return Index.open(out)
 
 
 def _fill(
@@ -90,6 +96,7 @@ def _fill(
     if manifest.whitening is not None:
         train = train_whitening(index)
         writer.write_tensors("whitening", {"whitening": train.factors})
-    with projector_of(manifest, model, moment, batch_tokens=batch_tokens, note=bar.note) as projector:
-        end = write_shards(writer, corpus, model, RowMaker(projector, manifest, train), advance=bar.advance)
+    setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=batch_tokens)
+    make_rows = rows_by(THIS_PROCESS, model, setup, RowWork.of(manifest, train), bar)
+    end = write_shards(writer, corpus, model, make_rows, advance=bar.advance)
     writer.finish(records=end.record, skipped=end.skipped)

@@ -21,7 +21,7 @@ from trackstar.layer_blocks import (
     find_layer_blocks,
     named_layer_blocks,
 )
-from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer
+from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer, spread_over_gpus
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_TOKENS = 5
@@ -89,6 +89,23 @@ class LanguageModel:
         """Where the weights are."""
         return self.head.weight.device
 
+    def device_of(self, matrix: WeightMatrix) -> torch.device:
+        """Where a matrix is; not where the head is, for a model that is spread over several GPUs."""
+        return self.module.get_parameter(matrix.parameter).device
+
+    def check_on_one_device(self, what: str) -> None:
+        """See that a model is not spread over several GPUs where something cannot do with such a one.
+
+        Raises:
+            OptionError: It is.
+        """
+        devices = len({parameter.device for parameter in self.module.parameters()})
+        if devices > 1:
+            raise OptionError(
+                f"{what}: needs a model on one device, found one spread over {devices} (--device auto); give --device "
+                "one GPU that holds it, or cpu"
+            )
+
     @property
     def dtype(self) -> torch.dtype:
         """The weights' and the computation's dtype."""
@@ -110,7 +127,8 @@ class LanguageModel:
 
     def hidden_states(self, embeddings: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """What the head reads. Padding must be on the right: causal attention then never sees it."""
-        return self.module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        hidden = self.module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        return hidden.to(self.device)
 
     def digest(self) -> str:
         """BLAKE2b-128 of every parameter's and persistent buffer's name, shape, dtype and bytes."""
@@ -148,7 +166,7 @@ def load_model(
         gguf_file: Which file of the folder or hub repository holds GGUF weights; found by itself in a folder that
             holds one and no `config.json`.
         dtype: Of weights and computation: `float32` or `bfloat16`.
-        device: A torch device, such as `cpu` or `cuda`.
+        device: A torch device, such as `cpu` or `cuda`, or `auto`: layers spread over all GPUs by Accelerate.
         attention_pattern: See `find_layer_blocks`.
         mlp_pattern: See `find_layer_blocks`.
         layer_blocks: Blocks for each of attention and MLP, or the very blocks of an index.
@@ -161,12 +179,15 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    target = checked_device(device)
+    target = None if device == "auto" else checked_device(device)
     folder, gguf_file = _resolved(source, gguf_file)
     name = str(folder or source)
     options = {option: value for option, value in (("revision", revision), ("gguf_file", gguf_file)) if value}
     module = _loaded(name, options=options, dtype=DTYPES[dtype])
-    nn.Module.to(module, target)
+    if target is None:
+        spread_over_gpus(module, name)
+    else:
+        nn.Module.to(module, target)
     tokenizer = load_pretrained_tokenizer(name, name=name, **options)
     return wrap_model(
         module,
@@ -305,7 +326,7 @@ def _probe(module: PreTrainedModel, head: Head, matrices: list[WeightMatrix], so
             inputs.clear()
             embeddings = module.get_input_embeddings()(token_ids)
             hidden = module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-            found = head.logits(hidden[0]).float()[None]
+            found = head.logits(hidden[0].to(head.weight.device)).float()[None].to(expected.device)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{source}: {type(module).__name__} cannot be run from embeddings ({reason})") from None

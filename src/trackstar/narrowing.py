@@ -6,7 +6,6 @@ much a smaller index would lose (paper, Figure 2), and to thin one that has beco
 """
 
 import dataclasses
-from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,10 +13,10 @@ from torch import Tensor
 from trackstar.errors import OptionError
 from trackstar.projection import projection_digest
 from trackstar.rewriting import rewrite_shards
-from trackstar.store import Index, Manifest, ProjectionEntry, StoredRows, encode
+from trackstar.store import Index, Manifest, Place, ProjectionEntry, StoredRows, encode
 
 
-def narrow_index(index: Index | str | Path, out: str | Path, *, side: int, progress: bool = True) -> Index:
+def narrow_index(index: Index | str | Place, out: str | Place, *, side: int, progress: bool = True) -> Index:
     """Make the index that `build_index` would make with a smaller `side` and as many examples a shard.
 
     A run that was interrupted goes on when the same call is made again; a finished index is opened.

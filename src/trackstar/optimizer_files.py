@@ -52,9 +52,12 @@ def beta2_of(group: Mapping[str, Any]) -> float | None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return None
     beta2 = betas[1]
-    if isinstance(beta2, Tensor) and beta2.ndim == 0:
+    if not isinstance(beta2, (int, float)) and not (isinstance(beta2, Tensor) and beta2.ndim == 0):
+        return None
+    try:
         return float(beta2)
-    return float(beta2) if isinstance(beta2, (int, float)) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, without values, of hundreds of digits
+        return None
 
 
 class _Lazily(Mapping[str, Any]):
@@ -103,13 +106,22 @@ def read_named_state(path: Path, model: LanguageModel) -> OptimizerState:
         found = tuple(file.get_slice(key).get_shape())
         _check_shape(f"{path}: {key}", state, found, tuple(parameters[parameter].shape))
         keys.setdefault(parameter, {})[state] = key
+
+    def read(key: str) -> Tensor:
+        try:
+            return file.get_tensor(key)
+        except (SafetensorError, OSError) as error:  # such as a number format that torch does not have
+            raise SecondMomentError(
+                f"{path}: {_printable(key)} cannot be read ({_one_line(error)}); {INSTEAD}"
+            ) from None
+
     try:
         beta2 = beta2_of({"betas": json.loads((file.metadata() or {}).get("betas", "null"))})
-    except ValueError:
+    except (ValueError, RecursionError):
         beta2 = None
     return OptimizerState(
         source=str(path),
-        of={parameter: _Lazily(file.get_tensor, states) for parameter, states in keys.items()},
+        of={parameter: _Lazily(read, states) for parameter, states in keys.items()},
         beta2={} if beta2 is None else dict.fromkeys(keys, beta2),
     )
 
@@ -261,8 +273,9 @@ def _check_fit(
         for key, value in kept.items():
             if isinstance(value, Tensor) and value.ndim:
                 what = f"{path}: {key} of parameter {_printable(number)}, {name},"
-                if value.layout != torch.strided or not value.is_floating_point():
-                    raise SecondMomentError(f"{what} is {value.layout} of {value.dtype}; expected floating point")
+                if value.layout != torch.strided or not value.is_floating_point() or value.is_meta:
+                    found = f"{value.layout} of {value.dtype}{', without values' if value.is_meta else ''}"
+                    raise SecondMomentError(f"{what} is {found}; expected floating point")
                 _check_shape(what, str(key), tuple(value.shape), tuple(parameters[name].shape))
             elif key in _TENSORS:
                 raise SecondMomentError(

@@ -9,6 +9,7 @@ R                   curvature.py: R_train while indexing, R_eval and their mixin
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,35 +19,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.arrays import Share, index_share
+from trackstar.audit_record import Asked, QuestionEntry
+from trackstar.batching import plan_batches
 from trackstar.correction import task_correction
 from trackstar.curvature import check_autocorrelation_size
 from trackstar.errors import OptionError
 from trackstar.examples import Corpus, Query, open_corpus, tokenize_query
-from trackstar.first_pass import TrainWhitening, whitening_of_sample
 from trackstar.gradients import Output
-from trackstar.indexing import GradientProjector, RowMaker, chosen_second_moment, projector_of, write_shards
+from trackstar.index_job import IndexJob, IndexSettings, prepare
+from trackstar.index_settings import check_positive, chosen_windows
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
-from trackstar.projection import floored_entries
-from trackstar.provenance import make_manifest, model_of_index, second_moment_of_index
+from trackstar.projecting import projected
+from trackstar.provenance import model_of_index, second_moment_of_index
 from trackstar.reranking import RERANKED, ExactScores, exact_top, rerank
 from trackstar.results import QueryReport, QueryResult, Ranked
 from trackstar.retrieval import top_candidates, trackstar_scorer, unit_queries
 from trackstar.second_moment import SecondMoment
 from trackstar.store import (
-    PART_FOLDER,
     CodecName,
     Coordinates,
     Index,
     IndexWriter,
+    Place,
     ProjectionKind,
-    WindowsEntry,
+    as_folder,
     check_codec,
     check_quantizable,
-    load_manifest,
     quantized_bits,
     row_bytes,
 )
+from trackstar.workers import THIS_PROCESS, GradientSetup, Workers
 
 # A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
 _SHARD_BYTES = 64 << 20
@@ -55,7 +59,7 @@ _SHARD_BYTES = 64 << 20
 def build_index(
     model: LanguageModel | str | Path,
     data: object,
-    out: str | Path,
+    out: str | Place,
     *,
     text_field: str = "text",
     id_field: str | None = None,
@@ -82,6 +86,8 @@ def build_index(
     batch_tokens: int = 2048,
     output: Output = "loss",
     projection: ProjectionKind = "two-sided",
+    share: Share | str | None = None,
+    workers: Workers = THIS_PROCESS,
     progress: bool = True,
 ) -> Index:
     """Index a corpus: φ = P(∇Loss/√V) of every training example, and R_train (Eq. 2-4).
@@ -124,10 +130,13 @@ def build_index(
         output: What is differentiated: the `loss`, or to be compared with it TRAK's `margin` or the `logit`.
         projection: `two-sided` (Eq. 4), or to be compared with it, `one-sided`: one dense matrix for flattened
             gradients, for small models alone.
+        share: `i/n`: as the i-th of n independent runs that make one index; see `arrays.py`. `finish_index` completes
+            it.
+        workers: Who computes: this process, or a cluster's (`trackstar.cluster.RayWorkers`).
         progress: Whether progress is shown where stderr is a terminal.
 
     Returns:
-        The finished index, opened.
+        The finished index, opened; with `share`, what is there of it.
 
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
@@ -143,106 +152,65 @@ def build_index(
             mlp_pattern=mlp_pattern,
             layer_blocks=layer_blocks,
         )
+    share = Share.parsed(share) if isinstance(share, str) else share
+    folder = as_folder(out)
     check_codec(codec)
     if coordinates is None:
         coordinates = "projected" if quantized_bits(codec) is None else "whitened"
     check_quantizable(codec, side)
-    _positive("--shard-examples", shard_examples)
-    _positive("--whitening-examples", whitening_examples)
-    _positive("--batch-tokens", batch_tokens)
-    _positive("--side", side)
-    _positive("--second-moment-examples", second_moment_examples)
+    if damping is not None and coordinates == "projected":
+        raise OptionError(
+            f"--damping {damping}: goes with whitened coordinates; where rows are projected, R is damped in a query "
+            "(trackstar query --damping)"
+        )
+    if damping is not None and not 0 <= damping < math.inf:
+        raise OptionError(f"--damping {damping}: expected 0 or more, as a fraction of the mean eigenvalue")
+    check_positive("--shard-examples", shard_examples)
+    check_positive("--whitening-examples", whitening_examples)
+    check_positive("--side", side)
+    check_positive("--second-moment-examples", second_moment_examples)
     check_autocorrelation_size(len(model.blocks), side, model.device)
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
-    window_tokens = window_tokens or min(model.context_tokens, batch_tokens)
-    if window_tokens > model.context_tokens:
-        raise OptionError(
-            f"--window-tokens {window_tokens}: the model reads at most {model.context_tokens} tokens; give no more"
-        )
-    windows = WindowsEntry(tokens=window_tokens, overlap=overlap)
-    with Progress("Indexing", unit="examples", total=_count(corpus, progress), shown=progress) as bar:
-        moment = chosen_second_moment(
-            second_moment,
-            model,
-            corpus,
-            windows,
-            kind=second_moment_kind,
-            examples=second_moment_examples,
+    windows = chosen_windows(model, window_tokens=window_tokens, overlap=overlap, batch_tokens=batch_tokens)
+    with Progress("Indexing", unit="examples", total=_count(corpus, progress and share is None), shown=progress) as bar:
+        settings = IndexSettings(
+            second_moment=second_moment,
+            second_moment_kind=second_moment_kind,
+            second_moment_examples=second_moment_examples,
+            side=side,
             seed=seed,
-            batch_tokens=batch_tokens,
-            out=Path(out),
-            note=bar.note,
-        )
-        rows = shard_examples or _shard_rows(len(model.blocks), side, codec)
-        manifest = make_manifest(
-            model, corpus, windows, moment, seed=seed, side=side, codec=codec, shard_examples=rows, output=output,
+            codec=codec,
+            coordinates=coordinates,
+            whitening_examples=whitening_examples,
+            damping=damping,
+            shard_examples=shard_examples or _shard_rows(len(model.blocks), side, codec),
+            output=output,
             projection=projection,
-        )  # fmt: skip
+        )
 
-        def projector() -> GradientProjector:
-            return projector_of(manifest, model, moment, batch_tokens=batch_tokens, note=bar.note)
-
-        train = None
-        if coordinates == "whitened":
-            train = whitening_of_sample(
-                Path(out), manifest, corpus, model, moment, projector, examples=whitening_examples, seed=seed,
-                damping=damping, note=bar.note, progress=progress,
+        def prepared() -> IndexJob:
+            return prepare(
+                folder, corpus, model, windows, settings,
+                batch_tokens=batch_tokens, workers=workers, bar=bar, progress=progress,
             )  # fmt: skip
-            manifest = dataclasses.replace(manifest, coordinates=coordinates, whitening=train.entry)
-        with IndexWriter.open(out, manifest, on_note=bar.note) as writer:
+
+        if share is not None:
+            index_share(folder, prepared, share, bar)
+            return Index.open(folder, allow_incomplete=True)
+        job = prepared()
+        with IndexWriter.open(folder, job.manifest, on_note=bar.note) as writer:
             completion = writer.manifest.completion
             if completion is not None:
                 bar.note(f"{out}: the index is complete, with {completion.rows} examples")
             else:
                 bar.advance(writer.resume_point.record)
-                part = Path(out) / PART_FOLDER
-                # Projected rows are all computed: what an earlier attempt left in there is not of this index.
-                known = Index.open(part) if train is not None and load_manifest(part) is not None else None
-                _fill(writer, corpus, model, moment, train, known, batch_tokens=batch_tokens, bar=bar)
-    return Index.open(out)
-
-
-def _fill(
-    writer: IndexWriter,
-    corpus: Corpus,
-    model: LanguageModel,
-    moment: SecondMoment,
-    train: TrainWhitening | None,
-    known: Index | None,
-    *,
-    batch_tokens: int,
-    bar: Progress,
-) -> None:
-    bar.note(f"model: {model.architecture}, {model.coverage}")
-    bar.note(f"second moment: {moment.source if moment.kind == 'none' else f'{moment.kind}, {moment.source}'}")
-    manifest = writer.manifest
-    blocks = len(manifest.layer_blocks)
-    kib = row_bytes(manifest.codec, manifest.dimensions, blocks) / 1024
-    mib = blocks * manifest.projection.side**4 * 4 / 2**20
-    bar.note(
-        f"{manifest.coordinates}: {manifest.dimensions:,} dimensions, {manifest.codec}, {kib:,.1f} KiB an example; R: "
-        f"{mib:,.1f} MiB (--side)"
-    )
-    raised = floored_entries(moment)
-    if raised:
-        bar.note(
-            f"second moment: {sum(raised.values())} entries of {len(raised)} matrices below {moment.floor:g} of their "
-            "mean were raised to it"
-        )
-    if moment.kind != "none":
-        writer.write_tensors("second_moment", moment.tensors())
-    if train is not None:
-        writer.write_tensors("whitening", {"whitening": train.whitening.factors})
-    with projector_of(manifest, model, moment, batch_tokens=batch_tokens, note=bar.note) as projector:
-        maker = RowMaker(projector, manifest, train.whitening if train is not None else None, known)
-        end = write_shards(writer, corpus, model, maker, advance=bar.advance)
-    if end.skipped:
-        bar.note(f"{end.skipped} of {end.record} records have no token to score and were left out")
-    writer.finish(records=end.record, skipped=end.skipped)
+                job.begin(writer, bar)
+                job.fill(writer, bar)
+    return Index.open(folder)
 
 
 def answer_queries(
-    index: Index | str | Path,
+    index: Index | str | Place,
     queries: Sequence[Query],
     *,
     model: LanguageModel | str | Path | None = None,
@@ -254,6 +222,7 @@ def answer_queries(
     exact: bool = False,
     device: str = "cpu",
     batch_tokens: int = 2048,
+    workers: Workers = THIS_PROCESS,
     progress: bool = True,
 ) -> QueryReport:
     """Rank an index's training examples by their influence on each query (Eq. 1-3).
@@ -273,6 +242,7 @@ def answer_queries(
             interrupted run was.
         device: Where gradients are computed and the store is scanned.
         batch_tokens: Most tokens of a batch, padding included.
+        workers: Who computes gradients and goes through the store.
         progress: Whether progress is shown where stderr is a terminal.
 
     Raises:
@@ -281,40 +251,42 @@ def answer_queries(
     """
     if not queries:
         raise OptionError("queries: found none, expected one or more")
-    _positive("--top", k)
+    check_positive("--top", k)
+    if exact and reranked is not None:
+        raise OptionError(f"--rerank {reranked}: --exact ranks every candidate from its gradient; give one of them")
     index = index if isinstance(index, Index) else Index.open(index)
     model = model_of_index(index, model, device=device)
-    phi, losses = query_gradients(index, model, queries, batch_tokens=batch_tokens, progress=progress)
-    task_phi = phi
-    if task is not None:
-        task_phi, _ = query_gradients(index, model, task, batch_tokens=batch_tokens, progress=progress)
+    shown = {"batch_tokens": batch_tokens, "workers": workers, "progress": progress}
+    phi, losses = query_gradients(index, model, queries, **shown)
+    task_phi = query_gradients(index, model, task, **shown)[0] if task is not None else phi
     correction = task_correction(index, task_phi, mixing=mixing, damping=damping)
     queries_in = correction.coordinates(phi)
-    moment = second_moment_of_index(index)
-
-    def projector() -> GradientProjector:
-        return projector_of(index.manifest, model, moment, batch_tokens=batch_tokens)
-
+    setup = GradientSetup(
+        manifest=index.manifest, second_moment=second_moment_of_index(index), batch_tokens=batch_tokens
+    )
     missed: tuple[float | None, ...] = (None,) * len(queries)
+    recomputed = 0
     count = reranked
     if count is None:
         count = RERANKED[index.manifest.codec]
         count = max(count, k) if count else 0
     if exact:
         vectors = unit_queries(queries_in, correction.whitening)
-        again = ExactScores(index, projector, correction, vectors, progress=progress)
+        again = ExactScores(index, model, setup, correction, vectors, workers=workers, progress=progress)
         top = exact_top(index, again, k, key=correction.key)
-        count = index.rows
+        count = recomputed = index.rows
     else:
-        scorer = trackstar_scorer(index, queries_in, correction.whitening, key=correction.key, progress=progress)
+        scorer = trackstar_scorer(
+            index, queries_in, correction.whitening, key=correction.key, workers=workers, progress=progress
+        )
         vectors = scorer.vectors
-        scorer = dataclasses.replace(scorer, vectors=vectors.to(device))
+        scorer = dataclasses.replace(scorer, vectors=vectors.to(model.device))
         if count:
-            again = ExactScores(index, projector, correction, vectors, progress=progress)
-            ranking = rerank(index, scorer, again, k, reranked=count, progress=progress)
-            top, missed = ranking.top, ranking.missed
+            again = ExactScores(index, model, setup, correction, vectors, workers=workers, progress=progress)
+            ranking = rerank(index, scorer, again, k, reranked=count, workers=workers, progress=progress)
+            top, missed, recomputed = ranking.top, ranking.missed, ranking.recomputed
         else:
-            top = top_candidates(index, scorer, k, progress=progress)
+            top = top_candidates(index, scorer, k, workers=workers, progress=progress)
     results = tuple(
         QueryResult(
             query=query,
@@ -333,10 +305,24 @@ def answer_queries(
         candidates=index.rows,
         codec=index.manifest.codec,
         reranked=min(count, index.rows),
+        recomputed=recomputed,
         index=str(index.path),
         model=model.source,
         coverage=str(model.coverage),
         second_moment=f"{index.manifest.second_moment.kind}, {index.manifest.second_moment.source}",
+        asked=Asked.of_index(
+            index,
+            QuestionEntry.of(
+                task,
+                top=k,
+                mixing=mixing,
+                damping=damping,
+                reranked=reranked,
+                exact=exact,
+                batch_tokens=batch_tokens,
+            ),
+            device=device,
+        ),
     )
 
 
@@ -346,28 +332,29 @@ def query_gradients(
     queries: Sequence[Query],
     *,
     batch_tokens: int = 2048,
+    workers: Workers = THIS_PROCESS,
     progress: bool = True,
 ) -> tuple[Float[Tensor, "queries dimensions"], Float[Tensor, "queries"]]:
     """φ of each query, with the index's V and projections, and each completion's loss in nats."""
-    moment = second_moment_of_index(index)
+    setup = GradientSetup(
+        manifest=index.manifest, second_moment=second_moment_of_index(index), batch_tokens=batch_tokens
+    )
     examples = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
-    phi = torch.empty(len(examples), index.dimensions)
-    losses = torch.empty(len(examples))
-    with (
-        Progress("Queries' gradients", unit="queries", total=len(examples), shown=progress) as bar,
-        projector_of(index.manifest, model, moment, batch_tokens=batch_tokens, note=bar.note) as projector,
-    ):
-        for places, batch_phi, batch_losses in projector.batches(examples):
-            phi[torch.tensor(places)] = batch_phi.cpu()
-            losses[torch.tensor(places)] = batch_losses.cpu()
-            bar.advance(len(places))
+    # A part is a batch, so that the same are run whoever runs them.
+    batches = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
+    parts = ([examples[place] for place in batch] for batch in batches)
+    phi, losses = torch.empty(len(examples), index.dimensions), torch.empty(len(examples))
+    with Progress("Queries' gradients", unit="queries", total=len(examples), shown=progress) as bar:
+        found = workers.gradients(model, setup, projected, parts, advance=bar.advance, note=bar.note)
+        for batch, (batch_phi, batch_losses) in zip(batches, found, strict=True):
+            phi[torch.tensor(batch)], losses[torch.tensor(batch)] = batch_phi, batch_losses
     return phi, losses
 
 
 def _ranked(index: Index, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
     ranked = []
-    for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-        example = index.example(row).example
+    for stored, score in zip(index.some_examples(rows.tolist()), scores.tolist(), strict=True):
+        row, example = stored.row, stored.example
         ranked.append(
             Ranked(
                 row=row,
@@ -387,8 +374,3 @@ def _shard_rows(blocks: int, side: int, codec: CodecName) -> int:
 def _count(corpus: Corpus, progress: bool) -> int | None:
     """How many records there are, for the time left; only where somebody watches."""
     return corpus.count() if progress and sys.stderr.isatty() else None
-
-
-def _positive(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise OptionError(f"{option} {value}: expected 1 or more")

@@ -5,7 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import accelerate.utils
 import torch
+from torch import nn
 
 from trackstar.errors import ModelError, OptionError
 from trackstar.examples.files import one_line
@@ -94,6 +97,31 @@ def pretrained_digest(place: str | Path) -> str:
                 while part := file.read(1 << 24):
                     digest.update(part)
     return digest.hexdigest()
+
+
+def spread_over_gpus(module: nn.Module, name: str) -> None:
+    """Put a model's layers on all GPUs of this machine, one after the other, as Accelerate finds room for them.
+
+    Where there is no GPU it stays where it is.
+
+    Args:
+        module: The model, in main memory.
+        name: What errors call it.
+
+    Raises:
+        ModelError: The GPUs together are too small for it.
+    """
+    if not torch.cuda.is_available():
+        return
+    whole = list(getattr(module, "_no_split_modules", None) or [])
+    memory = accelerate.utils.get_balanced_memory(module, no_split_module_classes=whole)
+    places = accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=whole)
+    if not all(isinstance(place, int) for place in places.values()):
+        raise ModelError(
+            f"{name}: does not fit on this machine's {torch.cuda.device_count()} GPUs; expected room for all of its "
+            "weights; give --dtype bfloat16, or more GPUs"
+        )
+    accelerate.dispatch_model(module, places)
 
 
 def checked_device(device: str) -> torch.device:

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
+from trackstar.errors import printable
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -52,11 +54,6 @@ def observed(observer: ProgressObserver) -> Iterator[None]:
         yield
     finally:
         _OBSERVER.reset(token)
-
-
-def printable(text: str) -> str:
-    """The text without what could move a terminal's cursor, recolour it or reverse its writing: spaces instead."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class Progress:

@@ -29,7 +29,7 @@ def random_projection(seed: int, name: str, length: int, side: int) -> Float[Ten
     Projections of several sides are nested but for their scale: the first columns are those of a smaller side, so that
     a smaller φ can be cut out of a larger one.
     """
-    key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"{seed} {name}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     entries = generator.standard_normal((side, length), dtype=np.float32)
     return torch.from_numpy(entries).T.contiguous().mul_(side**-0.5)
@@ -54,7 +54,7 @@ def projection_digest(matrices: Iterable[tuple[str, int, int]], *, seed: int, si
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, rows, columns in matrices:
-        digest.update(f"{name} {rows} {columns}\n".encode())
+        digest.update(f"{name} {rows} {columns}\n".encode("utf-8", "surrogatepass"))
         for half in ("left", "right"):
             digest.update(random_projection(seed, f"{name} {half}", 2, side).numpy().tobytes())
     return digest.hexdigest()
@@ -84,6 +84,7 @@ class ProjectedGradients:
         self._groups = model.input_groups
         self._blocks = len(model.blocks)
         self._device, self._dtype = model.device, model.dtype
+        self._device_of = {matrix.name: model.device_of(matrix) for matrix in model.matrices}
         self._left: dict[str, Tensor] = {}
         self._right: dict[str, Tensor] = {}
         self._inverse_roots: dict[str, Tensor] = {}
@@ -103,16 +104,17 @@ class ProjectedGradients:
 
     def _folded(self, matrix: WeightMatrix, second_moment: SecondMoment, seed: int) -> tuple[Tensor, Tensor]:
         """P₀ᵀ and P₁ᵀ with V's inverse roots folded in where V is separable."""
+        device = self._device_of[matrix.name]
         left, right = (half.T for half in projections(matrix, seed=seed, side=self.side))
         inverse_root = inverse_roots(matrix, second_moment)
         if isinstance(inverse_root, tuple):
             left, right = left * inverse_root[0][:, None], right * inverse_root[1][:, None]
         elif inverse_root is not None:
-            self._inverse_roots[matrix.name] = inverse_root.to(self._device)
+            self._inverse_roots[matrix.name] = inverse_root.to(device)
         left, right = left.contiguous(), right.contiguous()
         if matrix.name in self._inverse_roots:
-            return left.to(self._device), right.to(self._device)
-        return left.to(self._device, self._dtype), right.to(self._device, self._dtype)
+            return left.to(device), right.to(device)
+        return left.to(device, self._dtype), right.to(device, self._dtype)
 
     def start(self, examples: int) -> None:
         """Begin a batch: all sums are zero."""
@@ -139,7 +141,10 @@ class ProjectedGradients:
             self._add_elementwise(matrix, kept, gradients)
             return
         left = gradients @ self._left[matrix.name]
-        self._sums[matrix.block].baddbmm_(left.mT.float(), kept.float())
+        if left.device == self._device:
+            self._sums[matrix.block].baddbmm_(left.mT.float(), kept.float())
+        else:
+            self._sums[matrix.block] += (left.mT.float() @ kept.float()).to(self._device)
 
     def _add_elementwise(self, matrix: WeightMatrix, inputs: Tensor, gradients: Tensor) -> None:
         left = self._left[matrix.name]
@@ -147,7 +152,7 @@ class ProjectedGradients:
         for example in range(inputs.shape[0]):
             gradient = gradients[example].float().mT @ inputs[example].float()
             gradient *= self._inverse_roots[matrix.name]
-            self._sums[matrix.block][example] += left.T @ gradient @ right
+            self._sums[matrix.block][example] += (left.T @ gradient @ right).to(self._device)
 
     def result(self) -> Float[Tensor, "batch dimensions"]:
         """φ of each example of the batch that has just run, its blocks one after the other, in float32."""

@@ -3,8 +3,11 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from trackstar.errors import IndexMismatchError, ModelError
+import torch
+
+from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError
 from trackstar.examples import Corpus
+from trackstar.examples.files import one_line
 from trackstar.gradients import Output
 from trackstar.model import LanguageModel, load_model
 from trackstar.projection import projection_digest
@@ -119,23 +122,12 @@ def model_of_index(
     """
     manifest = index.manifest
     entry = manifest.model
+    given = model is not None
     if not isinstance(model, LanguageModel):
-        given = None if model is None else str(model)
-        same_place = given is None or given == entry.source
         try:
-            model = load_model(
-                given or entry.source,
-                revision=entry.revision if same_place else None,
-                gguf_file=entry.gguf_file if same_place else None,
-                dtype=entry.dtype,
-                device=device,
-                layer_blocks=[
-                    (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
-                    for block in manifest.layer_blocks
-                ],
-            )
+            model = model_of_manifest(manifest, entry.source if model is None else model, device=device)
         except ModelError as error:
-            if given is not None:
+            if given:
                 raise
             raise ModelError(
                 f"{error}; the index says that its model is there: where it has been moved, give --model"
@@ -161,12 +153,54 @@ def model_of_index(
     return model
 
 
+def model_of_manifest(manifest: Manifest, source: str | Path, *, device: str = "cpu") -> LanguageModel:
+    """The model at `source`, loaded as the manifest's was; whether it is that model, nothing here checks."""
+    entry = manifest.model
+    same_place = str(source) == entry.source
+    return load_model(
+        str(source),
+        revision=entry.revision if same_place else None,
+        gguf_file=entry.gguf_file if same_place else None,
+        dtype=entry.dtype,
+        device=device,
+        layer_blocks=[
+            (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
+            for block in manifest.layer_blocks
+        ],
+    )
+
+
 def second_moment_of_index(index: Index) -> SecondMoment:
-    """V as the index keeps it; none where it was made without."""
+    """V as the index keeps it; none where it was made without.
+
+    Raises:
+        DamagedIndexError: It is missing, not what was written, or no mean of squares of each matrix.
+    """
     entry = index.manifest.second_moment
     if entry.kind == "none":
         return NO_SECOND_MOMENT
-    return SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)
+    expected: dict[str, tuple[int, ...]] = {}
+    for matrix in (matrix for block in index.manifest.layer_blocks for matrix in block.matrices):
+        if entry.kind == "factored":
+            expected |= {f"row/{matrix.name}": (matrix.rows,), f"column/{matrix.name}": (matrix.columns,)}
+        else:
+            expected[f"entries/{matrix.name}"] = (matrix.rows, matrix.columns)
+    found = index.tensors("second_moment")
+    for name, shape in expected.items():
+        tensor = found.get(name)
+        if tensor is None or tensor.dtype is not torch.float32 or tuple(tensor.shape) != shape:
+            what = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise DamagedIndexError(
+                f"{index.path / 'second_moment.safetensors'}: {one_line(name)} is {what}, expected float32 "
+                f"{list(shape)}; make the index again"
+            )
+        if not torch.isfinite(tensor).all() or (tensor < 0).any() or not (tensor > 0).any():
+            raise DamagedIndexError(
+                f"{index.path / 'second_moment.safetensors'}: {one_line(name)} has NaN, infinite or negative entries "
+                "or is zero throughout, expected means of squares; make the index again"
+            )
+    tensors = {name: found[name] for name in expected}
+    return SecondMoment.from_tensors(tensors, source=entry.source, floor=entry.floor)
 
 
 def _shapes(model: LanguageModel) -> list[tuple[str, int, int]]:

@@ -13,7 +13,7 @@ the first k with the probability that it exceeds the k-th exact score.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from trackstar.correction import TaskCorrection
 from trackstar.errors import OptionError
-from trackstar.indexing import GradientProjector
+from trackstar.examples import TokenizedExample
+from trackstar.model import LanguageModel
 from trackstar.progress import Progress
+from trackstar.projecting import GradientProjector, projected
 from trackstar.retrieval import Scorer, TopCandidates, best_of, scores_of, top_candidates
-from trackstar.store import CodecName, Index
+from trackstar.store import CodecName, Index, have_shapes
+from trackstar.workers import THIS_PROCESS, Advance, GradientSetup, Workers
 
 # Examples whose gradients are held at once.
 _ROWS_AT_ONCE = 256
@@ -58,66 +61,95 @@ class Reranked:
     recomputed: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Influences:
+    """Eq. 1 of examples whose gradients are computed."""
+
+    correction: TaskCorrection
+    vectors: Float[Tensor, "queries dimensions"]
+
+    def __call__(
+        self, projector: GradientProjector, examples: Sequence[TokenizedExample], advance: Advance
+    ) -> Float[Tensor, "queries examples"]:
+        return self.of(projected(projector, examples, advance)[0])
+
+    def of(self, phi: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "queries examples"]:
+        coordinates = self.correction.coordinates(phi)
+        norms = self.correction.whitening.norms(coordinates)
+        return self.vectors @ coordinates.T * torch.where(norms > 0, 1 / norms, 0.0)
+
+
 class ExactScores:
     """Influences of an index's candidates on queries, from the model instead of the store.
 
     Args:
         index: The candidates.
-        projector: Makes φ as the index was made; called when gradients are needed.
+        model: The model that was indexed.
+        setup: How φ is made.
         correction: R for the task.
         vectors: What each query meets candidates with, in the index's coordinates.
+        workers: Who computes gradients.
         progress: Whether progress is shown where stderr is a terminal.
     """
 
     def __init__(
         self,
         index: Index,
-        projector: Callable[[], GradientProjector],
+        model: LanguageModel,
+        setup: GradientSetup,
         correction: TaskCorrection,
         vectors: Float[Tensor, "queries dimensions"],
         *,
+        workers: Workers = THIS_PROCESS,
         progress: bool = False,
     ) -> None:
         self._index = index
-        self._projector = projector
-        self._correction = correction
-        self._vectors = vectors.float()
+        self._model = model
+        self._setup = setup
+        self._work = _Influences(correction=correction, vectors=vectors.float())
+        self._workers = workers
         self._progress = progress
+
+    @property
+    def queries(self) -> int:
+        """Number of queries."""
+        return len(self._work.vectors)
 
     def queries_digest(self) -> str:
         """Names the queries."""
-        return hashlib.blake2b(self._vectors.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self._work.vectors.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
     def of(self, rows: Sequence[int]) -> Float[Tensor, "queries rows"]:
         """Scores of some rows of the index, in their order."""
-        found = torch.empty(len(self._vectors), len(rows))
+        found = torch.empty(len(self._work.vectors), len(rows))
         for first, part in self.parts(rows):
             found[:, first : first + part.shape[1]] = part
         return found
 
     def parts(self, rows: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "queries part"]]]:
         """The same, some hundred rows at a time: the place of the first, and their scores."""
-        with (
-            Progress("Ranking again", unit="examples", total=len(rows), shown=self._progress) as bar,
-            self._projector() as projector,
-        ):
-            for first in range(0, len(rows), _ROWS_AT_ONCE):
-                examples = [self._index.example(row).example for row in rows[first : first + _ROWS_AT_ONCE]]
-                phi = torch.empty(len(examples), self._index.dimensions)
-                for places, batch_phi, _ in projector.batches(examples):
-                    phi[torch.tensor(places)] = batch_phi.cpu()
-                    bar.advance(len(places))
-                yield first, self.scores(phi)
+        first = 0
+        with Progress("Ranking again", unit="examples", total=len(rows), shown=self._progress) as bar:
+            for part in self._workers.gradients(
+                self._model, self._setup, self._work, self._examples(rows), advance=bar.advance, note=bar.note
+            ):
+                yield first, part
+                first += part.shape[1]
 
-    def scores(self, phi: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "queries rows"]:
-        """Eq. 1 of candidates whose φ is given."""
-        coordinates = self._correction.coordinates(phi)
-        norms = self._correction.whitening.norms(coordinates)
-        return self._vectors @ coordinates.T * torch.where(norms > 0, 1 / norms, 0.0)
+    def _examples(self, rows: Sequence[int]) -> Iterator[list[TokenizedExample]]:
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            yield [stored.example for stored in self._index.some_examples(rows[first : first + _ROWS_AT_ONCE])]
 
 
 def rerank(
-    index: Index, scorer: Scorer, exact: ExactScores, k: int, *, reranked: int, progress: bool = False
+    index: Index,
+    scorer: Scorer,
+    exact: ExactScores,
+    k: int,
+    *,
+    reranked: int,
+    workers: Workers = THIS_PROCESS,
+    progress: bool = False,
 ) -> Reranked:
     """The k proponents and opponents of each query: the best N of each by the store, ranked by exact scores.
 
@@ -127,6 +159,7 @@ def rerank(
         exact: Gives exact scores.
         k: How many to give.
         reranked: N, at least k.
+        workers: Who goes through the index.
         progress: Whether the pass over the index is shown.
 
     Raises:
@@ -135,16 +168,20 @@ def rerank(
     if reranked < k:
         raise OptionError(f"--rerank {reranked}: expected at least as many as --top {k}, or 0 to leave it out")
     looked_at = min(index.rows, _LOOKED_AT * reranked)
-    coarse = top_candidates(index, scorer, looked_at, progress=progress)
+    coarse = top_candidates(index, scorer, looked_at, workers=workers, progress=progress)
     count = min(reranked, index.rows)
     rows = torch.cat([coarse.proponents[:, :count].flatten(), coarse.opponents[:, :count].flatten()]).unique()
     scores = exact.of(rows.tolist())
-    proponents = best_of(scores, rows, k)
-    opponents = best_of(-scores, rows, k)
-    others = _Others(index, scorer, coarse, rows)
+    # A query's ranking is of its own candidates alone: it does not depend on what else is asked at the same time.
+    own = torch.zeros(scores.shape, dtype=torch.bool)
+    for part in (coarse.proponents, coarse.opponents):
+        own.scatter_(1, torch.searchsorted(rows, part[:, :count].contiguous()), True)
+    proponents = best_of(scores.masked_fill(~own, -math.inf), rows, k)
+    opponents = best_of((-scores).masked_fill(~own, -math.inf), rows, k)
+    others = _Others(index, scorer, coarse)
     missed = []
     for query in range(len(scores)):
-        left, weights = others.of(query)
+        left, weights = others.of(query, rows[own[query]])
         missed.append(
             missed_chance(
                 coarse.proponent_scores[query, :count],
@@ -225,29 +262,38 @@ class _Others:
         index: The candidates.
         scorer: How the store scores them.
         coarse: Of each query the next best, in order, and before them those that were ranked again.
-        rows: Every row that was ranked again, for whichever query.
     """
 
-    def __init__(self, index: Index, scorer: Scorer, coarse: TopCandidates, rows: Int64[Tensor, "rows"]) -> None:
+    def __init__(self, index: Index, scorer: Scorer, coarse: TopCandidates) -> None:
         self._coarse = coarse
-        self._rows = rows
         self._beyond = index.rows - coarse.proponents.shape[1]
         count = min(_SAMPLED, index.rows) if self._beyond else 0
         self._sampled = torch.arange(count) * index.rows // max(count, 1)
         self._scores = scores_of(index, scorer, self._sampled)
 
-    def of(self, query: int) -> tuple[Float[Tensor, "others"], Float[Tensor, "others"]]:
-        """Coarse scores, and how many candidates each stands for."""
-        near = ~torch.isin(self._coarse.proponents[query], self._rows)
+    def of(self, query: int, again: Int64[Tensor, "again"]) -> tuple[Float[Tensor, "others"], Float[Tensor, "others"]]:
+        """Coarse scores, and how many candidates each stands for, but for the rows that were ranked again."""
+        near = ~torch.isin(self._coarse.proponents[query], again)
         next_best = self._coarse.proponent_scores[query][near]
         if not self._beyond:
             return next_best, torch.ones(len(next_best))
         below = self._scores[query] < self._coarse.proponent_scores[query, -1]
         weight = self._beyond / max(1, int(below.sum()))
-        sampled = self._scores[query][below & ~torch.isin(self._sampled, self._rows)]
+        sampled = self._scores[query][below & ~torch.isin(self._sampled, again)]
         return torch.cat([next_best, sampled]), torch.cat(
             [torch.ones(len(next_best)), torch.full((len(sampled),), weight)]
         )
+
+
+def _whole(kept: Mapping[str, Tensor], queries: int, k: int, rows: int) -> bool:
+    """Whether what was kept is what `exact_top` keeps of so many queries and of an index of so many rows."""
+    if not have_shapes(kept, done=()) or kept["done"].dtype is not torch.int64 or not 1 <= int(kept["done"]) <= rows:
+        return False
+    shape = (queries, min(k, int(kept["done"])))
+    if not have_shapes(kept, best=shape, best_rows=shape, worst=shape, worst_rows=shape):
+        return False
+    places = torch.cat([kept["best_rows"], kept["worst_rows"]])
+    return places.dtype is torch.int64 and bool(((places >= 0) & (places < rows)).all())
 
 
 def exact_top(index: Index, exact: ExactScores, k: int, *, key: str) -> TopCandidates:
@@ -260,6 +306,8 @@ def exact_top(index: Index, exact: ExactScores, k: int, *, key: str) -> TopCandi
     worst: tuple[Tensor, Tensor] | None = None
     key = f"{key}-{exact.queries_digest()}-{k}"
     kept = index.load_derived(f"exact-{key}")
+    if kept is not None and not _whole(kept, exact.queries, k, index.rows):
+        kept = None
     start = int(kept["done"]) if kept is not None else 0
     if kept is not None:
         best, worst = (kept["best"], kept["best_rows"]), (kept["worst"], kept["worst_rows"])

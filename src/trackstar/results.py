@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trackstar.audit_record import Asked
 from trackstar.curvature import Mixing
 from trackstar.errors import OptionError
 from trackstar.examples import Query
 from trackstar.markup import passages_table, plain
+from trackstar.store import is_url
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,10 +124,12 @@ class QueryReport:
         codec: How the index stores them; `none` where no index was asked.
         reranked: How many of each query's best and worst candidates were ranked again from recomputed gradients; all
             of them in an exact pass.
+        recomputed: How many candidates' gradients that took, over all queries.
         index: The index's folder, or the corpus that was gone through without one.
         model: Where the model was loaded from.
         coverage: Which weight matrices the gradients are of, and what share of the parameters they are.
         second_moment: Where V comes from.
+        asked: The options and digests that an audit is written from; None where nobody kept them.
     """
 
     results: tuple[QueryResult, ...]
@@ -135,10 +139,12 @@ class QueryReport:
     candidates: int
     codec: str
     reranked: int
+    recomputed: int
     index: str
     model: str
     coverage: str
     second_moment: str
+    asked: Asked | None = None
 
     def _repr_html_(self) -> str:
         """What the scores were made with and the first ten results, as a notebook shows them."""
@@ -178,7 +184,7 @@ class QueryReport:
         """What the scores were made with, in lines for people."""
         mixing = self.mixing
         lines = [
-            f"index: {self.index}, {self.candidates:,} candidates",
+            f"{'corpus' if self.codec == 'none' else 'index'}: {self.index}, {self.candidates:,} candidates",
             self._ranking(),
             f"gradients of {self.coverage}",
             f"V: {self.second_moment}",
@@ -203,7 +209,8 @@ class QueryReport:
         if not self.reranked:
             return f"ranking: by the {self.codec} store"
         line = (
-            f"ranking: the {self.reranked:,} best and worst by the {self.codec} store, again from recomputed gradients"
+            f"ranking: the {self.reranked:,} best and worst by the {self.codec} store, again from recomputed gradients "
+            f"(of {self.recomputed:,} examples)"
         )
         known = sorted(result.missed for result in self.results if result.missed is not None)
         if known:
@@ -220,6 +227,7 @@ class QueryReport:
             "candidates": self.candidates,
             "codec": self.codec,
             "reranked": self.reranked,
+            "recomputed": self.recomputed,
             "coverage": self.coverage,
             "second_moment": self.second_moment,
             "mixing": dataclasses.asdict(self.mixing),
@@ -243,6 +251,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OptionError: They cannot.
     """
+    _refuse_url(path)
     target = Path(path)
     with _writing(target) as partial:
         if target.is_dir():
@@ -269,11 +278,17 @@ def write_results(
     Raises:
         OptionError: They cannot be written.
     """
+    _refuse_url(path)
     lines = Path(path)
     beside = lines.with_name(f"{lines.stem}.report.json")
     replace_text(beside, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
     replace_text(lines, "".join(f"{line}\n" for line in release_lines(report, query_set=query_set)))
     return lines, beside
+
+
+def _refuse_url(path: object) -> None:
+    if is_url(path):
+        raise OptionError(f"{path}: a URL, expected a file of this machine: only indexes can be written elsewhere")
 
 
 def replace_text(path: Path, text: str) -> None:

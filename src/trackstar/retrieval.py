@@ -18,7 +18,8 @@ from trackstar.correction import StoredWhitening
 from trackstar.errors import DamagedIndexError, GradientError, OptionError
 from trackstar.progress import Progress
 from trackstar.quantized_scan import MOST_QUERIES, QuantizedQueries, decode_into
-from trackstar.store import Bits, CodeChunk, Index, quantized_bits
+from trackstar.store import Bits, CodeChunk, Index, have_shapes, quantized_bits
+from trackstar.workers import THIS_PROCESS, Workers
 
 # A part of a chunk's codes as float32: small enough that it is multiplied while still in the processor's cache. (Codes
 # of few bits are decoded whole rows at a time.) More rows make the product of many queries faster.
@@ -73,6 +74,7 @@ def trackstar_scorer(
     whitening: StoredWhitening,
     *,
     key: str | None = None,
+    workers: Workers = THIS_PROCESS,
     progress: bool = False,
 ) -> Scorer:
     """Eq. 1-2: whitened by R and of unit norm on both sides.
@@ -82,13 +84,15 @@ def trackstar_scorer(
         queries: Each query in the index's coordinates: φ, or W_train φ.
         whitening: By the R that both sides are corrected by, of rows in these coordinates.
         key: Names that R: the candidates' norms under it are kept with the index by this name.
+        workers: Who goes through the index.
         progress: Whether the pass over the index is shown.
 
     Raises:
         GradientError: A query's gradient is zero, so that its direction says nothing.
     """
     vectors = unit_queries(queries, whitening)
-    return Scorer(vectors=vectors, multipliers=_inverse(whitened_norms(index, whitening, key=key, progress=progress)))
+    norms = whitened_norms(index, whitening, key=key, workers=workers, progress=progress)
+    return Scorer(vectors=vectors, multipliers=_inverse(norms))
 
 
 def unit_queries(
@@ -118,20 +122,37 @@ def cosine_scorer(index: Index, queries: Float[Tensor, "queries dimensions"]) ->
 
 
 def whitened_norms(
-    index: Index, whitening: StoredWhitening, *, key: str | None = None, progress: bool = False
+    index: Index,
+    whitening: StoredWhitening,
+    *,
+    key: str | None = None,
+    workers: Workers = THIS_PROCESS,
+    progress: bool = False,
 ) -> Float[Tensor, "candidates"]:
     """The norm of Eq. 1 of every candidate: one pass, kept with the index under `key`, which names the R."""
     kept = index.load_derived(f"norms-{key}") if key else None
-    if kept is not None:
+    if have_shapes(kept, norms=(index.rows,)):
         return kept["norms"]
-    norms = torch.empty(index.rows)
-    with _shown(progress, "Candidates' norms under R", index.rows) as bar:
-        for chunk in index.iterate(max(1, _WHITENING_BYTES // (4 * index.dimensions))):
-            norms[chunk.first_row : chunk.first_row + len(chunk.stored)] = whitening.stored_norms(chunk.stored)
-            bar.advance(len(chunk.stored))
+    norms = torch.cat(workers.scan(index, _Norms(whitening=whitening, progress=progress)))
     if key:
         index.save_derived(f"norms-{key}", {"norms": norms})
     return norms
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Norms:
+    """Norms under R of an index's rows, or of a part's."""
+
+    whitening: StoredWhitening
+    progress: bool
+
+    def __call__(self, index: Index) -> Float[Tensor, "rows"]:
+        found = []
+        with _shown(self.progress, "Candidates' norms under R", index.rows) as bar:
+            for chunk in index.iterate(max(1, _WHITENING_BYTES // (4 * index.dimensions))):
+                found.append(self.whitening.stored_norms(chunk.stored))
+                bar.advance(len(chunk.stored))
+        return torch.cat(found)
 
 
 def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "queries candidates"]]]:
@@ -205,7 +226,9 @@ def scores_of(index: Index, scorer: Scorer, rows: Int64[Tensor, "some"]) -> Floa
     return found
 
 
-def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
+def top_candidates(
+    index: Index, scorer: Scorer, k: int, *, workers: Workers = THIS_PROCESS, progress: bool = False
+) -> TopCandidates:
     """The k proponents and k opponents of each query, exactly, by one pass over the index.
 
     Of candidates with equal scores the one that comes first in the index ranks first.
@@ -214,6 +237,7 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
         index: The candidates.
         scorer: How they are scored.
         k: How many; all of them where there are fewer.
+        workers: Who goes through the index.
         progress: Whether the pass is shown.
 
     Raises:
@@ -222,7 +246,7 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
     """
     if k < 1:
         raise OptionError(f"--top {k}: expected 1 or more candidates a query")
-    top = _top_by_scan(index, scorer, k, progress=progress)
+    top = _joined(workers.scan(index, _Top(scorer=scorer, k=k, progress=progress)), k)
     # What is not finite sorts to one of the two ends.
     for rows, found in ((top.proponents, top.proponent_scores), (top.opponents, top.opponent_scores)):
         bad = (~found.isfinite()).nonzero()
@@ -232,6 +256,34 @@ def top_candidates(index: Index, scorer: Scorer, k: int, *, progress: bool = Fal
                 f"{index.path}: row {row} has a score that is not finite; `trackstar verify` finds the damaged file"
             )
     return top
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Top:
+    """The first and last k of an index, or of a part."""
+
+    scorer: Scorer
+    k: int
+    progress: bool
+
+    def __call__(self, index: Index) -> TopCandidates:
+        return _top_by_scan(index, self.scorer, self.k, progress=self.progress)
+
+
+def _joined(parts: list[TopCandidates], k: int) -> TopCandidates:
+    """The first and last k of all parts, which come in the order of their rows."""
+    if len(parts) == 1:
+        return parts[0]
+    best = _strongest([part.proponent_scores for part in parts], [part.proponents for part in parts], k)
+    worst = _strongest([-part.opponent_scores for part in parts], [part.opponents for part in parts], k)
+    return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
+
+
+def _strongest(scores: list[Tensor], rows: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each query; a part has its own equals by row already, and parts come in the order of rows."""
+    values = torch.cat(scores, dim=1)
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return values.gather(1, order), torch.cat(rows, dim=1).gather(1, order)
 
 
 def _top_by_scan(index: Index, scorer: Scorer, k: int, *, progress: bool) -> TopCandidates:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from trackstar.store import (
     Index,
     IndexWriter,
     Manifest,
+    Place,
     Shard,
     ShardContent,
     StoredRows,
@@ -34,6 +34,7 @@ from trackstar.store import (
     codec_bits,
     differences,
     encode,
+    lies_in,
 )
 from trackstar.store.strict_json import abridged
 
@@ -44,7 +45,7 @@ _MERGED_FIELDS = ("corpora", "removed", "shard_examples", "trackstar_version", "
 Recode = Callable[[StoredRows], StoredRows]
 
 
-def merge_indexes(indexes: Sequence[Index | str | Path], out: str | Path, *, progress: bool = True) -> Index:
+def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, progress: bool = True) -> Index:
     """One index of all the examples of several, which were made alike but of other corpora.
 
     A run that was interrupted goes on when the same call is made again; a finished index is opened.
@@ -62,8 +63,8 @@ def merge_indexes(indexes: Sequence[Index | str | Path], out: str | Path, *, pro
     opened = [_opened(index) for index in indexes]
     if len(opened) < 2:
         raise OptionError(f"merge: found {len(opened)} index, expected two or more")
+    check_apart(out, opened)
     first = opened[0].manifest
-    corpora, records = [], 0
     for index in opened:
         alike = dataclasses.replace(index.manifest, **{field: getattr(first, field) for field in _MERGED_FIELDS})
         different = differences(alike, first)
@@ -73,19 +74,32 @@ def merge_indexes(indexes: Sequence[Index | str | Path], out: str | Path, *, pro
                 f"{index.path}: made with {field} {abridged(found)}, but {opened[0].path} with {abridged(expected)}; "
                 "only indexes that were made alike can be merged: make the later one with `trackstar add`"
             )
-        corpora += [
-            dataclasses.replace(corpus, first_record=corpus.first_record + records) for corpus in index.manifest.corpora
-        ]
-        records += _records(index)
-    removed = [index.manifest.removed for index in opened if index.manifest.removed is not None]
-    manifest = dataclasses.replace(
-        first, corpora=tuple(corpora), removed=_names_digest(removed) if removed else None, completion=None
-    )
+    _check_disjoint(opened)
+    manifest = joined_manifest([index.manifest for index in opened], [_records(index) for index in opened])
     return _rewrite(opened, out, manifest, title="Merging", progress=progress)
 
 
+def joined_manifest(manifests: Sequence[Manifest], records: Sequence[int]) -> Manifest:
+    """What an index is made with that has the examples of several that were made alike, in this order.
+
+    Args:
+        manifests: Theirs.
+        records: How many records were read for each; the last may be left out.
+    """
+    starts = itertools.accumulate(records, initial=0)
+    corpora = [
+        dataclasses.replace(corpus, first_record=corpus.first_record + start)
+        for manifest, start in zip(manifests, starts)  # noqa: B905 - there may be a start after the last
+        for corpus in manifest.corpora
+    ]
+    removed = [manifest.removed for manifest in manifests if manifest.removed is not None]
+    return dataclasses.replace(
+        manifests[0], corpora=tuple(corpora), removed=_names_digest(removed) if removed else None, completion=None
+    )
+
+
 def remove_examples(
-    index: Index | str | Path, names: Iterable[str], out: str | Path, *, progress: bool = True
+    index: Index | str | Place, names: Iterable[str], out: str | Place, *, progress: bool = True
 ) -> Index:
     """The index without some of its examples: those of these names, and windows of documents of these names.
 
@@ -100,6 +114,7 @@ def remove_examples(
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     index = _opened(index)
+    check_apart(out, [index])
     wanted = set(names)
     there = set()
     left = 0
@@ -131,8 +146,8 @@ def remove_examples(
 
 
 def convert_index(
-    index: Index | str | Path,
-    out: str | Path,
+    index: Index | str | Place,
+    out: str | Place,
     *,
     codec: CodecName,
     damping: float | None = None,
@@ -154,6 +169,7 @@ def convert_index(
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     index = _opened(index)
+    check_apart(out, [index])
     old = index.manifest
     check_codec(codec)
     check_quantizable(codec, old.projection.side)
@@ -165,7 +181,10 @@ def convert_index(
     train: Whitening | None = None
     manifest = dataclasses.replace(old, codec=codec, completion=None)
     if old.whitening is None and codec_bits(codec) <= 8:
-        made = TrainWhitening.of_index(index, damping=damping, source=f"of all {index.rows} examples of the index")
+        source = f"of all {index.rows} examples of the index"
+        made = TrainWhitening.kept_in(out, damping=damping, source=source)
+        if made is None:
+            made = TrainWhitening.of_index(index, damping=damping, source=source)
         train = made.whitening
         manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=made.entry)
     elif damping is not None:
@@ -183,22 +202,47 @@ def convert_index(
     return made_index
 
 
+def _check_disjoint(indexes: Sequence[Index]) -> None:
+    """See that no two indexes hold the same example of the same corpus: it would count twice."""
+    held: dict[str, list[tuple[Index, set[tuple[int, int]]]]] = {}
+    shared = [corpus.digest for index in indexes for corpus in index.manifest.corpora]
+    for index in indexes:
+        corpora = index.manifest.corpora
+        ends = [corpus.first_record for corpus in corpora[1:]] + [_records(index)]
+        for corpus, end in zip(corpora, ends, strict=True):
+            if shared.count(corpus.digest) < 2:
+                continue
+            places = {
+                (record - corpus.first_record, window)
+                for shard in index.shards
+                for record, window in zip(shard.records.tolist(), shard.windows.tolist(), strict=True)
+                if corpus.first_record <= record < end
+            }
+            for other, theirs in held.setdefault(corpus.digest, []):
+                doubled = len(places & theirs)
+                if doubled:
+                    raise OptionError(
+                        f"{index.path}: {doubled} of its examples are those of {other.path} too (corpus "
+                        f"{abridged(corpus.source)}), and would count twice; leave one out, or `trackstar remove` them"
+                    )
+            held[corpus.digest].append((index, places))
+
+
 def rewrite_shards(
-    index: Index, out: str | Path, manifest: Manifest, recode: Recode, *, title: str, progress: bool
+    index: Index, out: str | Place, manifest: Manifest, recode: Recode, *, title: str, progress: bool
 ) -> Index:
     """The index that a manifest describes, each row of another index recoded."""
     return _rewrite([index], out, manifest, recode=recode, title=title, progress=progress)
 
 
-def check_apart(out: str | Path, sources: Sequence[Index]) -> None:
+def check_apart(out: str | Place, sources: Sequence[Index]) -> None:
     """See that a new index's folder is none of the indexes that it is made from, and in none of them.
 
     Raises:
         OptionError: It is.
     """
-    place = Path(out).resolve()
     for index in sources:
-        if index.path.resolve() in (place, *place.parents):
+        if lies_in(out, index.path):
             raise OptionError(
                 f"--out {out}: is the index itself or lies in it ({index.path}), expected another folder; the old one "
                 "is left as it is"
@@ -207,7 +251,7 @@ def check_apart(out: str | Path, sources: Sequence[Index]) -> None:
 
 def _rewrite(
     sources: Sequence[Index],
-    out: str | Path,
+    out: str | Place,
     manifest: Manifest,
     *,
     recode: Recode | None = None,
@@ -225,18 +269,29 @@ def _rewrite(
     ):
         if not writer.completed:
             bar.advance(writer.resume_point.row)
-            _fill(writer, sources, recode, keep, train, bar)
+            write_rows_of(writer, sources, recode=recode, keep=keep, train=train, bar=bar)
     return Index.open(out)
 
 
-def _fill(
+def write_rows_of(
     writer: IndexWriter,
     sources: Sequence[Index],
-    recode: Recode | None,
-    keep: Callable[[TokenizedExample], bool] | None,
-    train: Whitening | None,
+    *,
+    recode: Recode | None = None,
+    keep: Callable[[TokenizedExample], bool] | None = None,
+    train: Whitening | None = None,
     bar: Progress,
 ) -> None:
+    """Write and finish an index of the rows of others, from the first shard that is missing.
+
+    Args:
+        writer: The new index.
+        sources: Whose rows it gets, one index after the other.
+        recode: Changes rows; None keeps their codes.
+        keep: Which examples it gets; None is all.
+        train: W_train, where the sources do not have it.
+        bar: Told of each row.
+    """
     manifest, first = writer.manifest, sources[0]
     if manifest.second_moment.digest is not None:
         writer.write_tensors("second_moment", first.tensors("second_moment"))
@@ -368,5 +423,5 @@ def _names_digest(names: Iterable[str]) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-def _opened(index: Index | str | Path) -> Index:
+def _opened(index: Index | str | Place) -> Index:
     return index if isinstance(index, Index) else Index.open(index)

@@ -89,14 +89,16 @@ class SecondMoment:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], *, source: str, floor: float) -> "SecondMoment":
-        """The inverse of `tensors`."""
+        """The inverse of `tensors`; what is none of a matrix's V is left out."""
         moments: dict[str, Moment] = {}
-        for key, tensor in tensors.items():
-            part, name = key.split("/", 1)
-            if part == "entries":
+        kept = {key: tensor for key, tensor in tensors.items() if tensor.dtype is torch.float32}
+        for key, tensor in kept.items():
+            part, _, name = key.partition("/")
+            column = kept.get(f"column/{name}")
+            if part == "entries" and tensor.ndim == 2:
                 moments[name] = ElementwiseMoment(entries=tensor)
-            elif part == "row":
-                moments[name] = FactoredMoment(row=tensor, column=tensors[f"column/{name}"])
+            elif part == "row" and tensor.ndim == 1 and column is not None and column.ndim == 1:
+                moments[name] = FactoredMoment(row=tensor, column=column)
         kind = "elementwise" if any(isinstance(m, ElementwiseMoment) for m in moments.values()) else "factored"
         return cls(kind=kind if moments else "none", moments=moments, source=source, floor=floor)
 
@@ -186,11 +188,11 @@ class FactoredSquares:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        def zeros(size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=model.device)
+        def zeros(matrix: WeightMatrix, size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=model.device_of(matrix))
 
-        self._row = {matrix.name: zeros(matrix.rows) for matrix in model.matrices}
-        self._column = {matrix.name: zeros(matrix.columns) for matrix in model.matrices}
+        self._row = {matrix.name: zeros(matrix, matrix.rows) for matrix in model.matrices}
+        self._column = {matrix.name: zeros(matrix, matrix.columns) for matrix in model.matrices}
         self._pending: dict[str, tuple[Tensor, Tensor]] = {}
 
     def start(self, examples: int) -> None:
@@ -242,7 +244,7 @@ class ElementwiseSquares:
     """Sums over examples of G², an entry a weight."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self._sums = {m.name: torch.zeros(m.rows, m.columns, device=model.device) for m in model.matrices}
+        self._sums = {m.name: torch.zeros(m.rows, m.columns, device=model.device_of(m)) for m in model.matrices}
 
     def start(self, examples: int) -> None:
         """Nothing is kept from batch to batch but the sums."""

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,18 +17,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.audit_record import Asked, QuestionEntry, StreamEntry
 from trackstar.correction import TaskCorrection, choose_mixing, mixed_correction
 from trackstar.curvature import Autocorrelation, check_autocorrelation_size, spectrum_of_autocorrelation
 from trackstar.errors import CorpusError, OptionError
 from trackstar.examples import Corpus, Query, TokenizedExample, open_corpus, tokenize_examples, tokenize_query
 from trackstar.gradients import Output
-from trackstar.indexing import CorpusPosition, GradientProjector, chosen_second_moment, tokenized_windows
+from trackstar.index_settings import check_positive, chosen_second_moment, chosen_windows
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
+from trackstar.projecting import GradientProjector, projected
+from trackstar.provenance import make_manifest
 from trackstar.results import QueryReport, QueryResult, Ranked, replace_text
 from trackstar.retrieval import best_of, unit_queries
 from trackstar.second_moment import SecondMoment
-from trackstar.store import WindowsEntry
+from trackstar.shard_groups import CorpusPosition, tokenized_windows
+from trackstar.store import Manifest, WindowsEntry, tensors_digest
 
 _EXAMPLES_AT_ONCE = 256
 _KEEP_EVERY = 60.0
@@ -86,7 +90,8 @@ def stream_queries(
         dtype: Of the gradients' computation.
         device: Where gradients are computed.
         batch_tokens: Most tokens of a batch, padding included.
-        kept: A file that what has been found is kept in until the end; None keeps nothing.
+        kept: A file that what has been found is kept in, so that the same call goes on from there; it stays, also at
+            the end, for the caller to remove once the results are safe. None keeps nothing.
         progress: Whether progress is shown where stderr is a terminal.
 
     Raises:
@@ -94,13 +99,18 @@ def stream_queries(
     """
     if not queries:
         raise OptionError("queries: found none, expected one or more")
-    if k < 1:
-        raise OptionError(f"--top {k}: expected 1 or more")
+    for option, value in (
+        ("--top", k),
+        ("--side", side),
+        ("--whitening-examples", whitening_examples),
+        ("--second-moment-examples", second_moment_examples),
+    ):
+        check_positive(option, value)
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device)
     check_autocorrelation_size(len(model.blocks), side, model.device)
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
-    windows = WindowsEntry(tokens=window_tokens or min(model.context_tokens, batch_tokens), overlap=overlap)
+    windows = chosen_windows(model, window_tokens=window_tokens, overlap=overlap, batch_tokens=batch_tokens)
     with Progress("R_train", unit="examples", shown=progress) as bar:
         moment = chosen_second_moment(
             second_moment, model, corpus, windows, kind=second_moment_kind, examples=second_moment_examples, seed=seed,
@@ -113,8 +123,8 @@ def stream_queries(
                 corpus.sample(whitening_examples, seed), model.tokenizer, window_tokens=windows.tokens, overlap=overlap
             )
             r_train, examples = _autocorrelation(projector, model, side, itertools.chain.from_iterable(sample), bar)
-            asked, losses = _projected(projector, _tokenized(queries, model))
-            about = asked if task is None else _projected(projector, _tokenized(task, model))[0]
+            asked, losses = projected(projector, _tokenized(queries, model))
+            about = asked if task is None else projected(projector, _tokenized(task, model))[0]
     if not examples:
         raise CorpusError(f"{corpus.name}: no record of it has a token to score, expected texts of two tokens or more")
     blocks = len(model.blocks)
@@ -122,7 +132,10 @@ def stream_queries(
     names = [block.name for block in model.blocks]
     correction = mixed_correction(r_train, examples, about, chosen, damping=damping, names=names, made_of="")
     vectors = unit_queries(asked, correction.whitening)
-    found = _Found(k, None if kept is None else Path(kept), _digest(vectors, corpus, model, k))
+    made_with = make_manifest(
+        model, corpus, windows, moment, seed=seed, side=side, codec="float32", shard_examples=1, output=output
+    )
+    found = _Found(k, None if kept is None else Path(kept), _digest(vectors, made_with, k))
     with (
         Progress("Streaming", unit="examples", shown=progress) as bar,
         GradientProjector(
@@ -131,14 +144,21 @@ def stream_queries(
     ):
         bar.advance(found.rows)
         for part, position in _parts(corpus, model, found.position, windows):
-            phi, _ = _projected(projector, part, bar.advance)
+            phi, _ = projected(projector, part, bar.advance)
             found.add(_scores(correction, vectors, phi), part, position)
+        found.keep()
     results = tuple(
         QueryResult(query=query, loss=float(losses[number]), proponents=proponents, opponents=opponents)
         for number, query in enumerate(queries)
         for proponents, opponents in [found.ranking(number)]
     )
-    found.forget()
+    stream = StreamEntry(
+        second_moment=_how(second_moment),
+        second_moment_examples=second_moment_examples,
+        whitening_examples=whitening_examples,
+        r_train_examples=examples,
+        r_train=tensors_digest({"autocorrelation": r_train}),
+    )
     return QueryReport(
         results=results,
         mixing=correction.mixing,
@@ -147,28 +167,23 @@ def stream_queries(
         candidates=found.rows,
         codec="none",
         reranked=found.rows,
+        recomputed=found.rows,
         index=corpus.name,
         model=model.source,
         coverage=str(model.coverage),
         second_moment=f"{moment.kind}, {moment.source}",
+        asked=Asked(
+            question=QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens),
+            made_with=made_with,
+            index=None,
+            stream=stream,
+            device=str(model.device),
+        ),
     )
 
 
 def _tokenized(queries: Sequence[Query], model: LanguageModel) -> list[TokenizedExample]:
     return [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
-
-
-def _projected(
-    projector: GradientProjector,
-    examples: Sequence[TokenizedExample],
-    advance: Callable[[int], None] = lambda _examples: None,
-) -> tuple[Float[Tensor, "examples dimensions"], Float[Tensor, "examples"]]:
-    phi, losses = torch.empty(len(examples), projector.dimensions), torch.empty(len(examples))
-    for places, batch_phi, batch_losses in projector.batches(examples):
-        phi[torch.tensor(places)] = batch_phi.cpu()
-        losses[torch.tensor(places)] = batch_losses.cpu()
-        advance(len(places))
-    return phi, losses
 
 
 def _autocorrelation(
@@ -177,7 +192,7 @@ def _autocorrelation(
     """R_train of the examples, and how many they are."""
     sums = Autocorrelation(len(model.blocks), side**2, device=model.device)
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
-        sums.add(_projected(projector, part, bar.advance)[0])
+        sums.add(projected(projector, part, bar.advance)[0])
     return (sums.mean().cpu() if sums.examples else torch.zeros(0, side**2, side**2)), sums.examples
 
 
@@ -204,9 +219,15 @@ def _parts(
         yield held, position
 
 
-def _digest(vectors: Tensor, corpus: Corpus, model: LanguageModel, k: int) -> str:
+def _how(second_moment: str | Path | SecondMoment) -> Literal["auto", "estimate", "none", "given"]:
+    """How V was asked for."""
+    return second_moment if second_moment in ("auto", "estimate", "none") else "given"  # pyright: ignore[reportReturnType]
+
+
+def _digest(vectors: Tensor, made_with: Manifest, k: int) -> str:
     """Names a question: two runs of the same go on from one another."""
-    parts = [vectors.contiguous().numpy().tobytes(), f"{corpus.digest()} {model.digest()} {k}".encode()]
+    of = f"{made_with.corpora[0].digest} {made_with.model.digest} {k}"
+    parts = [vectors.contiguous().numpy().tobytes(), of.encode()]
     return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
 
 
@@ -238,19 +259,14 @@ class _Found:
         self._texts = {row: self._texts[row] for row in self._texts if row in shown}
         self.rows += len(examples)
         self.position = position
-        if self._file is not None and time.monotonic() - self._saved > _KEEP_EVERY:
-            self._keep(self._file)
+        if time.monotonic() - self._saved > _KEEP_EVERY:
+            self.keep()
 
     def ranking(self, query: int) -> tuple[tuple[Ranked, ...], tuple[Ranked, ...]]:
         """A query's proponents and opponents."""
         assert self._best is not None, "a corpus has at least one example"
         assert self._worst is not None, "a corpus has at least one example"
         return self._ranked(self._best, query, 1.0), self._ranked(self._worst, query, -1.0)
-
-    def forget(self) -> None:
-        """Remove the file: the question is answered."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
 
     def _ranked(self, part: tuple[Tensor, Tensor], query: int, sign: float) -> tuple[Ranked, ...]:
         ranked = []
@@ -259,7 +275,10 @@ class _Found:
             ranked.append(Ranked(row=row, example_id=name, parent_id=parent, influence=sign * score, text=text))
         return tuple(ranked)
 
-    def _keep(self, file: Path) -> None:
+    def keep(self) -> None:
+        """Write the file, where there is to be one."""
+        if self._file is None:
+            return
         assert self._best is not None, "kept after something was added"
         assert self._worst is not None, "kept after something was added"
         content = {
@@ -270,7 +289,7 @@ class _Found:
             "worst": [part.tolist() for part in self._worst],
             "texts": {str(row): said for row, said in self._texts.items()},
         }
-        replace_text(file, json.dumps(content))
+        replace_text(self._file, json.dumps(content))
         self._saved = time.monotonic()
 
     def _take_up(self) -> None:

@@ -107,6 +107,7 @@ def split_over_tokens(
 
 
 def _check(model: LanguageModel, examples: Sequence[TokenizedExample], vectors: Tensor, side: int) -> None:
+    model.check_on_one_device("influence split over tokens")
     if side < 1:
         raise OptionError(f"--side {side}: expected 1 or more rows and columns a layer block")
     wanted = (len(examples), len(model.blocks) * side * side)

@@ -55,6 +55,7 @@ class Case(NamedTuple):
 
 
 INDEX = "index --model {model} --data {corpus} --out {folder}/new --side 4 --codec float16"
+AUDIT = "audit {folder}/r.audit.json"
 ASK = "query --index {index} --prompt Paris --completion France"
 
 
@@ -127,11 +128,33 @@ def _other_model(world: World) -> None:
     save_tiny_model(world.model, "llama", seed=9)
 
 
+def _other_model_and_text(world: World) -> None:
+    (world.folder / "more.txt").write_text("The capital of Chad is N'Djamena.")
+    _other_model(world)
+
+
 def _bytes_of_shard_changed(world: World) -> None:
     path = world.index / "autocorrelation.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 255
     path.write_bytes(content)
+
+
+def _audited(world: World) -> Path:
+    """An answer with its audit."""
+    command = ["query", "--index", str(world.index), "--prompt", "Paris", "--completion", "France"]
+    assert framework.run(command_group, [*command, "--out", str(world.folder / "r.jsonl")]) == 0
+    return world.folder / "r.audit.json"
+
+
+def _edited_audit(old: str, new: str) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        path = _audited(world)
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return spoil
 
 
 CASES = [
@@ -228,7 +251,7 @@ CASES = [
     Case("no queries", "query --index {index} --queries {folder}/q.jsonl", "trackstar: {folder}/q.jsonl: "),
     Case("queries as text", "query --index {index} --queries {folder}/q.txt", "trackstar: {folder}/q.txt: not JSON lines", lambda w: w.write("q.txt", "Paris\n")),
     Case("results in no folder", ASK + " --out {corpus}/results.jsonl", "trackstar: {corpus}/results.jsonl: results cannot be written"),
-    Case("unfinished index", ASK, "trackstar: {index}: the index is not finished, 1 shards with 4 examples are there; run the same `trackstar index`", _unfinished),
+    Case("unfinished index", ASK, "trackstar: {index}: the index is not finished, 1 shards with 4 examples are there; run the command that began it", _unfinished),
     Case("cut shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
     Case("lost shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _remove("index/shards/000000.safetensors")),
     Case("changed R", ASK, "trackstar: {index}/autocorrelation.safetensors: ", _bytes_of_shard_changed),
@@ -245,7 +268,10 @@ CASES = [
     Case("too few again", ASK + " --top 5 --rerank 3", "trackstar: --rerank 3: expected at least as many as --top 5, or 0"),
     Case("less than none again", ASK + " --rerank -1", "trackstar: --rerank -1: expected at least as many as --top 10, or 0"),
     Case("neither index nor corpus", "query --prompt Paris --completion France", "trackstar: expected --index, or --data and --model"),
-    Case("index and corpus", ASK + " --data {corpus} --model {model}", "trackstar: expected --index, or --data and --model"),
+    Case("index and corpus", ASK + " --data {corpus} --model {model}", "trackstar: found both --index and --data"),
+    Case("how gradients are made, of an index", ASK + " --side 8 --seed 1", "trackstar: --side, --seed: with --data only"),
+    Case("exact and ranked again", ASK + " --exact --rerank 20", "trackstar: --rerank 20: --exact ranks every candidate"),
+    Case("no gradient, without an index", "query --data {corpus} --model {model} --prompt Paris --completion France --side 0", "trackstar: --side 0: expected 1 or more"),
     Case("a corpus without a model", "query --data {corpus} --prompt Paris --completion France", "trackstar: expected --index, or --data and --model"),
     Case("exact without an index", "query --data {corpus} --model {model} --prompt Paris --completion France --exact", "trackstar: --exact, --rerank: belong to an index"),
     Case("converted to no codec", "convert --index {index} --codec 3-bit --out {folder}/new", "trackstar: --codec 3-bit: expected one of float32"),
@@ -264,7 +290,32 @@ CASES = [
     Case("added into itself", "add --index {index} --data {corpus} --out {index}/new", "trackstar: --out {index}/new: is the index itself or lies in it"),
     Case("added to itself", "add --index {index} --data {corpus} --out {index}", "trackstar: --out {index}: is the index itself"),
     Case("added nothing", "add --index {index} --data {folder}/none.jsonl --out {folder}/new", "trackstar: {folder}/none.jsonl: "),
-    Case("added by another model", "add --index {index} --data {corpus} --out {folder}/new", "trackstar: {index}: made with model.digest", _other_model),
+    Case("added a second time", "add --index {index} --data {corpus} --out {folder}/new", "trackstar: --data {corpus}: {index} has been made of this corpus"),
+    Case("merged with itself", "merge {index} {index} --out {folder}/new", "trackstar: {index}: 4 of its examples are those of {index} too"),
+    Case("added by another model", "add --index {index} --data {folder}/more.txt --out {folder}/new", "trackstar: {index}: made with model.digest", _other_model_and_text),
+    # Audits
+    Case("no audit", "audit {folder}/none.audit.json", "trackstar: {folder}/none.audit.json: cannot be read (No such file"),
+    Case("audit of a folder", "audit {folder}", "trackstar: {folder}: cannot be read (Is a directory"),
+    Case("audit of results", "audit {corpus}", "trackstar: {corpus}: the text is not JSON (Extra data"),
+    Case("audit in binary", "audit {folder}/r.audit.json", "trackstar: {folder}/r.audit.json: byte 0 is not UTF-8", lambda w: w.write("r.audit.json", b"\xff\xfe")),
+    Case("audit of the future", AUDIT, "trackstar: {folder}/r.audit.json: audit_version is 2, expected at most 1: it is of a newer trackstar", _edited_audit('"audit_version": 1', '"audit_version": 2')),
+    Case("audit of another type", AUDIT, "trackstar: {folder}/r.audit.json: question.top is '10', expected a whole number", _edited_audit('"top": 10', '"top": "10"')),
+    Case("audit of huge numbers", AUDIT, "trackstar: {folder}/r.audit.json: question.top is 1000000000000000000, expected 1 to 1000000000", _edited_audit('"top": 10', '"top": 1000000000000000000')),
+    Case("audit of infinity", AUDIT, "trackstar: {folder}/r.audit.json: answer.mixing is inf, expected a finite number", _edited_audit('"mixing": 0.0', '"mixing": 1e999')),
+    Case("audit with another field", AUDIT, "trackstar: {folder}/r.audit.json: threads_more is unknown, expected no field of this name", _edited_audit('"threads":', '"threads_more": 1, "threads":')),
+    Case("audit that repeats a field", AUDIT, "trackstar: {folder}/r.audit.json: 'threads' is there more than once", _edited_audit('"threads":', '"threads": 1, "threads":')),
+    Case("audit that names a place", AUDIT, "trackstar: {folder}/r.audit.json: results.file is '../r.jsonl', expected the name of a file, without folders", _edited_audit('"r.jsonl"', '"../r.jsonl"')),
+    Case("audit changed by hand", AUDIT, "trackstar: {folder}/r.audit.json: digest is '", _edited_audit('"top": 10', '"top": 9')),
+    Case("cut audit", AUDIT, "trackstar: {folder}/r.audit.json: the text is not JSON", lambda w: [_audited(w), _truncate("r.audit.json", 700)(w)]),
+    Case("audit without results", AUDIT + " --results {folder}/none.jsonl", "trackstar: {folder}/none.jsonl: cannot be read (No such file", _audited),
+    Case("audit with no index", AUDIT + " --index {folder}", "trackstar: {folder}: no index is there (no manifest.json)", _audited),
+    Case("audit with no model", AUDIT + " --model {folder}/none", "trackstar: {folder}/none: no such folder", _audited),
+    Case("audit with no corpus", AUDIT + " --data {folder}/none.jsonl", "trackstar: {folder}/none.jsonl: no such file", _audited),
+    Case("audit with no queries", AUDIT + " --queries {corpus}", "trackstar: {corpus}:1: no prompt", _audited),
+    Case("audit with a task", AUDIT + " --task {corpus}", "trackstar: --task: the audit's R_eval comes from the queries themselves", _audited),
+    Case("audit with too many corpora", AUDIT + " --data {corpus} --data {corpus}", "trackstar: --data: found 2 corpora, and the audit is of 1", _audited),
+    Case("audit again without a model", AUDIT + " --again", "trackstar: --again: needs --model, --index; give --model and --index", _audited),
+    Case("audit's device", AUDIT + " --model {model} --device abacus", "trackstar: --device abacus: not usable here", _audited),
     # Pretraining
     Case("pretraining width", "pretrain --data {corpus} --out {folder}/run --width 7", "trackstar: width is 7 for 4 heads; expected an even number"),
     Case("pretraining optimizer", "pretrain --data {corpus} --out {folder}/run --optimizer sgd", "trackstar: --optimizer sgd: expected one of adafactor, adamw"),

@@ -18,7 +18,8 @@ from trackstar.cli.framework import RareOption
 from trackstar.store import Index
 
 COMMANDS = [
-    "index", "add", "merge", "remove", "convert", "query", "explore", "evaluate", "pretrain", "verify", "demo"
+    "index", "finish", "add", "merge", "remove", "convert", "query", "explore", "evaluate", "pretrain", "verify",
+    "audit", "demo",
 ]  # fmt: skip
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
@@ -95,7 +96,7 @@ def test_commands_are_these():
     assert list(command_group.commands) == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["index", "query", "pretrain"])
+@pytest.mark.parametrize("command", ["index", "query", "pretrain", "audit"])
 def test_rare_options_are_on_the_second_level_of_help_alone(command: str, capsys: pytest.CaptureFixture[str]):
     rare = [option for option in command_group.commands[command].params if isinstance(option, RareOption)]
     assert rare
@@ -120,14 +121,16 @@ def test_options_are_frozen():
             "--model --data --out --text-field --id-field --limit --second-moment --dtype --codec --batch-tokens "
             "--device --threads --window-tokens --overlap --side --layer-blocks --attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
-            "--revision --gguf-file --coordinates --whitening-examples --damping "
-            "--help-all".split()
+            "--revision --gguf-file --coordinates --whitening-examples --damping --shard "
+            "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "query": sorted(
             "--index --prompt --completion --generate --queries --task --top --out --json --mixing --damping --device "
             "--threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --rerank --exact --data "
-            "--help-all".split()
+            "--text-field --id-field --limit --window-tokens --second-moment --whitening-examples --side --seed "
+            "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
+        "finish": sorted("index --threads --help-all".split()),
         "add": sorted(
             "--index --data --out --text-field --id-field --limit --batch-tokens --device --threads --model "
             "--help-all".split()
@@ -139,7 +142,7 @@ def test_options_are_frozen():
             "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
             "--rerank --batch-tokens --help-all".split()
         ),
-        "evaluate": sorted("--config --out --threads --help-all".split()),
+        "evaluate": sorted("--config --out --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()),
         "pretrain": sorted(
             "--data --out --text-field --steps --batch-tokens --width --layers --heads --mlp-width --vocabulary "
             "--optimizer --checkpoint-steps --device --threads --limit --tokenizer --key-value-heads --context-tokens "
@@ -147,6 +150,10 @@ def test_options_are_frozen():
             "--pool-examples --seed --help-all".split()
         ),
         "verify": ["index"],
+        "audit": sorted(
+            "audit --results --index --model --data --queries --task --again --second-moment --device --threads "
+            "--help-all".split()
+        ),
         "demo": ["--out", "--seed"],
     }
 

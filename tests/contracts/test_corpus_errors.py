@@ -296,7 +296,7 @@ BAD_PLACES: list[tuple[str, Callable[[Path], str], str]] = [
         lambda _: "gopher2://x/y.jsonl",
         r"gopher2://x/y\.jsonl: not a path or URL that can be opened \(",
     ),
-    ("missing package", lambda _: "s3://bucket/y.jsonl", r"s3://bucket/y\.jsonl: its file system needs a package \("),
+    ("missing package", lambda _: "gs://bucket/y.jsonl", r"gs://bucket/y\.jsonl: its file system needs a package \("),
     ("denied", _denied, r"^denied://c\.jsonl: permission denied; expected a file that this user can read"),
 ]
 

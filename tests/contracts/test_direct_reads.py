@@ -1,6 +1,7 @@
 """Rows read past the page cache are those of the mapped files, and damage is told as it is there."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def test_a_file_system_without_direct_reads_is_read_plainly(tmp_path: Path, monk
     monkeypatch.setattr(os, "open", refusing)
     found = [chunk.stored.decode() for chunk in store.Index.open(tmp_path, direct_reads=True).iterate(2)]
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_file_system_that_only_refuses_in_reading_is_read_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_small_index(tmp_path)
+    original, refused = os.preadv, []
+
+    def refusing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return original(descriptor, buffers, offset)
+
+    expected = [chunk.stored.decode() for chunk in store.Index.open(tmp_path).iterate(2)]
+    index = store.Index.open(tmp_path, direct_reads=True)
+    monkeypatch.setattr(direct_reads.os, "preadv", refusing)
+    found = [chunk.stored.decode() for chunk in index.iterate(2)]
+    assert all(map(torch.equal, found, expected))
+    assert refused
 
 
 def test_a_file_that_is_gone_or_shrinks_is_damage(tmp_path: Path):

@@ -8,6 +8,7 @@ import pytest
 from capitals import TEXTS
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
+from trackstar.errors import StoreError
 from trackstar.store import Index
 
 
@@ -70,9 +71,12 @@ def test_convert_add_merge_and_remove(folder: Path, tmp_path: Path, capsys: pyte
     assert run("remove", "--index", tmp_path / "grown", *thinned) == 0
     names = [one.example.example_id for one in Index.open(tmp_path / "thinned").examples()]
     assert names == [f"t{place}" for place in range(24) if place not in (3, 20)]
-    assert run("merge", tmp_path / "small", tmp_path / "small", "--out", tmp_path / "twice") == 0
-    assert Index.open(tmp_path / "twice").rows == 32
-    for name in ("small", "grown", "thinned", "twice"):
+    rest = ("--names", tmp_path / "rest.txt", "--out", tmp_path / "rest")
+    (tmp_path / "rest.txt").write_text("".join(f"{name}\n" for name in names))
+    assert run("remove", "--index", tmp_path / "grown", *rest) == 0
+    assert run("merge", tmp_path / "thinned", tmp_path / "rest", "--out", tmp_path / "both") == 0
+    assert Index.open(tmp_path / "both").rows == 24
+    for name in ("small", "grown", "thinned", "both"):
         assert run("verify", tmp_path / name) == 0
     names, _ = answers(capsys, "--index", tmp_path / "grown", "--top", 24)
     assert len(names) == 24
@@ -84,13 +88,48 @@ def test_a_corpus_is_gone_through_without_an_index(
     capsys.readouterr()
     out = tmp_path / "results.jsonl"
     data = ("--data", folder / "corpus.jsonl", "--model", tiny_model_folder)
-    assert run("query", *data, *ASK, "--top", 4, "--out", out) == 0
+    made = ("--side", 8, "--seed", 3, "--limit", 16, "--second-moment", "none")
+    assert run("query", *data, *made, *ASK, "--top", 4, "--out", out) == 0
     said = capsys.readouterr().err
+    assert f"corpus: {folder / 'corpus.jsonl'}, 16 candidates" in said
+    assert "V: none" in said
     assert "ranking: exact, from every candidate's gradient" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.report.json"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["results.audit.json", "results.jsonl", "results.report.json"]
+    assert run("audit", tmp_path / "results.audit.json", *data) == 0
     assert len(json.loads(out.read_text())["proponents"]) == 4
     report = json.loads((tmp_path / "results.report.json").read_text())
     assert (report["codec"], report["candidates"], report["reranked"]) == ("none", 16, 16)
+
+
+def test_a_pass_is_not_lost_where_results_cannot_be_written(
+    folder: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "results.jsonl"
+    command = (
+        "query",
+        "--data",
+        folder / "corpus.jsonl",
+        "--model",
+        tiny_model_folder,
+        "--side",
+        8,
+        *ASK,
+        "--out",
+        out,
+    )
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise StoreError(f"{out}: no space is left on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trackstar.results.write_results", full)
+        assert run(*command) == 1
+    assert (tmp_path / "results.jsonl.unfinished").exists()
+    monkeypatch.setattr("trackstar.streaming._scores", None)  # nothing is scored again
+    assert run(*command) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["results.audit.json", "results.jsonl", "results.report.json"]
 
 
 def test_the_report_says_what_may_have_been_missed(folder: Path, tmp_path: Path):

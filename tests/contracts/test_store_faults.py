@@ -275,7 +275,7 @@ def test_the_resume_point_is_where_the_last_shard_said_that_the_next_begins(tmp_
 
 def test_an_unfinished_index_says_how_much_is_there_and_how_to_finish(tmp_path: Path) -> None:
     unfinished(tmp_path)
-    expected = "not finished, 2 shards with 6 examples are there; run the same `trackstar index` command again"
+    expected = "not finished, 2 shards with 6 examples are there; run the command that began it again"
     with pytest.raises(IncompleteIndexError, match=expected):
         store.Index.open(tmp_path)
     index = store.Index.open(tmp_path, allow_incomplete=True)

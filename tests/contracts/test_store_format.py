@@ -189,7 +189,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "overlapping tensors": (_with(data_offsets=[8, 16]), r"scales.data_offsets is \[8, 16\], expected \[16, 24\]"),
     "a hole": (_with(data_offsets=[20, 28]), r"scales.data_offsets is \[20, 28\], expected \[16, 24\]"),
     "offsets past the end": (_with(shape=[2**40], data_offsets=[16, 16 + 2**42]), "4120 bytes, expected 4398046515216"),
-    "a shape past all numbers": (_with(shape=[2**62, 2**62], data_offsets=[16, 24]), "scales.data_offsets is"),
+    "a shape past all numbers": (_with(shape=[2**62, 2**62], data_offsets=[16, 24]), r"scales.shape is \[4611"),
     "offsets that are true": (
         {**GOOD, "codes": {"dtype": "U8", "shape": [1], "data_offsets": [False, True]}},
         r"codes.data_offsets is \[False, True\]",

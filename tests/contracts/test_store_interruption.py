@@ -164,7 +164,7 @@ def test_a_disk_that_is_full_at_any_step_is_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
     steps = steps_of_a_run(tmp_path, monkeypatch)
-    for step in range(1, steps, 3):  # the last step of all needs no room: it removes the progress file
+    for step in range(1, steps - 2, 3):  # the last three need no room: they remove what only unfinished indexes have
         path = tmp_path / str(step)
         expected = r": cannot be written \(No space left on device\); free some space and run the same command again"
         with failing_at(monkeypatch, step, full), pytest.raises(StoreError, match=expected) as caught:
@@ -300,7 +300,9 @@ def test_a_second_writer_is_refused_at_once_and_let_in_when_the_first_is_dead(tm
             store.IndexWriter.open(tmp_path, small_manifest())
         assert time.perf_counter() - began < 1
         assert index_bytes(tmp_path) == before
-        with pytest.raises(IncompleteIndexError, match="1 shards with 3 examples are there; run the same"):
+        with pytest.raises(
+            IncompleteIndexError, match="1 shards with 3 examples are there; run the command that began it"
+        ):
             store.Index.open(tmp_path)
         process.kill()
         process.join()
@@ -414,7 +416,7 @@ def test_the_steps_counted_here_are_the_only_ones_that_write() -> None:
     folder = Path(writer.__file__).parent
     for file in folder.glob("*.py"):
         source = file.read_text()
-        for forbidden in ("write_text(encoding", "write_bytes(", '"wb"', '"w"', "shutil", ".rename(", ".touch("):
+        for forbidden in ("write_text(encoding", ".write_bytes(", '"wb"', '"w"', "shutil", ".rename(", ".touch("):
             assert forbidden not in source, (file.name, forbidden)
         if file.name not in ("durable_files.py", "tensor_file.py", "direct_reads.py"):  # the last opens for reading
             for function in STEPS:

@@ -149,13 +149,12 @@ def test_an_unfinished_index_is_good_as_far_as_it_goes(tmp_path: Path) -> None:
             writer.save_progress({"sum": torch.ones(2)})
     report = store.verify(tmp_path)
     assert (report.ok, report.completed, report.good_shards, report.rows) == (True, False, (0, 1), 6)
-    assert report.notes[0].endswith("run the same `trackstar index` command again to finish it")
+    assert report.notes[0].endswith("run the command that began it again to finish it")
     flip(tmp_path / "progress.safetensors", -1)
     (tmp_path / "shards" / "000000.safetensors").unlink()
-    assert [problem.split(": ")[0] for problem in store.verify(tmp_path).problems] == [
-        str(tmp_path / "shards" / "000000.safetensors"),
-        str(tmp_path / "progress.safetensors"),
-    ]
+    report = store.verify(tmp_path)
+    assert [problem.split(": ")[0] for problem in report.problems] == [str(tmp_path / "progress.safetensors")]
+    assert f"{tmp_path}: 1 shards are not there yet, the first of them 0" in report.notes
 
 
 def test_verifying_changes_nothing(index: Path) -> None:

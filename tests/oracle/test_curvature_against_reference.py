@@ -48,6 +48,24 @@ def test_autocorrelation_is_the_mean_of_outer_products_however_examples_are_batc
     torch.testing.assert_close(accumulator.mean().double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_summed_alone_has_the_same_bits_and_panels_meet():
+    """1,100 dimensions are two panels; sums in float64 keep what a float32 sum of the same batches would lose."""
+    batches = [correlated(40, 1100, seed=seed) for seed in range(3)]
+    together, alone = Autocorrelation(BLOCKS, 1100), Autocorrelation(1, 1100)
+    for phi in batches:
+        together.add(phi)
+        alone.add(phi[:, 1100:2200])
+    mean = together.mean()
+    assert torch.equal(mean[1], alone.mean()[0])
+    assert torch.equal(mean, mean.mT)
+    expected = torch.stack(of_reference(torch.cat(batches)))
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-4, atol=1e-4)
+    one = Autocorrelation(1, 1)
+    for value in [1e4] + [1.0] * 1000:
+        one.add(torch.full((1, 1), value))
+    assert float(one.mean()) == pytest.approx((1e8 + 1000) / 1001, rel=1e-7)
+
+
 @pytest.mark.parametrize("mixing", [0.0, 0.3, 1.0])
 def test_mixed_autocorrelation_is_equation_three(mixing: float):
     evaluation, train = (torch.stack(of_reference(correlated(20, 4, seed=seed))) for seed in (0, 1))

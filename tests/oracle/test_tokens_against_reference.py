@@ -22,10 +22,10 @@ from trackstar.examples import (
     TokenizedExample,
 )
 from trackstar.gradients import Output
-from trackstar.indexing import GradientProjector
 from trackstar.layer_blocks import WeightMatrix
 from trackstar.model import LanguageModel, wrap_model
 from trackstar.pipeline import build_index, query_gradients
+from trackstar.projecting import GradientProjector
 from trackstar.projection import projections, random_projection
 from trackstar.retrieval import all_scores, trackstar_scorer
 from trackstar.second_moment import NO_SECOND_MOMENT, ElementwiseMoment, FactoredMoment, SecondMoment

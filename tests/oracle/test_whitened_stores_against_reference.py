@@ -196,7 +196,7 @@ def test_codes_are_as_near_as_their_bits_and_ranking_again_is_exact(
 
 def test_lambda_follows_the_rule_on_a_whitened_index_too(tiny_model_folder: Path, tmp_path: Path):
     whitened = build(tiny_model_folder, tmp_path / "whitened", "float32")
-    projected = build(tiny_model_folder, tmp_path / "projected", "float32", coordinates="projected")
+    projected = build(tiny_model_folder, tmp_path / "projected", "float32", coordinates="projected", damping=None)
     phi, _ = query_gradients(projected, language_model("llama"), QUERIES, progress=False)
     found, expected = (task_correction(index, phi).mixing for index in (whitened, projected))
     assert found.value == pytest.approx(expected.value, rel=1e-2)

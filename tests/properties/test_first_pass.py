@@ -8,7 +8,7 @@ import torch
 
 from capitals import TEXTS
 from trackstar import first_pass, indexing
-from trackstar.errors import CurvatureError
+from trackstar.errors import CurvatureError, IndexMismatchError, OptionError
 from trackstar.examples import TokenizedExample, open_corpus
 from trackstar.pipeline import build_index
 from trackstar.store import PART_FOLDER, Index, verify
@@ -97,14 +97,58 @@ def test_an_interrupted_run_goes_on_wherever_it_was(
     assert not (tmp_path / "index" / PART_FOLDER).exists()
 
 
-def test_another_sample_is_another_index(tiny_model_folder: Path, tmp_path: Path):
-    from trackstar.errors import IndexMismatchError
-
+def test_another_sample_is_another_index(computed: list[str], tiny_model_folder: Path, tmp_path: Path):
     build(tiny_model_folder, tmp_path / "index", whitening_examples=9)
-    with pytest.raises(IndexMismatchError, match="whitening"):
-        build(tiny_model_folder, tmp_path / "index", whitening_examples=12)
+    computed.clear()
+    for options, expected in (
+        ({"whitening_examples": 12}, "whitening by R_train of up to 9 records"),
+        ({"whitening_examples": 9, "damping": 0.25}, "damping 0.25 is asked for now"),
+        ({"whitening_examples": 9, "codec": "2-bit"}, "made with codec '1-bit'"),
+        ({"codec": "float16"}, "made with coordinates 'whitened'"),
+        ({"whitening_examples": 9, "seed": 1}, "is asked for now"),
+    ):
+        with pytest.raises(IndexMismatchError, match=expected):
+            build(tiny_model_folder, tmp_path / "index", **options)
+        assert not (tmp_path / "index" / PART_FOLDER).exists()
+    assert not computed
     again = build(tiny_model_folder, tmp_path / "index", whitening_examples=9)
     assert again.rows == len(TEXTS)
+    assert not computed
+
+
+def test_a_whitened_index_is_not_begun_over_an_unfinished_projected_one(
+    computed: list[str], tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = indexing.IndexWriter.write_shard
+    out = tmp_path / "index"
+
+    def stopping(self: indexing.IndexWriter, content: object) -> object:
+        if self.shards_done:
+            raise KeyboardInterrupt
+        return original(self, content)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing.IndexWriter, "write_shard", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_model_folder, out, codec="float16")
+    computed.clear()
+    with pytest.raises(IndexMismatchError, match="made with coordinates 'projected', but 'whitened'"):
+        build(tiny_model_folder, out, codec="1-bit")
+    assert not computed
+    assert not (out / PART_FOLDER).exists()
+    assert build(tiny_model_folder, out, codec="float16").rows == len(TEXTS)
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+def test_a_damping_that_cannot_be_is_refused_before_anything_is_computed(
+    damping: float, computed: list[str], tiny_model_folder: Path, tmp_path: Path
+):
+    with pytest.raises(OptionError, match=f"--damping {damping}: expected 0 or more"):
+        build(tiny_model_folder, tmp_path / "index", damping=damping)
+    with pytest.raises(OptionError, match=r"--damping 0.1: goes with whitened coordinates"):
+        build(tiny_model_folder, tmp_path / "index", damping=0.1, codec="float32")
+    assert not computed
+    assert not (tmp_path / "index").exists()
 
 
 def test_what_another_attempt_left_is_not_taken_for_projected_rows(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capitals import QUERIES, TEXTS
-from trackstar import growing, rewriting
+from trackstar import rewriting, workers
 from trackstar.errors import DamagedIndexError, IndexMismatchError, OptionError
 from trackstar.examples import TokenizedExample
 from trackstar.first_pass import TrainWhitening
@@ -154,7 +154,7 @@ def test_added_examples_cost_their_own_gradients_alone(
 ):
     first = build(tiny_model_folder, FIRST, tmp_path / "first", codec)
     computed: list[str] = []
-    original = growing.projector_of
+    original = workers.projector_of
 
     def watched(*arguments: object, **options: object):
         made = original(*arguments, **options)  # pyright: ignore[reportArgumentType]
@@ -167,7 +167,7 @@ def test_added_examples_cost_their_own_gradients_alone(
         made.batches = noted  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
-    monkeypatch.setattr(growing, "projector_of", watched)
+    monkeypatch.setattr(workers, "projector_of", watched)
     grown = add_examples(first, SECOND, tmp_path / "grown", progress=False)
     check_whole(grown)
     assert computed == SECOND[1:]
@@ -179,8 +179,11 @@ def test_added_examples_cost_their_own_gradients_alone(
     again = add_examples(tmp_path / "first", SECOND, tmp_path / "grown", progress=False)
     assert again.manifest == grown.manifest
     assert len(computed) == len(SECOND) - 1
-    with pytest.raises(OptionError, match="holds an index of other corpora, expected an empty folder"):
+    with pytest.raises(IndexMismatchError, match=r"grown: the index was made with corpora\[1\]\.digest"):
         add_examples(first, TEXTS[:3], tmp_path / "grown", progress=False)
+    with pytest.raises(OptionError, match="has been made of this corpus, whose examples would count twice"):
+        add_examples(grown, SECOND, tmp_path / "twice", progress=False)
+    assert not (tmp_path / "twice").exists()
     with pytest.raises(OptionError, match="is the index itself or lies in it"):
         add_examples(first, SECOND, tmp_path / "first", progress=False)
     report = answer_queries(grown, QUERIES[:2], k=len(TEXTS), exact=True, progress=False)
@@ -228,6 +231,93 @@ def test_every_way_of_growing_goes_on_after_an_interruption(
         assert found.manifest.to_json() == expected.manifest.to_json()
         assert [shard.digest for shard in found.shards] == [shard.digest for shard in expected.shards]
         assert not (out / "part").exists()
+
+
+@pytest.mark.parametrize("other", ["removed", "converted"])
+def test_what_was_grown_from_another_index_is_not_taken_for_this_one(
+    other: str, parts: tuple[Index, Index, Index], tmp_path: Path
+):
+    first = parts[0]
+    name = first.example(2).example.example_id
+    made = (
+        remove_examples(first, [name], tmp_path / other, progress=False)
+        if other == "removed"
+        else convert_index(first, tmp_path / other, codec="1-bit", progress=False)
+    )
+    add_examples(first, SECOND, tmp_path / "grown", progress=False)
+    with pytest.raises(IndexMismatchError, match=r"grown: the index was made with (removed|coordinates)"):
+        add_examples(made, SECOND, tmp_path / "grown", progress=False)
+
+
+def test_a_grown_index_that_was_killed_late_or_damaged_is_made_whole(
+    parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grown = add_examples(parts[0], SECOND, tmp_path / "grown", progress=False)
+    before = [shard.digest for shard in grown.shards]
+
+    def killed(_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    # Killed after the manifest says that it is finished, before what it was made from is gone.
+    with monkeypatch.context() as patch:
+        patch.setattr("trackstar.store.writer.remove_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_examples(parts[0], SECOND, tmp_path / "late", progress=False)
+    assert (tmp_path / "late" / "part").exists()
+    late = add_examples(parts[0], SECOND, tmp_path / "late", progress=False)
+    assert not (tmp_path / "late" / "part").exists()
+    assert [shard.digest for shard in late.shards] == before
+    grown.shards[-1].path.unlink()
+    whole = add_examples(parts[0], SECOND, tmp_path / "grown", progress=False)
+    check_whole(whole)
+    assert [shard.digest for shard in whole.shards] == before
+    assert not (tmp_path / "grown" / "part").exists()
+
+
+def test_an_example_is_not_merged_with_itself(parts: tuple[Index, Index, Index], tmp_path: Path):
+    first, second, whole = parts
+    names = [stored.example.example_id for stored in whole.examples()]
+    with pytest.raises(OptionError, match=r"first: 14 of its examples are those of .*first too \(corpus"):
+        merge_indexes([first, second, first], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    # Two halves of one corpus have no example in common, until one of them has too many.
+    halves = [
+        remove_examples(whole, gone, tmp_path / name, progress=False)
+        for name, gone in (("head", names[9:]), ("tail", names[:9]), ("much", names[:8]))
+    ]
+    merged = merge_indexes(halves[:2], tmp_path / "merged", progress=False)
+    assert [row[0] for row in rows_of(merged)] == [row[0] for row in rows_of(whole)]
+    with pytest.raises(OptionError, match="much: 1 of its examples"):
+        merge_indexes([halves[0], halves[2]], tmp_path / "out", progress=False)
+
+
+def test_an_interrupted_conversion_whitens_by_what_it_kept(
+    parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Made again, factors could differ in their last bit: the shards that are there would be of another index."""
+    original = rewriting.IndexWriter.write_shard
+    written = 0
+
+    def stopping(self: rewriting.IndexWriter, content: object) -> object:
+        nonlocal written
+        written += 1
+        if written > 2:
+            raise KeyboardInterrupt
+        return original(self, content)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rewriting.IndexWriter, "write_shard", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            convert_index(parts[2], tmp_path / "out", codec="4-bit", progress=False)
+
+    def again(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("R_train is factorised again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trackstar.first_pass.whitening", again)
+        found = convert_index(parts[2], tmp_path / "out", codec="4-bit", progress=False)
+    expected = convert_index(parts[2], tmp_path / "undisturbed", codec="4-bit", progress=False)
+    assert [shard.digest for shard in found.shards] == [shard.digest for shard in expected.shards]
 
 
 def test_damping_can_be_chosen_in_converting(parts: tuple[Index, Index, Index], tmp_path: Path):

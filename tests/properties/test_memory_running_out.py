@@ -12,8 +12,8 @@ from torch import Tensor
 from comparisons import SIDE, assert_rows_close, language_model, package_phi, random_examples
 from trackstar.batching import plan_batches, run_adaptively
 from trackstar.errors import OptionError
-from trackstar.indexing import GradientProjector
 from trackstar.layer_blocks import WeightMatrix
+from trackstar.projecting import GradientProjector
 from trackstar.projection import ProjectedGradients
 from trackstar.second_moment import NO_SECOND_MOMENT, FactoredMoment, FactoredSquares, estimate_second_moment
 

@@ -46,7 +46,7 @@ def test_no_text_becomes_markup(text: str):
     one = result(text)
     report = QueryReport(
         results=(one,) * 11, mixing=Mixing(value=0.0, rule=text), damping=0.1, damping_rule=text, candidates=1,
-        codec="float16", reranked=0, index=text, model=text, coverage=text, second_moment=text,
+        codec="float16", reranked=0, recomputed=0, index=text, model=text, coverage=text, second_moment=text,
     )  # fmt: skip
     spans = tuple(TextSpan(start=place, stop=place + 1) for place in range(len(text)))
     split = TokenInfluence(text=text, spans=spans, parts=torch.ones(len(text)), influence=1.0)

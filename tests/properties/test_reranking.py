@@ -49,31 +49,44 @@ def test_what_is_ranked_again_has_exact_influences(index: Index):
     assert "estimated chance that a true proponent is missing" in " ".join(report.summary())
 
 
+def test_a_ranking_does_not_depend_on_what_else_is_asked(tiny_model_folder: Path, tmp_path: Path):
+    """But for how a store of few bits is scanned for many queries; this one has numbers."""
+    index = build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", codec="float32", side=8, progress=False)
+    options = {"k": 3, "reranked": 4, "mixing": 0.0, "progress": False}
+    together = answer_queries(index, QUERIES, **options)
+    assert 4 <= together.recomputed <= 8 * len(QUERIES)
+    assert f"(of {together.recomputed} examples)" in " ".join(together.summary())
+    for query, result in zip(QUERIES, together.results, strict=True):
+        alone = answer_queries(index, [query], **options).results[0]
+        assert [one.row for one in alone.proponents] == [one.row for one in result.proponents]
+        assert [one.row for one in alone.opponents] == [one.row for one in result.opponents]
+
+
 def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.MonkeyPatch):
     from trackstar import reranking
 
     monkeypatch.setattr(reranking, "_ROWS_AT_ONCE", 7)
     options = {"k": 4, "exact": True, "mixing": 0.3, "progress": False}
     done: list[int] = []
-    original = reranking.ExactScores.scores
+    original = reranking._Influences.of
 
-    def stopping(self: reranking.ExactScores, phi: torch.Tensor) -> torch.Tensor:
+    def stopping(self: reranking._Influences, phi: torch.Tensor) -> torch.Tensor:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(len(phi))
         return original(self, phi)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reranking.ExactScores, "scores", stopping)
+        patch.setattr(reranking._Influences, "of", stopping)
         with pytest.raises(KeyboardInterrupt):
             answer_queries(index, QUERIES, **options)
     again: list[int] = []
 
-    def counting(self: reranking.ExactScores, phi: torch.Tensor) -> torch.Tensor:
+    def counting(self: reranking._Influences, phi: torch.Tensor) -> torch.Tensor:
         again.append(len(phi))
         return original(self, phi)
 
-    monkeypatch.setattr(reranking.ExactScores, "scores", counting)
+    monkeypatch.setattr(reranking._Influences, "of", counting)
     found = answer_queries(index, QUERIES, **options)
     assert sum(again) == len(TEXTS) - 14
     assert [len(result.proponents) for result in found.results] == [4] * len(QUERIES)
@@ -85,6 +98,8 @@ def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.Mon
 def test_fewer_ranked_again_than_asked_for_is_refused(index: Index):
     with pytest.raises(OptionError, match="--rerank 2: expected at least as many as --top 5"):
         answer_queries(index, QUERIES[:1], k=5, reranked=2, progress=False)
+    with pytest.raises(OptionError, match="--rerank 20: --exact ranks every candidate from its gradient"):
+        answer_queries(index, QUERIES[:1], k=5, reranked=20, exact=True, progress=False)
 
 
 def test_a_single_question_is_ranked_again_too(index: Index, tiny_model_folder: Path):

@@ -39,7 +39,8 @@ def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, mo
         return stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=3, kept=kept, **SETTINGS)  # pyright: ignore[reportArgumentType]
 
     expected = ask()
-    assert not kept.exists()
+    assert json.loads(kept.read_text())["rows"] == len(TEXTS)  # until the caller has the results safe
+    kept.unlink()
     scored: list[int] = []
     original = streaming._scores
 
@@ -57,7 +58,9 @@ def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, mo
         assert json.loads(kept.read_text())["rows"] == 10
     assert ask() == expected
     assert sum(scored) == len(TEXTS)
-    assert not kept.exists()
+    # Results that could not be written are had again without a pass.
+    assert ask() == expected
+    assert sum(scored) == len(TEXTS)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"question": 1}', "[1]", "\0\0", '{"question": "x", "rows": "many"}'])
@@ -74,5 +77,14 @@ def test_what_cannot_be_asked_is_refused(tiny_model_folder: Path):
         stream_queries(str(tiny_model_folder), TEXTS, [], **ask)  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match="--top 0: expected 1 or more"):
         stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=0, **ask)  # pyright: ignore[reportArgumentType]
+    for name, value, expected in (
+        ("side", 0, "--side 0: expected 1 or more"),
+        ("batch_tokens", 0, "--batch-tokens 0: expected 1 or more"),
+        ("whitening_examples", -1, "--whitening-examples -1: expected 1 or more"),
+        ("second_moment_examples", 0, "--second-moment-examples 0: expected 1 or more"),
+        ("window_tokens", 10**6, "--window-tokens 1000000: the model reads at most"),
+    ):
+        with pytest.raises(OptionError, match=expected):
+            stream_queries(str(tiny_model_folder), TEXTS, QUERIES, **{**ask, name: value})  # pyright: ignore[reportArgumentType]
     with pytest.raises(CorpusError, match="has a token to score"):
         stream_queries(str(tiny_model_folder), ["", ""], QUERIES, second_moment="none", **ask)  # pyright: ignore[reportArgumentType]

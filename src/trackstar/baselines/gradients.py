@@ -26,6 +26,7 @@ from trackstar.model import LanguageModel
 from trackstar.pipeline import query_gradients
 from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
 from trackstar.store import Index, ProjectionKind
+from trackstar.workers import THIS_PROCESS, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +79,24 @@ class IndexedGradients:
         index: The candidates.
         model: The model that was indexed.
         batch_tokens: Most tokens of a batch of queries, padding included.
+        workers: Who computes queries' gradients.
         progress: Whether passes are shown at a terminal.
     """
 
-    def __init__(self, index: Index, model: LanguageModel, *, batch_tokens: int = 2048, progress: bool = False) -> None:
+    def __init__(
+        self,
+        index: Index,
+        model: LanguageModel,
+        *,
+        batch_tokens: int = 2048,
+        workers: Workers = THIS_PROCESS,
+        progress: bool = False,
+    ) -> None:
         self.index = index
         self.model = model
         self.progress = progress
         self._batch_tokens = batch_tokens
+        self._workers = workers
         self._kept: dict[tuple[tuple[str, str, str], ...], Tensor] = {}
 
     def of(self, queries: Sequence[Query]) -> Float[Tensor, "queries dimensions"]:
@@ -95,7 +106,12 @@ class IndexedGradients:
             while len(self._kept) >= 2:
                 self._kept.pop(next(iter(self._kept)))
             phi, _ = query_gradients(
-                self.index, self.model, queries, batch_tokens=self._batch_tokens, progress=self.progress
+                self.index,
+                self.model,
+                queries,
+                batch_tokens=self._batch_tokens,
+                workers=self._workers,
+                progress=self.progress,
             )
             self._kept[key] = phi
         return self._kept[key]

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from trackstar.baselines.gradients import GradientMethod, IndexedGradients, check_index
 from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
+from trackstar.correction import stored_matrices
 from trackstar.curvature import Autocorrelation, shrinkage_damping, whitening
 from trackstar.examples import Query, TokenizedExample
-from trackstar.indexing import GradientProjector
 from trackstar.model import LanguageModel
 from trackstar.progress import Progress
+from trackstar.projecting import GradientProjector
 from trackstar.retrieval import Scorer, all_scores
 from trackstar.second_moment import NO_SECOND_MOMENT
-from trackstar.store import Index
+from trackstar.store import Index, have_shapes
 
 TRAK = GradientMethod(name="TRAK", second_moment=False, correction="train", unit_norm=False, output="margin")
 
@@ -75,7 +76,7 @@ class TRAKRetriever:
         index, model, progress = self._gradients.index, self._gradients.model, self._gradients.progress
         phi = self._gradients.of(queries)
         if self._per == "examples":
-            r, count = index.tensors("autocorrelation")["autocorrelation"], index.rows
+            r, count = stored_matrices(index, "autocorrelation"), index.rows
         else:
             r, count = token_autocorrelation(
                 index, model, seed=self._seed, batch_tokens=self._batch_tokens, progress=progress
@@ -93,7 +94,7 @@ def mean_target_probabilities(
 ) -> Float[Tensor, "candidates"]:
     """p̄: the mean probability of each candidate's target tokens; one forward pass, kept with the index."""
     kept = index.load_derived("mean-target-probabilities")
-    if kept is not None:
+    if have_shapes(kept, probabilities=(index.rows,)):
         return kept["probabilities"]
     examples = [stored.example for stored in index.examples()]
     probabilities = torch.empty(len(examples))
@@ -131,10 +132,11 @@ def token_autocorrelation(
     """
     name = f"token-autocorrelation-{seed}"
     kept = index.load_derived(name)
-    if kept is not None:
+    manifest = index.manifest
+    dim = manifest.projection.side**2
+    if have_shapes(kept, autocorrelation=(len(manifest.layer_blocks), dim, dim)):
         return kept["autocorrelation"], index.rows
     examples = [_with_one_target(stored.example, seed) for stored in index.examples()]
-    manifest = index.manifest
     sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=model.device)
     with (
         Progress("R over tokens", unit="tokens", total=len(examples), shown=progress) as bar,

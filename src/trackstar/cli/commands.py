@@ -1,22 +1,25 @@
 """The commands: each turns options into one call of the Python interface and prints what that gives."""
 
+import contextlib
 import dataclasses
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from trackstar.cli.audit_command import audit
 from trackstar.cli.framework import ERROR, INTERRUPTED, Group, RareOption, run
+from trackstar.cli.framework import prepare as _prepare
 from trackstar.errors import OptionError
 
 if TYPE_CHECKING:
     from trackstar.examples import Query
     from trackstar.model import LanguageModel
     from trackstar.store import Index
+    from trackstar.workers import Workers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,11 +30,43 @@ def _rare(*names: str, **settings: Any) -> Callable[[Function], Function]:
 
 def _shared(function: Function) -> Function:
     """Options of every command that computes."""
-    device = click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.  [cpu]")
+    device = click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1; auto: all GPUs.  [cpu]")
     threads = _rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
     return device(threads(function))
 
 
+def _clustered(function: Function) -> Function:
+    """Options of the commands that a cluster can do."""
+    for option in (
+        _rare("--ray-gpus", type=float, metavar="N", help="GPUs of a worker.  [1 where there are any]"),
+        _rare("--ray-cpus", type=int, default=1, metavar="N", help="CPU cores of a worker.  [1]"),
+        _rare("--ray-workers", type=int, metavar="N", help="Most workers.  [all that have room]"),
+        _rare("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: auto, local, HOST:PORT."),
+    ):
+        function = option(function)
+    return function
+
+
+@contextlib.contextmanager
+def _workers(ray: str | None, ray_workers: int | None, ray_cpus: int, ray_gpus: float | None) -> "Iterator[Workers]":
+    """Who computes: this process, or a cluster's workers."""
+    if ray is None:
+        if ray_workers is not None or ray_gpus is not None:
+            raise OptionError("--ray-workers, --ray-gpus: belong to a cluster; say which with --ray")
+        from trackstar.workers import THIS_PROCESS
+
+        yield THIS_PROCESS
+        return
+    from trackstar.cluster import RayWorkers
+
+    with RayWorkers(ray, workers=ray_workers, cpus=ray_cpus, gpus=ray_gpus) as workers:
+        yield workers
+
+
+# Options of `query` that say how gradients are made where there is no index that says it.
+_STREAMING = (
+    "text_field", "id_field", "limit", "window_tokens", "second_moment", "whitening_examples", "side", "seed",
+)  # fmt: skip
 _CODECS = ("float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", "1-bit")
 
 
@@ -68,9 +103,22 @@ def trackstar() -> None:
 @_rare("--damping", type=float, metavar="X", help="Added to it, of its mean eigenvalue.  [shrinkage]")
 @_rare("--seed", type=int, default=0, metavar="N", help="Of projections and samples.  [0]")
 @_rare("--shard-examples", type=int, metavar="N", help="Examples a shard.  [64 MiB]")
+@_rare("--shard", "share", metavar="I/N", help="As the I-th of N runs that make one index; then finish.")
 @_rare("--revision", metavar="NAME", help="Revision of a hub's model.")
 @_rare("--gguf-file", metavar="NAME", help="Which file of the folder holds GGUF weights.")
-def index(*, model: str, data: str, out: str, threads: int | None, **options: Any) -> None:
+@_clustered
+def index(
+    *,
+    model: str,
+    data: str,
+    out: str,
+    threads: int | None,
+    ray: str | None,
+    ray_workers: int | None,
+    ray_cpus: int,
+    ray_gpus: float | None,
+    **options: Any,
+) -> None:
     """Index a corpus for a model; run again to resume.
 
     Codecs: float32, bfloat16, float16, int8, 4-bit, 2-bit, 1-bit.
@@ -84,7 +132,21 @@ def index(*, model: str, data: str, out: str, threads: int | None, **options: An
     _prepare(threads)
     from trackstar.pipeline import build_index
 
-    _tell(build_index(model, data, out, **options))
+    with _workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
+        made = build_index(model, data, out, workers=workers, **options)
+    if options["share"] is None or made.manifest.completion is not None:
+        _tell(made)
+
+
+@trackstar.command()
+@click.argument("index", metavar="IDX")
+@_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+def finish(*, index: str, threads: int | None) -> None:
+    """Complete an index that index --shard I/N made."""
+    _prepare(threads)
+    from trackstar.arrays import finish_index
+
+    _tell(finish_index(index))
 
 
 @trackstar.command()
@@ -167,6 +229,15 @@ def convert(*, index: str, codec: Any, out: str, damping: float | None, threads:
 @_rare("--query-set", metavar="NAME", help="Name of the set of queries in results.  [the file's]")
 @_rare("--max-new-tokens", type=int, default=16, metavar="N", help="Most tokens to generate.  [16]")
 @_rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
+@_rare("--text-field", metavar="NAME", help="Of --data: field that holds the text.  [text]")
+@_rare("--id-field", metavar="NAME", help="Of --data: field that names an example.  [found]")
+@_rare("--limit", type=int, metavar="N", help="Of --data: read the first N records only.")
+@_rare("--window-tokens", type=int, metavar="N", help="Of --data: split longer documents.  [context or batch]")
+@_rare("--second-moment", metavar="V", help="With --data, as in index.  [auto]")
+@_rare("--whitening-examples", type=int, metavar="N", help="With --data: R_train from so many.  [4096]")
+@_rare("--side", type=int, metavar="N", help="With --data, as in index.  [64]")
+@_rare("--seed", type=int, metavar="N", help="With --data: of projections and samples.  [0]")
+@_clustered
 def query(
     *,
     index: str | None,
@@ -187,19 +258,29 @@ def query(
     data: str | None,
     reranked: int | None,
     exact: bool,
+    ray: str | None,
+    ray_workers: int | None,
+    ray_cpus: int,
+    ray_gpus: float | None,
     **options: Any,
 ) -> None:
     """Which training examples moved the model towards a completion?"""
     _check_query_options(prompt, completion, generate, queries)
-    if (index is None) == (data is None) or (data is not None and model is None):
-        raise OptionError("expected --index, or --data and --model to go through a corpus without an index")
+    given = {name: options.pop(name) for name in _STREAMING}
+    streaming = {name: value for name, value in given.items() if value is not None}
+    _check_source(index, data, model, streaming)
     if data is not None and (exact or reranked is not None):
         raise OptionError("--exact, --rerank: belong to an index; --data is gone through exactly")
+    if data is not None and ray is not None:
+        raise OptionError(f"--ray {ray}: goes with --index; --data is gone through by one process")
+    if exact and reranked is not None:
+        raise OptionError(f"--rerank {reranked}: --exact ranks every candidate from its gradient; give one of them")
     if (reranked is not None and 0 < reranked < top) or (reranked or 0) < 0:
         raise OptionError(f"--rerank {reranked}: expected at least as many as --top {top}, or 0 to leave it out")
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     _prepare(threads)
+    from trackstar.audit import write_audit
     from trackstar.examples import Query, read_queries
     from trackstar.model import load_model
     from trackstar.pipeline import answer_queries
@@ -211,6 +292,7 @@ def query(
 
     if out is not None:
         check_writable(out)
+    kept = Path(f"{out}.unfinished") if out is not None and data is not None else None
     asked = (
         read_queries(queries, prompt_field=prompt_field, needs_completion=not generate)
         if queries is not None
@@ -222,19 +304,27 @@ def query(
         used = model_of_index(opened, model, device=device)
     else:
         opened, used = None, load_model(str(model), device=device)
+    prompts = asked if generate else None
     if generate:
         asked = _with_own_completions(asked, used, max_new_tokens)
     if opened is not None:
-        report = answer_queries(
-            opened, asked, model=used, k=top, task=about, device=device, reranked=reranked, exact=exact, **options
-        )
+        with _workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
+            report = answer_queries(
+                opened, asked, model=used, k=top, task=about, device=device, reranked=reranked, exact=exact,
+                workers=workers, **options,
+            )  # fmt: skip
     else:
-        kept = f"{out}.unfinished" if out is not None else None
-        report = stream_queries(used, data, asked, k=top, task=about, kept=kept, **options)
+        report = stream_queries(used, data, asked, k=top, task=about, kept=kept, **options, **streaming)
     name = query_set or (Path(queries).name.split(".")[0] if queries is not None else "prompt")
     if out is not None:
         lines, beside = write_results(report, out, query_set=name)
+        audit = write_audit(
+            report, out, query_set=name, prompt_field=prompt_field, prompts=prompts, max_new_tokens=max_new_tokens
+        )
+        if kept is not None:
+            kept.unlink(missing_ok=True)
         _note(f"results: {lines}, how they were made: {beside}")
+        _note(f"for others to verify: trackstar audit {audit}")
     for line in report.summary():
         _note(line)
     if as_json:
@@ -278,17 +368,29 @@ def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int
 @click.option("--config", required=True, metavar="FILE", help="Settings of the report (.toml).")
 @click.option("--out", required=True, metavar="FOLDER", help="The report's folder.")
 @_rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
-def evaluate(*, config: str, out: str, threads: int | None) -> None:
+@_clustered
+def evaluate(
+    *,
+    config: str,
+    out: str,
+    threads: int | None,
+    ray: str | None,
+    ray_workers: int | None,
+    ray_cpus: int,
+    ray_gpus: float | None,
+) -> None:
     """The paper's tables on facts whose examples are known; resumable."""
     _prepare(threads)
     for package in ("bm25s", "ahocorasick_rs", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise OptionError(f"{package} is not installed; evaluate needs it: pip install 'trackstar-tda[evaluate]'")
+    _on_this_machine(out)
     from trackstar.evaluation.config import read_config
     from trackstar.evaluation.run import run_evaluation
     from trackstar.evaluation.written import write_report
 
-    report = run_evaluation(read_config(config), out)
+    with _workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
+        report = run_evaluation(read_config(config), out, workers=workers)
     click.echo(f"{write_report(report, Path(out))}: {len(report.facts):,} queries, {report.candidates:,} candidates")
 
 
@@ -330,6 +432,7 @@ def pretrain(
     """Train a small Llama from scratch, keeping the optimizer's state."""
     _one_of("--optimizer", settings["optimizer"], ("adafactor", "adamw"))
     _prepare(threads)
+    _on_this_machine(out)
     from trackstar.examples import open_corpus
     from trackstar.pretraining import PretrainingConfig
     from trackstar.pretraining import pretrain as train
@@ -359,12 +462,16 @@ def verify(index: str) -> int:
     return ERROR
 
 
+trackstar.add_command(audit)
+
+
 @trackstar.command()
 @click.option("--out", default="demo-out", metavar="FOLDER", help="Where everything goes.  [demo-out]")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the demo's corpus.  [0]")
 def demo(*, out: str, seed: int) -> None:
     """Train on real facts and show what moved the answers."""
     _prepare(None)
+    _on_this_machine(out)
     from trackstar.demo.runner import run_demo
 
     run_demo(Path(out), seed=seed)
@@ -373,6 +480,16 @@ def demo(*, out: str, seed: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `trackstar`."""
     sys.exit(run(trackstar, arguments))
+
+
+def _check_source(index: str | None, data: str | None, model: str | None, streaming: Mapping[str, Any]) -> None:
+    if index is not None and data is not None:
+        raise OptionError("found both --index and --data; ask an index, or go through a corpus without one")
+    if index is None and (data is None or model is None):
+        raise OptionError("expected --index, or --data and --model to go through a corpus without an index")
+    if index is not None and streaming:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in streaming)
+        raise OptionError(f"{options}: with --data only; with --index it is what the index was made with")
 
 
 def _check_query_options(prompt: str | None, completion: str | None, generate: bool, queries: str | None) -> None:
@@ -405,21 +522,6 @@ def _with_own_completions(queries: "Sequence[Query]", model: "LanguageModel", ma
     return answered
 
 
-def _prepare(threads: int | None) -> None:
-    """Settle what must be settled before anything heavy is imported."""
-    # Idle threads that spin for long slow each other many times over beside another busy process; a short spin costs
-    # nothing measurable when there is none.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars
-    if threads is not None:
-        if threads < 1:
-            raise OptionError(f"--threads {threads}: expected 1 or more")
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def _tell(index: "Index") -> None:
     """What has been made, and how to ask it."""
     manifest = index.manifest
@@ -427,6 +529,13 @@ def _tell(index: "Index") -> None:
         f"{index.path}: {index.rows:,} examples, {index.dimensions:,} dimensions, {manifest.codec}; ask it with "
         f"trackstar query --index {index.path}"
     )
+
+
+def _on_this_machine(out: str) -> None:
+    from trackstar.store import is_url
+
+    if is_url(out):
+        raise OptionError(f"--out {out}: a URL, expected a folder of this machine: only indexes can be elsewhere")
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from trackstar.errors import TrackstarError
+from trackstar.errors import OptionError, TrackstarError
 
 ERROR, WRONG_OPTIONS, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -67,6 +67,21 @@ def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> N
         ctx.meta["trackstar.help_all"] = True
         click.echo(ctx.get_help())
         ctx.exit()
+
+
+def prepare(threads: int | None) -> None:
+    """Settle what must be settled before anything heavy is imported."""
+    # Idle threads that spin for long slow each other many times over beside another busy process; a short spin costs
+    # nothing measurable when there is none.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars
+    if threads is not None:
+        if threads < 1:
+            raise OptionError(f"--threads {threads}: expected 1 or more")
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 class _Terminated(BaseException):

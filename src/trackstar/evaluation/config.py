@@ -9,6 +9,7 @@ from typing import Any
 
 from trackstar.errors import OptionError
 from trackstar.examples.files import one_line
+from trackstar.store.strict_json import abridged
 
 METHODS = (
     "gold",
@@ -121,7 +122,7 @@ class EvaluationConfig:
                 raise OptionError(f"{name} is {value}; expected 1 or more")
         for name, least in (("side", 1), ("templates", 0)):
             if min(getattr(self, name), default=least) < least:
-                raise OptionError(f"{name} is {list(getattr(self, name))}; expected numbers from {least} on")
+                raise OptionError(f"{name} is {abridged(list(getattr(self, name)))}; expected numbers from {least} on")
         if self.damping is not None and not (math.isfinite(self.damping) and self.damping >= 0):
             raise OptionError(f"damping is {self.damping}; expected a finite number, at least 0")
         if self.second_moment == "none" and any(m in self.methods for m in WITH_SECOND_MOMENT):
@@ -132,7 +133,7 @@ class EvaluationConfig:
         for name in ("methods", "templates", "side", "checkpoints"):
             values = getattr(self, name)
             if (not values and name != "checkpoints") or len(set(values)) < len(values):
-                raise OptionError(f"{name} is {list(values)}; expected one or more, each once")
+                raise OptionError(f"{name} is {abridged(list(values))}; expected one or more, each once")
         if (len(self.side) > 1 or self.checkpoints) and "TrackStar" not in self.methods:
             raise OptionError("several sides, or checkpoints, are compared by TrackStar's rankings; name it in methods")
         if "embeddings" in self.methods and self.embedding_model is None:
@@ -152,7 +153,7 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"{file}: cannot be read ({error.strerror}); expected a report's settings") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise OptionError(f"{file}: is not TOML ({one_line(error)}); expected a report's settings") from None
     table = content.pop("tail_patch", None)
     try:
@@ -161,9 +162,9 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
         settings = _fields(EvaluationConfig, content, "")
         for name in ("corpus", "facts", "embedding_model"):
             if isinstance(settings.get(name), str):
-                settings[name] = str(file.parent / Path(settings[name]).expanduser())
+                settings[name] = str(file.parent / _expanded(settings[name]))
         if settings.get("second_moment", "auto") not in ("auto", "estimate", "none"):
-            settings["second_moment"] = str(file.parent / Path(settings["second_moment"]).expanduser())
+            settings["second_moment"] = str(file.parent / _expanded(settings["second_moment"]))
         for name in ("model", "entailment_model"):
             if isinstance(settings.get(name), str):
                 settings[name] = _resolved(file.parent, settings[name])
@@ -180,13 +181,28 @@ def _resolved(folder: Path, name: str) -> str:
     Raises:
         OptionError: It can only be a path, and nothing is there.
     """
-    beside = folder / Path(name).expanduser()
-    if beside.exists():
-        return str(beside)
-    first = folder / Path(name).parts[0]
-    if name.startswith((".", "~", "/")) or name.endswith(".gguf") or name.count("/") > 1 or first.exists():
-        raise OptionError(f"{beside}: no such model; expected a folder, a .gguf file, or a hub name")
+    beside = folder / _expanded(name)
+    try:
+        if beside.exists():
+            return str(beside)
+        first = folder / Path(name).parts[0]
+        if name.startswith((".", "~", "/")) or name.endswith(".gguf") or name.count("/") > 1 or first.exists():
+            raise OptionError(f"{beside}: no such model; expected a folder, a .gguf file, or a hub name")
+    except OSError as error:
+        raise OptionError(f"{abridged(name)}: no path ({error.strerror}); expected a model's folder or name") from None
     return name
+
+
+def _expanded(name: str) -> Path:
+    """The path with `~` as a home folder.
+
+    Raises:
+        OptionError: Nobody of that name is known here.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{abridged(name)}: no path ({error}); write the folder in full") from None
 
 
 def _fields(kind: Any, table: object, prefix: str) -> dict[str, Any]:
@@ -196,7 +212,7 @@ def _fields(kind: Any, table: object, prefix: str) -> dict[str, Any]:
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(table) - set(known))
     if unknown:
-        raise OptionError(f"{prefix}{unknown[0]} is no setting; expected one of {', '.join(known)}")
+        raise OptionError(f"{prefix}{one_line(unknown[0], 80)} is no setting; expected one of {', '.join(known)}")
     missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in table]
     if missing:
         raise OptionError(f"{prefix}{missing[0]} is missing; give it")
@@ -217,23 +233,29 @@ def _value(name: str, kind: Any, value: Any) -> Any:
         float: (float, int), float | None: (float, int),
     }[kind]  # fmt: skip
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
-        raise OptionError(f"{name} is {value!r}; expected {' or '.join(one.__name__ for one in expected)}")
+        raise OptionError(f"{name} is {abridged(value)}; expected {' or '.join(one.__name__ for one in expected)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise OptionError(f"{name} is {abridged(value)}; expected a number of at most 64 bits")
     return float(value) if float in expected else value
 
 
 def _choices(name: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
     for value in values:
         if value not in choices:
-            raise OptionError(f"{name}: {value!r} is unknown; expected one of {', '.join(map(repr, choices))}")
+            raise OptionError(f"{name}: {abridged(value)} is unknown; expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_tail_patch(config: TailPatchConfig, whole: EvaluationConfig) -> None:
     _choices("tail_patch.methods", config.methods, whole.methods)
     _choices("tail_patch.path", (config.path,), ("fast", "exact"))
     if not config.top_k or min(config.top_k) < 1 or max(config.top_k) > whole.top_k:
-        raise OptionError(f"tail_patch.top_k is {list(config.top_k)}; expected numbers from 1 to top_k = {whole.top_k}")
+        raise OptionError(
+            f"tail_patch.top_k is {abridged(list(config.top_k))}; expected numbers from 1 to top_k = {whole.top_k}"
+        )
     if config.queries < 0:
         raise OptionError(f"tail_patch.queries is {config.queries}; expected 0 (all) or more")
     rates = config.learning_rate
     if len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise OptionError(f"tail_patch.learning_rate is {list(rates)}; expected finite numbers above 0, each once")
+        raise OptionError(
+            f"tail_patch.learning_rate is {abridged(list(rates))}; expected finite numbers above 0, each once"
+        )

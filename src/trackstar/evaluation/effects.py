@@ -93,7 +93,7 @@ def measured_effects(
         for first in range(0, len(rows), _PROPONENTS_AT_ONCE):
             part = rows[first : first + _PROPONENTS_AT_ONCE]
             pairs = [Pair(query=q, proponent=place) for place, row in enumerate(part) for q in missing[row]]
-            proponents = [index.example(row).example for row in part]
+            proponents = [stored.example for stored in index.some_examples(part)]
             result = tail_patch(
                 model, step, queries, proponents, pairs,
                 path=config.path,  # pyright: ignore[reportArgumentType]  # one of the two: `EvaluationConfig`

@@ -216,10 +216,13 @@ def evidence(facts: Sequence[Fact], row_of: Mapping[str, int], *, strict: bool =
     for fact in facts:
         right = fact.gold_strict if strict else fact.gold
         if not right:
-            raise CorpusError(f"fact {fact.fact_id}: has no {'strict ' if strict else ''}gold example; leave it out")
+            raise CorpusError(
+                f"fact {one_line(fact.fact_id)}: has no {'strict ' if strict else ''}gold example; leave it out"
+            )
         if missing := [example_id for example_id in right if example_id not in row_of]:
             raise CorpusError(
-                f"fact {fact.fact_id}: its gold example {missing[0]} is not in the pool; expected all of them there"
+                f"fact {one_line(fact.fact_id)}: its gold example {one_line(missing[0])} is not in the pool; expected "
+                "all of them there"
             )
         gold.append(tuple(row_of[example_id] for example_id in right))
         beside = dict.fromkeys((*fact.coref, *fact.maybe_gold))

@@ -34,6 +34,7 @@ from trackstar.narrowing import narrow_index
 from trackstar.pipeline import build_index
 from trackstar.pretrained_files import pretrained_digest
 from trackstar.store import Index
+from trackstar.workers import THIS_PROCESS, Workers
 
 GRADIENT_METHODS = {method.name: method for method in (*EXPERIMENTS, TRACKSTAR, *OTHER_OUTPUTS, ONE_SIDED)}
 
@@ -66,15 +67,23 @@ class Rankings:
         config: The report's settings.
         model: The model.
         workspace: Where indexes and rankings are kept.
+        workers: Who makes indexes and computes gradients.
         progress: Whether bars may be shown.
     """
 
     def __init__(
-        self, config: EvaluationConfig, model: LanguageModel, workspace: Workspace, *, progress: bool = True
+        self,
+        config: EvaluationConfig,
+        model: LanguageModel,
+        workspace: Workspace,
+        *,
+        workers: Workers = THIS_PROCESS,
+        progress: bool = True,
     ) -> None:
         self._config = config
         self._model = model
         self._workspace = workspace
+        self._workers = workers
         self._progress = progress
         self._gradients: dict[tuple[str, bool, str, int], IndexedGradients] = {}
         if ONE_SIDED.name in config.methods:
@@ -230,7 +239,7 @@ class Rankings:
             else:
                 index = self._built(method, side, out)
             self._gradients[key] = IndexedGradients(
-                index, self._model, batch_tokens=config.batch_tokens, progress=self._progress
+                index, self._model, batch_tokens=config.batch_tokens, workers=self._workers, progress=self._progress
             )
         return self._gradients[key]
 
@@ -250,5 +259,6 @@ class Rankings:
             batch_tokens=config.batch_tokens,
             output=method.output,
             projection=method.projection,
+            workers=self._workers,
             progress=self._progress,
         )

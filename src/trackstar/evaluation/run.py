@@ -31,6 +31,7 @@ from trackstar.examples import Example
 from trackstar.generation import generate
 from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
+from trackstar.workers import THIS_PROCESS, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,12 +95,15 @@ class EvaluationReport:
         return len(self.pool)
 
 
-def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, progress: bool = True) -> EvaluationReport:
+def run_evaluation(
+    config: EvaluationConfig, out: str | os.PathLike[str], *, workers: Workers = THIS_PROCESS, progress: bool = True
+) -> EvaluationReport:
     """Compute a report, or what is missing of it.
 
     Args:
         config: Its settings.
         out: Its folder.
+        workers: Who makes indexes and computes gradients.
         progress: Whether bars may be shown.
 
     Raises:
@@ -112,7 +116,7 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
     model = load_model(config.model, device=config.device)
     if config.tail_patch is not None:
         _check_learning_rates(config.tail_patch, model)
-    rankings = Rankings(config, model, workspace, progress=progress)
+    rankings = Rankings(config, model, workspace, workers=workers, progress=progress)
     answers = _answers(facts, model, workspace, config, progress)
     correct = np.array(
         [answer_is_correct(a, f.object.name, f.object.aliases) for a, f in zip(answers, facts, strict=True)]
@@ -123,7 +127,7 @@ def run_evaluation(config: EvaluationConfig, out: str | os.PathLike[str], *, pro
         for template in config.templates
     }
     main = {method: of_method[method, config.templates[0]] for method in config.methods}
-    others = variants(config, facts, rankings, model, workspace, progress=progress)
+    others = variants(config, facts, rankings, model, workspace, workers=workers, progress=progress)
     effects = None
     if config.tail_patch is not None:
         methods = config.tail_patch.methods or config.methods

@@ -13,6 +13,7 @@ from trackstar.evaluation.workspace import Workspace
 from trackstar.model import LanguageModel, load_model
 from trackstar.pretraining.checkpoints import STATE_FILE, read_state
 from trackstar.pretraining.config import FREE_TO_CHANGE
+from trackstar.workers import THIS_PROCESS, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ def variants(
     own: LanguageModel,
     workspace: Workspace,
     *,
+    workers: Workers = THIS_PROCESS,
     progress: bool = True,
 ) -> Variants:
     """Rank with every side and every checkpoint of the settings; smaller sides cost no gradients.
@@ -58,6 +60,7 @@ def variants(
         rankings: The report's own.
         own: The report's model.
         workspace: A checkpoint's index and rankings are kept under `checkpoints/` in it.
+        workers: Who makes indexes and computes gradients.
         progress: Whether bars may be shown.
 
     Raises:
@@ -79,6 +82,7 @@ def variants(
             dataclasses.replace(config, model=path),
             model,
             Workspace(workspace.folder / "checkpoints" / name),
+            workers=workers,
             progress=progress,
         )
         if earlier.pool.texts != rankings.pool.texts:

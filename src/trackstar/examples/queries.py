@@ -49,7 +49,7 @@ def read_queries(
             query = _query(fields, where, prompt_field, f"{file.stem}:{len(queries)}", needs_completion)
             if query.query_id in seen:
                 raise CorpusError(
-                    f'{where}: query "{query.query_id}" is also at {seen[query.query_id]}; name each once'
+                    f'{where}: query "{one_line(query.query_id)}" is also at {seen[query.query_id]}; name each once'
                 )
             seen[query.query_id] = where
             queries.append(query)
@@ -81,7 +81,7 @@ def tokenize_query(query: Query, tokenizer: Tokenizer, *, window_tokens: int) ->
         ModelError: The tokenizer is not a fast one, or fails.
         OptionError: `window_tokens` leaves no room for a target.
     """
-    what = f"query {query.query_id}"
+    what = f"query {one_line(query.query_id)}"
     if not query.completion.strip():
         raise CorpusError(f"{what}: the completion is empty; expected the text whose probability is to be explained")
     backend = fast_backend(tokenizer)

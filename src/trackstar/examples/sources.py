@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 1024
+# What Arrow raises for values and names that Python has no object for.
+_NO_VALUE = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
 
 
 class Record(NamedTuple):
@@ -139,7 +141,7 @@ class ParquetSource(Source):
 
     def field_names(self) -> tuple[str, ...]:
         with open_raw(self._files[0]) as stream:
-            return tuple(_parquet(stream, self._files[0]).schema_arrow.names)
+            return _column_names(_parquet(stream, self._files[0]), self._files[0])
 
     def records(self, start: int, fields: Fields) -> Iterator[Record]:
         record = 0
@@ -147,9 +149,12 @@ class ParquetSource(Source):
             with open_raw(file) as stream:
                 table = _parquet(stream, file)
                 columns = [name for name in fields if name is not None]
+                there = _column_names(table, file)
                 for name in columns:
-                    if name not in table.schema_arrow.names:
-                        raise missing_field(name, fields, table.schema_arrow.names, file.name)
+                    if name not in there:
+                        raise missing_field(name, fields, there, file.name)
+                    if there.count(name) > 1:
+                        raise CorpusError(f"{file.name}: has two columns {one_line(repr(name))}; expected one")
                 first = record
                 for group in range(table.num_row_groups):
                     rows = table.metadata.row_group(group).num_rows
@@ -162,11 +167,13 @@ class ParquetSource(Source):
         for file in self._files:
             with open_raw(file) as stream:
                 table = _parquet(stream, file)
+                names = list(_column_names(table, file))
                 first = 0
                 for group in range(table.num_row_groups):
-                    for batch in _parquet_batches(table, group, table.schema_arrow.names, file):
+                    for batch in _parquet_batches(table, group, names, file):
                         columns = {
-                            name: _values(batch.column(name), f"{file.name}: row", first) for name in batch.schema.names
+                            name: _values(batch.column(place), f"{file.name}: row", first)
+                            for place, name in enumerate(batch.schema.names)
                         }
                         for row in range(batch.num_rows):
                             yield {name: values[row] for name, values in columns.items()}
@@ -298,22 +305,49 @@ def _parquet(stream: Any, file: DataFile) -> "pq.ParquetFile":
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(stream)
+        table = pq.ParquetFile(stream)
     except Exception as error:
         reason = one_line(error)
         raise CorpusError(
             f"{file.name}: not a Parquet file ({reason}); expected whole Parquet; make it again"
+        ) from error
+    groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != table.metadata.num_rows:
+        raise CorpusError(
+            f"{file.name}: says that it has {table.metadata.num_rows} rows, but {sum(groups)} in its row groups; make "
+            "it again"
+        )
+    return table
+
+
+def _column_names(table: "pq.ParquetFile", file: DataFile) -> tuple[str, ...]:
+    """The names of the columns.
+
+    Raises:
+        CorpusError: They cannot be read.
+    """
+    try:
+        return tuple(table.schema_arrow.names)
+    except _NO_VALUE as error:  # a type that Arrow does not know, a name that is not UTF-8
+        raise CorpusError(
+            f"{file.name}: its columns cannot be read ({one_line(error)}); make the file again"
         ) from error
 
 
 def _parquet_batches(
     table: "pq.ParquetFile", group: int, columns: list[str], file: DataFile
 ) -> Iterator["pa.RecordBatch"]:
+    rows = 0
     try:
-        yield from table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(dict.fromkeys(columns)))
+        for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(dict.fromkeys(columns))):
+            rows += batch.num_rows
+            yield batch
     except Exception as error:
         reason = one_line(error)
         raise CorpusError(f"{file.name}: row group {group} is damaged ({reason}); make the file again") from error
+    expected = table.metadata.row_group(group).num_rows
+    if rows != expected:
+        raise CorpusError(f"{file.name}: row group {group} holds {rows} rows, expected {expected}; make the file again")
 
 
 def _rows(
@@ -334,6 +368,9 @@ def _columns(
     rows: "pa.RecordBatch | pa.Table", fields: Fields, place: str, first: int
 ) -> tuple[list[object], list[object]]:
     """The text and the name of each row as Python objects; names are None where records have none."""
+    for name in fields:
+        if name is not None and name not in rows.schema.names:  # a group of a Parquet file that has no member
+            raise CorpusError(f'{place} {first}: field "{name}" holds no values; expected strings')
     texts = _values(rows.column(fields.text), place, first)
     if fields.identifier is None:
         return texts, [None] * len(texts)
@@ -341,12 +378,23 @@ def _columns(
 
 
 def _values(column: Any, place: str, first: int) -> list[object]:
+    """A column's values as Python objects.
+
+    Raises:
+        CorpusError: One of them is no such object: not UTF-8, a date that no calendar has, of an unknown time zone.
+    """
     try:
         return cast("list[object]", column.to_pylist())
-    except UnicodeDecodeError:
-        for row, value in enumerate(column, start=first):
-            try:
-                value.as_py()
-            except UnicodeDecodeError as error:
-                raise CorpusError(f"{place} {row}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
-        raise
+    except _NO_VALUE as error:
+        for row in range(len(column)):
+            _check_value(column, row, f"{place} {row + first}")
+        raise CorpusError(f"{place} {first} or after it: cannot be read ({one_line(error)}); make it again") from None
+
+
+def _check_value(column: Any, row: int, place: str) -> None:
+    try:
+        column[row].as_py()
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{place}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
+    except _NO_VALUE as error:
+        raise CorpusError(f"{place}: cannot be read ({one_line(error)}); write it as text") from None

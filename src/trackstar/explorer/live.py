@@ -45,6 +45,7 @@ from trackstar.explorer.schemas import (
 )
 from trackstar.generation import generate_tokens
 from trackstar.progress import Progress
+from trackstar.store import place_name
 
 TRACKSTAR, BM25, EMBEDDINGS = "TrackStar", "BM25", "embeddings"
 _SCORE_NAMES = {
@@ -107,7 +108,7 @@ class LiveIndex:
         """The index, for the browser; folders above what is named are left out."""
         manifest = self._index.manifest
         return IndexSummary(
-            name=sendable(self._index.path.resolve().name),
+            name=sendable(place_name(self._index.path)),
             candidates=self._index.rows,
             dimensions=self._index.dimensions,
             codec=manifest.codec,
@@ -284,7 +285,8 @@ class LiveIndex:
             raise OptionError(f"method {method}: expected one of {', '.join(held.scores)}")
         scores = torch.from_numpy(held.scores[method])
         rows = scores.sort(descending=True, stable=True).indices[:top].tolist()
-        values = [metadata.of_record(self._index.example(row).example.record).get(field, "") for row in rows]
+        examples = [stored.example for stored in self._index.some_examples(rows)]
+        values = [metadata.of_record(example.record).get(field, "") for example in examples]
         return groups(
             field,
             method,
@@ -318,8 +320,8 @@ class LiveIndex:
 
     def _passages(self, rows: Sequence[int], scores: Float[np.ndarray, "candidates"]) -> list[Passage]:
         passages = []
-        for rank, row in enumerate(rows, start=1):
-            example = self._index.example(row).example
+        for rank, stored in enumerate(self._index.some_examples(rows), start=1):
+            row, example = stored.row, stored.example
             passages.append(
                 make_passage(
                     rank=rank,

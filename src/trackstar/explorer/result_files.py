@@ -250,8 +250,10 @@ def _mixing_beside(path: Path) -> MixingSummary | None:
         return None
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
+        if not isinstance(found["mixing"], dict):
+            raise TypeError(f"mixing is {json_kind(found['mixing'])}")
         return mixing_summary(found["mixing"], damping=found["damping"], damping_rule=found["damping_rule"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise CorpusError(
             f"{report}: not the report of these results ({one_line(error)}); remove it or write it again"
         ) from None

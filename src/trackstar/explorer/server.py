@@ -23,7 +23,7 @@ from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.security import Guard
 from trackstar.provenance import model_of_index
 from trackstar.reranking import RERANKED
-from trackstar.store import Index
+from trackstar.store import Index, is_url, load_manifest
 
 MOST_RUNS = 8
 MOST_CONNECTIONS = 512
@@ -94,7 +94,7 @@ def serve(
         TrackstarError: Something cannot be opened; see `trackstar.errors`.
     """
     check_options(options)
-    indexes = [path for path in paths if Path(path).is_dir()]
+    indexes = [path for path in paths if _is_index(path)]
     results = [path for path in paths if path not in indexes]
     if len(indexes) > 1 or len(results) > MOST_RUNS:
         raise OptionError(
@@ -103,7 +103,7 @@ def serve(
         )
     if not indexes and options != IndexOptions(device=options.device, batch_tokens=options.batch_tokens):
         raise OptionError("--task, --embedding-model, --model, --data, --mixing and --damping are an index's; name one")
-    listening = _listen(port)
+    listening = listen(port)
     try:
         files = [read_result_file(path) for path in results]
         live = open_index(indexes[0], options, say=say) if indexes else None
@@ -121,6 +121,11 @@ def serve(
             jobs.close()
     finally:
         listening.close()
+
+
+def _is_index(path: str) -> bool:
+    """Whether a path or URL is rather an index than a file of results."""
+    return load_manifest(path) is not None if is_url(path) else Path(path).is_dir()
 
 
 def http_server(app: Guard) -> uvicorn.Server:
@@ -179,11 +184,19 @@ def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) 
     return LiveIndex(attributor, encoder=encoder, corpora=corpora, task_queries=len(task))
 
 
-def _listen(port: int) -> socket.socket:
-    """A socket on loopback, so that nothing outside this machine can reach the server."""
+def listen(port: int) -> socket.socket:
+    """A socket on loopback, so that nothing outside this machine can reach the server.
+
+    Args:
+        port: Its port; 0 is any that is free.
+
+    Raises:
+        OptionError: There is no such port, or it cannot be used.
+    """
     if not 0 <= port <= 65535:
         raise OptionError(f"--port {port}: expected 0 (any that is free) to 65535")
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # With the protocol named, asyncio sends an answer's last part at once, not 40 ms later, when its first has come.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

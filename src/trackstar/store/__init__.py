@@ -10,7 +10,7 @@ from trackstar.store.codecs import (
     quantized_bits,
     row_bytes,
 )
-from trackstar.store.index_tensors import IndexTensors, tensors_digest
+from trackstar.store.index_tensors import IndexTensors, have_shapes, tensors_digest
 from trackstar.store.manifest import (
     FORMAT_VERSION,
     CodecName,
@@ -32,22 +32,26 @@ from trackstar.store.manifest import (
     differences,
     load_manifest,
 )
+from trackstar.store.places import Place, as_folder, is_url, lies_in, place_name
 from trackstar.store.quantization import Bits
 from trackstar.store.reader import CodeChunk, Index
 from trackstar.store.shard_content import ShardContent
+from trackstar.store.shard_folder import PREPARING_LOCK, CorpusEnd, ShardFolder, is_begun, remove_end
 from trackstar.store.shards import ResumePoint, Shard, StoredExample
 from trackstar.store.verification import VerificationReport, verify
-from trackstar.store.writer import PART_FOLDER, IndexWriter
+from trackstar.store.writer import PART_FOLDER, IndexWriter, check_same
 
 __all__ = [
     "CODECS",
     "FORMAT_VERSION",
     "PART_FOLDER",
+    "PREPARING_LOCK",
     "Bits",
     "CodeChunk",
     "CodecName",
     "CompletionEntry",
     "Coordinates",
+    "CorpusEnd",
     "CorpusEntry",
     "CoverageEntry",
     "Index",
@@ -57,6 +61,7 @@ __all__ = [
     "Manifest",
     "MatrixEntry",
     "ModelEntry",
+    "Place",
     "ProjectionEntry",
     "ProjectionKind",
     "ResumePoint",
@@ -64,19 +69,28 @@ __all__ = [
     "Shard",
     "ShardContent",
     "ShardEntry",
+    "ShardFolder",
     "StoredExample",
     "StoredRows",
     "TokenizerEntry",
     "VerificationReport",
     "WhiteningEntry",
     "WindowsEntry",
+    "as_folder",
     "check_codec",
     "check_quantizable",
+    "check_same",
     "codec_bits",
     "differences",
     "encode",
+    "have_shapes",
+    "is_begun",
+    "is_url",
+    "lies_in",
     "load_manifest",
+    "place_name",
     "quantized_bits",
+    "remove_end",
     "row_bytes",
     "tensors_digest",
     "verify",

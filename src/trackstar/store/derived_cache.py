@@ -5,16 +5,16 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import final
 
 from torch import Tensor
 
 from trackstar.errors import StoreError
-from trackstar.store.durable_files import PARTIAL_SUFFIX, make_folder
-from trackstar.store.index_tensors import checked_tensors, in_order
+from trackstar.store.durable_files import PARTIAL_SUFFIX, exists, make_folder
+from trackstar.store.index_tensors import in_order
 from trackstar.store.manifest import Manifest
-from trackstar.store.tensor_file import open_tensor_file, write_tensor_file
+from trackstar.store.places import Place
+from trackstar.store.tensor_file import checked_tensors, open_tensor_file, write_tensor_file
 
 DERIVED_FORMAT = "trackstar-derived-1"
 
@@ -23,7 +23,7 @@ DERIVED_FORMAT = "trackstar-derived-1"
 class DerivedCache:
     """The files under derived/ that were computed from the index with this manifest."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Place, manifest: Manifest) -> None:
         self._folder = folder
         self._finished = manifest.completion is not None
         self._index = hashlib.blake2b(manifest.to_json().encode("ascii"), digest_size=32).hexdigest()
@@ -31,9 +31,9 @@ class DerivedCache:
     def load(self, key: str) -> dict[str, Tensor] | None:
         """What is kept under `key`; None where nothing is, or it is damaged or of another index."""
         path = self._place(key)
-        if not self._finished or not path.exists():
-            return None
         try:
+            if not self._finished or not exists(path):
+                return None
             file = open_tensor_file(path)
             return checked_tensors(file) if file.metadata == self._metadata(key) else None
         except StoreError:
@@ -53,7 +53,7 @@ class DerivedCache:
             return False
         return True
 
-    def _place(self, key: str) -> Path:
+    def _place(self, key: str) -> Place:
         assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,150}", key), key
         return self._folder / f"{key}.safetensors"
 

@@ -6,6 +6,7 @@ system has it; elsewhere plain reads, whose pages are given back at once).
 """
 
 import errno
+import fcntl
 import math
 import mmap
 import os
@@ -31,7 +32,7 @@ def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Ten
     row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
     starts = range(0, rows, rows_per_part)
     buffers = [mmap.mmap(-1, _aligned(rows_per_part * row_bytes) + 2 * PAGE) for _ in range(2)]
-    descriptor, direct = _opened(file)
+    descriptor = _opened(file)
 
     def read(number: int) -> Tensor:
         first = starts[number]
@@ -40,7 +41,7 @@ def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Ten
         stop = begin + count * row_bytes
         offset = begin // PAGE * PAGE
         _read(file, descriptor, memoryview(buffers[number % 2])[: _aligned(stop - offset)], offset, stop)
-        if not direct:
+        if not _passes_cache_by(descriptor):
             os.posix_fadvise(descriptor, offset, stop - offset, os.POSIX_FADV_DONTNEED)
         numbers = count * row_bytes // place.dtype.itemsize
         flat = torch.frombuffer(buffers[number % 2], dtype=place.dtype, count=numbers, offset=begin - offset)
@@ -58,11 +59,11 @@ def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Ten
         os.close(descriptor)
 
 
-def _opened(file: TensorFile) -> tuple[int, bool]:
-    """A descriptor, and whether it reads past the page cache."""
+def _opened(file: TensorFile) -> int:
+    """A descriptor that reads past the page cache, where the file system can."""
     for flags in (os.O_DIRECT, 0):
         try:
-            return os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | flags), bool(flags)
+            return os.open(str(file.path), os.O_RDONLY | os.O_CLOEXEC | flags)
         except FileNotFoundError:
             raise damaged(file.path, "missing, expected it to be there") from None
         except OSError as error:
@@ -78,10 +79,21 @@ def _read(file: TensorFile, descriptor: int, buffer: memoryview, offset: int, st
         try:
             count = os.preadv(descriptor, [buffer[position - offset :]], position)
         except OSError as error:
+            if error.errno == errno.EINVAL and _passes_cache_by(descriptor):
+                _read_through_cache(descriptor)  # some file systems take O_DIRECT and then refuse to read so
+                continue
             raise StoreError(f"{file.path}: cannot be read ({error.strerror})") from error
         if count == 0:
             raise damaged(file.path, f"ends at byte {position}, expected {file.size} bytes")
         position += count
+
+
+def _passes_cache_by(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def _read_through_cache(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 def _aligned(size: int) -> int:

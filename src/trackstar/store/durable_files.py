@@ -1,7 +1,8 @@
 """Files that are there whole or not at all, whatever happens to the process or the machine while they are written.
 
-A file is written beside its place, under its name with `.partial` at the end, brought to the disk (fsync), renamed, and
-the rename brought to the disk as well. Readers see the old file or the new one, never a part.
+On this machine a file is written beside its place, under its name with `.partial` at the end, brought to the disk
+(fsync), renamed, and the rename brought to the disk as well. Readers see the old file or the new one, never a part.
+`remote_files` does the same elsewhere, by other means.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trackstar.errors import StoreError
+from trackstar.store import remote_files
+from trackstar.store.places import Place
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -19,7 +22,7 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[int]:
+def replacing(path: Place, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[int]:
     """A descriptor of a new file that takes the place of `path` when the block ends without an error.
 
     Args:
@@ -29,6 +32,10 @@ def replacing(path: Path, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[i
     Raises:
         StoreError: The file cannot be written; nothing is left of it, and what was at `path` is still there.
     """
+    if not isinstance(path, Path):
+        with remote_files.replacing(path, partial_suffix=partial_suffix) as descriptor:
+            yield descriptor
+        return
     partial = path.with_name(path.name + partial_suffix)
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -47,14 +54,14 @@ def replacing(path: Path, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[i
     sync_folder(path.parent)
 
 
-def write_all(descriptor: int, content: bytes | memoryview) -> None:
+def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
     """Write every byte of `content`; a single write may take only a part of them."""
     remaining = memoryview(content)
     while remaining:
         remaining = remaining[os.write(descriptor, remaining) :]
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Replace the file at `path` by `text` in UTF-8.
 
     Raises:
@@ -64,12 +71,15 @@ def write_text(path: Path, text: str) -> None:
         write_all(descriptor, text.encode("utf-8"))
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Place) -> None:
     """Make a folder and those above it, durably.
 
     Raises:
         StoreError: It cannot be made, or a file is in its place.
     """
+    if not isinstance(path, Path):
+        remote_files.make_folder(path)
+        return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -95,8 +105,10 @@ def sync_folder(path: Path) -> None:
         raise write_error(path, error) from error
 
 
-def remove_if_there(path: Path) -> bool:
-    """Remove a file; False where there is none or it cannot be removed."""
+def remove_if_there(path: Place) -> bool:
+    """Remove a file; False where it cannot be removed, and on this machine where there is none."""
+    if not isinstance(path, Path):
+        return remote_files.remove(path)
     try:
         os.unlink(path)
     except OSError:
@@ -104,13 +116,78 @@ def remove_if_there(path: Path) -> bool:
     return True
 
 
-def remove_folder(path: Path) -> None:
+def remove_folder(path: Place) -> None:
     """Remove a folder with all that is in it, as far as it can be removed; links are not followed."""
+    if not isinstance(path, Path):
+        remote_files.remove_folder(path)
+        return
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
             remove_if_there(Path(folder) / name)
         with contextlib.suppress(OSError):
             os.rmdir(folder)
+
+
+def exists(path: Place) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        StoreError: The file system that it is on cannot tell.
+    """
+    if isinstance(path, Path):
+        return path.exists()
+    try:
+        remote_files.size_of(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def file_size(path: Place) -> int:
+    """A file's length in bytes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StoreError: The file system that it is on cannot tell.
+    """
+    return path.stat().st_size if isinstance(path, Path) else remote_files.size_of(path)
+
+
+def read_bytes(path: Place) -> bytes:
+    """All of a small file.
+
+    Raises:
+        OSError: It is not there, or on this machine, cannot be read.
+        StoreError: The file system that it is on cannot give it.
+    """
+    return path.read_bytes() if isinstance(path, Path) else remote_files.read_whole(path)
+
+
+def names_in(folder: Place) -> list[str]:
+    """The names of what is in a folder, sorted; none where there is no such folder.
+
+    Raises:
+        StoreError: They cannot be told, or a file is in the folder's place.
+    """
+    if not isinstance(folder, Path):
+        return remote_files.names_in(folder)
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def files_below(folder: Place) -> list[str]:
+    """Everything in a folder and those below it, as paths from the folder on; of other file systems, files alone.
+
+    Raises:
+        StoreError: The file system that it is on cannot tell.
+    """
+    if isinstance(folder, Path):
+        return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+    return remote_files.files_below(folder)
 
 
 def write_error(path: Path, error: OSError) -> StoreError:

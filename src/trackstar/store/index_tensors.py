@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import final
+from typing import TypeGuard, final
 
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, IndexMismatchError
+from trackstar.store.durable_files import exists
 from trackstar.store.manifest import Manifest
+from trackstar.store.places import Place
 from trackstar.store.shards import Shard
+from trackstar.store.strict_json import cut
 from trackstar.store.tensor_file import (
     TensorFile,
-    check_digest,
+    checked_tensors,
     damaged,
     digest_of,
-    map_tensor,
     open_tensor_file,
     write_tensor_file,
 )
@@ -41,22 +43,20 @@ def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
-def checked_tensors(file: TensorFile) -> dict[str, Tensor]:
-    """All tensors of a file, memory-mapped, once its digest has been checked.
-
-    Raises:
-        DamagedIndexError: A byte of it is not what was written.
-    """
-    check_digest(file)
-    return {name: map_tensor(file, name) for name in file.places}
+def have_shapes(tensors: Mapping[str, Tensor] | None, **shapes: tuple[int, ...]) -> TypeGuard[Mapping[str, Tensor]]:
+    """Whether these are tensors of the names and shapes: a file with a good digest may still hold others."""
+    return tensors is not None and all(
+        name in tensors and tuple(tensors[name].shape) == shape for name, shape in shapes.items()
+    )
 
 
 @final
 class IndexTensors:
     """The tensor files of the index at `path`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
+        self._copies: dict[tuple[str, str], dict[str, Tensor]] = {}  # by name and digest
 
     def write(self, name: str, tensors: Mapping[str, Tensor], manifest: Manifest) -> str:
         """Write `second_moment`, `autocorrelation` or `whitening`; gives its digest."""
@@ -72,24 +72,37 @@ class IndexTensors:
 
     def read(self, name: str, manifest: Manifest) -> dict[str, Tensor]:
         """What `write` wrote, checked; where the manifest knows the digest, against that."""
-        return checked_tensors(self.open(name, manifest))
+        file = self.open(name, manifest)
+        if isinstance(file.path, Path):
+            return checked_tensors(file)
+        key = (name, file.digest)
+        if key not in self._copies:
+            self._copies[key] = checked_tensors(file)
+        return dict(self._copies[key])
 
     def open(self, name: str, manifest: Manifest) -> TensorFile:
         """The file of one of them: its header, against the manifest, not its data."""
         file = open_tensor_file(self._place(name))
         known = _known_digest(name, manifest)
         if known is not None and file.digest != known:
-            raise damaged(file.path, f"digest {file.digest}, expected {known} as the manifest says")
+            raise damaged(file.path, f"digest {file.digest}, expected {cut(known)} as the manifest says")
         return file
 
-    def check_headers(self, manifest: Manifest) -> None:
-        """Check, without reading their data, that the files of a finished index are there.
+    def check(self, manifest: Manifest, *, whole: bool) -> None:
+        """Check that the files which the manifest needs are there.
+
+        Args:
+            manifest: The index's.
+            whole: Whether all of them is compared with their digests; otherwise their data are not read.
 
         Raises:
-            DamagedIndexError: One is missing, cut off, or not the manifest's.
+            DamagedIndexError: One is missing, cut off, damaged, or not the manifest's.
         """
         for name in needed_tensors(manifest):
-            self.open(name, manifest)
+            if whole:
+                self.read(name, manifest)
+            else:
+                self.open(name, manifest)
 
     def save_progress(self, tensors: Mapping[str, Tensor], shards: Sequence[Shard]) -> None:
         """Keep what was accumulated over `shards`."""
@@ -100,7 +113,7 @@ class IndexTensors:
     def load_progress(self, shards: Sequence[Shard]) -> tuple[int, dict[str, Tensor]]:
         """What was kept over the first of `shards`, and over how many; (0, {}) where that is not so."""
         path = self._path / f"{PROGRESS}.safetensors"
-        if not path.exists():
+        if not exists(path):
             return 0, {}
         try:
             file = open_tensor_file(path)
@@ -112,7 +125,7 @@ class IndexTensors:
                 return count, tensors
         return 0, {}
 
-    def _place(self, name: str) -> Path:
+    def _place(self, name: str) -> Place:
         assert name in NAMES, name
         return self._path / f"{name}.safetensors"
 

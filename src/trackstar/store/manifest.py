@@ -10,11 +10,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Literal, get_args
 
 from trackstar.errors import DamagedIndexError, StoreError
-from trackstar.store.strict_json import FieldError, parse_object, read_strictly
+from trackstar.store.durable_files import file_size, read_bytes
+from trackstar.store.places import Place, as_folder
+from trackstar.store.strict_json import FieldError, abridged, cut, parse_object, read_strictly
 
 FORMAT_VERSION = 3
 DIGEST_FIELD = "digest"
@@ -291,7 +292,7 @@ class Manifest:
         if manifest.to_json() != text:
             expected = _digest(_layout(dataclasses.asdict(manifest)))
             raise DamagedIndexError(
-                f"{file}: the text was changed after it was written (its digest is {digest!r}, "
+                f"{file}: the text was changed after it was written (its digest is {abridged(digest)}, "
                 f"its content's {expected!r}); restore the file from a copy, or make the index again"
             )
         return manifest
@@ -305,21 +306,21 @@ class Manifest:
         return _digest(json.dumps(identity, separators=(",", ":")))
 
 
-def load_manifest(path: str | Path) -> Manifest | None:
+def load_manifest(path: str | Place) -> Manifest | None:
     """The manifest of the index at `path`, finished or not; None where there is none.
 
     Raises:
         DamagedIndexError: There is one, and it is not as it was written.
         StoreError: There is one, and it cannot be read.
     """
-    file = Path(path) / "manifest.json"
+    file = as_folder(path) / "manifest.json"
     try:
-        size = file.stat().st_size
+        size = file_size(file)
         if size > LARGEST_MANIFEST:
             raise DamagedIndexError(
                 f"{file}: {size} bytes, expected a manifest of at most {LARGEST_MANIFEST}; restore the file from a copy"
             )
-        content = file.read_bytes()
+        content = read_bytes(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -395,15 +396,24 @@ def _check_version(fields: dict[str, object]) -> None:
         raise FieldError(
             "format_version",
             version,
-            f"at most {FORMAT_VERSION}: the index was made by a newer trackstar ({fields.get('trackstar_version')}), "
+            f"at most {FORMAT_VERSION}: the index was made by a newer trackstar "
+            f"({_shown(fields.get('trackstar_version'))}), "
             "install that version",
         )
+
+
+def _shown(value: object) -> str:
+    return cut(value) if isinstance(value, str) else abridged(value)
 
 
 def _check_values(manifest: Manifest) -> None:
     _expect("format_version", manifest.format_version, manifest.format_version == FORMAT_VERSION, str(FORMAT_VERSION))
     _expect("shard_examples", manifest.shard_examples, manifest.shard_examples >= 1, "at least 1")
     _expect("projection.side", manifest.projection.side, manifest.projection.side >= 1, "at least 1")
+    whole_bytes = manifest.projection.side % 4 == 0 or manifest.codec in ("float32", "bfloat16", "float16")
+    _expect("projection.side", manifest.projection.side, whole_bytes, f"a multiple of 4 for {manifest.codec}")
+    seed = manifest.projection.seed
+    _expect("projection.seed", seed, 0 <= seed < 2**64, "at least 0 and below 2^64")
     _expect("layer_blocks", manifest.layer_blocks, len(manifest.layer_blocks) >= 1, "at least one layer block")
     floor = manifest.second_moment.floor
     _expect("second_moment.floor", floor, math.isfinite(floor) and floor >= 0, "a finite number, at least 0")

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,11 @@ from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
 from trackstar.store.codecs import StoredRows
 from trackstar.store.derived_cache import DerivedCache
 from trackstar.store.direct_reads import direct_rows
+from trackstar.store.durable_files import exists
 from trackstar.store.index_tensors import IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
+from trackstar.store.places import Place, as_folder
+from trackstar.store.read_ahead import each, read_ahead
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import Shard, StoredExample, open_shard
 from trackstar.store.tensor_file import map_tensor
@@ -48,12 +52,13 @@ class Index:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, shards: tuple[Shard, ...], *, direct_reads: bool | None = None
+        self, path: Place, manifest: Manifest, shards: tuple[Shard, ...], *, direct_reads: bool | None = None
     ) -> None:
         self._path = path
+        self._remote = not isinstance(path, Path)
         self._manifest = manifest
         self._shards = shards
-        self._ends = list(itertools.accumulate(shard.rows for shard in shards))
+        self._starts = [shard.first_row for shard in shards]
         self._tensors = IndexTensors(path)
         self._maps: dict[int, tuple[object, Tensor]] = {}
         self._derived = DerivedCache(path / "derived", manifest)
@@ -62,21 +67,22 @@ class Index:
         self._direct = codes > psutil.virtual_memory().available if direct_reads is None else direct_reads
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_incomplete: bool = False, direct_reads: bool | None = None) -> "Index":
+    def open(cls, path: str | Place, *, allow_incomplete: bool = False, direct_reads: bool | None = None) -> "Index":
         """Open the index at `path`.
 
         Args:
-            path: The index's folder.
-            allow_incomplete: Whether an unfinished index will do; it has the shards that are there now.
+            path: The index's folder, here or on another file system: a path, a URL or a `upath.UPath`.
+            allow_incomplete: Whether an unfinished index will do; it has the shards that are there now, up to
+                the first that is missing or damaged.
             direct_reads: Whether passes over all rows read past the page cache instead of mapping the files; None is
-                where the codes are larger than the memory that is free.
+                where the codes are larger than the memory that is free. Other file systems are always read ahead.
 
         Raises:
             IncompleteIndexError: Its making was interrupted, or still goes on.
             DamagedIndexError: A file of it is missing, cut off, or not what the manifest says.
             StoreError: There is no index.
         """
-        folder = Path(path)
+        folder = as_folder(path)
         manifest = load_manifest(folder)
         if manifest is None:
             raise StoreError(
@@ -88,21 +94,23 @@ class Index:
                 raise IncompleteIndexError(
                     f"{folder}: the index is not finished, {len(shards)} shards with "
                     f"{sum(shard.rows for shard in shards)} examples are there; "
-                    "run the same `trackstar index` command again to finish it"
+                    "run the command that began it again to finish it"
                 )
             return cls(folder, manifest, shards, direct_reads=direct_reads)
         plan = ShardPlan.of(manifest)
-        shards = tuple(
-            open_shard(folder / "shards" / entry.file, plan, number, entry)
-            for number, entry in enumerate(manifest.completion.shards)
-        )
-        index = cls(folder, manifest, shards, direct_reads=direct_reads)
-        index._tensors.check_headers(manifest)
+        entries = manifest.completion.shards
+
+        def opened(number: int) -> Shard:
+            return open_shard(folder / "shards" / entries[number].file, plan, number, entries[number])
+
+        shards = each(opened, range(len(entries)), at_once=not isinstance(folder, Path))
+        index = cls(folder, manifest, tuple(shards), direct_reads=direct_reads)
+        index._tensors.check(manifest, whole=False)
         return index
 
     @property
-    def path(self) -> Path:
-        """The index's folder."""
+    def path(self) -> Place:
+        """The index's folder: a `Path`, or a `upath.UPath` on another file system."""
         return self._path
 
     @property
@@ -113,7 +121,11 @@ class Index:
     @property
     def rows(self) -> int:
         """Number of examples."""
-        return self._ends[-1] if self._ends else 0
+        return sum(shard.rows for shard in self._shards)
+
+    def part(self, shards: range) -> "Index":
+        """Some consecutive shards of this index, their rows numbered as they are here."""
+        return Index(self._path, self._manifest, self._shards[shards.start : shards.stop], direct_reads=self._direct)
 
     @property
     def dimensions(self) -> int:
@@ -131,9 +143,17 @@ class Index:
         Raises:
             DamagedIndexError: Its bytes are not what was written.
         """
-        assert 0 <= row < self.rows, row
-        shard = self._shards[bisect.bisect_right(self._ends, row)]
+        shard = self._shards[bisect.bisect_right(self._starts, row) - 1]
+        assert 0 <= row - shard.first_row < shard.rows, row
         return shard.example(row - shard.first_row)
+
+    def some_examples(self, rows: Sequence[int]) -> list[StoredExample]:
+        """The examples of a few rows, in the order given; from another file system several at the same time.
+
+        Raises:
+            DamagedIndexError: Their bytes are not what was written.
+        """
+        return each(self.example, rows, at_once=self._remote)
 
     def examples(self) -> Iterator[StoredExample]:
         """Every example in the order of the rows; one shard's tokens and texts are in memory at a time.
@@ -150,6 +170,9 @@ class Index:
         A chunk may be used until the next is asked for.
         """
         assert rows_per_chunk >= 1, rows_per_chunk
+        if self._remote:
+            yield from self._iterate_remote(rows_per_chunk)
+            return
         for shard in self._shards:
             first, scales, norms = 0, shard.scales, shard.norms
             for codes in self._codes(shard, rows_per_chunk):
@@ -159,6 +182,19 @@ class Index:
                     stored = StoredRows(codec=shard.codec, codes=part, scales=scales[rows], norms=norms[rows])
                     yield CodeChunk(first_row=shard.first_row + first, stored=stored)
                     first += len(part)
+
+    def _iterate_remote(self, rows_per_chunk: int) -> Iterator[CodeChunk]:
+        """The chunks of a mapped index, read ahead from one shard into the next."""
+
+        def read(shard: Shard, rows: range) -> tuple[int, StoredRows]:
+            return shard.first_row + rows.start, shard.some(rows)
+
+        reads = (
+            functools.partial(read, shard, rows) for shard in self._shards for rows in shard.ranges(rows_per_chunk)
+        )
+        for first_row, stored in read_ahead(reads):
+            for start in range(0, len(stored), rows_per_chunk):
+                yield CodeChunk(first_row=first_row + start, stored=stored[start : start + rows_per_chunk])
 
     def _codes(self, shard: Shard, rows_per_chunk: int) -> Iterator[Tensor]:
         """A shard's codes in one mapped part, or in several of whole chunks that are read."""
@@ -172,7 +208,7 @@ class Index:
     def _mapped(self, shard: Shard) -> Tensor:
         """A shard's codes, mapped once for all passes as long as the file stays what it was: each page costs time."""
         try:
-            found = os.stat(shard.path)
+            found = os.stat(str(shard.path))
             state = (found.st_ino, found.st_size, found.st_mtime_ns)
         except OSError:
             state = None  # mapping says what is wrong
@@ -183,25 +219,36 @@ class Index:
 
     def some_rows(self, rows: Sequence[int]) -> StoredRows:
         """A few rows, ascending, in memory."""
-        parts = []
-        for shard in self._shards:
-            first, last = (bisect.bisect_left(rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
-            if first < last:
-                parts.append(shard.stored[torch.tensor(rows[first:last]) - shard.first_row])
+        parts = each(lambda part: part[0].some(part[1]), self._by_shard(rows), at_once=self._remote)
         return StoredRows.joined(parts)
 
     def some_losses(self, rows: Sequence[int]) -> Float32[Tensor, "some"]:
         """Losses of a few rows, ascending: summed cross-entropy of the target tokens, in nats."""
+        parts = self._by_shard(rows)
+        return torch.cat(each(lambda part: part[0].losses[torch.tensor(part[1])], parts, at_once=self._remote))
+
+    def _by_shard(self, rows: Sequence[int]) -> list[tuple[Shard, list[int]]]:
+        """The shards that hold rows, ascending, each with its own, counted from its first."""
         parts = []
         for shard in self._shards:
             first, last = (bisect.bisect_left(rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
             if first < last:
-                parts.append(shard.losses[torch.tensor(rows[first:last]) - shard.first_row])
-        return torch.cat(parts)
+                parts.append((shard, [row - shard.first_row for row in rows[first:last]]))
+        return parts
+
+    def check(self) -> None:
+        """Compare every byte of shards and tensors with their digests.
+
+        Raises:
+            DamagedIndexError: They are not what was written.
+        """
+        for shard in self._shards:
+            shard.check()
+        self._tensors.check(self._manifest, whole=True)
 
     def norms(self) -> Float32[Tensor, "rows"]:
         """Euclidean norm of every row's coordinates before they were coded."""
-        return torch.cat([shard.norms for shard in self._shards])
+        return torch.cat(each(lambda shard: shard.norms, self._shards, at_once=self._remote))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """`second_moment`, `autocorrelation` or `whitening`, checked against its digest, memory-mapped.
@@ -218,6 +265,12 @@ class Index:
         """
         return self._derived.load(key)
 
+    def without_derived(self) -> "Index":
+        """The same index, none of whose derived files is read or written: everything is computed anew."""
+        index = Index(self._path, self._manifest, self._shards, direct_reads=self._direct)
+        index._derived = DerivedCache(index._path / "derived", dataclasses.replace(self._manifest, completion=None))
+        return index
+
     def save_derived(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
         """Keep what was computed from the index, under `key` (letters, digits, `.`, `_`, `-`).
 
@@ -228,19 +281,17 @@ class Index:
         return self._derived.save(key, tensors)
 
 
-def _shards_so_far(folder: Path, manifest: Manifest) -> tuple[Shard, ...]:
+def _shards_so_far(folder: Place, manifest: Manifest) -> tuple[Shard, ...]:
     plan = ShardPlan.of(manifest)
     shards: list[Shard] = []
     for number in itertools.count():
         path = folder / "shards" / shard_file_name(number)
-        if not path.exists():
+        if not exists(path):
             break
         try:
             shards.append(open_shard(path, plan, number))
         except DamagedIndexError:
-            if path.exists():
-                raise
-            break  # a writer took it away between the two
+            break  # whoever finishes the index makes it again, or has taken it away between the two
         if shards[-1].rows < manifest.shard_examples:
             break
     return tuple(shards)

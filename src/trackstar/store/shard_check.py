@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from trackstar.store.codecs import quantized_bits
 from trackstar.store.shards import RAGGED, ResumePoint, Shard
 from trackstar.store.tensor_file import damaged
 
@@ -25,25 +26,26 @@ def check_content(shard: Shard, *, begin: ResumePoint) -> None:
 
 def _check_numbers(shard: Shard) -> None:
     """Scales, norms, losses and codes can be such."""
-    stored = shard.stored
-    assert len(stored) == shard.rows
+    assert len(shard.scales) == len(shard.norms) == shard.rows
     wrong = torch.nonzero(~torch.isfinite(shard.losses)).flatten()
     if len(wrong):
         raise damaged(shard.path, f"row {int(wrong[0])} has a loss that is not finite")
-    if not stored.codes.is_floating_point():
+    if quantized_bits(shard.codec) is not None:
         return  # whatever the bits, they are codes
-    for first in range(0, shard.rows, ROWS_AT_ONCE):
-        finite = torch.isfinite(stored.codes[first : first + ROWS_AT_ONCE]).all(dim=1)
-        if not bool(finite.all()):
-            row = first + int(torch.nonzero(~finite)[0])
-            raise damaged(shard.path, f"row {row} has a code that is not finite")
+    row = 0
+    for part in shard.parts():
+        for codes in part.codes.split(ROWS_AT_ONCE):
+            finite = torch.isfinite(codes).all(dim=1)
+            if not bool(finite.all()):
+                raise damaged(shard.path, f"row {row + int(torch.nonzero(~finite)[0])} has a code that is not finite")
+            row += len(codes)
 
 
 def _check_examples(shard: Shard, begin: ResumePoint) -> None:
     """Offsets cover all values; masks and counts agree; places in the corpus rise from `begin` to the shard's end."""
     for kind, names in RAGGED.items():
         offsets, length = shard.read(f"{kind}_offsets"), shard.file.places[names[0]].shape[0]
-        if offsets[0] != 0 or offsets[-1] != length or np.any(np.diff(offsets) < 0):
+        if offsets[0] != 0 or offsets[-1] != length or np.any(offsets[1:] < offsets[:-1]):
             raise damaged(shard.path, f"{kind}_offsets do not rise from 0 to {length}")
     counts = shard.target_counts.tolist()
     before = (begin.record, begin.window)

@@ -5,8 +5,9 @@ interrupted index goes on from its shard files alone.
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,19 @@ from torch import Tensor
 from trackstar.errors import IndexMismatchError, StoreError
 from trackstar.examples import TokenizedExample
 from trackstar.store.codecs import StoredRows, code_columns, codec_dtype, quantized_bits, scales_shape
+from trackstar.store.durable_files import PARTIAL_SUFFIX
 from trackstar.store.manifest import CodecName, ShardEntry, shard_file_name
+from trackstar.store.places import Place
+from trackstar.store.read_ahead import read_ahead
+from trackstar.store.remote_files import PART_BYTES
 from trackstar.store.shard_content import ShardContent, ShardPlan, shard_tensors
-from trackstar.store.strict_json import FieldError
+from trackstar.store.strict_json import FieldError, abridged, cut
 from trackstar.store.tensor_file import (
     TensorFile,
     TensorFileReader,
     check_digest,
     damaged,
+    fill_from,
     map_tensor,
     open_tensor_file,
     write_tensor_file,
@@ -100,7 +106,7 @@ class Shard:
     codec: CodecName
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """The shard's file."""
         return self.file.path
 
@@ -126,7 +132,9 @@ class Shard:
         Raises:
             DamagedIndexError: One is not; the message names its row.
         """
-        scales = self.read("scales").reshape(self.file.places["scales"].shape)
+        return self._checked_scales(self.read("scales").reshape(self.file.places["scales"].shape))
+
+    def _checked_scales(self, scales: np.ndarray, first: int = 0) -> Float32[Tensor, "rows *blocks"]:
         if quantized_bits(self.codec) is None:
             mantissas, exponents = np.frexp(scales)
             good, expected = (mantissas == 0.5) & (exponents > -126), "a positive power of two"
@@ -135,7 +143,8 @@ class Shard:
         wrong = np.flatnonzero(~good)
         if wrong.size:
             row = int(wrong[0])
-            raise damaged(self.path, f"row {row} has scale {scales[row]}, expected {expected}")
+            found = abridged(scales[row].tolist())
+            raise damaged(self.path, f"row {first + row} has scale {found}, expected {expected}")
         return torch.from_numpy(scales)
 
     @property
@@ -145,11 +154,13 @@ class Shard:
         Raises:
             DamagedIndexError: One is negative or not finite; the message names its row.
         """
-        norms = self.read("norms")
+        return self._checked_norms(self.read("norms"))
+
+    def _checked_norms(self, norms: np.ndarray, first: int = 0) -> Float32[Tensor, "rows"]:
         wrong = np.flatnonzero(~(np.isfinite(norms) & (norms >= 0)))
         if wrong.size:
             row = int(wrong[0])
-            raise damaged(self.path, f"row {row} has norm {norms[row]}, expected a finite number, at least 0")
+            raise damaged(self.path, f"row {first + row} has norm {norms[row]}, expected a finite number, at least 0")
         return torch.from_numpy(norms)
 
     @property
@@ -171,6 +182,64 @@ class Shard:
     def windows(self) -> Int32[Tensor, "rows"]:
         """Each example's window of its record."""
         return torch.from_numpy(self.read("windows"))
+
+    def parts(self) -> Iterator[StoredRows]:
+        """All rows in order: of a file of this machine at once, memory-mapped; else in parts that are read ahead.
+
+        Raises:
+            DamagedIndexError: A scale or norm cannot be one; the message names its row.
+        """
+        if isinstance(self.path, Path):
+            yield self.stored
+        else:
+            yield from read_ahead(functools.partial(self.some, rows) for rows in self.ranges(1))
+
+    def ranges(self, rows_per_chunk: int) -> Iterator[range]:
+        """The rows, cut into parts of about `PART_BYTES` that are whole chunks."""
+        place = self.file.places["codes"]
+        chunk_bytes = rows_per_chunk * (place.stop - place.start) // self.rows
+        step = rows_per_chunk * max(1, PART_BYTES // chunk_bytes)
+        return (range(first, min(first + step, self.rows)) for first in range(0, self.rows, step))
+
+    def some(self, rows: Sequence[int]) -> StoredRows:
+        """Some rows, ascending, counted from the shard's first; only their own codes are read.
+
+        Raises:
+            DamagedIndexError: A scale or norm cannot be one; the message names its row.
+        """
+        if isinstance(self.path, Path):
+            return self.stored[torch.tensor(rows)]
+        first, span = rows[0], rows[-1] + 1 - rows[0]
+        codes = torch.empty(len(rows), *self.file.places["codes"].shape[1:], dtype=self.file.places["codes"].dtype)
+        scales = np.empty((span, *self.file.places["scales"].shape[1:]), dtype=np.float32)
+        norms = np.empty(span, dtype=np.float32)
+        targets = [
+            *self._code_targets(rows, codes),
+            (self._start("scales", first), scales.data.cast("B")),
+            (self._start("norms", first), norms.data.cast("B")),
+        ]
+        fill_from(self.file, targets)
+        chosen = torch.tensor(rows) - first
+        return StoredRows(
+            codec=self.codec,
+            codes=codes,
+            scales=self._checked_scales(scales, first)[chosen],
+            norms=self._checked_norms(norms, first)[chosen],
+        )
+
+    def _code_targets(self, rows: Sequence[int], codes: Tensor) -> Iterator[tuple[int, memoryview]]:
+        """Where codes lie in the file and where they go, those of successive rows together."""
+        content = codes.view(torch.uint8).numpy().data.cast("B")
+        row_bytes, begin = len(content) // len(rows), 0
+        for stop in range(1, len(rows) + 1):
+            if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
+                yield self._start("codes", rows[begin]), content[begin * row_bytes : stop * row_bytes]
+                begin = stop
+
+    def _start(self, name: str, row: int) -> int:
+        """The place in the file of a row's first byte of a tensor."""
+        place = self.file.places[name]
+        return place.start + row * ((place.stop - place.start) // self.rows)
 
     def example(self, row: int) -> StoredExample:
         """The example at `row`, counted from the shard's first; only its own bytes are read.
@@ -223,22 +292,23 @@ class _ExamplePart:
 
     @classmethod
     def read(cls, shard: Shard, reader: TensorFileReader, first: int, stop: int) -> "_ExamplePart":
-        offsets, values = {}, {}
+        numbers = reader.read_several(
+            [(name, first, stop) for name in _NUMBERS] + [(f"{kind}_offsets", first, stop + 1) for kind in RAGGED]
+        )
+        offsets = dict(zip(RAGGED, numbers[len(_NUMBERS) :], strict=True))
+        wanted = []
         for kind, names in RAGGED.items():
-            offsets[kind] = found = reader.read(f"{kind}_offsets", first, stop + 1)
-            length = shard.file.places[names[0]].shape[0]
-            if found[0] < 0 or found[-1] > length or np.any(np.diff(found) < 0):
+            found, length = offsets[kind], shard.file.places[names[0]].shape[0]
+            if found[0] < 0 or found[-1] > length or np.any(found[1:] < found[:-1]):
                 raise damaged(shard.path, f"{kind}_offsets of rows {first} to {stop} do not rise from 0 to {length}")
-            for name in names:
-                values[name] = reader.read(name, int(found[0]), int(found[-1]))
+            wanted += [(name, int(found[0]), int(found[-1])) for name in names]
+        values = reader.read_several(wanted)
         return cls(
             shard=shard,
             first=first,
-            losses=reader.read("losses", first, stop),
-            records=reader.read("records", first, stop),
-            windows=reader.read("windows", first, stop),
+            **dict(zip(_NUMBERS, numbers, strict=False)),
             offsets=offsets,
-            values=values,
+            values=dict(zip((name for name, _, _ in wanted), values, strict=True)),
         )
 
     def example(self, index: int) -> StoredExample:
@@ -267,12 +337,24 @@ class _ExamplePart:
             raise damaged(self.shard.path, f"the {kind} of row {row} is not UTF-8 at byte {error.start}") from error
 
 
+# One number an example.
+_NUMBERS = ("losses", "records", "windows")
+
 # Sequences of one example after the other: OFFSETS[i] to OFFSETS[i + 1] of each are example i's.
 RAGGED = {"token": ("tokens", "target_masks"), "text": ("text",), "id": ("ids",), "parent": ("parents",)}
 
 
-def write_shard_file(folder: Path, plan: ShardPlan, number: int, content: ShardContent) -> Shard:
+def write_shard_file(
+    folder: Place, plan: ShardPlan, number: int, content: ShardContent, *, partial_suffix: str = PARTIAL_SUFFIX
+) -> Shard:
     """Write shard `number`, durably, and open it.
+
+    Args:
+        folder: The folder of the index's shards.
+        plan: The index's plan.
+        number: The shard's number.
+        content: What is in it.
+        partial_suffix: See `replacing`.
 
     Raises:
         StoreError: The file cannot be written; nothing is left of it.
@@ -291,11 +373,11 @@ def write_shard_file(folder: Path, plan: ShardPlan, number: int, content: ShardC
         "skipped": str(content.skipped),
     }
     path = folder / shard_file_name(number)
-    write_tensor_file(path, tensors, metadata)
+    write_tensor_file(path, tensors, metadata, partial_suffix=partial_suffix)
     return open_shard(path, plan, number)
 
 
-def open_shard(path: Path, plan: ShardPlan, number: int, entry: ShardEntry | None = None) -> Shard:
+def open_shard(path: Place, plan: ShardPlan, number: int, entry: ShardEntry | None = None) -> Shard:
     """Open the file of shard `number`: its header, against the plan and the file's size, not its data.
 
     Args:
@@ -311,11 +393,11 @@ def open_shard(path: Path, plan: ShardPlan, number: int, entry: ShardEntry | Non
     """
     file = open_tensor_file(path)
     if file.metadata.get("format") != SHARD_FORMAT:
-        raise damaged(path, f"format {file.metadata.get('format')!r}, expected {SHARD_FORMAT!r}")
+        raise damaged(path, f"format {abridged(file.metadata.get('format'))}, expected {SHARD_FORMAT!r}")
     found_index = file.metadata.get("manifest_digest")
     if found_index != plan.index:
         raise IndexMismatchError(
-            f"{path}: belongs to the index with manifest digest {found_index!r}, expected {plan.index!r}; "
+            f"{path}: belongs to the index with manifest digest {abridged(found_index)}, expected {plan.index!r}; "
             "move the file back to its own index"
         )
     try:
@@ -385,7 +467,7 @@ def _check_shard(shard: Shard, plan: ShardPlan, number: int, entry: ShardEntry |
         if found != wanted:
             raise FieldError(name, found, str(wanted))
     if entry is not None and shard.digest != entry.digest:
-        raise FieldError("digest", shard.digest, f"{entry.digest}, as the manifest says")
+        raise FieldError("digest", shard.digest, f"{cut(entry.digest)}, as the manifest says")
     if not 1 <= shard.rows <= plan.examples:
         raise FieldError("rows", shard.rows, f"1 to {plan.examples}")
     _check_places(shard, plan)

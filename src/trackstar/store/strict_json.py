@@ -14,7 +14,7 @@ class FieldError(ValueError):
     """A field of a JSON text is not what it must be; the message is `FIELD is FOUND, expected EXPECTED`."""
 
     def __init__(self, field: str, found: object, expected: str) -> None:
-        super().__init__(f"{field} is {abridged(found)}, expected {expected}")
+        super().__init__(f"{cut(field)} is {abridged(found)}, expected {expected}")
 
 
 class Words(str):
@@ -23,7 +23,14 @@ class Words(str):
 
 def abridged(found: object) -> str:
     """One short line that shows a value, whatever it is."""
-    shown = str(found) if isinstance(found, Words) else ascii(found)
+    try:
+        return cut(str(found) if isinstance(found, Words) else ascii(found))
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nested nearly too deeply to be read
+        return f"a {type(found).__name__} too large to show"
+
+
+def cut(shown: str) -> str:
+    """The text, or its beginning."""
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
@@ -35,11 +42,12 @@ def read_strictly(text: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        keys = [key for key, _ in pairs]
-        repeated = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-        if repeated is not None:
-            raise FieldError(abridged(repeated), Words("there more than once"), "one value")
-        return dict(pairs)
+        found: dict[str, object] = {}
+        for key, value in pairs:
+            if key in found:
+                raise FieldError(abridged(key), Words("there more than once"), "one value")
+            found[key] = value
+        return found
 
     def constant(name: str) -> object:
         raise FieldError("a number", Words(name), "a finite number")
@@ -89,6 +97,9 @@ def _parse(hint: Any, value: Any, field: str) -> Any:
         accepted = isinstance(value, str) and value in arguments
     elif hint is float:
         accepted = type(value) is float and math.isfinite(value)
+    elif hint is int:
+        # What numbers are computed from them can then be computed, and shown.
+        accepted = type(value) is int and abs(value) < 2**64
     else:
         accepted = type(value) is hint
     if not accepted:
@@ -109,7 +120,12 @@ def _parse_list(arguments: tuple[Any, ...], value: Any, field: str) -> tuple[Any
 
 
 def _described(hint: Any) -> str:
-    names = {str: "a string", int: "a whole number", float: "a finite number with a decimal point"}
+    names = {
+        str: "a string",
+        int: "a whole number below 2^64",
+        float: "a finite number with a decimal point",
+        bool: "true or false",
+    }
     arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if origin is Literal:

@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trackstar.errors import StoreError
-from trackstar.store.durable_files import PARTIAL_SUFFIX
+from trackstar.store.durable_files import PARTIAL_SUFFIX, exists, files_below, names_in
 from trackstar.store.index_tensors import NAMES, PROGRESS, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
+from trackstar.store.places import Place, as_folder
 from trackstar.store.shard_check import check_content
 from trackstar.store.shard_content import ShardPlan
+from trackstar.store.shard_folder import CORPUS_END, PREPARING_LOCK
 from trackstar.store.shards import ResumePoint, open_shard, shard_rows
 from trackstar.store.tensor_file import TensorFile, check_digest, open_tensor_file
 
-OWN_NAMES = {".lock", "manifest.json", "shards", "derived"} | {f"{name}.safetensors" for name in (*NAMES, PROGRESS)}
+OWN_NAMES = {".lock", PREPARING_LOCK, "manifest.json", "shards", "derived"} | {
+    f"{name}.safetensors" for name in (*NAMES, PROGRESS, CORPUS_END)
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class VerificationReport:
         notes: One line for each thing that does no harm, such as a file that is not the index's.
     """
 
-    path: Path
+    path: Place
     completed: bool
     good_shards: tuple[int, ...]
     rows: int
@@ -47,7 +50,7 @@ class VerificationReport:
         return not self.problems
 
 
-def verify(path: str | Path, *, on_file: Callable[[Path], None] = lambda file: None) -> VerificationReport:
+def verify(path: str | Place, *, on_file: Callable[[Place], None] = lambda file: None) -> VerificationReport:
     """Read every file of an index and compare it with its digest, its manifest and its own sense.
 
     Whatever is wrong is told in the report; nothing is changed.
@@ -59,8 +62,8 @@ def verify(path: str | Path, *, on_file: Callable[[Path], None] = lambda file: N
     Raises:
         StoreError: There is no index.
     """
-    folder = Path(path)
-    if not (folder / "manifest.json").exists() and not (folder / "shards").is_dir():
+    folder = as_folder(path)
+    if not exists(folder / "manifest.json") and not _is_folder(folder / "shards"):
         raise StoreError(f"{folder}: no index is there (no manifest.json); give the folder of `trackstar index --out`")
     verification = _Verification(folder, on_file)
     verification.run()
@@ -79,7 +82,7 @@ def verify(path: str | Path, *, on_file: Callable[[Path], None] = lambda file: N
 class _Verification:
     """One pass over an index's files, and what has been found so far."""
 
-    def __init__(self, folder: Path, on_file: Callable[[Path], None]) -> None:
+    def __init__(self, folder: Place, on_file: Callable[[Place], None]) -> None:
         self._folder = folder
         self._on_file = on_file
         self._end = ResumePoint(row=0, record=0, window=0, skipped=0)
@@ -117,13 +120,19 @@ class _Verification:
         there = self._shard_numbers()
         if manifest.completion is None:
             count = max(there, default=-1) + 1
+            numbers = there
             self.notes.append(
-                f"{self._folder}: the index is not finished; run the same `trackstar index` command again to finish it"
+                f"{self._folder}: the index is not finished; run the command that began it again to finish it"
             )
+            if missing := count - len(there):
+                # Not by a set of all numbers: a file's name may give any.
+                first = next(place for place, number in enumerate(there) if number != place)
+                self.notes.append(f"{self._folder}: {missing} shards are not there yet, the first of them {first}")
         else:
             count = len(manifest.completion.shards)
+            numbers = range(count)
         plan = ShardPlan.of(manifest)
-        for number in range(count):
+        for number in numbers:
             with self._collecting():
                 self._check_shard(manifest, plan, number)
         for number in there:
@@ -156,30 +165,37 @@ class _Verification:
         for name in NAMES:
             path = self._folder / f"{name}.safetensors"
             needed = name in needed_tensors(manifest) and manifest.completion is not None
-            if path.exists() or needed:
+            if needed or exists(path):
                 with self._collecting():
                     self._on_file(path)
                     self._check_bytes(tensors.open(name, manifest))
 
     def _check_caches(self) -> None:
-        derived = sorted((self._folder / "derived").glob("*.safetensors"))
-        for path in [self._folder / f"{PROGRESS}.safetensors", *derived]:
-            if path.exists():
+        folder = self._folder / "derived"
+        names = names_in(folder) if _is_folder(folder) else []
+        derived = [folder / name for name in names if name.endswith(".safetensors")]
+        for path in [*(self._folder / f"{name}.safetensors" for name in (PROGRESS, CORPUS_END)), *derived]:
+            if exists(path):
                 with self._collecting():
                     self._on_file(path)
                     self._check_bytes(open_tensor_file(path))
 
     def _note_other_files(self) -> None:
-        for path in sorted(self._folder.rglob("*")):
-            name = path.relative_to(self._folder).as_posix()
+        for name in files_below(self._folder):
+            path = self._folder / name
             if name.endswith(PARTIAL_SUFFIX):
                 self.notes.append(f"{path}: left by an interrupted run, or being written now")
             elif name not in OWN_NAMES and re.fullmatch(r"(shards/[0-9]{6,}|derived/[^/]+)\.safetensors", name) is None:
                 self.notes.append(f"{path}: not a file of the index")
 
-    def _shard_path(self, number: int) -> Path:
+    def _shard_path(self, number: int) -> Place:
         return self._folder / "shards" / shard_file_name(number)
 
     def _shard_numbers(self) -> list[int]:
-        names = os.listdir(self._folder / "shards") if (self._folder / "shards").is_dir() else []
-        return sorted(int(name[:-12]) for name in names if re.fullmatch(r"[0-9]{6,}\.safetensors", name))
+        names = names_in(self._folder / "shards") if _is_folder(self._folder / "shards") else []
+        return sorted({int(name[:-12]) for name in names if re.fullmatch(r"[0-9]{6,}\.safetensors", name)})
+
+
+def _is_folder(path: Place) -> bool:
+    """Whether a folder is there; on other file systems, whether anything is in it."""
+    return path.is_dir() if isinstance(path, Path) else bool(names_in(path))

@@ -5,7 +5,6 @@ content has its digest. Nothing else needs to be remembered between two runs.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ from torch import Tensor
 from trackstar.errors import DamagedIndexError, IndexLockedError, IndexMismatchError, OptionError, StoreError
 from trackstar.store.durable_files import (
     PARTIAL_SUFFIX,
+    exists,
+    file_size,
     make_folder,
+    names_in,
     remove_folder,
     remove_if_there,
-    write_error,
     write_text,
 )
 from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, IndexTensors, needed_tensors
@@ -32,7 +33,9 @@ from trackstar.store.manifest import (
     load_manifest,
     shard_file_name,
 )
+from trackstar.store.places import Place, as_folder
 from trackstar.store.shard_content import ShardContent, ShardPlan
+from trackstar.store.shard_folder import PREPARING_LOCK, is_partial_of_task, remove_end
 from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
 from trackstar.store.strict_json import FieldError, abridged
 from trackstar.store.tensor_file import check_digest
@@ -51,26 +54,33 @@ class IndexWriter:
     the same manifest goes on after the last finished shard.
     """
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock, manifest: Manifest, on_note: Note) -> None:
+    def __init__(
+        self, path: Place, lock: filelock.BaseFileLock | None, manifest: Manifest, on_note: Note, *, whole: bool
+    ) -> None:
         self._path = path
         self._lock = lock
         self._manifest = manifest
+        self._whole = whole
         self._plan = ShardPlan.of(manifest)
         self._on_note = on_note
         self._shards: list[Shard] = []
         self._tensors = IndexTensors(path)
 
     @classmethod
-    def open(cls, path: str | Path, manifest: Manifest, *, on_note: Note = lambda note: None) -> "IndexWriter":
+    def open(
+        cls, path: str | Place, manifest: Manifest, *, on_note: Note = lambda note: None, whole: bool = False
+    ) -> "IndexWriter":
         """Begin an index at `path`, or go on with the one that is there.
 
         The shards of an unfinished index are read and compared with their digests, up to the first that is missing or
         damaged; a damaged one is removed. A finished index whose files are missing or cut off becomes unfinished again.
 
         Args:
-            path: A folder that is empty, missing, or an index made with the same manifest.
+            path: A folder, here or on another file system, that is empty, missing, or an index made with the same
+                manifest.
             manifest: What the index is made with; its `completion` is None.
             on_note: Told, in one line each, whatever is found there and done about it.
+            whole: Whether a finished index is read and compared with its digests as well, not only looked at.
 
         Raises:
             IndexLockedError: Another process is writing this index.
@@ -85,10 +95,10 @@ class IndexWriter:
             manifest.check()
         except FieldError as error:
             raise OptionError(f"{path}: no index can be made where {error}; choose another value") from error
-        folder = Path(path)
+        folder = as_folder(path)
         _refuse_foreign_folder(folder)
         make_folder(folder)
-        writer = cls(folder, _locked(folder), manifest, on_note)
+        writer = cls(folder, _locked(folder), manifest, on_note, whole=whole)
         try:
             writer._begin_or_resume()
         except BaseException:
@@ -104,7 +114,8 @@ class IndexWriter:
 
     def close(self) -> None:
         """Give the index free for other writers; what is finished stays."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def manifest(self) -> Manifest:
@@ -154,10 +165,19 @@ class IndexWriter:
         if self.resume_point.row < len(self._shards) * self._manifest.shard_examples:
             return None  # the last shard was a short one, and none can come after it
         path = self._path / "shards" / shard_file_name(len(self._shards))
-        shard = self._good_shard(path, len(self._shards)) if path.exists() else None
+        shard = self._good_shard(path, len(self._shards)) if exists(path) else None
         if shard is not None:
             self._shards.append(shard)
         return shard
+
+    def end_of(self, number: int) -> ResumePoint | None:
+        """Where shard `number` ends, of those that are not among `shards_done`: None where no good file of it is there.
+
+        A damaged file is said and removed.
+        """
+        path = self._path / "shards" / shard_file_name(number)
+        shard = self._good_shard(path, number) if exists(path) else None
+        return shard.end if shard is not None else None
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
         """Write `second_moment`, `autocorrelation` or `whitening`, durably, and give the digest that `tensors_digest`
@@ -244,15 +264,7 @@ class IndexWriter:
             self._find_shards()
 
     def _adopt(self, found: Manifest) -> None:
-        different = differences(found, self._manifest)
-        if different:
-            field, was, wanted = different[0]
-            more = f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""
-            raise IndexMismatchError(
-                f"{self._path}: the index was made with {field} {abridged(was)}, but {abridged(wanted)} is asked for "
-                f"now{more}; "
-                "ask for the same, or choose another folder"
-            )
+        check_same(self._path, found, self._manifest)
         self._manifest = found
 
     def _check_completed(self) -> None:
@@ -262,12 +274,15 @@ class IndexWriter:
         for number, entry in enumerate(completion.shards):
             path = self._path / "shards" / entry.file
             try:
-                self._shards.append(open_shard(path, self._plan, number, entry))
+                shard = open_shard(path, self._plan, number, entry)
+                if self._whole:
+                    check_digest(shard.file)
+                self._shards.append(shard)
             except DamagedIndexError as error:
                 _remove_damaged(path)
                 damage.append(error)
         try:
-            self._tensors.check_headers(self._manifest)
+            self._tensors.check(self._manifest, whole=self._whole)
         except DamagedIndexError as error:
             damage.append(error)
         for error in damage:
@@ -280,7 +295,7 @@ class IndexWriter:
         folder = self._path / "shards"
         numbers = _shard_numbers(folder)
         if numbers:
-            size = sum(_size(folder / shard_file_name(number)) for number in numbers)
+            size = sum(file_size(folder / shard_file_name(number)) for number in numbers)
             self._on_note(f"checking {len(numbers)} shard files ({size / 1e6:.1f} MB) of an earlier run")
         while self.adopt_shard() is not None:
             pass
@@ -289,7 +304,7 @@ class IndexWriter:
         if later:
             self._on_note(f"shard {missing} is missing and will be made again; {len(later)} after it are there")
 
-    def _good_shard(self, path: Path, number: int) -> Shard | None:
+    def _good_shard(self, path: Place, number: int) -> Shard | None:
         try:
             shard = open_shard(path, self._plan, number)
             check_digest(shard.file)
@@ -306,19 +321,43 @@ class IndexWriter:
     def _remove_leftovers(self) -> None:
         """Remove what killed runs left unfinished, and once the index is finished, its progress file."""
         for folder in (self._path, self._path / "shards", self._path / "derived"):
-            for name in _names(folder):
-                if name.endswith(PARTIAL_SUFFIX) and remove_if_there(folder / name):
+            for name in names_in(folder):
+                # What is a task's of an array may be written now.
+                left = name.endswith(PARTIAL_SUFFIX) and (self.completed or not is_partial_of_task(name))
+                if left and remove_if_there(folder / name):
                     self._on_note(f"removed {name}, left unfinished by an interrupted run")
         if self.completed:
             remove_if_there(self._path / f"{PROGRESS}.safetensors")
-            if load_manifest(self._path / PART_FOLDER) is not None:
+            remove_end(self._path)
+            if names_in(self._path / PART_FOLDER):
                 remove_folder(self._path / PART_FOLDER)
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
+def check_same(path: Place, found: Manifest, asked: Manifest) -> None:
+    """See that an index that is there is the one that is asked for.
+
+    Args:
+        path: Its folder.
+        found: Its manifest.
+        asked: The manifest of what is asked for.
+
+    Raises:
+        IndexMismatchError: It is not; the message names the first field that differs.
+    """
+    different = differences(found, asked)
+    if different:
+        field, was, wanted = different[0]
+        more = f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""
+        raise IndexMismatchError(
+            f"{path}: the index was made with {field} {abridged(was)}, but {abridged(wanted)} is asked for now{more}; "
+            "ask for the same, or choose another folder"
+        )
+
+
+def _refuse_foreign_folder(folder: Place) -> None:
     """An index begins in a folder that has nothing but what an interrupted beginning leaves."""
-    names = set(_names(folder))
-    foreign = names - {LOCK_FILE, PART_FOLDER, f"manifest.json{PARTIAL_SUFFIX}"}
+    names = set(names_in(folder))
+    foreign = names - {LOCK_FILE, PREPARING_LOCK, PART_FOLDER, f"manifest.json{PARTIAL_SUFFIX}"}
     if foreign and "manifest.json" not in names:
         raise StoreError(
             f"{folder}: holds {abridged(min(foreign))} but no manifest.json, expected an index or an empty folder; "
@@ -326,30 +365,20 @@ def _refuse_foreign_folder(folder: Path) -> None:
         )
 
 
-def _remove_damaged(path: Path) -> None:
+def _remove_damaged(path: Place) -> None:
     remove_if_there(path)
-    if path.exists():
+    if exists(path):
         raise StoreError(f"{path}: damaged, and cannot be removed; make its folder writable")
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise write_error(folder, error) from error
+def _shard_numbers(folder: Place) -> list[int]:
+    return [int(name[:-12]) for name in names_in(folder) if re.fullmatch(r"[0-9]{6,}\.safetensors", name)]
 
 
-def _shard_numbers(folder: Path) -> list[int]:
-    return [int(name[:6]) for name in _names(folder) if re.fullmatch(r"[0-9]{6,}\.safetensors", name)]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _locked(folder: Path) -> filelock.BaseFileLock:
+def _locked(folder: Place) -> filelock.BaseFileLock | None:
+    """The lock of the one writer; none on other file systems, where nothing can be locked."""
+    if not isinstance(folder, Path):
+        return None
     lock = filelock.FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
     try:
         lock.acquire()

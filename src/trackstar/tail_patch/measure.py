@@ -53,6 +53,7 @@ def tail_patch(
     """
     if path not in ("fast", "exact"):
         raise OptionError(f"tail-patch: found path {path!r}, expected fast or exact")
+    model.check_on_one_device("tail-patch")
     step.check_model(model)
     _check(model, queries, proponents, pairs)
     used = sorted({pair.query for pair in pairs})

@@ -1,0 +1,132 @@
+"""A Ray cluster as `Workers`: connects, keeps a pool for gradients and scans, and lets go."""
+
+import importlib
+import importlib.util
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, final
+
+from trackstar.cluster.pool import Pool, workers_within
+from trackstar.cluster.worker import GradientOrder, ScanOrder
+from trackstar.errors import ClusterError, OptionError
+from trackstar.model import LanguageModel
+from trackstar.store import Index
+from trackstar.workers import Advance, GradientSetup, GradientWork, IndexWork, ignore
+
+# Parts of an index that each worker gets: more even out what workers need.
+_PARTS_A_WORKER = 2
+# How long, in seconds, a cluster's address may take to answer.
+_ANSWERS_WITHIN = 10.0
+
+
+@final
+class RayWorkers:
+    """Workers on a Ray cluster; a context manager that lets them go at its end.
+
+    Models, indexes and corpora are read from where this process reads them: give paths or URLs that all nodes share.
+    The corpus is read by this process alone, and it alone writes.
+
+    Args:
+        address: `auto` for the cluster that this machine is part of, `HOST:PORT`, a `ray://` URL, or `local` for one
+            that is started on this machine and ends with this process.
+        workers: How many at most; None is as many as the cluster has room for, also if it grows.
+        cpus: CPU cores of a worker, which it computes with.
+        gpus: GPUs of a worker, or a fraction of one; None is 1 where the cluster has any, else 0. The model is spread
+            over more than one.
+
+    Raises:
+        OptionError: Ray is not installed, or a number is out of range.
+        ClusterError: There is no such cluster, or it has no room for a worker at all.
+    """
+
+    def __init__(
+        self, address: str = "auto", *, workers: int | None = None, cpus: int = 1, gpus: float | None = None
+    ) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise OptionError("ray is not installed; --ray needs it: pip install 'trackstar-tda[ray]'")
+        for option, value in (("--ray-workers", workers), ("--ray-cpus", cpus)):
+            if value is not None and value < 1:
+                raise OptionError(f"{option} {value}: expected 1 or more")
+        if gpus is not None and not 0 <= gpus <= 64:
+            raise OptionError(f"--ray-gpus {gpus}: expected 0 or more")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._ray: Any = importlib.import_module("ray")
+        self._connected = not self._ray.is_initialized()
+        if self._connected:
+            self._connect(address)
+        if gpus is None:
+            gpus = 1.0 if self._ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(workers_within(node, cpus=cpus, gpus=gpus) for node in nodes):
+            most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")}
+            self._disconnect()
+            raise ClusterError(
+                f"--ray {address}: the cluster's nodes have up to {most['CPU']:g} CPU cores and {most['GPU']:g} GPUs, "
+                f"a worker needs {cpus} and {gpus:g} (--ray-cpus, --ray-gpus)"
+            )
+        self._pool = Pool(most=workers, cpus=cpus, gpus=gpus, note=ignore)
+
+    def __enter__(self) -> "RayWorkers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the workers go, and the cluster where this connected to it."""
+        self._pool.close()
+        self._disconnect()
+
+    def gradients(
+        self,
+        model: LanguageModel,
+        setup: GradientSetup,
+        work: GradientWork,
+        parts: Iterable[Any],
+        *,
+        advance: Advance = ignore,
+        note: Callable[[str], None] = ignore,
+    ) -> Iterator[Any]:
+        """See `trackstar.workers.Workers`.
+
+        Raises:
+            OptionError: The model is nowhere that a worker could load it from.
+            ClusterError: Workers are lost again and again.
+        """
+        if model.source == "in memory":
+            raise OptionError("the model is in memory only; a cluster's workers load theirs from a folder or a hub")
+        source = os.path.abspath(model.source) if model.folder is not None else model.source
+        order = GradientOrder(source=source, revision=model.revision, gguf_file=model.gguf_file, setup=setup, work=work)
+        return self._pool.do(order, parts, advance=advance, note=note)
+
+    def scan(self, index: Index, work: IndexWork) -> list[Any]:
+        """See `trackstar.workers.Workers`."""
+        count = min(len(index.shards), max(1, _PARTS_A_WORKER * self._pool.size))
+        bounds = [len(index.shards) * place // count for place in range(count + 1)]
+        parts = [range(first, last) for first, last in itertools.pairwise(bounds)]
+        order = ScanOrder(path=index.path, manifest=index.manifest, work=work)
+        return list(self._pool.do(order, parts, advance=ignore, note=ignore))
+
+    def _connect(self, address: str) -> None:
+        options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if address == "local":
+            options["include_dashboard"] = False
+        try:
+            host, _, port = address.rpartition(":")
+            if "://" not in address and host and port.isdecimal():
+                # Ray itself waits for minutes, and then ends the process.
+                socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN).close()
+            self._ray.init(address=address, **options)
+        except (OSError, OverflowError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ClusterError(
+                f"--ray {address}: no cluster can be reached there ({first[:200]}); expected auto, local, HOST:PORT "
+                "or a ray:// URL"
+            ) from error
+
+    def _disconnect(self) -> None:
+        if self._connected:
+            self._ray.shutdown()

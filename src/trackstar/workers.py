@@ -1,0 +1,102 @@
+"""Where gradients are computed and stores are gone through: by this process alone, or by many (`cluster/`).
+
+Whatever is computed of many examples or rows is cut into parts that do not depend on who computes them, and put
+together in the parts' order: the same bits come of one process and of a hundred of the same kind.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, final, runtime_checkable
+
+from trackstar.model import LanguageModel
+from trackstar.projecting import GradientProjector, projector_of
+from trackstar.second_moment import SecondMoment
+from trackstar.store import Index, Manifest
+
+Advance = Callable[[int], None]
+GradientWork = Callable[[GradientProjector, Any, Advance], Any]
+"""What is done with one part: given φ's maker and the part, and to be told of each example done, it gives the result.
+
+It, parts and results go from process to process, so they hold plain data and tensors on the CPU."""
+
+IndexWork = Callable[[Index], Any]
+"""What is done with an index, or with some shards of it."""
+
+
+def ignore(_: object) -> None:
+    """Told something that nobody wants to know."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GradientSetup:
+    """How φ is made.
+
+    Attributes:
+        manifest: Of the index: the model's digest, layer blocks, projection and output function.
+        second_moment: V, the manifest's.
+        batch_tokens: Most tokens of a batch, padding included.
+    """
+
+    manifest: Manifest
+    second_moment: SecondMoment
+    batch_tokens: int
+
+
+@runtime_checkable
+class Workers(Protocol):
+    """Who computes gradients and goes through stores."""
+
+    def gradients(
+        self,
+        model: LanguageModel,
+        setup: GradientSetup,
+        work: GradientWork,
+        parts: Iterable[Any],
+        *,
+        advance: Advance = ignore,
+        note: Callable[[str], None] = ignore,
+    ) -> Iterator[Any]:
+        """The results of all parts, in their order; parts are taken as there is somebody to do them.
+
+        Args:
+            model: The model.
+            setup: How φ is made.
+            work: What is done with a part.
+            parts: The parts.
+            advance: Told of examples as they are done.
+            note: Told what a user should know, such as memory that ran out.
+        """
+        ...
+
+    def scan(self, index: Index, work: IndexWork) -> list[Any]:
+        """What `work` gives for consecutive parts of an index that together are all of it, in their order."""
+        ...
+
+
+@final
+class ThisProcess:
+    """One part after the other, by the model that the caller has."""
+
+    def gradients(
+        self,
+        model: LanguageModel,
+        setup: GradientSetup,
+        work: GradientWork,
+        parts: Iterable[Any],
+        *,
+        advance: Advance = ignore,
+        note: Callable[[str], None] = ignore,
+    ) -> Iterator[Any]:
+        """See `Workers`."""
+        with projector_of(
+            setup.manifest, model, setup.second_moment, batch_tokens=setup.batch_tokens, note=note
+        ) as projector:
+            for part in parts:
+                yield work(projector, part, advance)
+
+    def scan(self, index: Index, work: IndexWork) -> list[Any]:
+        """See `Workers`."""
+        return [work(index)]
+
+
+THIS_PROCESS = ThisProcess()

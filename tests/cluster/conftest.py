@@ -1,0 +1,48 @@
+"""A Ray cluster on this machine, one for all tests here; it ends with them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from cluster_work import is_ray
+
+if TYPE_CHECKING:
+    from trackstar.cluster import RayWorkers
+    from trackstar.model import LanguageModel
+
+# Workers import what the tests define: pickled by name.
+TESTS = str(Path(__file__).parents[1])
+
+
+def ray_processes() -> list[psutil.Process]:
+    """The processes of clusters that this one started."""
+    return [process for process in psutil.Process().children(recursive=True) if is_ray(process)]
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator["RayWorkers"]:
+    """Two workers."""
+    from trackstar.cluster import RayWorkers
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *([before] if before else [])])
+    with RayWorkers("local", workers=2) as found:
+        yield found
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+    _, alive = psutil.wait_procs(ray_processes(), timeout=10)
+    assert not alive
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model_folder: Path) -> "LanguageModel":
+    """The tiny model, in two blocks each of attention and MLP."""
+    from trackstar.model import load_model
+
+    return load_model(tiny_model_folder, layer_blocks=2)

@@ -1,0 +1,151 @@
+"""What is kept beside an index is taken up only where it is what is kept there; otherwise it is computed again."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from small_index import WHITENING, small_content, small_manifest, write_small_index
+from trackstar import store
+from trackstar.curvature import Whitening
+from trackstar.errors import OptionError
+from trackstar.first_pass import TrainWhitening
+from trackstar.indexing import RunningAutocorrelation
+from trackstar.reranking import ExactScores, exact_top
+from trackstar.retrieval import whitened_norms
+from trackstar.second_moment import SecondMoment
+from trackstar.store import Index
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    write_small_index(tmp_path / "index")
+    return Index.open(tmp_path / "index")
+
+
+@pytest.mark.parametrize("kept", [{"other": torch.ones(8)}, {"norms": torch.ones(7)}, {"norms": torch.ones(8, 1)}])
+def test_norms_of_another_name_or_shape_are_computed_again(index: Index, kept: dict[str, Tensor]) -> None:
+    whitening = Whitening(factors=torch.eye(64).repeat(2, 1, 1))
+    expected = whitened_norms(index, whitening)
+    assert index.save_derived("norms-x", kept)
+    assert torch.equal(whitened_norms(index, whitening, key="x"), expected)
+    assert index.save_derived("norms-x", {"norms": expected + 1})
+    assert torch.equal(whitened_norms(index, whitening, key="x"), expected + 1)
+
+
+class Scores(ExactScores):
+    """Scores of eight candidates for two queries, in parts of four."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def queries(self) -> int:
+        return 2
+
+    values = torch.tensor([[3.0, 1, 4, 1.5, 9, 2, 6, 5], [2.0, 7, 1, 8, 2.5, 0, 4, 5]])
+
+    def queries_digest(self) -> str:
+        return "q"
+
+    def parts(self, rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, len(rows), 4):
+            yield first, self.values[:, list(rows[first : first + 4])]
+
+
+WHOLE = {
+    "done": torch.tensor(4),
+    "best": torch.tensor([[4.0, 3.0], [8.0, 7.0]]),
+    "best_rows": torch.tensor([[2, 0], [3, 1]]),
+    "worst": torch.tensor([[-1.0, -1.5], [-1.0, -2.0]]),
+    "worst_rows": torch.tensor([[1, 3], [2, 0]]),
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"done": torch.tensor(9)},
+        {"done": torch.tensor(float("nan"))},
+        {"done": torch.tensor([4])},
+        {"best": torch.ones(2, 3)},
+        {"best_rows": torch.tensor([[2, 0], [3, 8]])},
+        {"worst_rows": torch.tensor([[-1, 0], [3, 1]])},
+    ],
+)
+def test_exact_scores_go_on_only_from_what_is_whole(index: Index, changes: dict[str, Tensor]) -> None:
+    scores = Scores()
+    expected = exact_top(index, scores, 2, key="a")
+    assert expected.proponents.tolist() == [[4, 6], [3, 1]]
+    assert index.save_derived("exact-b-q-2", WHOLE | changes)
+    found = exact_top(index, scores, 2, key="b")
+    for name in ("proponents", "proponent_scores", "opponents", "opponent_scores"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_progress_of_another_shape_is_summed_again(tmp_path: Path) -> None:
+    with store.IndexWriter.open(tmp_path / "one", small_manifest()) as writer:
+        writer.write_shard(small_content(0, 3))
+        expected = RunningAutocorrelation(writer).mean()
+        writer.save_progress({"sums": torch.ones(2, 3)})
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with store.IndexWriter.open(tmp_path / "two", small_manifest()) as writer:
+        assert torch.equal(RunningAutocorrelation(writer).mean(), expected)
+
+
+@pytest.mark.parametrize(
+    ("kept", "taken"),
+    [
+        (WHITENING, True),
+        ({"other": WHITENING["whitening"]}, False),
+        ({"whitening": torch.ones(2, 3)}, False),
+        ({"whitening": WHITENING["whitening"].double()}, False),
+        ({"whitening": WHITENING["whitening"] * float("nan")}, False),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_whitening_is_taken_up_only_where_it_is_one(
+    tmp_path: Path, kept: dict[str, Tensor], taken: bool, elsewhere: bool
+) -> None:
+    out = f"memory://{tmp_path.name}" if elsewhere else tmp_path
+    manifest = small_manifest("int8")
+    entry = store.WhiteningEntry(source="all", damping=0.5, digest=store.tensors_digest(kept))
+    with store.IndexWriter.open(out, dataclasses.replace(manifest, whitening=entry)) as writer:
+        writer.write_tensors("whitening", kept)
+    assert (TrainWhitening.kept_in(out, damping=None, source="all") is not None) is taken
+
+
+def test_of_a_kept_second_moment_only_what_is_one_is_taken_up() -> None:
+    row, column, entries = torch.ones(2), torch.ones(3), torch.ones(2, 3)
+    tensors = {"row/a": row, "column/a": column, "entries/b": entries}
+    wrong = {
+        "x": row,
+        "row/c": row,
+        "column/d": column,
+        "row/e": entries,
+        "column/e": column,
+        "entries/f": row.double(),
+    }
+    found = SecondMoment.from_tensors(tensors | wrong, source="estimated", floor=0.0)
+    assert found.tensors().keys() == tensors.keys()
+
+
+def test_a_file_name_gives_verify_no_number_to_count_to(tmp_path: Path) -> None:
+    with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
+        writer.write_shard(small_content(0, 3))
+    (tmp_path / "shards" / f"{10**12}.safetensors").write_bytes(b"")
+    report = store.verify(tmp_path)
+    assert report.good_shards == (0,)
+    assert [f"{10**12}" in problem for problem in report.problems] == [True]
+    assert any(f": {10**12 - 1} shards are not there yet, the first of them 1" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_no_manifest_holds_is_refused_at_the_start(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(OptionError, match=r"projection.seed is -?[0-9]+, expected at least 0 and below 2\^64"):
+        store.IndexWriter.open(tmp_path / "index", small_manifest(seed=seed))
