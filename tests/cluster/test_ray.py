@@ -158,6 +158,7 @@ def test_answers_are_those_of_one_process(
     assert answers(together) == answers(alone)
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_changes_nothing(
     workers: RayWorkers, model: LanguageModel, corpus: Path, plain: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_both_kinds_of_workers_give_the_same_gradients_in_the_parts_order(
     assert list(workers.gradients(model, setup, projected, [])) == []
 
 
+@pytest.mark.slow
 def test_a_worker_loads_another_model_of_the_same_weights(
     workers: RayWorkers, tiny_model_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:

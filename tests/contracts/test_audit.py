@@ -566,8 +566,8 @@ def test_whatever_a_field_holds_an_audit_is_refused_or_compared(world: World):
     forge(world.audit, lambda found: found)
     assert read_audit(world.audit).digest() == fields["digest"]
     compared = 0
-    for place in places(fields):
-        for value in HOSTILE:
+    for number, place in enumerate(places(fields)):
+        for value in HOSTILE[number % 2 :: 2]:
             changed = copy.deepcopy(fields)
             inside = changed
             for part in place[:-1]:
