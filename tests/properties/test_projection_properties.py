@@ -125,7 +125,9 @@ def test_flattened_gradients_are_the_dense_projection_of_the_oracles_corrected_g
                 g = gradients[place][one.name]
                 phi += p @ (g if kind == "none" else g / dense[one.name].double().sqrt()).flatten()
             expected.append(phi)
-        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
+        exact = torch.cat(expected)
+        # An entry sums thousands of products in float32: its error is a share of the vector's size, not of its own.
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
 def test_flattened_projection_too_large_for_memory_is_refused_before_anything_is_made():
