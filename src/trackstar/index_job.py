@@ -7,13 +7,13 @@ what every shard depends on, `IndexJob.fill` the shards, and finishes.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
 from trackstar.errors import DamagedIndexError, IncompleteIndexError
-from trackstar.examples import Corpus
+from trackstar.examples import Corpus, TokenizedExample
 from trackstar.first_pass import TrainWhitening, check_begun, first_pass, sample_source
 from trackstar.gradients import Output
 from trackstar.index_settings import chosen_second_moment
@@ -21,8 +21,15 @@ from trackstar.indexing import RowWork, rows_by, write_shards
 from trackstar.model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.projection import floored_entries
-from trackstar.provenance import make_manifest
-from trackstar.second_moment import SecondMoment
+from trackstar.provenance import make_manifest, second_moment_entry
+from trackstar.second_moment import (
+    NO_SECOND_MOMENT,
+    SecondMoment,
+    SquaredGradients,
+    SummedSquares,
+    estimate_parts,
+    mean_of_squares,
+)
 from trackstar.shard_groups import KnownGradients
 from trackstar.store import (
     PART_FOLDER,
@@ -37,7 +44,7 @@ from trackstar.store import (
     load_manifest,
     row_bytes,
 )
-from trackstar.workers import GradientSetup, Workers
+from trackstar.workers import Advance, GradientSetup, SquaresSetup, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -172,6 +179,11 @@ def prepare(
         IndexMismatchError: What was begun there is something else.
         TrackstarError: V or R_train cannot be computed; see `trackstar.errors`.
     """
+    manifest = make_manifest(
+        model, corpus, windows, NO_SECOND_MOMENT, seed=settings.seed, side=settings.side, codec=settings.codec,
+        shard_examples=settings.shard_examples, output=settings.output, projection=settings.projection,
+    )  # fmt: skip
+    squares = SquaresSetup(manifest=manifest, kind=settings.second_moment_kind, batch_tokens=batch_tokens)
     moment = chosen_second_moment(
         settings.second_moment,
         model,
@@ -183,11 +195,9 @@ def prepare(
         batch_tokens=batch_tokens,
         out=out,
         note=bar.note,
+        estimate=functools.partial(_estimated, model, squares, workers, bar.note),
     )
-    manifest = make_manifest(
-        model, corpus, windows, moment, seed=settings.seed, side=settings.side, codec=settings.codec,
-        shard_examples=settings.shard_examples, output=settings.output, projection=settings.projection,
-    )  # fmt: skip
+    manifest = dataclasses.replace(manifest, second_moment=second_moment_entry(moment))
     setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=batch_tokens)
     source = sample_source(settings.whitening_examples, settings.seed)
     check_begun(out, manifest, coordinates=settings.coordinates, source=source, damping=settings.damping)
@@ -205,3 +215,19 @@ def prepare(
         out=out, corpus=corpus, model=model, manifest=manifest, setup=setup, train=train, first_pass=sampled,
         workers=workers,
     )  # fmt: skip
+
+
+def _estimated(
+    model: LanguageModel,
+    setup: SquaresSetup,
+    workers: Workers,
+    note: Callable[[str], None],
+    examples: Sequence[TokenizedExample],
+) -> SecondMoment:
+    """V estimated from examples, by whoever computes."""
+    parts = estimate_parts(examples, setup.kind)
+    return mean_of_squares(workers.gradients(model, setup, _squares, parts, note=note), kind=setup.kind)
+
+
+def _squares(squares: SquaredGradients, part: Sequence[TokenizedExample], advance: Advance) -> SummedSquares:
+    return squares.sums(part)

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from trackstar.errors import CorpusError, DamagedIndexError, OptionError, SecondMomentError
-from trackstar.examples import Corpus, tokenize_examples
+from trackstar.examples import Corpus, TokenizedExample, tokenize_examples
 from trackstar.model import LanguageModel
 from trackstar.optimizer_state import find_optimizer_state, second_moment_from_state
 from trackstar.second_moment import (
@@ -56,10 +56,12 @@ def chosen_second_moment(
     batch_tokens: int,
     out: Place | None,
     note: Callable[[str], None],
+    estimate: Callable[[Sequence[TokenizedExample]], SecondMoment] | None = None,
 ) -> SecondMoment:
     """V as asked for: given, none, from optimizer state, or estimated; see `build_index`.
 
-    An estimate that an interrupted run has already made for the same index is taken from there.
+    An estimate that an interrupted run has already made for the same index is taken from there. `estimate` makes it of
+    a sample; None has this process make it.
     """
     if isinstance(asked, SecondMoment):
         return checked_second_moment(asked, model.matrices)
@@ -93,5 +95,8 @@ def chosen_second_moment(
             f"{corpus.name}: none of {examples} records drawn from it has a token to score, expected texts of two "
             "tokens or more to estimate V from"
         )
-    moment = estimate_second_moment(model, chosen, kind=kind, token_budget=batch_tokens, note=note)
+    if estimate is None:
+        moment = estimate_second_moment(model, chosen, kind=kind, token_budget=batch_tokens, note=note)
+    else:
+        moment = estimate(chosen)
     return checked_second_moment(dataclasses.replace(moment, source=source), model.matrices)

@@ -63,12 +63,7 @@ def make_manifest(
         corpora=(corpus_entry(corpus),),
         removed=None,
         windows=windows,
-        second_moment=SecondMomentEntry(
-            kind=moment.kind,
-            source=moment.source,
-            digest=None if moment.kind == "none" else tensors_digest(moment.tensors()),
-            floor=moment.floor if moment.kind != "none" else DEFAULT_FLOOR,
-        ),
+        second_moment=second_moment_entry(moment),
         projection=ProjectionEntry(
             seed=seed,
             side=side,
@@ -98,6 +93,16 @@ def make_manifest(
         codec=codec,
         shard_examples=shard_examples,
         completion=None,
+    )
+
+
+def second_moment_entry(moment: SecondMoment) -> SecondMomentEntry:
+    """What a manifest says of V."""
+    return SecondMomentEntry(
+        kind=moment.kind,
+        source=moment.source,
+        digest=None if moment.kind == "none" else tensors_digest(moment.tensors()),
+        floor=moment.floor if moment.kind != "none" else DEFAULT_FLOOR,
     )
 
 

@@ -6,14 +6,15 @@ costs nothing. An elementwise V does not fold; it is the exact, slower choice.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trackstar.batching import make_batch, plan_batches, run_adaptively
+from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
 from trackstar.errors import GradientError, OptionError, SecondMomentError
 from trackstar.examples import TokenizedExample
 from trackstar.gradients import gradient_pass
@@ -23,6 +24,8 @@ from trackstar.model import LanguageModel
 # Entries of V (of its factors, where factored) below this fraction of their mean are raised to it: a weight that has
 # never had a gradient must not outweigh all others when it first gets one.
 DEFAULT_FLOOR = 1e-8
+# Examples whose squares are summed in one go: so many that a batch is full, so few that several workers have some.
+_PART_EXAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,23 +164,113 @@ def estimate_second_moment(
     """
     if not examples:
         raise OptionError("second moment: found no example to estimate it from, expected one or more")
-    consumer = FactoredSquares(model) if kind == "factored" else ElementwiseSquares(model)
-    lengths = [len(example.token_ids) for example in examples]
-    # Elementwise sums are as large as the model and have no second copy to undo a batch in: one example a batch.
-    batches = plan_batches(lengths, token_budget if kind == "factored" else 1)
-    with gradient_pass(model, consumer) as run:
+    with SquaredGradients(model, kind=kind, token_budget=token_budget, note=note) as squares:
+        return mean_of_squares((squares.sums(part) for part in estimate_parts(examples, kind)), kind=kind, floor=floor)
+
+
+def estimate_parts(
+    examples: Sequence[TokenizedExample], kind: Literal["factored", "elementwise"]
+) -> Iterator[Sequence[TokenizedExample]]:
+    """The parts that squares are summed over, each by whoever does it: V's bits do not depend on who that is.
+
+    Elementwise sums are as large as the model, so that all examples are one part.
+    """
+    at_once = _PART_EXAMPLES if kind == "factored" else len(examples)
+    return (examples[first : first + at_once] for first in range(0, len(examples), at_once))
+
+
+def mean_of_squares(
+    parts: Iterable["SummedSquares"], *, kind: Literal["factored", "elementwise"], floor: float = DEFAULT_FLOOR
+) -> SecondMoment:
+    """V of the sums over some parts, added in their order; one part at least.
+
+    Rounding may leave a tiny negative sum of a factor, which is zero.
+    """
+    examples, sums = 0, {}
+    for part in parts:
+        sums = {name: [*map(torch.add, sums[name], of)] for name, of in part.sums.items()} if sums else part.sums
+        examples += part.examples
+    moments: dict[str, Moment] = {}
+    for name, of in sums.items():
+        if kind == "elementwise":
+            moments[name] = ElementwiseMoment(entries=of[0] / examples)
+        else:
+            row, column = ((one / examples).clamp_min(0).float() for one in of)
+            moments[name] = FactoredMoment(row=row, column=column)
+    return SecondMoment(kind=kind, moments=moments, source=f"estimated from {examples} examples", floor=floor)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SummedSquares:
+    """Sums over some examples, on the CPU.
+
+    Attributes:
+        examples: How many.
+        sums: By matrix: of the row means and of the column means of G² in float64, or of G² itself in float32.
+    """
+
+    examples: int
+    sums: dict[str, list[Tensor]]
+
+
+class SquaredGradients:
+    """Sums of squared gradients over examples, in batches of similar length.
+
+    Hooks stay on the model until it is closed; use it as a context manager.
+
+    Args:
+        model: The model.
+        kind: Whether only the row and column means are kept.
+        token_budget: Most tokens of a batch, padding included.
+        note: Told when memory ran out and batches are made smaller.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        kind: Literal["factored", "elementwise"],
+        token_budget: int,
+        note: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._squares = FactoredSquares(model) if kind == "factored" else ElementwiseSquares(model)
+        # Elementwise sums have no second copy to undo a batch in: one example a batch.
+        self._token_budget = token_budget if kind == "factored" else 1
+        self._note = note
+        self._stack = ExitStack()
+        self._pass: Callable[[Batch], Tensor] | None = None
+
+    def __enter__(self) -> "SquaredGradients":
+        self._pass = self._stack.enter_context(gradient_pass(self._model, self._squares))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def sums(self, examples: Sequence[TokenizedExample]) -> SummedSquares:
+        """Sums over these examples.
+
+        Raises:
+            OptionError: One example does not fit in memory.
+            GradientError: An example's loss is not finite.
+        """
+        assert self._pass is not None, "used outside its context"
+        run, squares = self._pass, self._squares
 
         def run_batch(places: list[int]) -> Tensor:
-            losses = run(make_batch(examples, places, device=model.device))
-            consumer.commit()
+            losses = run(make_batch(examples, places, device=self._model.device))
+            squares.commit()
             return losses
 
-        for places, losses in run_adaptively(batches, run_batch, note):
+        squares.clear()
+        plan = plan_batches([len(example.token_ids) for example in examples], self._token_budget)
+        for places, losses in run_adaptively(plan, run_batch, self._note):
             if not torch.isfinite(losses).all():
                 worst = examples[places[int(torch.isfinite(losses).int().argmin())]]
                 raise GradientError(f"{worst.example_id}: its loss is not finite; expected a number; check the weights")
-    moments = consumer.means(len(examples))
-    return SecondMoment(kind=kind, moments=moments, source=f"estimated from {len(examples)} examples", floor=floor)
+        sums = {name: [one.cpu() for one in of] for name, of in squares.sums().items()}
+        return SummedSquares(examples=len(examples), sums=sums)
 
 
 class FactoredSquares:
@@ -188,12 +281,20 @@ class FactoredSquares:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        def zeros(matrix: WeightMatrix, size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=model.device_of(matrix))
-
-        self._row = {matrix.name: zeros(matrix, matrix.rows) for matrix in model.matrices}
-        self._column = {matrix.name: zeros(matrix, matrix.columns) for matrix in model.matrices}
+        self._model = model
+        self._row: dict[str, Tensor] = {}
+        self._column: dict[str, Tensor] = {}
         self._pending: dict[str, tuple[Tensor, Tensor]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin new sums, all zero."""
+
+        def zeros(matrix: WeightMatrix, size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64, device=self._model.device_of(matrix))
+
+        self._row = {matrix.name: zeros(matrix, matrix.rows) for matrix in self._model.matrices}
+        self._column = {matrix.name: zeros(matrix, matrix.columns) for matrix in self._model.matrices}
 
     def start(self, examples: int) -> None:
         """Forget a batch that did not run to its end."""
@@ -229,22 +330,25 @@ class FactoredSquares:
             row_sums, column_sums = squares.sum(dim=1), squares.sum(dim=0)
         self._pending[matrix.name] = (row_sums.double() / matrix.columns, column_sums.double() / matrix.rows)
 
-    def means(self, examples: int) -> dict[str, Moment]:
-        """Means over that many examples; rounding may leave a tiny negative sum, which is zero."""
-        return {
-            name: FactoredMoment(
-                row=(self._row[name] / examples).clamp_min(0).float(),
-                column=(self._column[name] / examples).clamp_min(0).float(),
-            )
-            for name in self._row
-        }
+    def sums(self) -> dict[str, list[Tensor]]:
+        """By matrix: the sums for rows and for columns."""
+        return {name: [self._row[name], self._column[name]] for name in self._row}
 
 
 class ElementwiseSquares:
     """Sums over examples of G², an entry a weight."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self._sums = {m.name: torch.zeros(m.rows, m.columns, device=model.device_of(m)) for m in model.matrices}
+        self._model = model
+        self._sums: dict[str, Tensor] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin new sums, all zero."""
+        self._sums.clear()  # first, as there is room for one of them
+        self._sums = {
+            m.name: torch.zeros(m.rows, m.columns, device=self._model.device_of(m)) for m in self._model.matrices
+        }
 
     def start(self, examples: int) -> None:
         """Nothing is kept from batch to batch but the sums."""
@@ -267,6 +371,6 @@ class ElementwiseSquares:
             gradient = gradients[example].float().mT @ kept[example].float()
             self._sums[matrix.name].addcmul_(gradient, gradient)
 
-    def means(self, examples: int) -> dict[str, Moment]:
-        """Means over that many examples."""
-        return {name: ElementwiseMoment(entries=sums / examples) for name, sums in self._sums.items()}
+    def sums(self) -> dict[str, list[Tensor]]:
+        """By matrix: the sums."""
+        return {name: [sums] for name, sums in self._sums.items()}

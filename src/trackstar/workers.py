@@ -6,16 +6,18 @@ together in the parts' order: the same bits come of one process and of a hundred
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, final, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 from trackstar.model import LanguageModel
 from trackstar.projecting import GradientProjector, projector_of
-from trackstar.second_moment import SecondMoment
+from trackstar.second_moment import SecondMoment, SquaredGradients
 from trackstar.store import Index, Manifest
 
 Advance = Callable[[int], None]
-GradientWork = Callable[[GradientProjector, Any, Advance], Any]
-"""What is done with one part: given φ's maker and the part, and to be told of each example done, it gives the result.
+GradientWork = Callable[[Any, Any, Advance], Any]
+"""What is done with one part: given what its setup opens and the part, and to be told of each example done, it gives
+the result.
 
 It, parts and results go from process to process, so they hold plain data and tensors on the CPU."""
 
@@ -25,6 +27,25 @@ IndexWork = Callable[[Index], Any]
 
 def ignore(_: object) -> None:
     """Told something that nobody wants to know."""
+
+
+@runtime_checkable
+class Setup(Protocol):
+    """What must be known, and opened once on a model, before parts can be done; it goes from process to process."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Says which model it is, and what its layer blocks are."""
+        ...
+
+    def opened(self, model: LanguageModel, note: Callable[[str], None]) -> AbstractContextManager[Any]:
+        """What parts are done with.
+
+        Args:
+            model: The manifest's.
+            note: Told what a user should know, such as memory that ran out.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +62,29 @@ class GradientSetup:
     second_moment: SecondMoment
     batch_tokens: int
 
+    def opened(self, model: LanguageModel, note: Callable[[str], None]) -> GradientProjector:
+        """See `Setup`."""
+        return projector_of(self.manifest, model, self.second_moment, batch_tokens=self.batch_tokens, note=note)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SquaresSetup:
+    """How squared gradients are summed, for an estimate of V.
+
+    Attributes:
+        manifest: Of the index, whose V is not known yet.
+        kind: Whether only the row and column means are kept.
+        batch_tokens: Most tokens of a batch, padding included.
+    """
+
+    manifest: Manifest
+    kind: Literal["factored", "elementwise"]
+    batch_tokens: int
+
+    def opened(self, model: LanguageModel, note: Callable[[str], None]) -> SquaredGradients:
+        """See `Setup`."""
+        return SquaredGradients(model, kind=self.kind, token_budget=self.batch_tokens, note=note)
+
 
 @runtime_checkable
 class Workers(Protocol):
@@ -49,7 +93,7 @@ class Workers(Protocol):
     def gradients(
         self,
         model: LanguageModel,
-        setup: GradientSetup,
+        setup: Setup,
         work: GradientWork,
         parts: Iterable[Any],
         *,
@@ -60,7 +104,7 @@ class Workers(Protocol):
 
         Args:
             model: The model.
-            setup: How φ is made.
+            setup: What parts are done with.
             work: What is done with a part.
             parts: The parts.
             advance: Told of examples as they are done.
@@ -80,7 +124,7 @@ class ThisProcess:
     def gradients(
         self,
         model: LanguageModel,
-        setup: GradientSetup,
+        setup: Setup,
         work: GradientWork,
         parts: Iterable[Any],
         *,
@@ -88,11 +132,9 @@ class ThisProcess:
         note: Callable[[str], None] = ignore,
     ) -> Iterator[Any]:
         """See `Workers`."""
-        with projector_of(
-            setup.manifest, model, setup.second_moment, batch_tokens=setup.batch_tokens, note=note
-        ) as projector:
+        with setup.opened(model, note) as opened:
             for part in parts:
-                yield work(projector, part, advance)
+                yield work(opened, part, advance)
 
     def scan(self, index: Index, work: IndexWork) -> list[Any]:
         """See `Workers`."""

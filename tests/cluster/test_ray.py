@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 
 WORDS = ["Paris", "is", "the", "capital", "of", "France", "Berlin", "Germany", "people", "speak"]
 SETTINGS: dict[str, Any] = {
-    "side": 8, "shard_examples": 40, "batch_tokens": 128, "second_moment_examples": 16, "progress": False,
+    "side": 8, "shard_examples": 40, "batch_tokens": 128, "second_moment_examples": 70, "progress": False,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "whitened": {"codec": "1-bit", "whitening_examples": 100},

@@ -18,9 +18,11 @@ from trackstar.second_moment import (
 
 # Factors alone are used where tokens·(rows + columns) < rows·columns: below about 15 tokens for these shapes.
 SHORT, LONG = [6, 3, 9, 2], [30, 21]
+# More than are summed at once.
+MANY = [5, 3, 8, 2] * 9
 
 
-@pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["from factors", "from gradients"])
+@pytest.mark.parametrize("lengths", [SHORT, LONG, MANY], ids=["from factors", "from gradients", "in parts"])
 @pytest.mark.parametrize("kind", ["factored", "elementwise"])
 @pytest.mark.parametrize("architecture", CORE_ARCHITECTURES)
 def test_estimated_second_moment_is_the_mean_of_squared_gradients(

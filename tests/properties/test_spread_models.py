@@ -68,7 +68,7 @@ def test_every_product_is_of_tensors_on_one_device():
                 assert found.device == torch.device("meta")
             else:
                 consumer.commit()
-                consumer.means(2)
+                consumer.sums()
         with pytest.raises(OptionError, match="tail-patch: needs a model on one device, found one spread over 2"):
             model.check_on_one_device("tail-patch")
 

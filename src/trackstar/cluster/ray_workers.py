@@ -13,7 +13,7 @@ from trackstar.cluster.worker import GradientOrder, ScanOrder
 from trackstar.errors import ClusterError, OptionError
 from trackstar.model import LanguageModel
 from trackstar.store import Index
-from trackstar.workers import Advance, GradientSetup, GradientWork, IndexWork, ignore
+from trackstar.workers import Advance, GradientWork, IndexWork, Setup, ignore
 
 # Parts of an index that each worker gets: more even out what workers need.
 _PARTS_A_WORKER = 2
@@ -83,7 +83,7 @@ class RayWorkers:
     def gradients(
         self,
         model: LanguageModel,
-        setup: GradientSetup,
+        setup: Setup,
         work: GradientWork,
         parts: Iterable[Any],
         *,

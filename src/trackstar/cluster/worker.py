@@ -10,10 +10,9 @@ import torch
 
 from trackstar.errors import IndexMismatchError, ModelError, StoreError, TrackstarError
 from trackstar.model import LanguageModel
-from trackstar.projecting import GradientProjector, projector_of
 from trackstar.provenance import model_of_manifest
 from trackstar.store import Index, Manifest, Place
-from trackstar.workers import GradientSetup, GradientWork, IndexWork
+from trackstar.workers import GradientWork, IndexWork, Setup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,14 +23,14 @@ class GradientOrder:
         source: Where the model is loaded from: the same place on every node.
         revision: Of a hub's model.
         gguf_file: Of GGUF weights.
-        setup: How φ is made.
+        setup: What parts are done with.
         work: What is done with a part.
     """
 
     source: str
     revision: str | None
     gguf_file: str | None
-    setup: GradientSetup
+    setup: Setup
     work: GradientWork
 
 
@@ -80,7 +79,7 @@ class Worker:
         self._model: LanguageModel | None = None
         self._model_is: tuple[object, ...] = ()
         self._order: GradientOrder | ScanOrder | None = None
-        self._projector: GradientProjector | None = None
+        self._opened: Any = None
         self._open = ExitStack()
         self._notes: list[str] = []
 
@@ -93,18 +92,10 @@ class Worker:
         name = f"{socket.gethostname()}/{os.getpid()}"
         try:
             self._open.close()
-            self._projector = None
+            self._opened = None
             if isinstance(order, GradientOrder):
-                manifest = order.setup.manifest
-                self._projector = self._open.enter_context(
-                    projector_of(
-                        manifest,
-                        self._loaded(order),
-                        order.setup.second_moment,
-                        batch_tokens=order.setup.batch_tokens,
-                        note=self._notes.append,
-                    )
-                )
+                opened = order.setup.opened(self._loaded(order), self._notes.append)
+                self._opened = self._open.enter_context(opened)
             else:
                 self._index(order)
         except TrackstarError as error:
@@ -122,8 +113,8 @@ class Worker:
             advanced += examples
 
         if isinstance(order, GradientOrder):
-            assert self._projector is not None, "prepared"
-            result = order.work(self._projector, part, advance)
+            assert self._opened is not None, "prepared"
+            result = order.work(self._opened, part, advance)
         else:
             assert order is not None, "prepared"
             result = order.work(self._index(order).part(part))
