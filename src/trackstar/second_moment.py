@@ -174,6 +174,10 @@ def estimate_parts(
     """The parts that squares are summed over, each by whoever does it: V's bits do not depend on who that is.
 
     Elementwise sums are as large as the model, so that all examples are one part.
+
+    Args:
+        examples: The sample, one example at least.
+        kind: Whether only the row and column means are kept.
     """
     at_once = _PART_EXAMPLES if kind == "factored" else len(examples)
     return (examples[first : first + at_once] for first in range(0, len(examples), at_once))
@@ -182,9 +186,17 @@ def estimate_parts(
 def mean_of_squares(
     parts: Iterable["SummedSquares"], *, kind: Literal["factored", "elementwise"], floor: float = DEFAULT_FLOOR
 ) -> SecondMoment:
-    """V of the sums over some parts, added in their order; one part at least.
+    """V = E[G²] of the sums over some parts, added in their order (paper, §4.1).
 
     Rounding may leave a tiny negative sum of a factor, which is zero.
+
+    Args:
+        parts: One at least, of the same model; see `estimate_parts`.
+        kind: What they hold.
+        floor: See `DEFAULT_FLOOR`.
+
+    Returns:
+        V in squared units of the gradient, on the CPU.
     """
     examples, sums = 0, {}
     for part in parts:
@@ -206,7 +218,8 @@ class SummedSquares:
 
     Attributes:
         examples: How many.
-        sums: By matrix: of the row means and of the column means of G² in float64, or of G² itself in float32.
+        sums: By matrix: of the row means [rows] and of the column means [columns] of G² in float64, or of G² itself
+            [rows, columns] in float32; in squared units of the gradient.
     """
 
     examples: int
