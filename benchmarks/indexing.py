@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,10 +101,13 @@ class _NoTokenizer:
         return {}
 
 
+NO_TOKENIZER: Any = _NoTokenizer()
+
+
 def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
     shape, examples_per_batch, tokens, dtype, batches_per_round = CASES[name]
     trained = make_model(shape, dtype, device).train()
-    model = wrap_model(make_model(shape, dtype, device), _NoTokenizer())  # type: ignore[arg-type]
+    model = wrap_model(make_model(shape, dtype, device), NO_TOKENIZER)
     count = examples_per_batch * batches_per_round
     vocabulary = model.head.weight.shape[0]
     token_ids = np.random.default_rng(0).integers(vocabulary, size=(count, tokens), dtype=np.int32)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indexing import _NoTokenizer, given_second_moment, make_model
+from indexing import NO_TOKENIZER, given_second_moment, make_model
 from measurement import save
 from trackstar.examples import TokenizedExample, open_corpus
 from trackstar.model import wrap_model
@@ -52,7 +52,7 @@ WHITENING = {"whitening": torch.zeros(1)}  # rows are scanned as they are
 
 def make_store(folder: str | Path, rows: int, codec: CodecName) -> Index:
     """A store of random rows: a scan's speed does not depend on what they are."""
-    model = wrap_model(make_model("llama-135m", "float32", "cpu"), _NoTokenizer())  # type: ignore[arg-type]
+    model = wrap_model(make_model("llama-135m", "float32", "cpu"), NO_TOKENIZER)
     moment = given_second_moment(model)
     whitened = quantized_bits(codec) is not None
     entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor
 
-from indexing import make_model
+from indexing import NO_TOKENIZER, make_model
 from measurement import save
 from trackstar.examples import TokenizedExample
 from trackstar.model import LanguageModel, load_model, wrap_model
@@ -31,15 +31,6 @@ QUERY_TOKENS, COMPLETION_TOKENS, PROPONENT_TOKENS = 16, 2, 40
 SHARED = 0.25  # share of pairs whose proponent another query has too
 SPEED_BAR, MEAN_BAR, RANK_BAR = 4.0, 0.02, 0.99
 SHAPES = ("llama-135m", "tiny")
-
-
-class _NoTokenizer:
-    """The benchmark's examples are tokens from the start."""
-
-    is_fast = True
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
 
 
 def random_model(shape: str, device: str) -> LanguageModel:
@@ -58,7 +49,7 @@ def random_model(shape: str, device: str) -> LanguageModel:
         torch.nn.Module.to(module, device)
     else:
         module = make_model(shape, "float32", device)
-    return wrap_model(module, _NoTokenizer())  # type: ignore[arg-type]
+    return wrap_model(module, NO_TOKENIZER)
 
 
 def gathered_step(model: LanguageModel, *, batches: int = 3, examples: int = 8) -> TrainingStep:

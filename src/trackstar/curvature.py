@@ -88,9 +88,15 @@ class Autocorrelation:
         if self.examples == 0:
             raise CurvatureError("autocorrelation: found no example, expected one or more")
         mean = torch.empty(self.sums.shape, device=self.sums.device)
+        dimensions = mean.shape[1]
         for whole, sums in zip(mean, self.sums, strict=True):
-            upper = sums.triu().div_(self.examples)
-            whole.copy_(upper.add_(upper.triu(1).T.clone()))
+            for first in range(0, dimensions, _PANEL):
+                last = min(first + _PANEL, dimensions)
+                rows = (sums[first:last, first:] / self.examples).float()
+                # A product need not be symmetric to the last bit: what lies above the diagonal counts.
+                rows[:, : last - first] = rows[:, : last - first].triu() + rows[:, : last - first].triu(1).T
+                whole[first:last, first:] = rows
+                whole[first:, first:last] = rows.T
         return mean
 
 
