@@ -13,15 +13,15 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from trackstar.errors import OptionError
 from trackstar.store import StoredRows, quantized_bits
 
-# σ below this fraction of a block's largest are rounding noise, not directions of the task.
-_TOLERANCE = 1e-7
-# Of ‖u‖² at least this much is left as a candidate's squared norm: an estimate from codes may not reach zero.
+# σ below this fraction of a block's largest are what rounding u to single precision leaves, not directions of the task.
+_TOLERANCE = 1e-12
+# Of ‖u‖² at least this much is left in a squared norm that is estimated from codes, which may not reach zero.
 _LEAST_LEFT = 1e-4
 
 
@@ -30,26 +30,24 @@ class TaskWhitening:
     """(λA + (1-λ)I)⁻¹ in train-whitened coordinates, block by block.
 
     Attributes:
-        directions: v_k of each block, orthonormal rows; zero rows where a block has fewer.
+        directions: v_k of each block, orthonormal rows; zero rows where a block has fewer. In float64, as the weights:
+            of what is like the task all but a share 1 - w_k is taken off, in which single precision would show.
         weights: w_k, from 0 to 1.
         mixing: λ, at least 0 and less than 1.
     """
 
-    directions: Float[Tensor, "blocks rank dim"]
-    weights: Float[Tensor, "blocks rank"]
+    directions: Float64[Tensor, "blocks rank dim"]
+    weights: Float64[Tensor, "blocks rank"]
     mixing: float
 
     @classmethod
-    def of(
-        cls, task: Float[Tensor, "queries dimensions"], *, blocks: int, mixing: float, device: str = "cpu"
-    ) -> "TaskWhitening":
+    def of(cls, task: Float[Tensor, "queries dimensions"], *, blocks: int, mixing: float) -> "TaskWhitening":
         """The whitening for a task.
 
         Args:
             task: u of the task's queries.
             blocks: Number of layer blocks.
             mixing: λ.
-            device: Where the directions are kept.
 
         Raises:
             OptionError: λ is not in [0, 1).
@@ -57,19 +55,19 @@ class TaskWhitening:
         if not 0 <= mixing < 1:
             raise OptionError(
                 f"--mixing {mixing}: expected a number from 0 to less than 1 for whitened coordinates, which R_train "
-                "has shaped; for R_eval alone, index with --coordinates projected"
+                "has shaped; for R_eval alone, index with --coordinates projected and --codec float16"
             )
         queries, dimensions = task.shape
         dim = dimensions // blocks
         rank = min(queries, dim) if mixing > 0 else 0
-        directions = torch.zeros(blocks, rank, dim, device=device)
-        weights = torch.zeros(blocks, rank, device=device)
+        directions = torch.zeros(blocks, rank, dim, dtype=torch.float64)
+        weights = torch.zeros(blocks, rank, dtype=torch.float64)
         if rank:
             for number, u in enumerate(task.double().reshape(queries, blocks, dim).unbind(1)):
                 values, vectors = _principal(u)
                 scaled = mixing * values
-                directions[number, : len(values)] = vectors.float()
-                weights[number, : len(values)] = (scaled / (scaled + 1 - mixing)).float()
+                directions[number, : len(values)] = vectors
+                weights[number, : len(values)] = scaled / (scaled + 1 - mixing)
         return cls(directions=directions, weights=weights, mixing=mixing)
 
     def apply_inverse(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
@@ -84,18 +82,22 @@ class TaskWhitening:
         return corrected
 
     def norms(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows"]:
-        """√(uᵀ(λA + (1-λ)I)⁻¹u) of each row: with W φ in place of φ, the norm of Eq. 1."""
+        """√(uᵀ(λA + (1-λ)I)⁻¹u) of each row: with W φ in place of φ, the norm of Eq. 1.
+
+        Summed as Σ_k (1-w_k)(v_k·u)² along the task's directions and what lies across them, of which neither is a small
+        difference of large numbers where u is like the task.
+        """
         squares = torch.zeros(len(coordinates), dtype=torch.float64, device=coordinates.device)
-        along = torch.zeros_like(squares)
         for u, directions, weights in self._in_double(coordinates):
-            squares += u.square().sum(dim=1)
-            along += ((u @ directions.mT).square() * weights).sum(dim=1)
-        return self._rooted(squares, along).float()
+            along = (u @ directions.mT).square()
+            squares += (along * (1 - weights)).sum(dim=1)
+            squares += (u.square().sum(dim=1) - along.sum(dim=1)).clamp_min(0)
+        return (squares / (1 - self.mixing)).sqrt().float()
 
     def _in_double(self, coordinates: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each block's u, directions and weights in float64."""
+        """Each block's u in float64, with its directions and weights."""
         for u, directions, weights in zip(self._blocks(coordinates), self.directions, self.weights, strict=True):
-            yield u.double(), directions.double(), weights.double()
+            yield u.double(), directions, weights
 
     def stored_norms(self, stored: StoredRows) -> Float[Tensor, "rows"]:
         """The same of stored rows, from their exact ‖u‖ and what their codes say of v_k·u.
@@ -109,16 +111,12 @@ class TaskWhitening:
         squares = stored.norms.square()
         lengths = self._blocks(decoded).square().sum(dim=2)
         share = (1 - squares / lengths.sum(dim=0).clamp_min(1e-30)).clamp_min(0)
-        excess = (self.weights.sum(dim=1)[:, None] * lengths).sum(dim=0) * share / self.directions.shape[2]
-        return self._rooted(squares, self._along(decoded) - excess)
-
-    def _along(self, coordinates: Tensor) -> Tensor:
-        """Σ_k w_k (v_k·u)²."""
-        products = torch.bmm(self._blocks(coordinates), self.directions.mT)
-        return (products.square() * self.weights[:, None]).sum(dim=(0, 2))
-
-    def _rooted(self, squares: Tensor, along: Tensor) -> Tensor:
-        return ((squares - along.clamp_min(0)).maximum(_LEAST_LEFT * squares) / (1 - self.mixing)).sqrt()
+        excess = (self.weights.float().sum(dim=1)[:, None] * lengths).sum(dim=0) * share / self.directions.shape[2]
+        along = torch.zeros_like(excess)
+        for u, directions, weights in zip(self._blocks(decoded), self.directions, self.weights, strict=True):
+            along += ((u @ directions.float().mT).square() * weights.float()).sum(dim=1)
+        left = (squares - (along - excess).clamp_min(0)).maximum(_LEAST_LEFT * squares)
+        return (left / (1 - self.mixing)).sqrt()
 
     def _blocks(self, coordinates: Tensor) -> Tensor:
         return coordinates.float().reshape(len(coordinates), len(self.directions), -1).transpose(0, 1)

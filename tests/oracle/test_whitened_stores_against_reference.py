@@ -100,6 +100,28 @@ def test_the_same_in_float64_is_equal_to_rounding(candidates: Tensor):
             torch.testing.assert_close(w_train.T @ low_rank @ w_train, inverse[block], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("queries", [1, 8, 200], ids=lambda count: f"{count} queries")
+@pytest.mark.parametrize("mixing", [*LAMBDAS, 0.9999])
+def test_a_candidate_like_the_task_keeps_its_influence(mixing: float, queries: int):
+    """Of its norm nearly all is taken off near λ = 1: a candidate that is a query has influence 1 all the same, and
+    a near one what the formula says. Blocks as large as this have σ in the thousands.
+    """
+    dim, draw = 1024, torch.Generator().manual_seed(queries)
+    asked = 2 * torch.randn(queries, 2 * dim, generator=draw)
+    near = asked + 0.3 * torch.randn(queries, 2 * dim, generator=draw)
+    task = TaskWhitening.of(asked, blocks=2, mixing=mixing)
+    vectors = task.apply_inverse(asked) / task.norms(asked)[:, None]
+    itself = (vectors * asked).sum(dim=1) / task.norms(asked)
+    torch.testing.assert_close(itself, torch.ones(queries), rtol=1e-4, atol=0)
+    found = (vectors * near).sum(dim=1) / task.norms(near)
+    products, squares = torch.zeros(queries, dtype=torch.float64), torch.zeros(2, queries, dtype=torch.float64)
+    for q, c in zip(asked.double().split(dim, dim=1), near.double().split(dim, dim=1), strict=True):
+        inverse = torch.linalg.inv(mixing * q.T @ q / queries + (1 - mixing) * torch.eye(dim, dtype=torch.float64))
+        products += ((q @ inverse) * c).sum(dim=1)
+        squares += torch.stack([((x @ inverse) * x).sum(dim=1) for x in (q, c)])
+    torch.testing.assert_close(found.double(), products / squares.prod(dim=0).sqrt(), rtol=1e-4, atol=0)
+
+
 def test_a_rotation_changes_no_score(candidates: Tensor):
     plain = whitening(autocorrelation(candidates.float(), BLOCKS), damping=DAMPING)
     turned = plain.rotated(3)
