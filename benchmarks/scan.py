@@ -28,7 +28,7 @@ from indexing import NO_TOKENIZER, given_second_moment, make_model
 from measurement import save
 from trackstar.examples import TokenizedExample, open_corpus
 from trackstar.model import wrap_model
-from trackstar.pipeline import _shard_rows
+from trackstar.pipeline import default_shard_examples
 from trackstar.provenance import make_manifest
 from trackstar.retrieval import Scorer, top_candidates
 from trackstar.store import (
@@ -58,7 +58,7 @@ def make_store(folder: str | Path, rows: int, codec: CodecName) -> Index:
     entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None
     manifest = make_manifest(
         model, open_corpus(["rows made for the benchmark"]), WindowsEntry(tokens=2, overlap=1), moment,
-        seed=0, side=64, codec=codec, shard_examples=_shard_rows(16, 64, codec), whitening=entry,
+        seed=0, side=64, codec=codec, shard_examples=default_shard_examples(16, 64, codec), whitening=entry,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     shard_rows = manifest.shard_examples

@@ -6,6 +6,7 @@ whitened by R_train when it was made; what is left for the task is of low rank (
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -99,6 +100,7 @@ def task_correction(
         OptionError: λ or the damping is out of range, or not that of a whitened index.
         CurvatureError: R cannot be inverted.
     """
+    check_choices(index, mixing=mixing, damping=damping)
     blocks = len(index.manifest.layer_blocks)
     chosen = choose_mixing(task, lambda: train_spectrum(index), blocks=blocks, given=mixing)
     entry = index.manifest.whitening
@@ -107,11 +109,6 @@ def task_correction(
         names = [block.name for block in index.manifest.layer_blocks]
         return mixed_correction(
             r_train, index.rows, task, chosen, damping=damping, names=names, made_of=index.manifest.to_json()
-        )
-    if damping is not None and damping != entry.damping:
-        raise OptionError(
-            f"--damping {damping}: {index.path} is whitened by R_train with damping {entry.damping:g}; leave the "
-            "option out, or convert the projected index again with another (trackstar convert --damping)"
         )
     train = train_whitening(index)
     u = train.apply(task) if len(task) and chosen.value > 0 else task
@@ -123,6 +120,40 @@ def task_correction(
         train=train,
         key=_key(index.manifest.to_json(), task, chosen.value, entry.damping),
     )
+
+
+def check_choices(index: Index, *, mixing: float | None, damping: float | None) -> None:
+    """See that an index can be asked with this λ and damping; None is always good.
+
+    Raises:
+        OptionError: One is out of range, or not that of a whitened index.
+    """
+    check_mixing(mixing)
+    if damping is not None and not 0 <= damping < math.inf:
+        raise OptionError(f"--damping {damping}: expected 0 or more, as a fraction of the mean eigenvalue")
+    entry = index.manifest.whitening
+    if entry is None:
+        return
+    if mixing == 1:
+        raise OptionError(
+            f"--mixing {mixing}: expected a number from 0 to less than 1 for {index.path}, whose whitened coordinates "
+            "R_train has shaped; for R_eval alone, index with --coordinates projected and --codec float16"
+        )
+    if damping is not None and damping != entry.damping:
+        raise OptionError(
+            f"--damping {damping}: {index.path} is whitened by R_train with damping {entry.damping:g}; leave the "
+            "option out, or convert the projected index again with another (trackstar convert --damping)"
+        )
+
+
+def check_mixing(mixing: float | None) -> None:
+    """See that λ, where it is given, is from 0 to 1.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if mixing is not None and not 0 <= mixing <= 1:
+        raise OptionError(f"--mixing {mixing}: expected a number from 0 (only R_train) to 1 (only R_eval)")
 
 
 def train_whitening(index: Index) -> Whitening:
@@ -245,11 +276,12 @@ def choose_mixing(
         given: λ; None follows the rule.
 
     Raises:
-        OptionError: λ is out of range.
+        OptionError: λ is out of range, or there is a λ and no task.
     """
+    check_mixing(given)
     if given is not None:
-        if not 0 <= given <= 1:
-            raise OptionError(f"--mixing {given}: expected a number from 0 (only R_train) to 1 (only R_eval)")
+        if given > 0 and not len(task):
+            raise OptionError(f"--mixing {given}: no query says what R_eval is; give some (--task)")
         return Mixing(value=given, rule="given", queries=len(task))
     if len(task) < MIN_TASK_QUERIES:
         rule = f"only R_train: a task needs {MIN_TASK_QUERIES} queries or more (--task), found {len(task)}"

@@ -9,6 +9,7 @@ an eigendecomposition.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -361,9 +362,9 @@ def whitening(
     Raises:
         CurvatureError: A damped block is not positive definite in float64, as when there are fewer examples than
             dimensions and no damping; the message names the block.
-        OptionError: The damping is negative.
+        OptionError: The damping is negative or not finite, or so large that nothing is left of R.
     """
-    if not damping >= 0:
+    if not 0 <= damping < math.inf:
         raise OptionError(f"--damping {damping}: expected 0 or more, as a fraction of the mean eigenvalue")
     factors = torch.empty_like(autocorrelation, dtype=torch.float32)
     identity = torch.eye(autocorrelation.shape[1], dtype=torch.float64, device=autocorrelation.device)
@@ -386,4 +387,6 @@ def whitening(
                 "dimensions, or more damping (--damping 0.1)"
             )
         factors[number] = torch.linalg.solve_triangular(factor, identity, upper=False)
+        if not factors[number].diagonal().all():
+            raise OptionError(f"--damping {damping:g}: nothing is left of R in single precision; give less")
     return Whitening(factors=factors)

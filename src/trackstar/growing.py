@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 from trackstar.correction import train_whitening
-from trackstar.errors import OptionError
+from trackstar.counted_once import check_new
 from trackstar.examples import Corpus, open_corpus
 from trackstar.indexing import RowWork, rows_by, write_shards
 from trackstar.model import LanguageModel
@@ -62,11 +62,7 @@ def add_examples(
     assert completion is not None, "an open index is finished"
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
     entry = corpus_entry(corpus)
-    if entry.digest in {there.digest for there in index.manifest.corpora}:
-        raise OptionError(
-            f"--data {corpus.name}: {index.path} has been made of this corpus, whose examples would count twice; give "
-            "only what is new"
-        )
+    check_new(index, corpus, entry)
     added = dataclasses.replace(index.manifest, corpora=(entry,), removed=None, completion=None)
     grown = joined_manifest([index.manifest, added], [completion.records])
     there = load_manifest(out)

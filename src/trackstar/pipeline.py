@@ -120,7 +120,7 @@ def build_index(
         codec: How a row is stored: `float32`, `bfloat16`, `float16`, `int8`, `4-bit`, `2-bit` or `1-bit`. The default,
             with the paper's 65,536 dimensions, is the best that 8 KB an example buy (docs/stores.md).
         coordinates: `projected` stores φ; `whitened` stores u = W_train φ, which codes of few bits are made for. None
-            is `whitened` for int8 and fewer bits.
+            is `whitened` for int8 and fewer bits, which cannot be projected: R_train is that of the rows as stored.
         whitening_examples: How many records R_train comes from where coordinates are whitened, drawn with `seed`: a
             first pass, whose gradients are not computed again. A corpus of no more is taken whole.
         damping: Where coordinates are whitened, the fraction of a block's mean eigenvalue added to R_train; None is
@@ -158,6 +158,11 @@ def build_index(
     if coordinates is None:
         coordinates = "projected" if quantized_bits(codec) is None else "whitened"
     check_quantizable(codec, side)
+    if coordinates == "projected" and quantized_bits(codec) is not None:
+        raise OptionError(
+            f"--coordinates projected: goes with float32, bfloat16 and float16, found --codec {codec}, whose codes are "
+            "too coarse to take R_train from; take one of these, or leave --coordinates out"
+        )
     if damping is not None and coordinates == "projected":
         raise OptionError(
             f"--damping {damping}: goes with whitened coordinates; where rows are projected, R is damped in a query "
@@ -183,7 +188,7 @@ def build_index(
             coordinates=coordinates,
             whitening_examples=whitening_examples,
             damping=damping,
-            shard_examples=shard_examples or _shard_rows(len(model.blocks), side, codec),
+            shard_examples=shard_examples or default_shard_examples(len(model.blocks), side, codec),
             output=output,
             projection=projection,
         )
@@ -367,7 +372,8 @@ def _ranked(index: Index, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
     return tuple(ranked)
 
 
-def _shard_rows(blocks: int, side: int, codec: CodecName) -> int:
+def default_shard_examples(blocks: int, side: int, codec: CodecName) -> int:
+    """Examples of a shard where nothing else is asked: about 64 MiB, 4,096 examples at most and 64 at least."""
     return min(4096, max(64, _SHARD_BYTES // row_bytes(codec, blocks * side**2, blocks)))
 
 

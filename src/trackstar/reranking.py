@@ -25,7 +25,7 @@ from trackstar.examples import TokenizedExample
 from trackstar.model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.projecting import GradientProjector, projected
-from trackstar.retrieval import Scorer, TopCandidates, best_of, scores_of, top_candidates
+from trackstar.retrieval import Scorer, TopCandidates, best_of, inverse_of, scores_of, top_candidates
 from trackstar.store import CodecName, Index, have_shapes
 from trackstar.workers import THIS_PROCESS, Advance, GradientSetup, Workers
 
@@ -71,12 +71,17 @@ class _Influences:
     def __call__(
         self, projector: GradientProjector, examples: Sequence[TokenizedExample], advance: Advance
     ) -> Float[Tensor, "queries examples"]:
-        return self.of(projected(projector, examples, advance)[0])
+        return influences(self.correction, self.vectors, projected(projector, examples, advance)[0])
 
-    def of(self, phi: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "queries examples"]:
-        coordinates = self.correction.coordinates(phi)
-        norms = self.correction.whitening.norms(coordinates)
-        return self.vectors @ coordinates.T * torch.where(norms > 0, 1 / norms, 0.0)
+
+def influences(
+    correction: TaskCorrection,
+    vectors: Float[Tensor, "queries dimensions"],
+    phi: Float[Tensor, "examples dimensions"],
+) -> Float[Tensor, "queries examples"]:
+    """Eq. 1 of gradients, without any rounding: what queries' vectors meet in the index's coordinates, by its norm."""
+    coordinates = correction.coordinates(phi)
+    return vectors @ coordinates.T * inverse_of(correction.whitening.norms(coordinates))
 
 
 class ExactScores:
@@ -126,6 +131,17 @@ class ExactScores:
             found[:, first : first + part.shape[1]] = part
         return found
 
+    def of_each(self, rows: Int64[Tensor, "queries own"]) -> Float[Tensor, "queries own"]:
+        """Each query's scores of rows of its own; no more is held at a time than these and some hundred rows'."""
+        union = rows.unique()
+        places = torch.searchsorted(union, rows)
+        found = torch.empty(rows.shape)
+        for first, part in self.parts(union.tolist()):
+            there = (places >= first) & (places < first + part.shape[1])
+            chosen = part.gather(1, (places - first).clamp(0, part.shape[1] - 1))
+            found[there] = chosen[there]
+        return found
+
     def parts(self, rows: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "queries part"]]]:
         """The same, some hundred rows at a time: the place of the first, and their scores."""
         first = 0
@@ -170,22 +186,23 @@ def rerank(
     looked_at = min(index.rows, _LOOKED_AT * reranked)
     coarse = top_candidates(index, scorer, looked_at, workers=workers, progress=progress)
     count = min(reranked, index.rows)
-    rows = torch.cat([coarse.proponents[:, :count].flatten(), coarse.opponents[:, :count].flatten()]).unique()
-    scores = exact.of(rows.tolist())
     # A query's ranking is of its own candidates alone: it does not depend on what else is asked at the same time.
-    own = torch.zeros(scores.shape, dtype=torch.bool)
-    for part in (coarse.proponents, coarse.opponents):
-        own.scatter_(1, torch.searchsorted(rows, part[:, :count].contiguous()), True)
-    proponents = best_of(scores.masked_fill(~own, -math.inf), rows, k)
-    opponents = best_of((-scores).masked_fill(~own, -math.inf), rows, k)
+    own = torch.cat([coarse.proponents[:, :count], coarse.opponents[:, :count]], dim=1).sort(dim=1).values
+    scores = exact.of_each(own)
+    # In a small index a candidate may be among the best and the worst; it counts once.
+    again = torch.zeros_like(own, dtype=torch.bool)
+    again[:, 1:] = own[:, 1:] == own[:, :-1]
+    most = min(k, index.rows)
+    proponents = best_of(scores.masked_fill(again, -math.inf), own, most)
+    opponents = best_of((-scores).masked_fill(again, -math.inf), own, most)
     others = _Others(index, scorer, coarse)
     missed = []
     for query in range(len(scores)):
-        left, weights = others.of(query, rows[own[query]])
+        left, weights = others.of(query, own[query])
         missed.append(
             missed_chance(
                 coarse.proponent_scores[query, :count],
-                scores[query, torch.searchsorted(rows, coarse.proponents[query, :count])],
+                scores[query, torch.searchsorted(own[query], coarse.proponents[query, :count].contiguous())],
                 left,
                 threshold=float(proponents[0][query, -1]),
                 weights=weights,
@@ -197,7 +214,7 @@ def rerank(
         opponents=opponents[1],
         opponent_scores=-opponents[0],
     )
-    return Reranked(top=top, missed=tuple(missed), recomputed=len(rows))
+    return Reranked(top=top, missed=tuple(missed), recomputed=len(own.unique()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

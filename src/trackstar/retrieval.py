@@ -92,7 +92,7 @@ def trackstar_scorer(
     """
     vectors = unit_queries(queries, whitening)
     norms = whitened_norms(index, whitening, key=key, workers=workers, progress=progress)
-    return Scorer(vectors=vectors, multipliers=_inverse(norms))
+    return Scorer(vectors=vectors, multipliers=inverse_of(norms))
 
 
 def unit_queries(
@@ -118,7 +118,7 @@ def dot_product_scorer(index: Index, queries: Float[Tensor, "queries dimensions"
 def cosine_scorer(index: Index, queries: Float[Tensor, "queries dimensions"]) -> Scorer:
     """Gradient cosine, φ_q·φ_m / (‖φ_q‖ ‖φ_m‖): unit norm but no R (Table 2)."""
     norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True)
-    return Scorer(vectors=queries / norms.clamp_min(1e-30), multipliers=_inverse(index.norms()))
+    return Scorer(vectors=queries / norms.clamp_min(1e-30), multipliers=inverse_of(index.norms()))
 
 
 def whitened_norms(
@@ -374,7 +374,7 @@ def _gathered(
 
 def best_of(
     values: Float[Tensor, "queries rows"],
-    rows: Int64[Tensor, "rows"],
+    rows: Int64[Tensor, "*queries rows"],
     k: int,
     *,
     before: tuple[Float[Tensor, "queries found"], Int64[Tensor, "queries found"]] | None = None,
@@ -383,7 +383,7 @@ def best_of(
 
     Args:
         values: Scores.
-        rows: Their rows in the index, ascending and after those of `before`.
+        rows: Their rows in the index, ascending and after those of `before`: the same for all queries, or each its own.
         k: How many; all of them where there are fewer.
         before: What this gave for earlier rows.
     """
@@ -404,7 +404,8 @@ def _largest(values: Float[Tensor, "queries rows"], k: int) -> Int64[Tensor, "qu
     return places.gather(1, values.gather(1, places).sort(dim=1, descending=True, stable=True).indices)
 
 
-def _inverse(norms: Tensor) -> Tensor:
+def inverse_of(norms: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+    """1/norm, which Eq. 1 multiplies by; 0 for a zero norm: a candidate without a gradient has no influence."""
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 

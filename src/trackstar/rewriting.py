@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trackstar.correction import train_spectrum, train_whitening
+from trackstar.counted_once import check_disjoint, records_of
 from trackstar.curvature import Whitening
 from trackstar.errors import IndexMismatchError, OptionError
 from trackstar.examples import TokenizedExample
@@ -74,8 +75,8 @@ def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, p
                 f"{index.path}: made with {field} {abridged(found)}, but {opened[0].path} with {abridged(expected)}; "
                 "only indexes that were made alike can be merged: make the later one with `trackstar add`"
             )
-    _check_disjoint(opened)
-    manifest = joined_manifest([index.manifest for index in opened], [_records(index) for index in opened])
+    check_disjoint(opened)
+    manifest = joined_manifest([index.manifest for index in opened], [records_of(index) for index in opened])
     return _rewrite(opened, out, manifest, title="Merging", progress=progress)
 
 
@@ -193,39 +194,16 @@ def convert_index(
 
     def recode(stored: StoredRows) -> StoredRows:
         values = stored.decode()
-        return encode(train.apply(values) if train is not None else values, codec, blocks)
+        if train is not None:
+            return encode(train.apply(values), codec, blocks)
+        # Norms stay those of the rows before they were coded at all.
+        return dataclasses.replace(encode(values, codec, blocks), norms=stored.norms)
 
     spectrum = train_spectrum(index) if index.load_derived("train-spectrum") is not None else None
     made_index = _rewrite([index], out, manifest, recode=recode, train=train, title="Converting", progress=progress)
     if spectrum is not None:
         made_index.save_derived("train-spectrum", {"values": spectrum})
     return made_index
-
-
-def _check_disjoint(indexes: Sequence[Index]) -> None:
-    """See that no two indexes hold the same example of the same corpus: it would count twice."""
-    held: dict[str, list[tuple[Index, set[tuple[int, int]]]]] = {}
-    shared = [corpus.digest for index in indexes for corpus in index.manifest.corpora]
-    for index in indexes:
-        corpora = index.manifest.corpora
-        ends = [corpus.first_record for corpus in corpora[1:]] + [_records(index)]
-        for corpus, end in zip(corpora, ends, strict=True):
-            if shared.count(corpus.digest) < 2:
-                continue
-            places = {
-                (record - corpus.first_record, window)
-                for shard in index.shards
-                for record, window in zip(shard.records.tolist(), shard.windows.tolist(), strict=True)
-                if corpus.first_record <= record < end
-            }
-            for other, theirs in held.setdefault(corpus.digest, []):
-                doubled = len(places & theirs)
-                if doubled:
-                    raise OptionError(
-                        f"{index.path}: {doubled} of its examples are those of {other.path} too (corpus "
-                        f"{abridged(corpus.source)}), and would count twice; leave one out, or `trackstar remove` them"
-                    )
-            held[corpus.digest].append((index, places))
 
 
 def rewrite_shards(
@@ -308,7 +286,7 @@ def write_rows_of(
         bar.advance(written.rows)
     if r_train is not None:
         writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
-    writer.finish(records=sum(map(_records, sources)), skipped=sum(map(_skipped, sources)))
+    writer.finish(records=sum(map(records_of, sources)), skipped=sum(map(_skipped, sources)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -370,7 +348,7 @@ def _pieces(
                     yield _piece(shard, examples, kept[skip:], records, begin)
                 skip = max(0, skip - len(kept))
             begin = skipped + shard.end.skipped
-        records += _records(index)
+        records += records_of(index)
         skipped += _skipped(index)
 
 
@@ -402,12 +380,6 @@ def _packed(pieces: Iterator[_Piece], shard_examples: int) -> Iterator[_NewShard
                 held, count = [], 0
     if held:
         yield _NewShard(pieces=held)
-
-
-def _records(index: Index) -> int:
-    completion = index.manifest.completion
-    assert completion is not None, "an open index is finished"
-    return completion.records
 
 
 def _skipped(index: Index) -> int:

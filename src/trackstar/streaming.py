@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.audit_record import Asked, QuestionEntry, StreamEntry
-from trackstar.correction import TaskCorrection, choose_mixing, mixed_correction
+from trackstar.correction import choose_mixing, mixed_correction
 from trackstar.curvature import Autocorrelation, check_autocorrelation_size, spectrum_of_autocorrelation
 from trackstar.errors import CorpusError, OptionError
 from trackstar.examples import Corpus, Query, TokenizedExample, open_corpus, tokenize_examples, tokenize_query
@@ -28,6 +28,7 @@ from trackstar.model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.projecting import GradientProjector, projected
 from trackstar.provenance import make_manifest
+from trackstar.reranking import influences
 from trackstar.results import QueryReport, QueryResult, Ranked, replace_text
 from trackstar.retrieval import best_of, unit_queries
 from trackstar.second_moment import SecondMoment
@@ -145,7 +146,7 @@ def stream_queries(
         bar.advance(found.rows)
         for part, position in _parts(corpus, model, found.position, windows):
             phi, _ = projected(projector, part, bar.advance)
-            found.add(_scores(correction, vectors, phi), part, position)
+            found.add(influences(correction, vectors, phi), part, position)
         found.keep()
     results = tuple(
         QueryResult(query=query, loss=float(losses[number]), proponents=proponents, opponents=opponents)
@@ -194,11 +195,6 @@ def _autocorrelation(
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
         sums.add(projected(projector, part, bar.advance)[0])
     return (sums.mean().cpu() if sums.examples else torch.zeros(0, side**2, side**2)), sums.examples
-
-
-def _scores(correction: TaskCorrection, vectors: Tensor, phi: Tensor) -> Float[Tensor, "queries rows"]:
-    norms = correction.whitening.norms(phi)
-    return vectors @ phi.T * torch.where(norms > 0, 1 / norms, 0.0)
 
 
 def _parts(

@@ -53,10 +53,7 @@ class TaskWhitening:
             OptionError: λ is not in [0, 1).
         """
         if not 0 <= mixing < 1:
-            raise OptionError(
-                f"--mixing {mixing}: expected a number from 0 to less than 1 for whitened coordinates, which R_train "
-                "has shaped; for R_eval alone, index with --coordinates projected and --codec float16"
-            )
+            raise OptionError(f"--mixing {mixing}: expected a number from 0 to less than 1 for whitened coordinates")
         queries, dimensions = task.shape
         dim = dimensions // blocks
         rank = min(queries, dim) if mixing > 0 else 0

@@ -169,6 +169,7 @@ CASES = [
     Case("explorer, two indexes", "explore {index} {index}", "trackstar: found 2 indexes and 0 result files; expected at most one"),
     Case("explorer, port", "explore {index} --port 70000", "trackstar: --port 70000: expected 0 (any that is free) to 65535"),
     Case("explorer, mixing", "explore {index} --mixing 7", "trackstar: --mixing 7.0: expected a number from 0"),
+    Case("explorer, mixing of nothing", "explore {index} --mixing 0.5", "trackstar: --mixing 0.5: no query says what R_eval is; give some (--task)"),
     Case("explorer, damping", "explore {index} --damping -1", "trackstar: --damping -1.0: expected 0 or more"),
     Case("explorer, batch", "explore {index} --batch-tokens 0", "trackstar: --batch-tokens 0: expected 1 or more"),
     Case("explorer, no index", "explore {corpus} --task {corpus}", "trackstar: --task, --embedding-model, --model, --data, "),
@@ -262,6 +263,9 @@ CASES = [
     Case("damaged, verified", "verify {index}", "{index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
     Case("nothing to verify", "verify {folder}", "trackstar: {folder}: no index is there"),
     # Stores of few bits, growing, no index
+    Case("codes of projected rows", "index --model {model} --data {corpus} --out {folder}/new --side 8 --coordinates projected", "trackstar: --coordinates projected: goes with float32, bfloat16 and float16, found --codec 1-bit"),
+    Case("infinite damping", ASK + " --damping inf", "trackstar: --damping inf: expected 0 or more"),
+    Case("converted with infinite damping", "convert --index {index} --codec 1-bit --damping inf --out {folder}/new", "trackstar: --"),
     Case("a side for codes", "index --model {model} --data {corpus} --out {folder}/new --side 4", "trackstar: --side 4: expected a multiple of 8 for --codec 1-bit"),
     Case("coordinates", INDEX + " --coordinates polar", "trackstar: --coordinates polar: expected one of projected, whitened"),
     Case("no sample", INDEX + " --whitening-examples 0", "trackstar: --whitening-examples 0: expected 1 or more"),

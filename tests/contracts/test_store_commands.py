@@ -126,7 +126,7 @@ def test_a_pass_is_not_lost_where_results_cannot_be_written(
         patch.setattr("trackstar.results.write_results", full)
         assert run(*command) == 1
     assert (tmp_path / "results.jsonl.unfinished").exists()
-    monkeypatch.setattr("trackstar.streaming._scores", None)  # nothing is scored again
+    monkeypatch.setattr("trackstar.streaming.influences", None)  # nothing is scored again
     assert run(*command) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["results.audit.json", "results.jsonl", "results.report.json"]

@@ -291,6 +291,44 @@ def test_an_example_is_not_merged_with_itself(parts: tuple[Index, Index, Index],
         merge_indexes([halves[0], halves[2]], tmp_path / "out", progress=False)
 
 
+def test_a_corpus_read_with_another_limit_is_the_same_corpus(
+    parts: tuple[Index, Index, Index], tiny_model_folder: Path, tmp_path: Path
+):
+    """Its digest is another, and yet its first examples are those that are there."""
+    first, second, _whole = parts
+    some = build(tiny_model_folder, FIRST, tmp_path / "some", limit=6)
+    with pytest.raises(OptionError, match="has been made of this corpus, whose examples would count twice"):
+        add_examples(some, FIRST, tmp_path / "out", progress=False)
+    with pytest.raises(OptionError, match="has been made of this corpus, whose examples would count twice"):
+        add_examples(first, FIRST, tmp_path / "out", limit=6, progress=False)
+    with pytest.raises(OptionError, match=r"some: 6 or more of its examples are those of .*first too"):
+        merge_indexes([first, some], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    # Lists are all called alike; another's examples are others in the same places.
+    merged = merge_indexes([some, second], tmp_path / "merged", progress=False)
+    assert merged.rows == 6 + second.rows
+    assert add_examples(some, SECOND, tmp_path / "added", progress=False).rows == merged.rows
+
+
+def test_norms_outlive_every_conversion(tiny_model_folder: Path, tmp_path: Path):
+    """They are those of the rows before they were coded at all, whatever codes have made of these since."""
+    int8 = build(tiny_model_folder, TEXTS, tmp_path / "int8", codec="int8")
+    norms = torch.cat([shard.stored.norms for shard in int8.shards])
+    index = int8
+    for codec in ("4-bit", "2-bit", "2-bit", "1-bit"):
+        before = [row[-1] for row in rows_of(index)]
+        same = index.manifest.codec == codec
+        index = convert_index(index, tmp_path / f"{index.path.name}-{codec}", codec=codec, progress=False)
+        assert torch.equal(torch.cat([shard.stored.norms for shard in index.shards]), norms)
+        assert not same or [row[-1] for row in rows_of(index)] == before
+
+
+def test_no_conversion_whitens_by_nothing(parts: tuple[Index, Index, Index], tmp_path: Path):
+    for damping, message in ((float("inf"), "expected 0 or more"), (1e300, "nothing is left of R")):
+        with pytest.raises(OptionError, match=message):
+            convert_index(parts[2], tmp_path / "out", codec="1-bit", damping=damping, progress=False)
+
+
 def test_an_interrupted_conversion_whitens_by_what_it_kept(
     parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from capitals import QUERIES, TEXTS
-from trackstar import Attributor, load_model
+from trackstar import Attributor, load_model, reranking
+from trackstar.correction import TaskCorrection
 from trackstar.errors import OptionError
 from trackstar.pipeline import answer_queries, build_index
 from trackstar.reranking import RERANKED, calibration, missed_chance
@@ -49,6 +50,18 @@ def test_what_is_ranked_again_has_exact_influences(index: Index):
     assert "estimated chance that a true proponent is missing" in " ".join(report.summary())
 
 
+def test_each_query_has_exact_scores_of_its_own_candidates(index: Index, monkeypatch: pytest.MonkeyPatch):
+    """Also where they come in parts, and more are asked for than there are."""
+    expected = answer_queries(index, QUERIES, k=len(TEXTS) + 5, exact=True, mixing=0.3, progress=False)
+    monkeypatch.setattr(reranking, "_ROWS_AT_ONCE", 3)
+    report = answer_queries(index, QUERIES, k=len(TEXTS) + 5, reranked=len(TEXTS) + 9, mixing=0.3, progress=False)
+    for result, whole in zip(report.results, expected.results, strict=True):
+        for found, exact in ((result.proponents, whole.proponents), (result.opponents, whole.opponents)):
+            assert [one.row for one in found] == [one.row for one in exact]
+            assert len(found) == len(TEXTS)
+            torch.testing.assert_close(*(torch.tensor([one.influence for one in part]) for part in (found, exact)))
+
+
 def test_a_ranking_does_not_depend_on_what_else_is_asked(tiny_model_folder: Path, tmp_path: Path):
     """But for how a store of few bits is scanned for many queries; this one has numbers."""
     index = build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", codec="float32", side=8, progress=False)
@@ -63,30 +76,28 @@ def test_a_ranking_does_not_depend_on_what_else_is_asked(tiny_model_folder: Path
 
 
 def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.MonkeyPatch):
-    from trackstar import reranking
-
     monkeypatch.setattr(reranking, "_ROWS_AT_ONCE", 7)
     options = {"k": 4, "exact": True, "mixing": 0.3, "progress": False}
     done: list[int] = []
-    original = reranking._Influences.of
+    original = reranking.influences
 
-    def stopping(self: reranking._Influences, phi: torch.Tensor) -> torch.Tensor:
+    def stopping(correction: TaskCorrection, vectors: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(len(phi))
-        return original(self, phi)
+        return original(correction, vectors, phi)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reranking._Influences, "of", stopping)
+        patch.setattr(reranking, "influences", stopping)
         with pytest.raises(KeyboardInterrupt):
             answer_queries(index, QUERIES, **options)
     again: list[int] = []
 
-    def counting(self: reranking._Influences, phi: torch.Tensor) -> torch.Tensor:
+    def counting(correction: TaskCorrection, vectors: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
         again.append(len(phi))
-        return original(self, phi)
+        return original(correction, vectors, phi)
 
-    monkeypatch.setattr(reranking._Influences, "of", counting)
+    monkeypatch.setattr(reranking, "influences", counting)
     found = answer_queries(index, QUERIES, **options)
     assert sum(again) == len(TEXTS) - 14
     assert [len(result.proponents) for result in found.results] == [4] * len(QUERIES)

@@ -42,7 +42,7 @@ def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, mo
     assert json.loads(kept.read_text())["rows"] == len(TEXTS)  # until the caller has the results safe
     kept.unlink()
     scored: list[int] = []
-    original = streaming._scores
+    original = streaming.influences
 
     def stopping(correction: object, vectors: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
         if len(scored) in (2, 3):
@@ -51,7 +51,7 @@ def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, mo
         scored.append(len(phi))
         return original(correction, vectors, phi)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(streaming, "_scores", stopping)
+    monkeypatch.setattr(streaming, "influences", stopping)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             ask()

@@ -185,7 +185,7 @@ def check_index(index: Index, method: GradientMethod) -> None:
     if manifest.coordinates == "whitened" and method.correction == "none":
         raise IndexMismatchError(
             f"{index.path}: rows are whitened by R_train, which {method.name} does not want; index again with "
-            "--coordinates projected"
+            "--coordinates projected --codec float16"
         )
     if manifest.projection.kind != method.projection:
         raise IndexMismatchError(

@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trackstar.attribution import Attributor
 from trackstar.baselines.embeddings import load_encoder
+from trackstar.correction import check_choices, check_mixing
 from trackstar.errors import CorpusError, OptionError
 from trackstar.examples import Corpus, read_queries
 from trackstar.explorer.app import make_app
@@ -144,10 +145,11 @@ def check_options(options: IndexOptions) -> None:
     Raises:
         OptionError: A number is out of its range.
     """
-    if options.mixing is not None and not 0 <= options.mixing <= 1:
-        raise OptionError(f"--mixing {options.mixing}: expected a number from 0 (only R_train) to 1 (only R_eval)")
-    if options.damping is not None and not options.damping >= 0:
-        raise OptionError(f"--damping {options.damping}: expected 0 or more, as a fraction of the mean eigenvalue")
+    check_mixing(options.mixing)
+    if options.mixing is not None and options.mixing > 0 and options.task is None:
+        raise OptionError(
+            f"--mixing {options.mixing}: no query says what R_eval is; give some (--task), or leave it out"
+        )
     if options.reranked is not None and options.reranked < 0:
         raise OptionError(f"--rerank {options.reranked}: expected 0 or more")
     if options.batch_tokens < 1:
@@ -161,6 +163,7 @@ def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) 
         TrackstarError: It, its model, the task or the embedding model cannot be opened.
     """
     index = Index.open(path)
+    check_choices(index, mixing=options.mixing, damping=options.damping)
     task = read_queries(options.task) if options.task is not None else []
     encoder = load_encoder(options.embedding_model, device=options.device) if options.embedding_model else None
     model = model_of_index(index, options.model, device=options.device)

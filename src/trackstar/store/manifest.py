@@ -410,8 +410,8 @@ def _check_values(manifest: Manifest) -> None:
     _expect("format_version", manifest.format_version, manifest.format_version == FORMAT_VERSION, str(FORMAT_VERSION))
     _expect("shard_examples", manifest.shard_examples, manifest.shard_examples >= 1, "at least 1")
     _expect("projection.side", manifest.projection.side, manifest.projection.side >= 1, "at least 1")
-    whole_bytes = manifest.projection.side % 4 == 0 or manifest.codec in ("float32", "bfloat16", "float16")
-    _expect("projection.side", manifest.projection.side, whole_bytes, f"a multiple of 4 for {manifest.codec}")
+    whole_bytes = manifest.projection.side % 8 == 0 or manifest.codec in ("float32", "bfloat16", "float16")
+    _expect("projection.side", manifest.projection.side, whole_bytes, f"a multiple of 8 for {manifest.codec}")
     seed = manifest.projection.seed
     _expect("projection.seed", seed, 0 <= seed < 2**64, "at least 0 and below 2^64")
     _expect("layer_blocks", manifest.layer_blocks, len(manifest.layer_blocks) >= 1, "at least one layer block")

@@ -30,11 +30,6 @@ _LEVEL_UNITS: dict[Bits, int] = {1: 1, 2: 53, 4: 46, 8: 1}
 _TINY = 1e-30
 
 
-def packed_bytes(dimensions: int, bits: Bits) -> int:
-    """Bytes of a row's codes, factors not counted."""
-    return dimensions * bits // 8
-
-
 @functools.cache
 def levels(bits: Bits) -> Float32[Tensor, "levels"]:
     """What the codes of a unit normal entry stand for, ascending; for 8 bits the whole numbers from -127 to 127.
