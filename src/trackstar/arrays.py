@@ -178,22 +178,31 @@ def finish_index(out: str | Place, *, progress: bool = True) -> Index:
 
 
 def _begun(out: Place, prepared: Callable[[], IndexJob], share: Share, bar: Progress) -> IndexJob | None:
-    """The index, with all that its shards depend on written; None where it is complete."""
-    with _alone(out, share, bar):
-        job = prepared()
-        begun = load_manifest(out)
-        if begun is not None and begun.completion is not None:
-            return None
-        # Whoever comes later finds all of it.
-        if not is_begun(out):
-            with IndexWriter.open(out, job.manifest, on_note=bar.note) as writer:
-                job.begin(writer, bar)
-    return job
+    """The index, with all that its shards depend on written; None where it is complete.
+
+    One task computes that, alone. Whoever finds all of it looks at model and corpus at the same time as others do.
+    """
+    if not is_begun(out):
+        with _alone(out, share, bar, until=lambda: is_begun(out)) as alone:
+            if alone and not is_begun(out):  # who was alone before may have done it
+                job = prepared()
+                if _complete(out):
+                    return None
+                with IndexWriter.open(out, job.manifest, on_note=bar.note) as writer:
+                    job.begin(writer, bar)
+                return job
+    job = prepared()
+    return None if _complete(out) else job
+
+
+def _complete(out: Place) -> bool:
+    begun = load_manifest(out)
+    return begun is not None and begun.completion is not None
 
 
 @contextlib.contextmanager
-def _alone(out: Place, share: Share, bar: Progress) -> Iterator[None]:
-    """While no other task does the same.
+def _alone(out: Place, share: Share, bar: Progress, *, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """While no other task does the same; False once `until` says that another one has done it.
 
     Where nothing can be locked, on other file systems, the first task goes ahead and the others wait for its manifest.
     """
@@ -209,7 +218,7 @@ def _alone(out: Place, share: Share, bar: Progress) -> Iterator[None]:
     if not isinstance(out, Path):
         while share.number != 1 and not is_begun(out):
             wait("task 1")
-        yield
+        yield share.number == 1 or not until()
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -221,11 +230,14 @@ def _alone(out: Place, share: Share, bar: Progress) -> Iterator[None]:
             lock.acquire()
             break
         except filelock.Timeout:
+            if until():
+                yield False
+                return
             wait("another task")
         except (OSError, NotImplementedError) as error:
             raise StoreError(f"{out}: cannot be locked ({error}); make the folder writable") from error
     try:
-        yield
+        yield True
     finally:
         lock.release()
 

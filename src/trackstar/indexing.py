@@ -40,11 +40,13 @@ class RowWork:
         codec: Encodes them.
         blocks: Number of layer blocks.
         train: W_train; None for projected coordinates.
+        moved: W_train where gradients are computed, once it has been needed there: a gibibyte in the paper's setting.
     """
 
     codec: CodecName
     blocks: int
     train: Whitening | None
+    moved: dict[torch.device, Whitening] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Manifest, train: Whitening | None = None) -> "RowWork":
@@ -81,8 +83,10 @@ class RowWork:
             losses[rows] = batch_losses.cpu()
             advance(_documents(examples, rows.tolist()))
         if phi is not None and self.train is not None:
-            device = self.train.factors.device
-            stored = encode(self.train.apply(phi.to(device)), self.codec, self.blocks).to("cpu")
+            device = projector.device
+            if device not in self.moved:
+                self.moved[device] = dataclasses.replace(self.train, factors=self.train.factors.to(device))
+            stored = encode(self.moved[device].apply(phi.to(device)), self.codec, self.blocks).to("cpu")
         return stored, losses
 
 

@@ -50,7 +50,7 @@ from trackstar.store import (
     quantized_bits,
     row_bytes,
 )
-from trackstar.workers import THIS_PROCESS, GradientSetup, Workers
+from trackstar.workers import THIS_PROCESS, GradientSetup, ThisProcess, Workers
 
 # A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
 _SHARD_BYTES = 64 << 20
@@ -285,7 +285,8 @@ def answer_queries(
             index, queries_in, correction.whitening, key=correction.key, workers=workers, progress=progress
         )
         vectors = scorer.vectors
-        scorer = dataclasses.replace(scorer, vectors=vectors.to(model.device))
+        if isinstance(workers, ThisProcess):  # others' scans are on their own devices
+            scorer = dataclasses.replace(scorer, vectors=vectors.to(model.device))
         if count:
             again = ExactScores(index, model, setup, correction, vectors, workers=workers, progress=progress)
             ranking = rerank(index, scorer, again, k, reranked=count, workers=workers, progress=progress)

@@ -63,6 +63,11 @@ class GradientProjector:
         self._stack.close()
 
     @property
+    def device(self) -> torch.device:
+        """Where φ is computed."""
+        return self._model.device
+
+    @property
     def dimensions(self) -> int:
         """Dimensions of φ."""
         return self._projected.dimensions

@@ -133,7 +133,7 @@ def whitened_norms(
     kept = index.load_derived(f"norms-{key}") if key else None
     if have_shapes(kept, norms=(index.rows,)):
         return kept["norms"]
-    norms = torch.cat(workers.scan(index, _Norms(whitening=whitening, progress=progress)))
+    norms = torch.cat(workers.scan(index, _Norms(whitening=whitening, progress=progress), progress=progress))
     if key:
         index.save_derived(f"norms-{key}", {"norms": norms})
     return norms
@@ -246,7 +246,7 @@ def top_candidates(
     """
     if k < 1:
         raise OptionError(f"--top {k}: expected 1 or more candidates a query")
-    top = _joined(workers.scan(index, _Top(scorer=scorer, k=k, progress=progress)), k)
+    top = _joined(workers.scan(index, _Top(scorer=scorer, k=k, progress=progress), progress=progress), k)
     # What is not finite sorts to one of the two ends.
     for rows, found in ((top.proponents, top.proponent_scores), (top.opponents, top.opponent_scores)):
         bad = (~found.isfinite()).nonzero()
@@ -342,16 +342,18 @@ def _rescored(
 ) -> tuple[Int64[Tensor, "k"], Float[Tensor, "k"], bool]:
     """The k best (or with sign -1, worst) finalists by their scores in float32, earlier rows first among equals.
 
-    Also, whether all are within their bounds.
+    Also, whether all are within their bounds. Products are summed in float64: in float32 their bits would follow the
+    number of finalists, which is another one where parts of the index are gone through apart.
     """
     rows = finalists.rows()
     found = torch.empty(len(rows))
-    at_once = max(1, _SCAN_BYTES // (4 * index.dimensions))
+    at_once = max(1, _SCAN_BYTES // (8 * index.dimensions))
+    vector = scorer.vectors[query].double()
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
         stored = index.some_rows(rows[part].tolist())
         factors = stored.scales * scorer.multipliers[rows[part]]
-        found[part] = (stored.codes.float() @ scorer.vectors[query].float()) * factors
+        found[part] = (stored.codes.double() @ vector).float() * factors
     order = (sign * found).sort(descending=True, stable=True).indices[:k]
     return rows[order], found[order], finalists.bound(sign * found)
 

@@ -112,8 +112,14 @@ class Workers(Protocol):
         """
         ...
 
-    def scan(self, index: Index, work: IndexWork) -> list[Any]:
-        """What `work` gives for consecutive parts of an index that together are all of it, in their order."""
+    def scan(self, index: Index, work: IndexWork, *, progress: bool = False) -> list[Any]:
+        """What `work` gives for consecutive parts of an index that together are all of it, in their order.
+
+        Args:
+            index: The index.
+            work: What is done with a part; it shows its own progress where this process does it.
+            progress: Whether what others have done is shown.
+        """
         ...
 
 
@@ -136,7 +142,7 @@ class ThisProcess:
             for part in parts:
                 yield work(opened, part, advance)
 
-    def scan(self, index: Index, work: IndexWork) -> list[Any]:
+    def scan(self, index: Index, work: IndexWork, *, progress: bool = False) -> list[Any]:
         """See `Workers`."""
         return [work(index)]
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -156,6 +157,22 @@ def test_answers_are_those_of_one_process(
     alone = answer_queries(copy_of(plain[kind], tmp_path / "one"), QUERIES, **given)
     together = answer_queries(copy_of(plain[kind], tmp_path / "many"), QUERIES, workers=workers, **given)
     assert answers(together) == answers(alone)
+
+
+def test_one_question_about_an_index_named_from_here_has_the_answer_of_one_process(
+    workers: RayWorkers, model: LanguageModel, plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few questions of numbers are scanned otherwise than many; and workers run in another folder than this process."""
+    given = {"model": model, "k": 7, "progress": False, "batch_tokens": 128}
+    alone = answer_queries(copy_of(plain["projected"], tmp_path / "one"), QUERIES[:1], **given)
+    copy_of(plain["projected"], tmp_path / "many")
+    monkeypatch.chdir(tmp_path)
+    assert answers(answer_queries("many", QUERIES[:1], workers=workers, **given)) == answers(alone)
+
+
+def test_this_process_still_ends_as_it_says(workers: RayWorkers) -> None:
+    """Ray would answer SIGTERM in its own way."""
+    assert not getattr(signal.getsignal(signal.SIGTERM), "__module__", "").startswith("ray")
 
 
 @pytest.mark.slow
@@ -434,7 +451,10 @@ def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     [
         ({"workers": 0}, "--ray-workers 0: expected 1 or more"),
         ({"cpus": 0}, "--ray-cpus 0: expected 1 or more"),
-        ({"gpus": -1.0}, "--ray-gpus -1.0: expected 0 or more"),
+        ({"gpus": -1.0}, "--ray-gpus -1: expected 0, a part of one .*"),
+        ({"gpus": 1.5}, "--ray-gpus 1.5: expected 0, a part of one .*"),
+        ({"gpus": 1e-5}, "--ray-gpus 1e-05: expected 0, a part of one .*"),
+        ({"gpus": 65.0}, "--ray-gpus 65: expected .* or a whole number up to 64"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: Any, said: str) -> None:

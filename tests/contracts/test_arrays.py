@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import fsspec
 import pytest
 
@@ -192,6 +193,34 @@ def test_a_task_that_ends_after_the_index_is_complete_leaves_nothing(
     monkeypatch.setattr(store.ShardFolder, "write", late)
     build(tmp_path, share="2/2")
     assert index_bytes(tmp_path) == index_bytes(plain[kind])
+
+
+def test_a_shard_that_is_there_by_now_is_left(
+    build: Build, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index may be finished with it, and another machine's bytes may be others."""
+    tasks(build, tmp_path, "1/2", "2/2")
+    path, aside = tmp_path / "shards" / "000001.safetensors", tmp_path.parent / f"{tmp_path.name}-aside"
+    path.rename(aside)
+    write, written = store.ShardFolder.write, aside.stat().st_ino
+
+    def late(self: store.ShardFolder, number: int, content: store.ShardContent) -> None:
+        if aside.exists():
+            aside.rename(path)
+            finish_index(tmp_path, progress=False)
+        write(self, number, content)
+
+    monkeypatch.setattr(store.ShardFolder, "write", late)
+    build(tmp_path, share="2/2")
+    assert path.stat().st_ino == written
+    assert store.verify(tmp_path).ok
+
+
+def test_a_task_waits_for_nobody_once_all_that_it_needs_is_there(build: Build, kind: str, tmp_path: Path) -> None:
+    build(tmp_path, share="1/2")
+    with filelock.FileLock(tmp_path / store.PREPARING_LOCK):
+        build(tmp_path, share="2/2")
+    assert finish_index(tmp_path, progress=False).manifest.completion is not None
 
 
 def test_a_task_makes_its_own_shards_alone(build: Build, kind: str, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def evaluate(
     threads: int | None,
     ray: str | None,
     ray_workers: int | None,
-    ray_cpus: int,
+    ray_cpus: int | None,
     ray_gpus: float | None,
 ) -> None:
     """The paper's tables on facts whose examples are known; resumable."""
@@ -97,7 +97,8 @@ def evaluate(
 @click.option("--vocabulary", type=int, default=8192, metavar="N", help="Most tokens of a new tokenizer.  [8192]")
 @click.option("--optimizer", default="adafactor", metavar="NAME", help="adafactor or adamw.  [adafactor]")
 @click.option("--checkpoint-steps", type=int, default=1000, metavar="N", help="Steps between checkpoints.  [1000]")
-@shared
+@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.  [cpu]")
+@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
 @rare("--limit", type=int, metavar="N", help="Read the first N records only.")
 @rare("--tokenizer", metavar="T", help="Folder or hub name of a tokenizer.  [a new one]")
 @rare("--key-value-heads", type=int, metavar="N", help="Heads of keys and values.  [--heads]")

@@ -52,7 +52,7 @@ def index(
     threads: int | None,
     ray: str | None,
     ray_workers: int | None,
-    ray_cpus: int,
+    ray_cpus: int | None,
     ray_gpus: float | None,
     **options: Any,
 ) -> None:

@@ -31,7 +31,7 @@ def clustered(function: Function) -> Function:
     """Options of the commands that a cluster can do."""
     for option in (
         rare("--ray-gpus", type=float, metavar="N", help="GPUs of a worker.  [1 where there are any]"),
-        rare("--ray-cpus", type=int, default=1, metavar="N", help="CPU cores of a worker.  [1]"),
+        rare("--ray-cpus", type=int, metavar="N", help="CPU cores of a worker.  [1]"),
         rare("--ray-workers", type=int, metavar="N", help="Most workers.  [all that have room]"),
         rare("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: auto, local, HOST:PORT."),
     ):
@@ -41,7 +41,7 @@ def clustered(function: Function) -> Function:
 
 @contextlib.contextmanager
 def chosen_workers(
-    ray: str | None, ray_workers: int | None, ray_cpus: int, ray_gpus: float | None
+    ray: str | None, ray_workers: int | None, ray_cpus: int | None, ray_gpus: float | None
 ) -> "Iterator[Workers]":
     """Who computes: this process, or a cluster's workers.
 
@@ -49,15 +49,15 @@ def chosen_workers(
         OptionError: Options of a cluster without one, or a cluster that cannot be had.
     """
     if ray is None:
-        if ray_workers is not None or ray_gpus is not None:
-            raise OptionError("--ray-workers, --ray-gpus: belong to a cluster; say which with --ray")
+        if any(value is not None for value in (ray_workers, ray_cpus, ray_gpus)):
+            raise OptionError("--ray-workers, --ray-cpus, --ray-gpus: belong to a cluster; say which with --ray")
         from trackstar.workers import THIS_PROCESS
 
         yield THIS_PROCESS
         return
     from trackstar.cluster import RayWorkers
 
-    with RayWorkers(ray, workers=ray_workers, cpus=ray_cpus, gpus=ray_gpus) as workers:
+    with RayWorkers(ray, workers=ray_workers, cpus=1 if ray_cpus is None else ray_cpus, gpus=ray_gpus) as workers:
         yield workers
 
 

@@ -73,7 +73,7 @@ def query(
     exact: bool,
     ray: str | None,
     ray_workers: int | None,
-    ray_cpus: int,
+    ray_cpus: int | None,
     ray_gpus: float | None,
     **options: Any,
 ) -> None:

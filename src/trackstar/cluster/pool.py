@@ -5,8 +5,10 @@ what waits is two parts a worker, and as many results, whatever the number of pa
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
@@ -18,8 +20,9 @@ from trackstar.errors import ClusterError, TrackstarError
 _AT_A_TIME = 2
 # A part that this many workers did not survive is not given to another.
 _MOST_ATTEMPTS = 5
-# How often, in seconds, is looked whether there is room for a further worker, and how often waiting is said.
-_GROW_EVERY, _SAY_EVERY = 5.0, 60.0
+# How often, in seconds, is looked whether there is room for a further worker; how seldom at least, where some have been
+# refused; and how often waiting is said.
+_GROW_EVERY, _GROW_SELDOM, _SAY_EVERY = 5.0, 300.0, 60.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
@@ -59,7 +62,8 @@ class Pool:
         self._note = note
         self._members: list[_Member] = []
         self._orders = 0
-        self._grown = 0.0
+        self._grown = -math.inf
+        self._grow_every = _GROW_EVERY
         self._said = time.monotonic()
         self._refused = 0
         self._grow()
@@ -84,14 +88,14 @@ class Pool:
             ClusterError: No worker survives a part, or the cluster is gone.
         """
         self._orders += 1
-        self._refused = 0
+        self._refused, self._grow_every = 0, _GROW_EVERY
         self._note = note
-        reference = self._ray.put(order)
         source = enumerate(parts)
         waiting: collections.deque[_Part] = collections.deque()
         results: dict[int, Any] = {}
         due, exhausted = 0, False
         try:
+            reference = self._ray.put(order)
             while True:
                 self._grow()
                 for member in self._members:
@@ -117,7 +121,7 @@ class Pool:
                     advance(done.advanced)
                     for line in done.notes:
                         note(line)
-        except self._ray.exceptions.RayError as error:
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise ClusterError(
                 f"the Ray cluster fails ({_one_line(error)}); see that it runs, and run again"
             ) from error
@@ -130,7 +134,9 @@ class Pool:
     def close(self) -> None:
         """Give all workers' resources back."""
         for member in self._members:
-            self._ray.kill(member.actor)
+            # Where the cluster is gone, so are they.
+            with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError):
+                self._ray.kill(member.actor)
         self._members.clear()
 
     def _prepared(self, member: _Member, order: Any) -> None:
@@ -164,6 +170,7 @@ class Pool:
                 continue
             if reference == member.preparing:
                 member.preparing = None
+                self._refused, self._grow_every = 0, _GROW_EVERY
             else:
                 yield member.parts.pop(reference), found
 
@@ -173,11 +180,16 @@ class Pool:
         if reference == member.preparing:
             self._members.remove(member)
             self._ray.kill(member.actor)
-            self._refused += 1
+            self._another_refused()
             if self._members:
                 self._note(f"a worker cannot be used and is left out: {cause or _one_line(error)}")
                 return
         raise cause or error.cause or error from None
+
+    def _another_refused(self) -> None:
+        """Of nodes where a worker cannot be used, more and more seldom is tried whether it can now."""
+        self._refused += 1
+        self._grow_every = min(2 * self._grow_every, _GROW_SELDOM)
 
     def _lost(self, member: _Member, waiting: collections.deque[_Part], error: Any) -> None:
         """A worker or its node is gone: its parts go to others, first."""
@@ -188,7 +200,7 @@ class Pool:
             f"a worker was lost ({_one_line(error)}); {len(self._members)} are left, {len(parts)} parts go to them"
         )
         if member.preparing is not None:
-            self._refused += 1
+            self._another_refused()
             if self._refused >= _MOST_ATTEMPTS and not self._members:
                 raise ClusterError(
                     f"{self._refused} workers were lost while they loaded the model ({_one_line(error)}); give a "
@@ -202,19 +214,18 @@ class Pool:
                     "try a smaller --batch-tokens, or see Ray's logs"
                 )
         waiting.extendleft(reversed(parts))
-        self._grown = 0.0
+        if member.preparing is None:
+            self._grown = -math.inf
 
     def _grow(self) -> None:
         """Start workers where the cluster has room for more."""
         now = time.monotonic()
-        if self._refused >= 2 * _MOST_ATTEMPTS:
-            if not self._members:
-                raise ClusterError(
-                    f"{self._refused} workers could not be used or were lost while they got ready, and none is left; "
-                    "see Ray's logs"
-                )
-            return
-        if now - self._grown < _GROW_EVERY:
+        if self._refused >= 2 * _MOST_ATTEMPTS and not self._members:
+            raise ClusterError(
+                f"{self._refused} workers could not be used or were lost while they got ready, and none is left; "
+                "see Ray's logs"
+            )
+        if now - self._grown < (self._grow_every if self._members else _GROW_EVERY):
             return
         self._grown = now
         room = self._room()

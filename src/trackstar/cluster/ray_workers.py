@@ -1,24 +1,44 @@
 """A Ray cluster as `Workers`: connects, keeps a pool for gradients and scans, and lets go."""
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, final
 
 from trackstar.cluster.pool import Pool, workers_within
 from trackstar.cluster.worker import GradientOrder, ScanOrder
 from trackstar.errors import ClusterError, OptionError
 from trackstar.model import LanguageModel
+from trackstar.progress import Progress
 from trackstar.store import Index
 from trackstar.workers import Advance, GradientWork, IndexWork, Setup, ignore
 
 # Parts of an index that each worker gets: more even out what workers need.
 _PARTS_A_WORKER = 2
+# Ray divides a GPU into so many parts; more GPUs a machine does not have.
+_LEAST_GPU, _MOST_GPUS = 0.0001, 64
 # How long, in seconds, a cluster's address may take to answer.
 _ANSWERS_WITHIN = 10.0
+
+
+@contextlib.contextmanager
+def _own_end() -> Iterator[None]:
+    """While Ray begins: it would answer SIGTERM itself afterwards, and this process's own ending be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)
 
 
 @final
@@ -49,8 +69,12 @@ class RayWorkers:
         for option, value in (("--ray-workers", workers), ("--ray-cpus", cpus)):
             if value is not None and value < 1:
                 raise OptionError(f"{option} {value}: expected 1 or more")
-        if gpus is not None and not 0 <= gpus <= 64:
-            raise OptionError(f"--ray-gpus {gpus}: expected 0 or more")
+        whole = gpus is not None and 0 <= gpus <= _MOST_GPUS and gpus % 1 == 0
+        if gpus is not None and not (whole or _LEAST_GPU <= gpus <= 1):
+            raise OptionError(
+                f"--ray-gpus {gpus:g}: expected 0, a part of one ({_LEAST_GPU} or more), or a whole number up to "
+                f"{_MOST_GPUS}"
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._ray: Any = importlib.import_module("ray")
@@ -67,7 +91,11 @@ class RayWorkers:
                 f"--ray {address}: the cluster's nodes have up to {most['CPU']:g} CPU cores and {most['GPU']:g} GPUs, "
                 f"a worker needs {cpus} and {gpus:g} (--ray-cpus, --ray-gpus)"
             )
-        self._pool = Pool(most=workers, cpus=cpus, gpus=gpus, note=ignore)
+        try:
+            self._pool = Pool(most=workers, cpus=cpus, gpus=gpus, note=ignore)
+        except BaseException:
+            self._disconnect()
+            raise
 
     def __enter__(self) -> "RayWorkers":
         return self
@@ -102,13 +130,16 @@ class RayWorkers:
         order = GradientOrder(source=source, revision=model.revision, gguf_file=model.gguf_file, setup=setup, work=work)
         return self._pool.do(order, parts, advance=advance, note=note)
 
-    def scan(self, index: Index, work: IndexWork) -> list[Any]:
+    def scan(self, index: Index, work: IndexWork, *, progress: bool = False) -> list[Any]:
         """See `trackstar.workers.Workers`."""
         count = min(len(index.shards), max(1, _PARTS_A_WORKER * self._pool.size))
         bounds = [len(index.shards) * place // count for place in range(count + 1)]
         parts = [range(first, last) for first, last in itertools.pairwise(bounds)]
-        order = ScanOrder(path=index.path, manifest=index.manifest, work=work)
-        return list(self._pool.do(order, parts, advance=ignore, note=ignore))
+        # Workers run in a folder of their own.
+        path = index.path.absolute() if isinstance(index.path, Path) else index.path
+        order = ScanOrder(path=path, manifest=index.manifest, work=work)
+        with Progress("Scan", unit="examples", total=index.rows, shown=progress) as bar:
+            return list(self._pool.do(order, parts, advance=bar.advance, note=bar.note))
 
     def _connect(self, address: str) -> None:
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -119,7 +150,8 @@ class RayWorkers:
             if "://" not in address and host and port.isdecimal():
                 # Ray itself waits for minutes, and then ends the process.
                 socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN).close()
-            self._ray.init(address=address, **options)
+            with _own_end():
+                self._ray.init(address=address, **options)
         except (OSError, OverflowError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ClusterError(

@@ -97,7 +97,7 @@ class Worker:
                 opened = order.setup.opened(self._loaded(order), self._notes.append)
                 self._opened = self._open.enter_context(opened)
             else:
-                self._index(order)
+                self._opened = self._index(order)
         except TrackstarError as error:
             raise type(error)(f"on node {socket.gethostname()}: {error}") from None
         self._order = order
@@ -112,12 +112,14 @@ class Worker:
             nonlocal advanced
             advanced += examples
 
+        assert order is not None, "prepared"
+        assert self._opened is not None, "prepared"
         if isinstance(order, GradientOrder):
-            assert self._opened is not None, "prepared"
             result = order.work(self._opened, part, advance)
         else:
-            assert order is not None, "prepared"
-            result = order.work(self._index(order).part(part))
+            index = self._opened.part(part)
+            result = order.work(index)
+            advance(index.rows)
         notes = tuple(self._notes)
         self._notes.clear()
         return Done(result=result, advanced=advanced, notes=notes)
@@ -127,6 +129,7 @@ class Worker:
         digest = manifest.model.digest
         wanted = (digest, manifest.model.dtype, manifest.layer_blocks)
         if self._model is None or self._model_is != wanted:
+            self._model = None  # before another takes its place
             try:
                 place = dataclasses.replace(
                     manifest.model, source=source, revision=order.revision, gguf_file=order.gguf_file

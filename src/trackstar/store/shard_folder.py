@@ -3,6 +3,7 @@
 `IndexWriter` is for the one process that writes an index alone, and finishes it. Here each shard stands for itself.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -82,13 +83,24 @@ class ShardFolder:
         return shard.end
 
     def write(self, number: int, content: ShardContent) -> None:
-        """Write shard `number`, durably; where another process does so too, the last one's is kept, all of it.
+        """Write shard `number`, durably. A good one that is there by now is left: an index may be finished with it.
+
+        Where another process writes it at the same moment, the last one's is kept, all of it.
 
         Raises:
             StoreError: It cannot be written; nothing is left of it.
         """
+        if self._is_good(number):
+            return
         make_folder(self._path / "shards")
         write_shard_file(self._path / "shards", self._plan, number, content, partial_suffix=_own_suffix())
+
+    def _is_good(self, number: int) -> bool:
+        with contextlib.suppress(DamagedIndexError):
+            if exists(self._file(number)):
+                check_digest(open_shard(self._file(number), self._plan, number).file)
+                return True
+        return False
 
     def missing(self, count: int) -> list[int]:
         """Which of the first `count` shards have no file."""

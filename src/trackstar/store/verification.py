@@ -174,6 +174,11 @@ class _Verification:
         folder = self._folder / "derived"
         names = names_in(folder) if _is_folder(folder) else []
         derived = [folder / name for name in names if name.endswith(".safetensors")]
+        if derived:
+            self.notes.append(
+                f"{folder}: {len(derived)} files, kept to answer sooner, that no digest of the manifest vouches for; "
+                "remove the folder from an index that you have from others"
+            )
         for path in [*(self._folder / f"{name}.safetensors" for name in (PROGRESS, CORPUS_END)), *derived]:
             if exists(path):
                 with self._collecting():
