@@ -121,3 +121,27 @@ def test_a_cluster_where_no_worker_stays_is_an_error(made: Callable[[int], tuple
     with pytest.raises(ClusterError, match="workers were lost while they loaded the model"):
         list(pool.do(ScanOrder.__new__(ScanOrder), [1, 2], advance=lambda _: None, note=lambda _: None))
     assert cluster.now < 60
+
+
+def test_nobody_has_two_parts_while_another_has_none(made: Callable[[int], tuple[_Cluster, Pool]]) -> None:
+    """Also where that one is not ready yet."""
+    cluster, pool = made(0)
+    first, second = pool._members
+    given: list[list[int]] = [[], []]
+    for number, member in enumerate((first, second)):
+        doing = types.SimpleNamespace(remote=lambda part, at=number: given[at].append(part) or _Call(lambda: part))
+        member.actor = types.SimpleNamespace(prepare=member.actor.prepare, do=doing)
+        cluster.alive[number] = member.actor
+    slow = iter([False] * 3)
+
+    def wait(calls: list[_Call], **_: object) -> tuple[list[_Call], list[_Call]]:
+        late = [call for call in calls if call is second.preparing and not next(slow, True)]
+        if sum(map(len, given)) < 2:  # a part takes longer than getting ready
+            late += [call for call in calls if call not in (first.preparing, second.preparing)]
+        return [call for call in calls if call not in late], late
+
+    cluster.wait = wait  # pyright: ignore[reportAttributeAccessIssue]
+    done = [Done(result=number, advanced=0, notes=()) for number in range(2)]
+    order = ScanOrder.__new__(ScanOrder)
+    assert list(pool.do(order, done, advance=lambda _: None, note=lambda _: None)) == [0, 1]
+    assert given == [[done[0]], [done[1]]]

@@ -1,7 +1,8 @@
 """A pool of Ray actors that do parts of an order: parts of lost workers are done again, workers may come and go.
 
-A worker is asked for its next part while it does one, and no part is taken from its source before somebody can do it:
-what waits is two parts a worker, and as many results, whatever the number of parts.
+A worker is asked for its next part while it does one, unless too few are left for those that have none or get ready. No
+part is taken from its source before there is somebody for it: what waits is two parts a worker, and as many results,
+whatever the number of parts.
 """
 
 import collections
@@ -100,17 +101,15 @@ class Pool:
                 self._grow()
                 for member in self._members:
                     self._prepared(member, reference)
-                    while member.preparing is None and len(member.parts) < _AT_A_TIME:
-                        ahead = sum(len(other.parts) for other in self._members) + len(results)
-                        if not waiting and not exhausted and ahead < _AT_A_TIME * (len(self._members) + 1):
-                            number, content = next(source, (-1, None))
-                            exhausted = number < 0
-                            if not exhausted:
-                                waiting.append(_Part(number=number, content=content))
-                        if not waiting:
-                            break
-                        part = waiting.popleft()
-                        member.parts[member.actor.do.remote(part.content)] = part
+                wanted = sum(1 if member.preparing is not None else _AT_A_TIME for member in self._members)
+                while not exhausted and self._given + len(waiting) < wanted:
+                    if self._given + len(waiting) + len(results) >= _AT_A_TIME * (len(self._members) + 1):
+                        break
+                    number, content = next(source, (-1, None))
+                    exhausted = number < 0
+                    if not exhausted:
+                        waiting.append(_Part(number=number, content=content))
+                self._give(waiting)
                 while due in results:
                     yield results.pop(due)
                     due += 1
@@ -138,6 +137,20 @@ class Pool:
             with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError):
                 self._ray.kill(member.actor)
         self._members.clear()
+
+    @property
+    def _given(self) -> int:
+        """How many parts workers have."""
+        return sum(len(member.parts) for member in self._members)
+
+    def _give(self, waiting: collections.deque[_Part]) -> None:
+        """Give parts to workers: to each that has none, then further ones while enough are left for those without."""
+        for parts in range(_AT_A_TIME):
+            for member in self._members:
+                free = sum(not other.parts for other in self._members)
+                if member.preparing is None and len(member.parts) == parts and len(waiting) > (free if parts else 0):
+                    part = waiting.popleft()
+                    member.parts[member.actor.do.remote(part.content)] = part
 
     def _prepared(self, member: _Member, order: Any) -> None:
         """Have a worker prepared for the present order."""
