@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from faults import setting as settings
-from faults.indexing import Expected, Indexing, until_done
+from faults.indexing import MOST_RUNS, Expected, Indexing, until_done
 from faults.processes import PROCESSES, UNDISTURBED, Conditions, Disk, Outcome, Run, attempt
 from faults.setting import KINDS, Kind, Setting
 from faults.tally import Case, Tally
@@ -193,10 +193,13 @@ class RayFaults:
                 time.sleep(0.005)
             workers = driver.workers()
             if workers and not driver.done:
-                case.random.choice(workers).kill()
-                case.fault("kill -9 of a Ray worker")
+                with contextlib.suppress(psutil.NoSuchProcess):  # done in the meantime
+                    case.random.choice(workers).kill()
+                    case.fault("kill -9 of a Ray worker")
         outcome = case.ran(driver.outcome(), "no space from a step on" if full else None)
-        while outcome.state == "refused":
+        for _ in range(MOST_RUNS):
+            if outcome.state != "refused":
+                break
             case.damage(out)
             driver.start(settings.index, self._setting, kind, str(out), None)
             outcome = case.ran(driver.outcome())

@@ -109,9 +109,10 @@ def record(file: str, name: str, about: dict[str, Any], figures: dict[str, Any])
     versions = {package: importlib.metadata.version(package) for package in ("atheris", "pyarrow", "zstandard")}
     limits = {"seconds_a_file": SECONDS_A_FILE, "resident_mib": MEMORY_MIB, "address_space_gib": ADDRESS_SPACE >> 30}
     with filelock.FileLock(f"{path}.lock"):
-        known = json.loads(path.read_text(encoding="utf-8"))["readers"] if path.exists() else {}
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known, note = before.get("readers", {}), {"note": before["note"]} if "note" in before else {}
         known[name] = {"commit": about["commit"], "uncommitted_changes": about["uncommitted_changes"], **figures}
-        measurement.save(file, {"fuzzer_versions": versions, "limits": limits, "readers": known})
+        measurement.save(file, {"fuzzer_versions": versions, "limits": limits, **note, "readers": known})
     Path(f"{path}.lock").unlink(missing_ok=True)
 
 
