@@ -140,12 +140,15 @@ def finish_index(out: str | Place, *, progress: bool = True) -> Index:
         raise StoreError(
             f"{folder}: no index is there (no manifest.json); run the tasks first (trackstar index --shard)"
         )
-    again = "run the tasks that make them again (trackstar index --shard)"
+    again = "run the tasks that make them again (trackstar index --shard; of n tasks, s % n + 1 makes shard s)"
     if manifest.completion is not None:
         # Whoever finished it may have been stopped before all that only unfinished indexes have was removed.
-        with IndexWriter.open(folder, dataclasses.replace(manifest, completion=None)) as writer:
+        with IndexWriter.open(folder, dataclasses.replace(manifest, completion=None), whole=True) as writer:
             if not writer.completed:
-                raise IncompleteIndexError(f"{folder}: was finished, and files of it are missing or damaged; {again}")
+                count = len(manifest.completion.shards)
+                lost = ShardFolder(folder, manifest).missing(count)  # damaged ones are removed by now
+                what = _named(lost, count, "missing or were damaged") if lost else "what all shards need is not whole"
+                raise IncompleteIndexError(f"{folder}: was finished, and {what}; {again}")
         return Index.open(folder)
     if not is_begun(folder):
         raise IncompleteIndexError(f"{folder}: V or W_train, which all shards need, is missing or damaged; {again}")
@@ -155,10 +158,15 @@ def finish_index(out: str | Place, *, progress: bool = True) -> Index:
         raise IncompleteIndexError(f"{folder}: no task has come to the end of the corpus; {again}")
     missing = shards.missing(end.shards)
     if missing:
-        raise IncompleteIndexError(f"{folder}: {_named(missing, end.shards, 'missing')}; {again}")
+        what = _named(missing, end.shards, "missing")
+        there = (number for number in range(end.shards) if number not in missing)
+        spoiled = [number for number in there if shards.end_of(number, whole=True) is None]
+        if spoiled:
+            what += f", {_named(spoiled, end.shards, 'damaged')}"
+        raise IncompleteIndexError(f"{folder}: {what}; {again}")
     with (
         Progress("Finishing", unit="shards", total=end.shards, shown=progress) as bar,
-        IndexWriter.open(folder, manifest, on_note=bar.note) as writer,
+        IndexWriter.open(folder, manifest) as writer,  # what is wrong is said in one line here
     ):
         done = writer.shards_done
         if len(done) != end.shards:

@@ -343,7 +343,9 @@ def test_finish_names_damaged_shards_and_their_task_makes_them_again(
         damage(tmp_path / "shards" / f"{number:06}.safetensors")
     with pytest.raises(IncompleteIndexError, match=r"2 of \d+ shards are damaged \(4, 7\); run the tasks that make"):
         finish_index(tmp_path, progress=False)
-    with pytest.raises(IncompleteIndexError, match=r"2 of \d+ shards are missing \(4, 7\); run the tasks that make"):
+    with pytest.raises(
+        IncompleteIndexError, match=r"2 of \d+ shards are missing \(4, 7\); run the tasks .* of n tasks, s % n \+ 1"
+    ):
         finish_index(tmp_path, progress=False)
     tasks(build, tmp_path, "2/3")
     finish_index(tmp_path, progress=False)
@@ -405,6 +407,24 @@ def test_finish_of_no_index_and_of_a_complete_one(
     assert finish_index(plain[kind]).manifest.completion is not None
     assert run("finish", plain[kind]) == 0
     assert index_bytes(plain[kind]) == before
+
+
+def test_finish_looks_at_every_byte_of_a_complete_index(
+    build: Build, plain: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    tasks(build, tmp_path, "1/2", "2/2")
+    finish_index(tmp_path, progress=False)
+    path = tmp_path / "shards" / "000003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        IncompleteIndexError, match=r"was finished, and 1 of \d+ shards are missing or were damaged \(3\);"
+    ):
+        finish_index(tmp_path, progress=False)
+    tasks(build, tmp_path, "2/2")
+    finish_index(tmp_path, progress=False)
+    assert index_bytes(tmp_path) == index_bytes(plain[kind])
 
 
 @pytest.mark.parametrize("damage", SOME_DAMAGE)

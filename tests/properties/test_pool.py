@@ -145,3 +145,17 @@ def test_nobody_has_two_parts_while_another_has_none(made: Callable[[int], tuple
     order = ScanOrder.__new__(ScanOrder)
     assert list(pool.do(order, done, advance=lambda _: None, note=lambda _: None)) == [0, 1]
     assert given == [[done[0]], [done[1]]]
+
+
+def test_an_end_that_a_signal_asks_for_while_ray_waits_is_that_end(
+    made: Callable[[int], tuple[_Cluster, Pool]],
+) -> None:
+    """Ray's compiled code turns what a signal's handler raises into an error of its own."""
+    cluster, pool = made(0)
+
+    def wait(_calls: list[_Call], **_: object) -> None:
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    cluster.wait = wait  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KeyboardInterrupt):
+        list(pool.do(ScanOrder.__new__(ScanOrder), [1], advance=lambda _: None, note=lambda _: None))

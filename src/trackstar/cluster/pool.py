@@ -166,7 +166,7 @@ class Pool:
             self._say("no worker is there; waiting until the cluster has room for one")
             time.sleep(0.5)
             return
-        ready, _ = self._ray.wait(list(owners), num_returns=1, timeout=1.0)
+        ready, _ = self._asked(self._ray.wait, list(owners), num_returns=1, timeout=1.0)
         if not ready and all(member.preparing is not None for member in self._members):
             self._say("no worker is ready; waiting until the cluster has started one and it has loaded what it needs")
         for reference in ready:
@@ -174,7 +174,7 @@ class Pool:
             if member not in self._members:
                 continue
             try:
-                found = self._ray.get(reference)
+                found = self._asked(self._ray.get, reference)
             except self._ray.exceptions.RayTaskError as error:
                 self._failed(member, reference, error)
                 continue
@@ -186,6 +186,14 @@ class Pool:
                 self._refused, self._grow_every = 0, _GROW_EVERY
             else:
                 yield member.parts.pop(reference), found
+
+    @staticmethod
+    def _asked(call: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """What Ray gives; an end that a signal's handler asks for within comes out as that, not as Ray's own error."""
+        try:
+            return call(*given, **options)
+        except SystemError as error:
+            raise (error.__cause__ or error) from None
 
     def _failed(self, member: _Member, reference: Any, error: Any) -> None:
         """A worker is well, but says that it cannot: everybody's end, unless others may be on better nodes."""

@@ -36,10 +36,10 @@ from trackstar.store.places import Place, as_folder, is_url, lies_in, place_name
 from trackstar.store.quantization import Bits
 from trackstar.store.reader import CodeChunk, Index
 from trackstar.store.shard_content import ShardContent
-from trackstar.store.shard_folder import PREPARING_LOCK, CorpusEnd, ShardFolder, is_begun, remove_end
+from trackstar.store.shard_folder import PART_FOLDER, PREPARING_LOCK, CorpusEnd, ShardFolder, is_begun, remove_end
 from trackstar.store.shards import ResumePoint, Shard, StoredExample
 from trackstar.store.verification import VerificationReport, verify
-from trackstar.store.writer import PART_FOLDER, IndexWriter, check_same
+from trackstar.store.writer import IndexWriter, check_same
 
 __all__ = [
     "CODECS",

@@ -24,6 +24,8 @@ from trackstar.store.shards import ResumePoint, open_shard, write_shard_file
 from trackstar.store.tensor_file import check_digest, checked_tensors, open_tensor_file, write_tensor_file
 
 CORPUS_END = "corpus_end"
+PART_FOLDER = "part"
+"""Within an unfinished index: an index that it is made from, of a first pass's examples or of those to be added."""
 PREPARING_LOCK = ".preparing.lock"
 """Locked while what is done once for an index is done."""
 _END_FORMAT = "trackstar-corpus-end-1"

@@ -13,7 +13,7 @@ from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.places import Place, as_folder
 from trackstar.store.shard_check import check_content
 from trackstar.store.shard_content import ShardPlan
-from trackstar.store.shard_folder import CORPUS_END, PREPARING_LOCK
+from trackstar.store.shard_folder import CORPUS_END, PART_FOLDER, PREPARING_LOCK
 from trackstar.store.shards import ResumePoint, open_shard, shard_rows
 from trackstar.store.tensor_file import TensorFile, check_digest, open_tensor_file
 
@@ -188,6 +188,8 @@ class _Verification:
     def _note_other_files(self) -> None:
         for name in files_below(self._folder):
             path = self._folder / name
+            if name.startswith(f"{PART_FOLDER}/") and (self.manifest is None or self.manifest.completion is None):
+                continue  # what the index is made from
             if name.endswith(PARTIAL_SUFFIX):
                 self.notes.append(f"{path}: left by an interrupted run, or being written now")
             elif name not in OWN_NAMES and re.fullmatch(r"(shards/[0-9]{6,}|derived/[^/]+)\.safetensors", name) is None:

@@ -35,14 +35,12 @@ from trackstar.store.manifest import (
 )
 from trackstar.store.places import Place, as_folder
 from trackstar.store.shard_content import ShardContent, ShardPlan
-from trackstar.store.shard_folder import PREPARING_LOCK, is_partial_of_task, remove_end
+from trackstar.store.shard_folder import PART_FOLDER, PREPARING_LOCK, is_partial_of_task, remove_end
 from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
 from trackstar.store.strict_json import FieldError, abridged
 from trackstar.store.tensor_file import check_digest
 
 LOCK_FILE = ".lock"
-PART_FOLDER = "part"
-"""Within an unfinished index: an index that it is made from, of a first pass's examples or of those to be added."""
 Note = Callable[[str], None]
 
 
