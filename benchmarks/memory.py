@@ -29,7 +29,7 @@ def index_once(count: int) -> None:
     torch.manual_seed(0)
     words = [f"w{number}" for number in range(1000)]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]  # stubs: no setter
     config = LlamaConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, vocab_size=1000
     )

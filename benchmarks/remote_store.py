@@ -56,7 +56,7 @@ class Waiting:
                 yield chunk
 
         setattr(Index, "iterate", timed_chunks)  # noqa: B010 - a method is replaced on purpose
-        setattr(Index, "some_rows", lambda index, rows: self._timed(lambda: some_rows(index, rows)))  # noqa: B010
+        setattr(Index, "some_rows", lambda index, rows: self._timed(lambda: some_rows(index, rows)))  # noqa: B010 - likewise
         return self
 
     def __exit__(self, *_: object) -> None:

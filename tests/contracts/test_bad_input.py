@@ -265,7 +265,6 @@ CASES = [
     # Stores of few bits, growing, no index
     Case("codes of projected rows", "index --model {model} --data {corpus} --out {folder}/new --side 8 --coordinates projected", "trackstar: --coordinates projected: goes with float32, bfloat16 and float16, found --codec 1-bit"),
     Case("infinite damping", ASK + " --damping inf", "trackstar: --damping inf: expected 0 or more"),
-    Case("converted with infinite damping", "convert --index {index} --codec 1-bit --damping inf --out {folder}/new", "trackstar: --"),
     Case("a side for codes", "index --model {model} --data {corpus} --out {folder}/new --side 4", "trackstar: --side 4: expected a multiple of 8 for --codec 1-bit"),
     Case("coordinates", INDEX + " --coordinates polar", "trackstar: --coordinates polar: expected one of projected, whitened"),
     Case("no sample", INDEX + " --whitening-examples 0", "trackstar: --whitening-examples 0: expected 1 or more"),

@@ -124,6 +124,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no examples a shard": (lambda m: m.update(shard_examples=0), "shard_examples is 0, expected at least 1"),
     "a side of zero": (lambda m: m["projection"].update(side=0), "projection.side is 0, expected at least 1"),
+    "a side that fills no words of codes": (
+        lambda m: m.update(codec="1-bit", projection={**m["projection"], "side": 4}),
+        "projection.side is 4, expected a multiple of 8 for 1-bit",
+    ),
     "no layer block": (lambda m: m.update(layer_blocks=[]), r"layer_blocks is \(\), expected at least one layer block"),
     "a shard outside of the folder": (
         lambda m: m["completion"]["shards"][1].update(file="../../secrets.safetensors"),

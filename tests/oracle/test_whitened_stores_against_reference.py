@@ -225,8 +225,12 @@ def test_lambda_follows_the_rule_on_a_whitened_index_too(tiny_model_folder: Path
     assert 0 < found.value < 1
 
 
-def test_another_damping_than_the_indexes_is_refused(tiny_model_folder: Path, tmp_path: Path):
+def test_what_a_whitened_index_cannot_be_asked_with_is_refused(tiny_model_folder: Path, tmp_path: Path):
     index = build(tiny_model_folder, tmp_path / "index", "1-bit")
+    with pytest.raises(OptionError, match=r"--mixing 1.0: .* less than 1 for .* R_train has shaped"):
+        answer_queries(index, QUERIES[:1], mixing=1.0, progress=False)
+    with pytest.raises(OptionError, match=r"--mixing 0.3: no query says what R_eval is"):
+        answer_queries(index, QUERIES[:1], task=[], mixing=0.3, progress=False)
     with pytest.raises(OptionError, match=r"--damping 0.1: .* is whitened by R_train with damping 0.2"):
         answer_queries(index, QUERIES[:1], damping=0.1, progress=False)
 

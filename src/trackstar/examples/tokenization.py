@@ -79,7 +79,7 @@ def fast_backend(tokenizer: Tokenizer) -> "Backend":
         )
     backend.no_truncation()
     backend.no_padding()
-    # The tokenizer's own choice whether special tokens spelled out in a text are read as such.
+    # The tokenizer's own choice whether special tokens spelled out in a text are read as such (stubs have no setter).
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))  # pyright: ignore[reportAttributeAccessIssue]
     return backend
 

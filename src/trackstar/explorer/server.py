@@ -64,6 +64,7 @@ class IndexOptions:
 class ImpatientProtocol(H11Protocol):
     """HTTP that hangs up on whoever opens a connection and sends no whole request within `SILENT_SECONDS`."""
 
+    # The base says asyncio.BaseTransport, and gets what its server makes.
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Start waiting for the first request's headers."""
         super().connection_made(transport)

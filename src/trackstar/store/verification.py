@@ -188,7 +188,7 @@ class _Verification:
     def _note_other_files(self) -> None:
         for name in files_below(self._folder):
             path = self._folder / name
-            if name.startswith(f"{PART_FOLDER}/") and (self.manifest is None or self.manifest.completion is None):
+            if name.split("/")[0] == PART_FOLDER and (self.manifest is None or self.manifest.completion is None):
                 continue  # what the index is made from
             if name.endswith(PARTIAL_SUFFIX):
                 self.notes.append(f"{path}: left by an interrupted run, or being written now")
