@@ -14,11 +14,11 @@ import torch
 
 from measurement import save
 from trackstar.baselines import BM25Retriever, EmbeddingRetriever, Pool, RandomRetriever, Retriever, load_encoder
+from trackstar.corpus import Example, open_corpus
 from trackstar.evaluation.comparisons import compare, estimate
 from trackstar.evaluation.facts import Fact, evidence, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies, frequency_bucket
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
-from trackstar.examples import Example, open_corpus
 
 QUERIES_AT_ONCE = 100
 OTHERS_A_QUERY = 20

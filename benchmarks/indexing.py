@@ -20,14 +20,14 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from measurement import save
+from trackstar.corpus import TokenizedExample, open_corpus
 from trackstar.errors import TrackstarError
-from trackstar.examples import TokenizedExample, open_corpus
-from trackstar.indexing import RowWork, RunningAutocorrelation, shard_content
-from trackstar.model import LanguageModel, wrap_model
-from trackstar.projecting import GradientProjector
-from trackstar.provenance import make_manifest
-from trackstar.second_moment import FactoredMoment, SecondMoment
-from trackstar.shard_groups import CorpusPosition, Group
+from trackstar.gradients.projector import GradientProjector
+from trackstar.gradients.second_moment import FactoredMoment, SecondMoment
+from trackstar.indexing.groups import CorpusPosition, Group
+from trackstar.indexing.provenance import make_manifest
+from trackstar.indexing.shard_writing import RowWork, RunningAutocorrelation, shard_content
+from trackstar.model.language_model import LanguageModel, wrap_model
 from trackstar.store import IndexWriter, WindowsEntry
 
 # Name: shape of the model, examples a batch, tokens an example, dtype, batches a round.

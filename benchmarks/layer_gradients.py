@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
+from trackstar.corpus import TokenizedExample, open_corpus, tokenize_examples, tokenize_query
 from trackstar.evaluation.facts import read_facts, to_queries
-from trackstar.examples import TokenizedExample, open_corpus, tokenize_examples, tokenize_query
-from trackstar.index_settings import chosen_second_moment
-from trackstar.model import LanguageModel, load_model
+from trackstar.gradients.projector import GradientProjector
+from trackstar.gradients.second_moment import SecondMoment
+from trackstar.indexing.settings import chosen_second_moment
+from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
-from trackstar.projecting import GradientProjector
-from trackstar.second_moment import SecondMoment
 from trackstar.store import WindowsEntry
 
 SIDE = 64

@@ -23,8 +23,8 @@ def index_once(count: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from trackstar.model import wrap_model
-    from trackstar.pipeline import build_index
+    from trackstar.indexing.build import build_index
+    from trackstar.model.language_model import wrap_model
 
     torch.manual_seed(0)
     words = [f"w{number}" for number in range(1000)]

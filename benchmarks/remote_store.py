@@ -24,9 +24,12 @@ import torch
 
 from measurement import save
 from scan import make_store
-from trackstar.retrieval import Scorer, top_candidates
-from trackstar.store import CodeChunk, CodecName, Index, remote_files, row_bytes
-from trackstar.store.read_ahead import AHEAD
+from trackstar.choices import CodecName
+from trackstar.retrieval.scoring import Scorer
+from trackstar.retrieval.top_candidates import top_candidates
+from trackstar.store import CodeChunk, Index, row_bytes
+from trackstar.store.files import remote as remote_files
+from trackstar.store.files.read_ahead import AHEAD
 
 CODECS: tuple[CodecName, ...] = ("1-bit", "int8", "float16")
 SERVER = """

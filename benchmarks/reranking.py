@@ -6,11 +6,11 @@ and what becomes of MRR and tail-patch.
 FOLDER is as benchmarks/layer_gradients.py leaves it.
 
 The 65,536 dimensions of the paper, whitened by R_train; the exact ranking is that of float32. For codecs of few bits
-and several N, over all queries: the mean estimated chance (`trackstar.reranking.missed_chance`), how often it happened,
-the same split at an estimate of one half, the overlap of the first ten, MRR over gold sentences, and for the first
-`--pairs` queries the mean tail-patch of the first ten (0 for none). A query's final ranking is the N best of the store,
-by exact influence, and after them the others as the store ranks them. Lines with nothing ranked again are the store's
-own ranking, those of float32 the exact one.
+and several N, over all queries: the mean estimated chance (`trackstar.retrieval.reranking.missed_chance`), how often
+it happened, the same split at an estimate of one half, the overlap of the first ten, MRR over gold sentences, and for
+the first `--pairs` queries the mean tail-patch of the first ten (0 for none). A query's final ranking is the N best
+of the store, by exact influence, and after them the others as the store ranks them. Lines with nothing ranked again
+are the store's own ranking, those of float32 the exact one.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from measurement import save
 from stores import PAPER, Layout, cut, gold_rows, scores_of, tail_patch_effects, task_mixing, whitened
-from trackstar.curvature import autocorrelation, shrinkage_damping, whitening
+from trackstar.choices import CodecName
+from trackstar.curvature.autocorrelation import autocorrelation
+from trackstar.curvature.low_rank import TaskWhitening
+from trackstar.curvature.whitening import shrinkage_damping, whitening
 from trackstar.evaluation.metrics import gold_ranks
-from trackstar.reranking import missed_chance
-from trackstar.store import CodecName, encode
-from trackstar.task_whitening import TaskWhitening
+from trackstar.retrieval.reranking import missed_chance
+from trackstar.store import encode
 
 COUNTS = (20, 50, 100, 200, 500, 1000)
 CODECS: tuple[CodecName, ...] = ("float32", "int8", "4-bit", "2-bit", "1-bit")

@@ -26,14 +26,15 @@ from torch import Tensor
 
 from indexing import NO_TOKENIZER, given_second_moment, make_model
 from measurement import save
-from trackstar.examples import TokenizedExample, open_corpus
-from trackstar.model import wrap_model
-from trackstar.pipeline import default_shard_examples
-from trackstar.provenance import make_manifest
-from trackstar.retrieval import Scorer, top_candidates
+from trackstar.choices import CodecName
+from trackstar.corpus import TokenizedExample, open_corpus
+from trackstar.indexing.build import default_shard_examples
+from trackstar.indexing.provenance import make_manifest
+from trackstar.model.language_model import wrap_model
+from trackstar.retrieval.scoring import Scorer
+from trackstar.retrieval.top_candidates import top_candidates
 from trackstar.store import (
     CODECS,
-    CodecName,
     Index,
     IndexWriter,
     ShardContent,

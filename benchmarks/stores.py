@@ -26,22 +26,17 @@ import torch
 from torch import Tensor
 
 from measurement import save
-from trackstar.curvature import (
-    autocorrelation,
-    mixing_by_spectra,
-    shrinkage_damping,
-    spectrum_of_autocorrelation,
-    spectrum_of_examples,
-    whitening,
-)
+from trackstar.corpus import open_corpus, tokenize_examples, tokenize_query
+from trackstar.curvature.autocorrelation import autocorrelation
+from trackstar.curvature.low_rank import TaskWhitening
+from trackstar.curvature.mixing import mixing_by_spectra, spectrum_of_autocorrelation, spectrum_of_examples
+from trackstar.curvature.whitening import shrinkage_damping, whitening
 from trackstar.evaluation.facts import read_facts, to_queries
 from trackstar.evaluation.metrics import gold_ranks
-from trackstar.examples import open_corpus, tokenize_examples, tokenize_query
-from trackstar.index_settings import chosen_second_moment
-from trackstar.model import load_model
+from trackstar.indexing.settings import chosen_second_moment
+from trackstar.model.language_model import load_model
 from trackstar.store import CODECS, WindowsEntry, encode, row_bytes
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
-from trackstar.task_whitening import TaskWhitening
 
 RERANKED = (20, 50, 100, 200, 500, 1000)
 PAPER = 65_536

@@ -23,8 +23,8 @@ from transformers.optimization import Adafactor
 
 from indexing import NO_TOKENIZER, make_model
 from measurement import save
-from trackstar.examples import TokenizedExample
-from trackstar.model import LanguageModel, load_model, wrap_model
+from trackstar.corpus import TokenizedExample
+from trackstar.model.language_model import LanguageModel, load_model, wrap_model
 from trackstar.tail_patch import Pair, TailPatch, TrainingStep, tail_patch
 
 QUERY_TOKENS, COMPLETION_TOKENS, PROPONENT_TOKENS = 16, 2, 40

@@ -1,6 +1,6 @@
 """A corpus of six capitals, four sentences each, and ten questions about them."""
 
-from trackstar.examples import Query
+from trackstar.corpus import Query
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [

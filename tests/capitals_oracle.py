@@ -9,8 +9,8 @@ import reference
 from capitals import TEXTS
 from comparisons import reference_gradients
 from tiny_models import tiny_tokenizer
-from trackstar.examples import Query, TokenizedExample
-from trackstar.model import LanguageModel
+from trackstar.corpus import Query, TokenizedExample
+from trackstar.model.language_model import LanguageModel
 
 
 def tokenized(text: str, *, completion_from: int | None = None) -> TokenizedExample:

@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from trackstar.projecting import GradientProjector, projected
+from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.store import Index
-from trackstar.workers import Advance
+from trackstar.workers.protocol import Advance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import reference
 from tiny_models import tiny_model, tiny_tokenizer
-from trackstar.batching import make_batch, plan_batches
-from trackstar.examples import TokenizedExample
-from trackstar.gradients import gradient_pass
-from trackstar.layer_blocks import LayerBlock
-from trackstar.model import LanguageModel, wrap_model
-from trackstar.projection import ProjectedGradients, projections
-from trackstar.second_moment import NO_SECOND_MOMENT, SecondMoment
+from trackstar.corpus import TokenizedExample
+from trackstar.gradients.per_example import gradient_pass
+from trackstar.gradients.projection import ProjectedGradients, projections
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
+from trackstar.model.batching import make_batch, plan_batches
+from trackstar.model.language_model import LanguageModel, wrap_model
+from trackstar.model.layer_blocks import LayerBlock
 
 SIDE = 4
 """√d of the tests' projections; 16 dimensions a layer block."""

@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 
 from capitals import QUERIES
-from trackstar.attribution import Attributor
-from trackstar.examples import open_corpus
+from trackstar.attribution.attributor import Attributor
+from trackstar.corpus import open_corpus
 from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.server import http_server, listen
-from trackstar.model import load_model
+from trackstar.model.language_model import load_model
 from trackstar.store import Index
 
 HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trackstar import store
-from trackstar.examples import TokenizedExample
+from trackstar.choices import CodecName
+from trackstar.corpus import TokenizedExample
 
 SIDE = 8
 SHARD_EXAMPLES = 3
@@ -19,7 +20,7 @@ AUTOCORRELATION = {"blocks": torch.arange(2.0 * 16 * 16).reshape(2, 16, 16)}
 WHITENING = {"whitening": torch.eye(SIDE**2).repeat(2, 1, 1)}
 
 
-def small_manifest(codec: store.CodecName = "float32", *, seed: int = 7) -> store.Manifest:
+def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Manifest:
     """The manifest of an index: two blocks of 8×8 dimensions and three examples a shard, whitened for few bits."""
     quantized = store.quantized_bits(codec) is not None
     return store.Manifest(
@@ -88,7 +89,7 @@ def small_projected_gradients(rows: range) -> Tensor:
 def small_content(
     first: int,
     stop: int,
-    codec: store.CodecName = "float32",
+    codec: CodecName = "float32",
     *,
     example: Callable[[int], TokenizedExample] = small_example,
 ) -> store.ShardContent:

@@ -13,23 +13,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trackstar.attribution import Attribution, Attributor, TokenInfluence
-    from trackstar.audit import AtHand, AuditReport, Check, write_audit
-    from trackstar.audit_again import check_audit
-    from trackstar.audit_record import Audit, read_audit
+    from trackstar.attribution.answering import answer_queries, query_gradients
+    from trackstar.attribution.attributor import Attribution, Attributor, TokenInfluence
+    from trackstar.attribution.results import QueryReport, QueryResult, Ranked, write_results
+    from trackstar.attribution.streaming import stream_queries
+    from trackstar.audit.again import check_audit
+    from trackstar.audit.checks import AtHand, AuditReport, Check
+    from trackstar.audit.record import Audit, read_audit
+    from trackstar.audit.writing import write_audit
+    from trackstar.corpus import Corpus, Example, Query, open_corpus, read_queries
+    from trackstar.editing.adding import add_examples
+    from trackstar.editing.converting import convert_index
+    from trackstar.editing.merging import merge_indexes
+    from trackstar.editing.narrowing import narrow_index
+    from trackstar.editing.removing import remove_examples
     from trackstar.errors import TrackstarError
-    from trackstar.examples import Corpus, Example, Query, open_corpus, read_queries
-    from trackstar.generation import generate
-    from trackstar.growing import add_examples
-    from trackstar.model import LanguageModel, load_model, wrap_model
-    from trackstar.narrowing import narrow_index
-    from trackstar.pipeline import answer_queries, build_index, query_gradients
+    from trackstar.indexing.build import build_index
+    from trackstar.model.generation import generate
+    from trackstar.model.language_model import LanguageModel, load_model, wrap_model
     from trackstar.pretraining import PretrainingConfig, pretrain
-    from trackstar.provenance import model_of_index
-    from trackstar.results import QueryReport, QueryResult, Ranked, write_results
-    from trackstar.rewriting import convert_index, merge_indexes, remove_examples
     from trackstar.store import Index, verify
-    from trackstar.streaming import stream_queries
+    from trackstar.workers.made_with import model_of_index
 
 __all__ = [
     "AtHand",
@@ -73,23 +77,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "trackstar.attribution": ("Attribution", "Attributor", "TokenInfluence"),
-    "trackstar.audit": ("AtHand", "AuditReport", "Check", "write_audit"),
-    "trackstar.audit_again": ("check_audit",),
-    "trackstar.audit_record": ("Audit", "read_audit"),
+    "trackstar.attribution.answering": ("answer_queries", "query_gradients"),
+    "trackstar.attribution.attributor": ("Attribution", "Attributor", "TokenInfluence"),
+    "trackstar.attribution.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
+    "trackstar.attribution.streaming": ("stream_queries",),
+    "trackstar.audit.again": ("check_audit",),
+    "trackstar.audit.checks": ("AtHand", "AuditReport", "Check"),
+    "trackstar.audit.record": ("Audit", "read_audit"),
+    "trackstar.audit.writing": ("write_audit",),
+    "trackstar.corpus": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
+    "trackstar.editing.adding": ("add_examples",),
+    "trackstar.editing.converting": ("convert_index",),
+    "trackstar.editing.merging": ("merge_indexes",),
+    "trackstar.editing.narrowing": ("narrow_index",),
+    "trackstar.editing.removing": ("remove_examples",),
     "trackstar.errors": ("TrackstarError",),
-    "trackstar.examples": ("Corpus", "Example", "Query", "open_corpus", "read_queries"),
-    "trackstar.generation": ("generate",),
-    "trackstar.growing": ("add_examples",),
-    "trackstar.model": ("LanguageModel", "load_model", "wrap_model"),
-    "trackstar.narrowing": ("narrow_index",),
-    "trackstar.pipeline": ("answer_queries", "build_index", "query_gradients"),
+    "trackstar.indexing.build": ("build_index",),
+    "trackstar.model.generation": ("generate",),
+    "trackstar.model.language_model": ("LanguageModel", "load_model", "wrap_model"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
-    "trackstar.provenance": ("model_of_index",),
-    "trackstar.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
-    "trackstar.rewriting": ("convert_index", "merge_indexes", "remove_examples"),
     "trackstar.store": ("Index", "verify"),
-    "trackstar.streaming": ("stream_queries",),
+    "trackstar.workers.made_with": ("model_of_index",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -21,6 +21,8 @@ Every message is one line: what was found, what was expected, what to do; it nam
 example or option. Anything else that escapes is a defect of trackstar.
 """
 
+from trackstar.text import printable
+
 LONGEST_MESSAGE = 6000
 """Most characters of a message: a path, the longest of which has 4,096 bytes, and what is said of it."""
 
@@ -36,11 +38,6 @@ class TrackstarError(Exception):
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE - 500]} ... {message[-400:]}"
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """The text without what could move a terminal's cursor, recolour it or reverse its writing: spaces instead."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class OptionError(TrackstarError):

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
-from trackstar.errors import printable
+from trackstar.text import printable
 
 if TYPE_CHECKING:
     import rich.progress

@@ -13,11 +13,11 @@ from capitals import CAPITALS, TEXTS
 from explorer_server import explorer
 from release_file import HOSTILE, LONG, write_hostile_file, write_release_file
 from tiny_models import TinyModelFolder
-from trackstar.attribution import Attributor
-from trackstar.examples import open_corpus
+from trackstar.attribution.attributor import Attributor
+from trackstar.corpus import open_corpus
 from trackstar.explorer.live import LiveIndex
-from trackstar.model import load_model
-from trackstar.pipeline import build_index
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import load_model
 
 QUERIES = 5415
 # Chromium's own services would look for the network, which tests have none of.

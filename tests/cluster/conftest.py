@@ -11,8 +11,8 @@ import pytest
 from cluster_work import is_ray
 
 if TYPE_CHECKING:
-    from trackstar.cluster import RayWorkers
-    from trackstar.model import LanguageModel
+    from trackstar.model.language_model import LanguageModel
+    from trackstar.workers import RayWorkers
 
 # Workers import what the tests define: pickled by name.
 TESTS = str(Path(__file__).parents[1])
@@ -26,7 +26,7 @@ def ray_processes() -> list[psutil.Process]:
 @pytest.fixture(scope="session")
 def workers() -> Iterator["RayWorkers"]:
     """Two workers."""
-    from trackstar.cluster import RayWorkers
+    from trackstar.workers import RayWorkers
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *([before] if before else [])])
@@ -43,6 +43,6 @@ def workers() -> Iterator["RayWorkers"]:
 @pytest.fixture(scope="session")
 def model(tiny_model_folder: Path) -> "LanguageModel":
     """The tiny model, in two blocks each of attention and MLP."""
-    from trackstar.model import load_model
+    from trackstar.model.language_model import load_model
 
     return load_model(tiny_model_folder, layer_blocks=2)

@@ -21,16 +21,18 @@ import torch
 from cluster_work import Dies, DiesOnce, Fails, Overflows, Slow, is_ray, rows
 from small_index import index_bytes
 from tiny_models import save_tiny_model
-from trackstar.cluster import RayWorkers, ray_workers
+from trackstar.attribution.answering import answer_queries
+from trackstar.attribution.results import QueryReport
+from trackstar.corpus import Query, TokenizedExample, tokenize_query
 from trackstar.errors import ClusterError, GradientError, ModelError, OptionError, TrackstarError
-from trackstar.examples import Query, TokenizedExample, tokenize_query
-from trackstar.model import LanguageModel, load_model
-from trackstar.pipeline import answer_queries, build_index
-from trackstar.projecting import projected
-from trackstar.provenance import second_moment_of_index
-from trackstar.results import QueryReport
+from trackstar.gradients.projector import projected
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import Index
-from trackstar.workers import THIS_PROCESS, GradientSetup, Workers
+from trackstar.workers import RayWorkers, ray_workers
+from trackstar.workers.made_with import second_moment_of_index
+from trackstar.workers.protocol import THIS_PROCESS, Workers
+from trackstar.workers.setups import GradientSetup
 
 # Ray's own, of sockets and files that it leaves to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -118,7 +120,7 @@ def test_a_cluster_that_is_not_there_is_one_line(address: str, tmp_path: Path) -
     if address == "auto" and any(map(is_ray, psutil.process_iter())):
         pytest.skip("a cluster runs here, which auto finds")
     program = (
-        "import sys\nfrom trackstar.cluster import RayWorkers\nfrom trackstar.errors import ClusterError\n"
+        "import sys\nfrom trackstar.workers import RayWorkers\nfrom trackstar.errors import ClusterError\n"
         f"try:\n    RayWorkers({address!r})\nexcept ClusterError as error:\n    print(error, file=sys.stderr)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -17,23 +17,19 @@ import pytest
 
 from small_index import index_bytes
 from tiny_models import save_tiny_model
-from trackstar import arrays, shard_groups, store
-from trackstar.arrays import Share, finish_index
+from trackstar import store
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
-from trackstar.errors import (
-    CorpusError,
-    IncompleteIndexError,
-    IndexMismatchError,
-    OptionError,
-    StoreError,
-)
-from trackstar.model import LanguageModel, load_model
-from trackstar.pipeline import build_index
+from trackstar.errors import CorpusError, IncompleteIndexError, IndexMismatchError, OptionError, StoreError
+from trackstar.indexing import array_tasks as arrays
+from trackstar.indexing import groups as shard_groups
+from trackstar.indexing.array_tasks import Share, finish_index
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import Index
 
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["trackstar.pipeline", "transformers.models.llama.modeling_llama"])
+START.set_forkserver_preload(["trackstar.attribution.answering", "transformers.models.llama.modeling_llama"])
 
 SETTINGS: dict[str, Any] = {
     "side": 8, "shard_examples": 8, "batch_tokens": 64, "second_moment_examples": 16,

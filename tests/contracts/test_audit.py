@@ -20,14 +20,14 @@ from tokenizers import Tokenizer
 import trackstar
 from capitals import QUERIES, TEXTS
 from tiny_models import save_tiny_model, tiny_tokenizer
-from trackstar.audit import AtHand
-from trackstar.audit_again import check_audit
-from trackstar.audit_record import AUDIT_VERSION, read_audit
+from trackstar.audit.again import check_audit
+from trackstar.audit.checks import AtHand
+from trackstar.audit.record import AUDIT_VERSION, read_audit
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
 from trackstar.errors import AuditError, OptionError, TrackstarError
-from trackstar.provenance import second_moment_of_index
 from trackstar.store import Index, load_manifest
+from trackstar.workers.made_with import second_moment_of_index
 
 SETTINGS = ("--side", 8, "--layer-blocks", 2)
 
@@ -194,7 +194,7 @@ def test_the_format_is_frozen():
     found = {
         kind.__name__: [field.name for field in dataclasses.fields(kind)]
         for kind in (
-            trackstar.Audit, *(trackstar.audit_record.__dict__[f"{name}Entry"] for name in (
+            trackstar.Audit, *(trackstar.audit.record.__dict__[f"{name}Entry"] for name in (
                 "Results", "Queries", "Generation", "Question", "Answer", "Index", "Stream", "Versions"
             ))
         )
@@ -625,7 +625,7 @@ def test_an_audit_changed_by_hand_is_refused(world: World):
 
 
 def test_scores_that_are_not_finite_are_never_close():
-    from trackstar.audit_again import _distance
+    from trackstar.audit.again import _distance
 
     assert _distance([0.5], [0.25]) == 0.25
     assert _distance([], []) == 0

@@ -12,8 +12,7 @@ import fsspec
 import pytest
 import zstandard
 
-from trackstar.errors import CorpusError, ModelError, OptionError, TrackstarError
-from trackstar.examples import (
+from trackstar.corpus import (
     Example,
     Query,
     open_corpus,
@@ -22,7 +21,8 @@ from trackstar.examples import (
     tokenize_examples,
     tokenize_query,
 )
-from trackstar.examples import files as files_module
+from trackstar.corpus import data_files as files_module
+from trackstar.errors import CorpusError, ModelError, OptionError, TrackstarError
 
 GOOD = b'{"id": "a", "text": "Paris"}\n'
 GOOD_QUERY = b'{"query_id": "q", "prompt": "The capital is", "completion": "Paris"}\n'

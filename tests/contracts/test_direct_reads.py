@@ -10,8 +10,9 @@ import torch
 
 from small_index import EXAMPLES, small_manifest, write_small_index
 from trackstar import store
+from trackstar.choices import CodecName
 from trackstar.errors import DamagedIndexError
-from trackstar.store import CODECS, CodecName, direct_reads, tensor_file
+from trackstar.store import CODECS, direct_reads, tensor_file
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -15,14 +15,14 @@ from trackstar.store import Index
 EXAMPLES, SHARD_EXAMPLES, KILLS = 120, 8, 12
 START = multiprocessing.get_context("forkserver")
 # The server process has everything imported but has run nothing, so that each run starts at once and clean.
-START.set_forkserver_preload(["trackstar.pipeline", "transformers.models.llama.modeling_llama"])
+START.set_forkserver_preload(["trackstar.attribution.answering", "transformers.models.llama.modeling_llama"])
 
 
 def index_corpus(model: str, corpus: str, out: str) -> None:
     """What runs, and is killed, in a process of its own."""
     import torch
 
-    from trackstar.pipeline import build_index
+    from trackstar.indexing.build import build_index
 
     torch.set_num_threads(1)
     build_index(

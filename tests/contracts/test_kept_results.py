@@ -11,13 +11,13 @@ from torch import Tensor
 
 from small_index import WHITENING, small_content, small_manifest, write_small_index
 from trackstar import store
-from trackstar.curvature import Whitening
+from trackstar.curvature.whitening import Whitening
 from trackstar.errors import OptionError
-from trackstar.first_pass import TrainWhitening
-from trackstar.indexing import RunningAutocorrelation
-from trackstar.reranking import ExactScores, exact_top
-from trackstar.retrieval import whitened_norms
-from trackstar.second_moment import SecondMoment
+from trackstar.gradients.second_moment import SecondMoment
+from trackstar.indexing.shard_writing import RunningAutocorrelation
+from trackstar.indexing.train_whitening import TrainWhitening
+from trackstar.retrieval.reranking import ExactScores, exact_top
+from trackstar.retrieval.scoring import whitened_norms
 from trackstar.store import Index
 
 

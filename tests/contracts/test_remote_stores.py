@@ -21,14 +21,15 @@ from upath import UPath
 from capitals import TEXTS
 from small_index import AUTOCORRELATION, index_bytes, small_content, small_manifest, write_small_index
 from trackstar import store
+from trackstar.attribution.results import check_writable
+from trackstar.choices import CodecName
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
+from trackstar.corpus import open_corpus
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, IndexMismatchError, OptionError, StoreError
-from trackstar.examples import open_corpus
-from trackstar.pipeline import build_index
-from trackstar.results import check_writable
-from trackstar.store import remote_files
-from trackstar.store.places import as_folder, is_url, lies_in
+from trackstar.indexing.build import build_index
+from trackstar.store.files import remote as remote_files
+from trackstar.store.files.places import as_folder, is_url, lies_in
 
 URL = "s3://bucket/some/index"
 SHARD = f"{URL}/shards/000001.safetensors"
@@ -139,7 +140,7 @@ def test_a_large_shard_is_sent_in_parts(s3: s3fs.S3FileSystem, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "1-bit"])
-def test_what_is_read_is_what_a_folder_gives(s3: s3fs.S3FileSystem, codec: store.CodecName, tmp_path: Path) -> None:
+def test_what_is_read_is_what_a_folder_gives(s3: s3fs.S3FileSystem, codec: CodecName, tmp_path: Path) -> None:
     for place in (tmp_path, URL):
         write_small_index(place, small_manifest(codec))
     here, there = store.Index.open(tmp_path), store.Index.open(URL)

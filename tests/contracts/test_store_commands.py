@@ -123,10 +123,10 @@ def test_a_pass_is_not_lost_where_results_cannot_be_written(
         raise StoreError(f"{out}: no space is left on the device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trackstar.results.write_results", full)
+        patch.setattr("trackstar.attribution.results.write_results", full)
         assert run(*command) == 1
     assert (tmp_path / "results.jsonl.unfinished").exists()
-    monkeypatch.setattr("trackstar.streaming.influences", None)  # nothing is scored again
+    monkeypatch.setattr("trackstar.attribution.streaming.influences", None)  # nothing is scored again
     assert run(*command) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["results.audit.json", "results.jsonl", "results.report.json"]

@@ -21,9 +21,9 @@ from small_index import (
     write_small_index,
 )
 from trackstar import store
+from trackstar.choices import CodecName
 from trackstar.errors import DamagedIndexError, StoreError
 from trackstar.store import shards, tensor_file
-from trackstar.store.manifest import CodecName
 
 # A changed digest here is a changed format: it needs a new FORMAT_VERSION, and readers of the old one.
 GOLDEN: dict[CodecName, str] = {

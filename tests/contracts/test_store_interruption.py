@@ -29,7 +29,8 @@ from small_index import (
 )
 from trackstar import store
 from trackstar.errors import IncompleteIndexError, IndexLockedError, StoreError
-from trackstar.store import durable_files, tensor_file, writer
+from trackstar.store import tensor_file, writer
+from trackstar.store.files import durable as durable_files
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["trackstar.store"])

@@ -13,7 +13,7 @@ import torch
 from small_index import small_content, small_manifest, write_small_index
 from trackstar import store
 from trackstar.errors import StoreError
-from trackstar.store import durable_files
+from trackstar.store.files import durable as durable_files
 
 SHARD = "shards/000001.safetensors"
 

@@ -24,10 +24,10 @@ from small_index import (
     write_small_index,
 )
 from trackstar import store
+from trackstar.choices import CodecName
+from trackstar.corpus import TokenizedExample
 from trackstar.errors import DamagedIndexError, OptionError
-from trackstar.examples import TokenizedExample
 from trackstar.store import tensor_file
-from trackstar.store.manifest import CodecName
 from trackstar.store.shard_content import ShardPlan, shard_tensors
 
 CODECS: list[CodecName] = ["float32", "bfloat16", "float16"]

@@ -11,8 +11,8 @@ import torch
 
 from small_index import EXAMPLES, index_bytes, small_content, small_example, small_manifest, write_small_index
 from trackstar import store
+from trackstar.corpus import TokenizedExample
 from trackstar.errors import DamagedIndexError, StoreError
-from trackstar.examples import TokenizedExample
 from trackstar.store.tensor_file import check_digest, open_tensor_file
 
 

@@ -21,8 +21,8 @@ from trackstar.baselines import (
     Retriever,
     load_encoder,
 )
+from trackstar.corpus import Example, Query
 from trackstar.errors import CorpusError, ModelError, OptionError, TrackstarError
-from trackstar.examples import Example, Query
 
 TEXTS = (
     "Paris is the capital of France, and Paris is large.",

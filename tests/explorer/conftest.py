@@ -11,7 +11,7 @@ from capitals import CAPITALS, TEXTS
 from explorer_server import HEADERS, explorer, opened
 from release_file import write_hostile_file, write_release_file
 from tiny_models import TinyModelFolder
-from trackstar.pipeline import build_index
+from trackstar.indexing.build import build_index
 from trackstar.store import Index
 
 COUNTRIES = list(CAPITALS)

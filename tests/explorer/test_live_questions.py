@@ -12,12 +12,13 @@ import pytest
 
 from capitals import QUERIES, TEXTS
 from explorer_server import HEADERS, asked, explorer, finished, opened, result, waited
+from trackstar.attribution.answering import answer_queries
 from trackstar.explorer import live as live_module
 from trackstar.explorer.jobs import MOST_WAITING, Jobs, TooManyJobsError
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.schemas import AnswerRequest
 from trackstar.explorer.server import IndexOptions, open_index
-from trackstar.pipeline import answer_queries, build_index
+from trackstar.indexing.build import build_index
 from trackstar.progress import Progress
 from trackstar.store import Index
 

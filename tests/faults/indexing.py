@@ -353,7 +353,7 @@ def remote_runs(
 ) -> tuple[list[tuple[Outcome, str | None]], dict[str, bytes]]:
     """Index to a store that fails again and again, until it is done; what each run came to, and what is there then."""
     from faulty_filesystem import FaultyFileSystem, Killed, stored_bytes
-    from trackstar.store import remote_files
+    from trackstar.store.files import remote as remote_files
 
     url = "faulty://bucket/index"
     generator = random.Random(seed)

@@ -19,10 +19,10 @@ PROCESSES = multiprocessing.get_context("forkserver")
 # The server process has everything imported but has run nothing, so that each run starts at once and clean.
 PROCESSES.set_forkserver_preload(
     [
-        "trackstar.pipeline",
-        "trackstar.growing",
-        "trackstar.rewriting",
-        "trackstar.streaming",
+        "trackstar.attribution.answering",
+        "trackstar.editing.adding",
+        "trackstar.editing.rewriting",
+        "trackstar.attribution.streaming",
         "transformers.models.llama.modeling_llama",
         "faults.processes",
     ]

@@ -92,7 +92,7 @@ def _lead(connection: Any, nodes: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(nowhere, descriptor)
-    from trackstar.cluster import RayWorkers
+    from trackstar.workers import RayWorkers
 
     cluster: Any = None
     nodes_left: list[Any] = []

@@ -80,7 +80,12 @@ def _write(path: Path, prefix: str, count: int, generator: random.Random) -> Pat
 
 def make_small() -> None:
     """Let this process cut work into small parts and keep what it has after each of them."""
-    from trackstar import arrays, first_pass, indexing, reranking, shard_groups, streaming
+    from trackstar.attribution import streaming
+    from trackstar.indexing import array_tasks as arrays
+    from trackstar.indexing import groups as shard_groups
+    from trackstar.indexing import shard_writing as indexing
+    from trackstar.indexing import train_whitening as first_pass
+    from trackstar.retrieval import reranking
 
     torch.set_num_threads(1)
     changes: dict[Any, dict[str, Any]] = {
@@ -102,8 +107,8 @@ def make_small() -> None:
 
 def index(setting: Setting, kind: Kind, out: str, share: str | None = None, workers: Any = None) -> None:
     """Index the corpus, or a share of it."""
-    from trackstar.pipeline import build_index
-    from trackstar.workers import THIS_PROCESS
+    from trackstar.indexing.build import build_index
+    from trackstar.workers.protocol import THIS_PROCESS
 
     options = _SHARED | _OF_KIND[kind]
     build_index(setting.model, setting.corpus, out, share=share, workers=workers or THIS_PROCESS, **options)
@@ -111,14 +116,14 @@ def index(setting: Setting, kind: Kind, out: str, share: str | None = None, work
 
 def finish(out: str) -> None:
     """Complete an index that tasks have made."""
-    from trackstar.arrays import finish_index
+    from trackstar.indexing.array_tasks import finish_index
 
     finish_index(out, progress=False)
 
 
 def index_apart(setting: Setting, which: str, out: str) -> None:
     """Index one of the corpora without V, so that the two indexes are made alike and can be merged."""
-    from trackstar.pipeline import build_index
+    from trackstar.indexing.build import build_index
 
     options = _SHARED | _OF_KIND["float16"]
     build_index(setting.model, which, out, second_moment="none", **options)
@@ -126,21 +131,21 @@ def index_apart(setting: Setting, which: str, out: str) -> None:
 
 def convert(setting: Setting, codec: Literal["1-bit", "int8"], out: str) -> None:
     """Code the projected index anew, whitened by its own R_train."""
-    from trackstar.rewriting import convert_index
+    from trackstar.editing.converting import convert_index
 
     convert_index(setting.undisturbed("float16"), out, codec=codec, progress=False)
 
 
 def merge(setting: Setting, out: str) -> None:
     """Join the two indexes that were made alike."""
-    from trackstar.rewriting import merge_indexes
+    from trackstar.editing.merging import merge_indexes
 
     merge_indexes([setting.undisturbed("one"), setting.undisturbed("two")], out, progress=False)
 
 
 def remove(setting: Setting, kind: Kind, out: str) -> None:
     """Leave out the documents of every seventh record that has any."""
-    from trackstar.rewriting import remove_examples
+    from trackstar.editing.removing import remove_examples
     from trackstar.store import Index
 
     source = setting.undisturbed(kind)
@@ -150,13 +155,13 @@ def remove(setting: Setting, kind: Kind, out: str) -> None:
 
 def add(setting: Setting, kind: Kind, out: str) -> None:
     """Add the second corpus."""
-    from trackstar.growing import add_examples
+    from trackstar.editing.adding import add_examples
 
     add_examples(setting.undisturbed(kind), setting.further, out, batch_tokens=256, progress=False)
 
 
 def _questions() -> list[Any]:
-    from trackstar.examples import Query
+    from trackstar.corpus import Query
 
     return [
         Query(query_id=f"{number}", prompt=prompt, completion=completion)
@@ -177,8 +182,8 @@ def _plain(report: Any) -> list[Any]:
 
 def query(out: str, reranked: int = 40, exact: bool = False, workers: Any = None) -> list[Any]:
     """Ask an index, ranking some of the candidates again, or all of them exactly."""
-    from trackstar.pipeline import answer_queries
-    from trackstar.workers import THIS_PROCESS
+    from trackstar.attribution.answering import answer_queries
+    from trackstar.workers.protocol import THIS_PROCESS
 
     options: dict[str, Any] = {"exact": True} if exact else {"reranked": reranked}
     return _plain(
@@ -190,7 +195,7 @@ def query(out: str, reranked: int = 40, exact: bool = False, workers: Any = None
 
 def stream(setting: Setting, kept: str) -> list[Any]:
     """Ask the corpus itself."""
-    from trackstar.streaming import stream_queries
+    from trackstar.attribution.streaming import stream_queries
 
     report = stream_queries(
         setting.model, setting.corpus, _questions(), k=7, side=8, batch_tokens=256, window_tokens=24, overlap=4,

@@ -30,7 +30,7 @@ def _serve(connection: Any, model: str, folder: str) -> None:
 
     from explorer_server import explorer, opened
     from release_file import write_release_file
-    from trackstar.pipeline import build_index
+    from trackstar.indexing.build import build_index
 
     torch.set_num_threads(1)
     place = Path(folder)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trackstar import store
-from trackstar.audit_record import DESCRIPTIVE
+from trackstar.audit.record import DESCRIPTIVE
 from trackstar.errors import TrackstarError
 
 Mutation = Callable[[bytes, random.Random], bytes]

@@ -27,38 +27,29 @@ from fuzz import mutations
 from fuzz.mutations import Mutation
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from trackstar import store
-from trackstar.audit import AtHand
-from trackstar.audit_again import check_audit
-from trackstar.audit_record import (
-    AUDIT_VERSION,
-    AnswerEntry,
-    Audit,
-    GenerationEntry,
-    IndexEntry,
-    QueriesEntry,
-    QuestionEntry,
-    ResultsEntry,
-    StreamEntry,
-    VersionsEntry,
-    content_digest,
-)
-from trackstar.correction import task_correction, train_spectrum
-from trackstar.errors import LONGEST_MESSAGE, TrackstarError, printable
+from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry, content_digest
+from trackstar.audit.again import check_audit
+from trackstar.audit.checks import AtHand
+from trackstar.audit.record import AUDIT_VERSION, AnswerEntry, Audit, GenerationEntry, ResultsEntry, VersionsEntry
+from trackstar.choices import CodecName, Coordinates
+from trackstar.corpus import Corpus, open_corpus, query_text, read_names, read_queries, tokenize_examples
+from trackstar.curvature.task import task_correction, train_spectrum
+from trackstar.errors import LONGEST_MESSAGE, TrackstarError
 from trackstar.evaluation.config import read_config
 from trackstar.evaluation.facts import evidence, fact_digest, read_facts, read_sentences, to_queries
-from trackstar.examples import Corpus, open_corpus, query_text, read_names, read_queries, tokenize_examples
 from trackstar.explorer.browsing import QueryFilter, query_page
 from trackstar.explorer.exports import Shown, to_csv, to_html, to_jsonl
 from trackstar.explorer.passages import passage_text, query_record
 from trackstar.explorer.result_files import read_result_file
-from trackstar.first_pass import TrainWhitening
-from trackstar.model import LanguageModel, load_model, wrap_model
-from trackstar.optimizer_state import second_moment_from_state
-from trackstar.provenance import second_moment_of_index
-from trackstar.second_moment import SecondMoment
+from trackstar.gradients.optimizer_state import second_moment_from_state
+from trackstar.gradients.second_moment import SecondMoment
+from trackstar.indexing.train_whitening import TrainWhitening
+from trackstar.model.language_model import LanguageModel, load_model, wrap_model
+from trackstar.store.files.places import Place
 from trackstar.store.manifest import differences
-from trackstar.store.places import Place
 from trackstar.store.shards import Shard
+from trackstar.text import printable
+from trackstar.workers.made_with import second_moment_of_index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +126,7 @@ def _any(*uses: Callable[[], object]) -> None:
 # ---- Indexes --------------------------------------------------------------------------------------------------
 
 # Codec to coordinates, layer blocks of a kind, and side.
-SHAPES: Mapping[store.CodecName, tuple[store.Coordinates, int, int]] = {
+SHAPES: Mapping[CodecName, tuple[Coordinates, int, int]] = {
     "float32": ("projected", 1, 2),
     "float16": ("whitened", 1, 2),
     "int8": ("whitened", 1, 8),
@@ -144,7 +135,7 @@ SHAPES: Mapping[store.CodecName, tuple[store.Coordinates, int, int]] = {
 CODECS = tuple(SHAPES)
 
 
-def manifest_of(codec: store.CodecName) -> store.Manifest:
+def manifest_of(codec: CodecName) -> store.Manifest:
     """The manifest, unfinished, of a small index whose tensors are what users' have."""
     coordinates, blocks, side = SHAPES[codec]
     small = small_index.small_manifest(codec)
@@ -171,17 +162,17 @@ SECOND_MOMENT = {
 }
 
 
-def _squares(codec: store.CodecName) -> Tensor:
+def _squares(codec: CodecName) -> Tensor:
     """A positive definite matrix a block."""
     _, blocks, side = SHAPES[codec]
     return torch.eye(side**2).repeat(2 * blocks, 1, 1) + torch.full((2 * blocks, side**2, side**2), 0.25)
 
 
-def _whitening(codec: store.CodecName) -> dict[str, Tensor]:
+def _whitening(codec: CodecName) -> dict[str, Tensor]:
     return {"whitening": _squares(codec)}
 
 
-def _content(codec: store.CodecName, first: int, stop: int) -> store.ShardContent:
+def _content(codec: CodecName, first: int, stop: int) -> store.ShardContent:
     _, blocks, side = SHAPES[codec]
     columns = torch.arange(2 * blocks * side**2)
     rows = torch.stack([((7 * columns + 13 * row) % 31 - 15) * 2.0 ** (row % 8 - 5) for row in range(first, stop)])
@@ -190,7 +181,7 @@ def _content(codec: store.CodecName, first: int, stop: int) -> store.ShardConten
 
 
 @functools.cache
-def index_files(codec: store.CodecName) -> Mapping[str, bytes]:
+def index_files(codec: CodecName) -> Mapping[str, bytes]:
     """A finished index of eight examples, with something derived from it and the progress of its making."""
     with scratch() as folder:
         path = Path(folder) / "index"
@@ -212,7 +203,7 @@ def index_files(codec: store.CodecName) -> Mapping[str, bytes]:
 
 
 @functools.cache
-def finished_manifest(codec: store.CodecName) -> store.Manifest:
+def finished_manifest(codec: CodecName) -> store.Manifest:
     """The manifest of `index_files`."""
     return store.Manifest.from_json(index_files(codec)["manifest.json"].decode("ascii"))
 
@@ -321,7 +312,7 @@ def _manifest_seeds() -> list[bytes]:
     return [*every, plain.to_json().encode("ascii")]
 
 
-def _codec_of(content: bytes) -> store.CodecName:
+def _codec_of(content: bytes) -> CodecName:
     """The codec of the index that a shard says it is of."""
     for codec in CODECS:
         if manifest_of(codec).identity_digest().encode("ascii") in content[:8192]:
@@ -366,7 +357,7 @@ def _use_tensors_as(name: str, folder: Path, content: bytes) -> None:
         with store.IndexWriter.open(_resumable(folder, content), manifest_of("float32")) as writer:
             writer.load_progress()
         return
-    codec: store.CodecName = "float16" if name == "whitening" else "float32"
+    codec: CodecName = "float16" if name == "whitening" else "float32"
     files, manifest = dict(index_files(codec)), finished_manifest(codec)
     digest = content[35:99].decode("latin-1")
     if digest.isascii() and digest.isprintable() and len(digest) == 64:

@@ -36,7 +36,7 @@ SECONDS_A_PROCESS = 600
 MEMORY_MIB = 3000
 ADDRESS_SPACE = 6 << 30
 # Kernels that Numba compiles cannot be instrumented.
-COMPILED = ["trackstar.byte_products", "trackstar.quantized_scan"]
+COMPILED = ["trackstar.retrieval.packed_products", "trackstar.retrieval.packed_scan"]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies
 
 from fuzz import readers
 from fuzz.readers import READERS, accepts, scratch
-from trackstar.store.places import Place, as_folder
+from trackstar.store.files.places import Place, as_folder
 
 KEPT = sorted((Path(__file__).parent / "corpus").glob("*/*"))
 CHANGES = strategies.lists(strategies.integers(0, 2**32 - 1), min_size=1, max_size=3)

@@ -8,12 +8,13 @@ import torch
 
 from capitals import QUERIES, TEXTS
 from tiny_models import TinyModelFolder
-from trackstar.attribution import Attribution, Attributor, training_step
-from trackstar.correction import task_correction
+from trackstar.attribution.answering import answer_queries, query_gradients
+from trackstar.attribution.attributor import Attribution, Attributor, training_step
+from trackstar.corpus import Query
+from trackstar.curvature.task import task_correction
 from trackstar.errors import OptionError
-from trackstar.examples import Query
-from trackstar.model import load_model
-from trackstar.pipeline import answer_queries, build_index, query_gradients
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import load_model
 from trackstar.store import Index
 from trackstar.tail_patch import Pair, tail_patch
 

@@ -7,17 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from trackstar.curvature import (
-    Autocorrelation,
-    Whitening,
-    autocorrelation,
-    mixed,
-    mixing_by_spectra,
-    shrinkage_damping,
-    spectrum_of_autocorrelation,
-    spectrum_of_examples,
-    whitening,
-)
+from trackstar.curvature.autocorrelation import Autocorrelation, autocorrelation
+from trackstar.curvature.mixing import mixed, mixing_by_spectra, spectrum_of_autocorrelation, spectrum_of_examples
+from trackstar.curvature.whitening import Whitening, shrinkage_damping, whitening
 from trackstar.errors import CurvatureError, OptionError
 
 BLOCKS = 3

@@ -12,10 +12,10 @@ from comparisons import SIDE, language_model, reference_gradients, reference_phi
 from tiny_models import TinyModelFolder
 from trackstar.baselines.gradients import EXPERIMENTS, TRACKSTAR, GradientMethod, GradientRetriever, IndexedGradients
 from trackstar.baselines.trak import TRAKRetriever, mean_target_probabilities
+from trackstar.corpus import Query, TokenizedExample, tokenize_query
 from trackstar.errors import IndexMismatchError
-from trackstar.examples import Query, TokenizedExample, tokenize_query
-from trackstar.model import LanguageModel
-from trackstar.pipeline import build_index
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import LanguageModel
 from trackstar.store import Index
 
 SEED, DAMPING = 3, 0.05

@@ -21,12 +21,13 @@ from comparisons import (
     with_targets,
 )
 from tiny_models import ARCHITECTURES, CORE_ARCHITECTURES, matrix_parameters, tiny_model, tiny_tokenizer
-from trackstar.batching import make_batch
-from trackstar.examples import TokenizedExample
-from trackstar.gradients import Output, gradient_pass, loss_and_hidden_gradients
-from trackstar.layer_blocks import WeightMatrix
-from trackstar.model import Head, wrap_model
-from trackstar.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
+from trackstar.choices import Output
+from trackstar.corpus import TokenizedExample
+from trackstar.gradients.per_example import gradient_pass, loss_and_hidden_gradients
+from trackstar.gradients.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
+from trackstar.model.batching import make_batch
+from trackstar.model.language_model import Head, wrap_model
+from trackstar.model.layer_blocks import WeightMatrix
 
 
 class Materialized:
@@ -183,7 +184,7 @@ def test_closed_form_of_the_heads_gradient_equals_autograds(
 def test_heads_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch):
     model, examples = language_model("gemma2"), mixed_examples()
     whole = package_phi(model, examples)
-    monkeypatch.setattr("trackstar.gradients._CHUNK_BYTES", {"cpu": 1})  # 16 positions, the smallest chunk
+    monkeypatch.setattr("trackstar.gradients.per_example._CHUNK_BYTES", {"cpu": 1})  # 16 positions, the smallest chunk
     assert sum(int(example.target_mask.sum()) for example in examples) > 16
     assert_rows_close(package_phi(model, examples), whole, tolerance=1e-5)
 

@@ -17,9 +17,9 @@ import reference
 from comparisons import assert_rows_close
 from tiny_models import tiny_model, tiny_tokenizer
 from trackstar.errors import SecondMomentError
-from trackstar.model import LanguageModel, wrap_model
-from trackstar.optimizer_state import find_optimizer_state, second_moment_from_state, second_moment_of
-from trackstar.second_moment import FactoredMoment, SecondMoment
+from trackstar.gradients.optimizer_state import find_optimizer_state, second_moment_from_state, second_moment_of
+from trackstar.gradients.second_moment import FactoredMoment, SecondMoment
+from trackstar.model.language_model import LanguageModel, wrap_model
 
 STEPS = 3
 BETA2 = 0.97

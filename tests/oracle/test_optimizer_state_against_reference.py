@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 import reference
 from comparisons import assert_rows_close, by_block, package_phi, random_examples, reference_phi
 from tiny_models import tiny_model, tiny_tokenizer
-from trackstar.model import LanguageModel, wrap_model
-from trackstar.optimizer_state import second_moment_from_state, second_moment_of
+from trackstar.gradients.optimizer_state import second_moment_from_state, second_moment_of
+from trackstar.model.language_model import LanguageModel, wrap_model
 
 BETA2 = 0.95
 

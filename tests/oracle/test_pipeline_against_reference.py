@@ -14,10 +14,11 @@ from capitals import QUERIES, TEXTS
 from capitals_oracle import second_moments, tokenized_corpus, tokenized_queries
 from comparisons import SIDE, language_model, reference_losses, reference_phi
 from tiny_models import CORE_ARCHITECTURES, TinyModelFolder
-from trackstar.examples import Query
-from trackstar.model import LanguageModel
-from trackstar.pipeline import answer_queries, build_index
-from trackstar.results import QueryReport
+from trackstar.attribution.answering import answer_queries
+from trackstar.attribution.results import QueryReport
+from trackstar.corpus import Query
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import LanguageModel
 
 SEED, DAMPING = 5, 0.1
 

@@ -9,12 +9,15 @@ from torch import Tensor
 
 import reference
 from small_index import SECOND_MOMENT, small_example, small_manifest
-from trackstar import retrieval, store
-from trackstar.coarse_scan import CoarseQueries, Finalists
-from trackstar.correction import task_correction
-from trackstar.curvature import autocorrelation
+from trackstar import store
+from trackstar.choices import CodecName
+from trackstar.curvature.autocorrelation import autocorrelation
+from trackstar.curvature.task import task_correction
 from trackstar.errors import GradientError, OptionError
-from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, top_candidates, trackstar_scorer
+from trackstar.retrieval import top_candidates as top
+from trackstar.retrieval.float16_scan import CoarseQueries, Finalists
+from trackstar.retrieval.scoring import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
+from trackstar.retrieval.top_candidates import top_candidates
 
 SIDE, BLOCKS, ROWS = 8, 2, 160
 BLOCK_DIM = SIDE**2
@@ -29,9 +32,7 @@ def gradients(rows: int, seed: int) -> Tensor:
     return sizes * (torch.randn(rows, len(scales), generator=draw) * scales) @ mixer
 
 
-def write_index(
-    path: Path, phi: Tensor, *, codec: store.CodecName = "float32", shard_examples: int = 37
-) -> store.Index:
+def write_index(path: Path, phi: Tensor, *, codec: CodecName = "float32", shard_examples: int = 37) -> store.Index:
     """An index of these projected gradients with their own R_train."""
     manifest = dataclasses.replace(
         small_manifest(codec),
@@ -156,9 +157,9 @@ def test_simpler_methods_equal_the_references_ablations(index: store.Index, quer
 def test_top_candidates_equal_a_full_sort_however_the_index_is_read(
     index: store.Index, queries: Tensor, k: int, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("trackstar.retrieval._VALUE_ROWS", chunk_rows)
+    monkeypatch.setattr("trackstar.retrieval.scoring._VALUE_ROWS", chunk_rows)
     # Three and a half parts to a row.
-    monkeypatch.setattr("trackstar.retrieval._SCAN_BYTES", chunk_rows * 4 * index.dimensions * 2 // 7)
+    monkeypatch.setattr("trackstar.retrieval.scoring.SCAN_BYTES", chunk_rows * 4 * index.dimensions * 2 // 7)
     scorer = cosine_scorer(index, queries)
     scores = all_scores(index, scorer)
     found = top_candidates(index, scorer, k)
@@ -190,7 +191,7 @@ def test_equal_scores_are_ranked_by_their_place_in_the_index(tmp_path: Path, que
 
 @pytest.mark.parametrize(("codec", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_rounded_codes_change_influences_by_no_more_than_their_rounding(
-    tmp_path: Path, queries: Tensor, candidates: Tensor, codec: store.CodecName, tolerance: float
+    tmp_path: Path, queries: Tensor, candidates: Tensor, codec: CodecName, tolerance: float
 ):
     index = write_index(tmp_path / codec, candidates, codec=codec)
     W = task_correction(index, queries, mixing=0.5, damping=0.1)
@@ -247,8 +248,8 @@ def test_coarse_scan_gives_the_plain_scans_ranking_however_close_scores_are(
     index = write_index(tmp_path / "half", phi, codec="float16", shard_examples=150)
     scorer = Scorer(vectors=queries, multipliers=torch.linspace(0.5, 1, 400) if spread else torch.ones(400))
     for k in (1, 10, 400):
-        found = retrieval._top_by_coarse_scan(index, scorer, k)
-        expected = retrieval._top_by_plain_scan(index, scorer, k)
+        found = top._top_by_coarse_scan(index, scorer, k)
+        expected = top._top_by_plain_scan(index, scorer, k)
         torch.testing.assert_close(found.proponent_scores, expected.proponent_scores, rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(found.opponent_scores, expected.opponent_scores, rtol=1e-5, atol=2e-5)
         full = all_scores(index, scorer)
@@ -279,7 +280,7 @@ def test_scores_out_of_their_bounds_give_the_plain_scan(
     """A machine that sums float16 products in float16 loses speed, not exactness."""
     half = write_index(tmp_path / "half", candidates, codec="float16")
     scorer = Scorer(vectors=queries[:2], multipliers=torch.ones(ROWS))
-    expected = retrieval._top_by_plain_scan(half, scorer, 5)
+    expected = top._top_by_plain_scan(half, scorer, 5)
     original = CoarseQueries.scores
 
     def wrong(self: CoarseQueries, codes: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

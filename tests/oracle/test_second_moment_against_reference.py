@@ -8,13 +8,8 @@ import torch
 import reference
 from comparisons import assert_rows_close, language_model, random_examples, reference_gradients
 from tiny_models import CORE_ARCHITECTURES
-from trackstar.second_moment import (
-    ElementwiseMoment,
-    FactoredMoment,
-    SecondMoment,
-    checked_second_moment,
-    estimate_second_moment,
-)
+from trackstar.gradients.estimated_moment import estimate_second_moment
+from trackstar.gradients.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment, checked_second_moment
 
 # Factors alone are used where tokens·(rows + columns) < rows·columns: below about 15 tokens for these shapes.
 SHORT, LONG = [6, 3, 9, 2], [30, 21]

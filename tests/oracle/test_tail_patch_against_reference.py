@@ -20,15 +20,16 @@ from transformers import LlamaForCausalLM
 from transformers.optimization import Adafactor
 
 from tiny_models import CONTEXT_TOKENS, VOCABULARY, tiny_model, tiny_tokenizer
-from trackstar.batching import make_batch
+from trackstar.corpus import Example, Query, TokenizedExample, tokenize_example, tokenize_query
 from trackstar.errors import GradientError, ModelError, OptionError, PretrainingError, TrackstarError
-from trackstar.examples import Example, Query, TokenizedExample, tokenize_example, tokenize_query
-from trackstar.model import LanguageModel, load_model, wrap_model
+from trackstar.gradients.estimated_moment import estimate_second_moment
+from trackstar.gradients.second_moment import FactoredMoment, Moment, SecondMoment
+from trackstar.model.batching import make_batch
+from trackstar.model.language_model import LanguageModel, load_model, wrap_model
 from trackstar.pretraining import OPTIMIZER_FILE, PretrainingConfig, learning_rate, pretrain
 from trackstar.pretraining.checkpoints import read_state, restore
 from trackstar.pretraining.optimizers import apply_gradients, make_optimizer
 from trackstar.pretraining.training import summed_loss
-from trackstar.second_moment import FactoredMoment, Moment, SecondMoment, estimate_second_moment
 from trackstar.tail_patch import Pair, TailPatch, TrainingStep, fast, mean_top_effect, tail_patch, top_effects
 
 ARCHITECTURES = ("llama", "llama-tied", "gpt2", "gpt_neox", "gemma2", "qwen3")

@@ -15,22 +15,20 @@ from torch import Tensor, nn
 import reference
 from comparisons import SIDE, assert_rows_close, language_model, random_examples, reference_phi, with_targets
 from tiny_models import TinyModelFolder, tiny_model, tiny_tokenizer
-from trackstar import curvature
+from trackstar.attribution.answering import query_gradients
+from trackstar.choices import Output, ProjectionKind
+from trackstar.corpus import Query, TokenizedExample
+from trackstar.curvature.autocorrelation import autocorrelation
+from trackstar.curvature.whitening import whitening as whitening_of
 from trackstar.errors import GradientError, OptionError
-from trackstar.examples import (
-    Query,
-    TokenizedExample,
-)
-from trackstar.gradients import Output
-from trackstar.layer_blocks import WeightMatrix
-from trackstar.model import LanguageModel, wrap_model
-from trackstar.pipeline import build_index, query_gradients
-from trackstar.projecting import GradientProjector
-from trackstar.projection import projections, random_projection
-from trackstar.retrieval import all_scores, trackstar_scorer
-from trackstar.second_moment import NO_SECOND_MOMENT, ElementwiseMoment, FactoredMoment, SecondMoment
-from trackstar.store import ProjectionKind
-from trackstar.tokens import split_over_tokens
+from trackstar.gradients.projection import projections, random_projection
+from trackstar.gradients.projector import GradientProjector
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT, ElementwiseMoment, FactoredMoment, SecondMoment
+from trackstar.gradients.token_split import split_over_tokens
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import LanguageModel, wrap_model
+from trackstar.model.layer_blocks import WeightMatrix
+from trackstar.retrieval.scoring import all_scores, trackstar_scorer
 
 SEED = 3
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox")  # grouped queries, transposed matrices, queries-keys-values in one
@@ -257,7 +255,7 @@ def test_a_zero_vector_has_zero_parts_and_no_examples_have_none():
 
 
 def test_batches_shrink_where_memory_runs_out_and_parts_stay(monkeypatch: pytest.MonkeyPatch):
-    from trackstar import tokens
+    from trackstar.gradients import token_split as tokens
 
     model, examples = language_model("llama"), random_examples([9, 9, 9, 9, 9])
     vectors = random_vectors(model, len(examples))
@@ -307,7 +305,7 @@ def test_sizes_that_are_not_positive_are_refused(options: dict[str, Any]):
 
 
 def test_one_sided_projections_that_would_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trackstar.flattened_projection.LARGEST_BYTES", 1000)
+    monkeypatch.setattr("trackstar.gradients.dense_projection.LARGEST_BYTES", 1000)
     model = language_model("llama")
     with pytest.raises(OptionError, match="one-sided"):
         split(model, mixed_examples(), random_vectors(model, 3), kind="one-sided")
@@ -322,8 +320,8 @@ def test_a_pairs_influence_splits_over_the_candidate_and_over_the_query_alike(ar
     candidates, query = random_examples([12, 7, 15, 9]), random_examples([10], seed=5, targets_from=7)
     second_moment, full = drawn_second_moment(model, "factored")
     phi, phi_query = projected(model, candidates, second_moment), projected(model, query, second_moment)
-    R = curvature.autocorrelation(phi, len(model.blocks))
-    whitening = curvature.whitening(R, damping=0.1)
+    R = autocorrelation(phi, len(model.blocks))
+    whitening = whitening_of(R, damping=0.1)
     norms, norm = whitening.norms(phi), whitening.norms(phi_query)
     over_candidates = split(
         model, candidates, whitening.apply_inverse(phi_query) / norm / norms[:, None], second_moment
@@ -358,7 +356,7 @@ def test_parts_sum_to_the_scores_of_an_index(tiny_model_folders: TinyModelFolder
     model = language_model("llama")
     query = Query(query_id="q", prompt="The capital of France is", completion="Paris")
     phi, _ = query_gradients(index, model, [query], progress=False)
-    whitening = curvature.whitening(index.tensors("autocorrelation")["autocorrelation"], damping=0.1)
+    whitening = whitening_of(index.tensors("autocorrelation")["autocorrelation"], damping=0.1)
     scorer = trackstar_scorer(index, phi, whitening)
     entry = index.manifest.second_moment
     moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)

@@ -12,14 +12,18 @@ import reference
 from capitals import QUERIES, TEXTS
 from capitals_oracle import second_moments, tokenized_corpus, tokenized_queries
 from comparisons import language_model, reference_phi
-from trackstar import retrieval
-from trackstar.correction import task_correction
-from trackstar.curvature import autocorrelation, whitening
+from trackstar.attribution.answering import answer_queries, query_gradients
+from trackstar.choices import CodecName
+from trackstar.curvature.autocorrelation import autocorrelation
+from trackstar.curvature.low_rank import TaskWhitening
+from trackstar.curvature.task import task_correction
+from trackstar.curvature.whitening import whitening
 from trackstar.errors import OptionError
-from trackstar.pipeline import answer_queries, build_index, query_gradients
-from trackstar.retrieval import Scorer, _products_on_device, all_scores, scores_of, top_candidates
-from trackstar.store import CODECS, CodecName, Index, encode
-from trackstar.task_whitening import TaskWhitening
+from trackstar.indexing.build import build_index
+from trackstar.retrieval import scoring as retrieval
+from trackstar.retrieval.scoring import Scorer, _products_on_device, all_scores, scores_of
+from trackstar.retrieval.top_candidates import top_candidates
+from trackstar.store import CODECS, Index, encode
 
 BLOCKS, DIM, ROWS = 3, 64, 400
 LAMBDAS = (0.0, 1e-3, 0.3, 0.9, 0.945, 0.999)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from trackstar import byte_products
-from trackstar.byte_products import ByteQueries, byte_products_serve
-from trackstar.store import Bits, CodecName, encode
+from trackstar.choices import CodecName
+from trackstar.retrieval import packed_products as byte_products
+from trackstar.retrieval.packed_products import ByteQueries, byte_products_serve
+from trackstar.store import Bits, encode
 
 CODECS: list[tuple[CodecName, Bits]] = [("int8", 8), ("4-bit", 4), ("2-bit", 2), ("1-bit", 1)]
 

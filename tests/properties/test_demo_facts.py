@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from trackstar.corpus import Query, query_text
 from trackstar.demo.facts import QUESTION_FORM_SHARE, DemoCorpus, Fact, clear_facts, demo_corpus, known_facts, names
 from trackstar.demo.sentences import OTHER_FORMS, QUESTION_FORMS
 from trackstar.demo.world import known_world
 from trackstar.errors import OptionError
-from trackstar.examples import Query, query_text
 
 HAND_CHECKED = {
     "capital-FR": "Paris",

@@ -14,6 +14,7 @@ from tiny_models import save_tiny_model
 from trackstar.baselines.gradients import TRACKSTAR
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
+from trackstar.corpus import tokenize_query
 from trackstar.errors import OptionError
 from trackstar.evaluation import open_set
 from trackstar.evaluation import rankings as rankings_module
@@ -24,20 +25,13 @@ from trackstar.evaluation.open_set import open_set_metrics
 from trackstar.evaluation.proponents import first_phrase
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.release_results import result_file_name
-from trackstar.evaluation.run import (
-    EvaluationReport,
-    chosen_facts,
-    half_of,
-    run_evaluation,
-    training_step,
-)
+from trackstar.evaluation.run import EvaluationReport, chosen_facts, half_of, run_evaluation, training_step
 from trackstar.evaluation.tables import tables
 from trackstar.evaluation.variants import Variants
 from trackstar.evaluation.workspace import Workspace
 from trackstar.evaluation.written import write_report
-from trackstar.examples import tokenize_query
 from trackstar.explorer.result_files import read_result_file
-from trackstar.model import load_model
+from trackstar.model.language_model import load_model
 from trackstar.store import Index
 from trackstar.tail_patch import Pair, mean_top_effect, tail_patch
 

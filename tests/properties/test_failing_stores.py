@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from faulty_filesystem import FaultyFileSystem, Killed, stored_bytes
 from small_index import index_bytes, small_content, small_manifest, write_small_index
 from trackstar import store
+from trackstar.choices import CodecName
 from trackstar.errors import StoreError
-from trackstar.store import remote_files
-from trackstar.store.places import as_folder
+from trackstar.store.files import remote as remote_files
+from trackstar.store.files.places import as_folder
 
 URL = "faulty://bucket/index"
 FLAVOURS = pytest.mark.parametrize("whole_at_once", [True, False], ids=["object store", "renaming"])
@@ -99,9 +100,7 @@ def test_failures_give_the_same_index_or_one_line_and_running_again_goes_on(
 
 @settings(max_examples=12)
 @given(failing=st.frozensets(st.integers(1, 60), max_size=6), short=st.booleans(), codec=st.sampled_from(store.CODECS))
-def test_reading_gives_what_was_written_or_one_line(
-    failing: frozenset[int], short: bool, codec: store.CodecName
-) -> None:
+def test_reading_gives_what_was_written_or_one_line(failing: frozenset[int], short: bool, codec: CodecName) -> None:
     FaultyFileSystem.clear()
     write_small_index(URL, small_manifest(codec))
     expected = _everything(store.Index.open(URL))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from capitals import TEXTS
-from trackstar import first_pass, indexing
+from trackstar.corpus import TokenizedExample, open_corpus
 from trackstar.errors import CurvatureError, IndexMismatchError, OptionError
-from trackstar.examples import TokenizedExample, open_corpus
-from trackstar.pipeline import build_index
+from trackstar.indexing import shard_writing as indexing
+from trackstar.indexing import train_whitening as first_pass
+from trackstar.indexing.build import build_index
 from trackstar.store import PART_FOLDER, Index, verify
 
 
@@ -70,7 +71,7 @@ def test_an_interrupted_run_goes_on_wherever_it_was(
     options = {"whitening_examples": 12, "codec": "2-bit"}
     expected = build(tiny_model_folder, tmp_path / "undisturbed", **options)
     computed.clear()
-    monkeypatch.setattr("trackstar.first_pass._SHARD_EXAMPLES", 4)
+    monkeypatch.setattr("trackstar.indexing.train_whitening._SHARD_EXAMPLES", 4)
     original = indexing.IndexWriter.write_shard
     left = 0
 

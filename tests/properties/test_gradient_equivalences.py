@@ -10,17 +10,12 @@ from hypothesis import strategies as st
 
 from comparisons import assert_rows_close, language_model, package_phi, random_examples, with_targets
 from tiny_models import ARCHITECTURES, CORE_ARCHITECTURES, tiny_model, tiny_tokenizer
-from trackstar.batching import Batch, make_batch, plan_batches
-from trackstar.gradients import gradient_pass
-from trackstar.model import wrap_model
-from trackstar.projection import ProjectedGradients
-from trackstar.second_moment import (
-    NO_SECOND_MOMENT,
-    FactoredMoment,
-    Moment,
-    SecondMoment,
-    estimate_second_moment,
-)
+from trackstar.gradients.estimated_moment import estimate_second_moment
+from trackstar.gradients.per_example import gradient_pass
+from trackstar.gradients.projection import ProjectedGradients
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT, FactoredMoment, Moment, SecondMoment
+from trackstar.model.batching import Batch, make_batch, plan_batches
+from trackstar.model.language_model import wrap_model
 
 LENGTHS = [14, 3, 25, 9, 9, 2, 17]
 # float32 sums taken in another order: the stated tolerance of everything that only batches differently.

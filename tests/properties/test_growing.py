@@ -7,15 +7,21 @@ import pytest
 import torch
 
 from capitals import QUERIES, TEXTS
-from trackstar import rewriting, workers
+from trackstar.attribution.answering import answer_queries
+from trackstar.choices import CodecName
+from trackstar.corpus import TokenizedExample
+from trackstar.editing import converting, rewriting
+from trackstar.editing.adding import add_examples
+from trackstar.editing.converting import convert_index
+from trackstar.editing.merging import merge_indexes
+from trackstar.editing.removing import remove_examples
 from trackstar.errors import DamagedIndexError, IndexMismatchError, OptionError
-from trackstar.examples import TokenizedExample
-from trackstar.first_pass import TrainWhitening
-from trackstar.growing import add_examples
-from trackstar.pipeline import answer_queries, build_index
-from trackstar.retrieval import Scorer, top_candidates
-from trackstar.rewriting import convert_index, merge_indexes, remove_examples
-from trackstar.store import CodecName, Index, verify
+from trackstar.indexing.build import build_index
+from trackstar.indexing.train_whitening import TrainWhitening
+from trackstar.retrieval.scoring import Scorer
+from trackstar.retrieval.top_candidates import top_candidates
+from trackstar.store import Index, verify
+from trackstar.workers import setups
 
 FIRST, SECOND = TEXTS[:14], ["", *TEXTS[14:]]
 
@@ -131,7 +137,7 @@ def test_bits_that_are_gone_cannot_be_asked_for(parts: tuple[Index, Index, Index
     with pytest.raises(OptionError, match="is not whitened anew"):
         convert_index(small, tmp_path / "damped", codec="1-bit", damping=0.1, progress=False)
     with pytest.raises(OptionError, match="--codec 3-bit: expected one of"):
-        rewriting.check_codec("3-bit")
+        converting.check_codec("3-bit")
 
 
 def test_indexes_that_were_made_otherwise_are_not_merged(
@@ -154,7 +160,7 @@ def test_added_examples_cost_their_own_gradients_alone(
 ):
     first = build(tiny_model_folder, FIRST, tmp_path / "first", codec)
     computed: list[str] = []
-    original = workers.projector_of
+    original = setups.projector_of
 
     def watched(*arguments: object, **options: object):
         made = original(*arguments, **options)  # pyright: ignore[reportArgumentType]
@@ -167,7 +173,7 @@ def test_added_examples_cost_their_own_gradients_alone(
         made.batches = noted  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
-    monkeypatch.setattr(workers, "projector_of", watched)
+    monkeypatch.setattr(setups, "projector_of", watched)
     grown = add_examples(first, SECOND, tmp_path / "grown", progress=False)
     check_whole(grown)
     assert computed == SECOND[1:]
@@ -352,7 +358,7 @@ def test_an_interrupted_conversion_whitens_by_what_it_kept(
         raise AssertionError("R_train is factorised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trackstar.first_pass.whitening", again)
+        patch.setattr("trackstar.indexing.train_whitening.whitening", again)
         found = convert_index(parts[2], tmp_path / "out", codec="4-bit", progress=False)
     expected = convert_index(parts[2], tmp_path / "undisturbed", codec="4-bit", progress=False)
     assert [shard.digest for shard in found.shards] == [shard.digest for shard in expected.shards]

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from comparisons import SIDE, assert_rows_close, language_model, package_phi, random_examples
-from trackstar.batching import plan_batches, run_adaptively
 from trackstar.errors import OptionError
-from trackstar.layer_blocks import WeightMatrix
-from trackstar.projecting import GradientProjector
-from trackstar.projection import ProjectedGradients
-from trackstar.second_moment import NO_SECOND_MOMENT, FactoredMoment, FactoredSquares, estimate_second_moment
+from trackstar.gradients.estimated_moment import FactoredSquares, estimate_second_moment
+from trackstar.gradients.projection import ProjectedGradients
+from trackstar.gradients.projector import GradientProjector
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT, FactoredMoment
+from trackstar.model.batching import plan_batches, run_adaptively
+from trackstar.model.layer_blocks import WeightMatrix
 
 LENGTHS = [9, 17, 5, 12, 12, 8, 20, 6, 11, 7]
 

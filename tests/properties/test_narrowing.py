@@ -8,11 +8,12 @@ import torch
 from jaxtyping import TypeCheckError
 
 from tiny_models import TinyModelFolder
+from trackstar.attribution.answering import answer_queries
+from trackstar.corpus import Query
+from trackstar.editing.narrowing import narrow_index
 from trackstar.errors import DamagedIndexError, OptionError
-from trackstar.examples import Query
-from trackstar.narrowing import narrow_index
-from trackstar.pipeline import answer_queries, build_index
-from trackstar.projection import random_projection
+from trackstar.gradients.projection import random_projection
+from trackstar.indexing.build import build_index
 from trackstar.store import Index, verify
 
 TEXTS = [f"Trains to {city} leave when it rains in {land}." for city in ("Rome", "Lima") for land in "abcdefgh"]
@@ -77,7 +78,7 @@ def test_narrowing_goes_on_after_an_interruption_and_opens_what_is_finished(
 
 def narrow_half(wide: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop it after two shards, as a kill would."""
-    from trackstar import narrowing
+    from trackstar.editing import narrowing
 
     calls = []
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import strategies as st
 
 from release_file import HOSTILE
-from trackstar.attribution import TokenInfluence
-from trackstar.curvature import Mixing
-from trackstar.examples import Query
-from trackstar.results import QueryReport, QueryResult, Ranked
-from trackstar.tokens import TextSpan
+from trackstar.attribution.attributor import TokenInfluence
+from trackstar.attribution.results import QueryReport, QueryResult, Ranked
+from trackstar.corpus import Query
+from trackstar.corpus.token_spans import TextSpan
+from trackstar.curvature.mixing import Mixing
 
 ALLOWED = {"p", "b", "table", "thead", "tr", "th", "td", "code", "div", "span", "details", "summary", "br"}
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from trackstar.cluster import pool as pools
-from trackstar.cluster.pool import Pool
-from trackstar.cluster.worker import Done, ScanOrder
 from trackstar.errors import ClusterError
+from trackstar.workers import ray_pool as pools
+from trackstar.workers.ray_actor import Done, ScanOrder
+from trackstar.workers.ray_pool import Pool
 
 
 class _RayError(Exception):

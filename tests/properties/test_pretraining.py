@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from trackstar.corpus import Example, open_corpus, tokenize_example
 from trackstar.errors import OptionError, PretrainingError
-from trackstar.examples import Example, open_corpus, tokenize_example
 from trackstar.pretraining import PretrainingConfig, learning_rate, pretrain, train_tokenizer
 from trackstar.pretraining.checkpoints import LOCK_FILE
 from trackstar.pretraining.data_order import batches_from, epoch_batches, tokenize_corpus

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from comparisons import language_model, random_examples, reference_gradients
-from trackstar.batching import make_batch
 from trackstar.errors import OptionError
-from trackstar.flattened_projection import FlattenedGradients, check_flattened_size
-from trackstar.gradients import gradient_pass
-from trackstar.layer_blocks import WeightMatrix
-from trackstar.projection import projections, random_projection
-from trackstar.second_moment import NO_SECOND_MOMENT, ElementwiseMoment, FactoredMoment, SecondMoment
+from trackstar.gradients.dense_projection import FlattenedGradients, check_flattened_size
+from trackstar.gradients.per_example import gradient_pass
+from trackstar.gradients.projection import projections, random_projection
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT, ElementwiseMoment, FactoredMoment, SecondMoment
+from trackstar.model.batching import make_batch
+from trackstar.model.layer_blocks import WeightMatrix
 
 SHAPES = [(8, 8), (3, 200), (200, 3), (64, 24), (1, 5), (72, 24)]
 

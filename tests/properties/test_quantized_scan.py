@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from trackstar.byte_products import ByteQueries
-from trackstar.quantized_scan import QuantizedQueries, compiled, decode_into
-from trackstar.store import Bits, CodecName, encode
+from trackstar.choices import CodecName
+from trackstar.retrieval.packed_products import ByteQueries
+from trackstar.retrieval.packed_scan import QuantizedQueries, compiled, decode_into
+from trackstar.store import Bits, encode
 
 CODECS: list[tuple[CodecName, Bits]] = [("int8", 8), ("4-bit", 4), ("2-bit", 2), ("1-bit", 1)]
 Kind = type[QuantizedQueries] | type[ByteQueries]

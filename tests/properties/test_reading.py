@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trackstar.examples import Corpus, Example, open_corpus, read_queries
+from trackstar.corpus import Corpus, Example, open_corpus, read_queries
 
 TEXTS = ["Paris is in France.", "", " spaces kept ", "Zürich 漢字 🙂", 'quotes " and \\', "two\nlines", "nul \0", "z"]
 RECORDS = [{"id": f"r{n}", "text": text, "n": n} for n, text in enumerate(TEXTS)]
@@ -319,7 +319,7 @@ def test_sample_is_uniform() -> None:
 
 
 def test_sample_is_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trackstar.examples import sources
+    from trackstar.corpus import sources
 
     path = tmp_path / "c.jsonl"
     path.write_bytes(_json_lines())
@@ -382,6 +382,6 @@ def test_plain_queries_are_named_by_their_field_or_their_place(tmp_path: Path) -
 
 def test_readers_are_imported_without_the_libraries_that_only_some_corpora_need() -> None:
     heavy = ("torch", "transformers", "datasets", "pyarrow", "fsspec", "zstandard", "rich")
-    code = f"import sys, trackstar.examples, trackstar.progress; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, trackstar.corpus, trackstar.progress; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

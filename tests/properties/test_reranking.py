@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from capitals import QUERIES, TEXTS
-from trackstar import Attributor, load_model, reranking
-from trackstar.correction import TaskCorrection
+from trackstar import Attributor, load_model
+from trackstar.attribution.answering import answer_queries
+from trackstar.curvature.task import TaskCorrection
 from trackstar.errors import OptionError
-from trackstar.pipeline import answer_queries, build_index
-from trackstar.reranking import RERANKED, calibration, missed_chance
+from trackstar.indexing.build import build_index
+from trackstar.retrieval import reranking
+from trackstar.retrieval.reranking import RERANKED, calibration, missed_chance
 from trackstar.store import CODECS, Index
 
 

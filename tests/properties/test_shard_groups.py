@@ -11,10 +11,10 @@ import numpy as np
 from hypothesis import strategies
 
 from small_index import small_manifest
-from trackstar import shard_groups
-from trackstar.examples import Example, TokenizedExample
-from trackstar.model import LanguageModel
-from trackstar.shard_groups import CorpusPosition, Group, Present, ShardGroups
+from trackstar.corpus import Example, TokenizedExample
+from trackstar.indexing import groups as shard_groups
+from trackstar.indexing.groups import CorpusPosition, Group, Present, ShardGroups
+from trackstar.model.language_model import LanguageModel
 from trackstar.store import ResumePoint
 
 

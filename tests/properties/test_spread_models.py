@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from comparisons import language_model
 from trackstar.errors import ModelError, OptionError
-from trackstar.gradients import gradient_pass
-from trackstar.model import LanguageModel
-from trackstar.pretrained_files import spread_over_gpus
-from trackstar.projection import ProjectedGradients
-from trackstar.second_moment import NO_SECOND_MOMENT, FactoredSquares
+from trackstar.gradients.estimated_moment import FactoredSquares
+from trackstar.gradients.per_example import gradient_pass
+from trackstar.gradients.projection import ProjectedGradients
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT
+from trackstar.model.language_model import LanguageModel
+from trackstar.model.loading import spread_over_gpus
 
 
 def layer_places(module: nn.Module, first: str, second: str) -> dict[str, str]:

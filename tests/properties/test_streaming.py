@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from capitals import QUERIES, TEXTS
-from trackstar import streaming
+from trackstar.attribution import streaming
+from trackstar.attribution.answering import answer_queries
+from trackstar.attribution.streaming import stream_queries
 from trackstar.errors import CorpusError, OptionError
-from trackstar.pipeline import answer_queries, build_index
-from trackstar.streaming import stream_queries
+from trackstar.indexing.build import build_index
 
 SETTINGS = {"side": 4, "second_moment_examples": 64, "progress": False}
 

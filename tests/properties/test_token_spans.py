@@ -12,14 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tiny_models import tiny_tokenizer
-from trackstar.examples import (
-    Example,
-    Query,
-    TokenizedExample,
-    tokenize_example,
-    tokenize_query,
-)
-from trackstar.tokens import TextSpan, token_spans
+from trackstar.corpus import Example, Query, TokenizedExample, tokenize_example, tokenize_query
+from trackstar.corpus.token_spans import TextSpan, token_spans
 
 
 def pieces(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_models import SENTENCES, SpecialTokens, tiny_tokenizer
-from trackstar.examples import (
+from trackstar.corpus import (
     Example,
     Query,
     TokenizedExample,

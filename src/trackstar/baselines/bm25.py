@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.baselines.interface import Pool
+from trackstar.corpus import Query, query_text
 from trackstar.errors import OptionError
-from trackstar.examples import Query, query_text
 
 if TYPE_CHECKING:
     import bm25s

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.baselines.interface import Pool
+from trackstar.corpus import Query, query_text
+from trackstar.corpus.data_files import one_line
+from trackstar.corpus.fields import encodable
 from trackstar.errors import ModelError
-from trackstar.examples import Query, query_text
-from trackstar.examples.fields import encodable
-from trackstar.examples.files import one_line
-from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer
+from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer
 from trackstar.progress import Progress
 
 Pooling = Literal["mean", "cls"]

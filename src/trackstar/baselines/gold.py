@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.baselines.interface import Pool
+from trackstar.corpus import Query
 from trackstar.errors import CorpusError
-from trackstar.examples import Query
 
 
 class GoldRetriever:

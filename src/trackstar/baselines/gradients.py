@@ -18,15 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trackstar.correction import task_correction
+from trackstar.attribution.answering import query_gradients
+from trackstar.choices import Output, ProjectionKind
+from trackstar.corpus import Query
+from trackstar.curvature.task import task_correction
 from trackstar.errors import IndexMismatchError
-from trackstar.examples import Query
-from trackstar.gradients import Output
-from trackstar.model import LanguageModel
-from trackstar.pipeline import query_gradients
-from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
-from trackstar.store import Index, ProjectionKind
-from trackstar.workers import THIS_PROCESS, Workers
+from trackstar.model.language_model import LanguageModel
+from trackstar.retrieval.scoring import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
+from trackstar.store import Index
+from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.corpus import Example, Query
+from trackstar.corpus.fields import encodable
 from trackstar.errors import CorpusError
-from trackstar.examples import Example, Query
-from trackstar.examples.fields import encodable
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.baselines.interface import Pool
-from trackstar.examples import Query
+from trackstar.corpus import Query
 
 
 class RandomRetriever:

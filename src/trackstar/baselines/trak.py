@@ -22,15 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.baselines.gradients import GradientMethod, IndexedGradients, check_index
-from trackstar.batching import Batch, make_batch, plan_batches, run_adaptively
-from trackstar.correction import stored_matrices
-from trackstar.curvature import Autocorrelation, shrinkage_damping, whitening
-from trackstar.examples import Query, TokenizedExample
-from trackstar.model import LanguageModel
+from trackstar.corpus import Query, TokenizedExample
+from trackstar.curvature.autocorrelation import Autocorrelation
+from trackstar.curvature.task import stored_matrices
+from trackstar.curvature.whitening import shrinkage_damping, whitening
+from trackstar.gradients.projector import GradientProjector
+from trackstar.gradients.second_moment import NO_SECOND_MOMENT
+from trackstar.model.batching import Batch, make_batch, plan_batches, run_adaptively
+from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.projecting import GradientProjector
-from trackstar.retrieval import Scorer, all_scores
-from trackstar.second_moment import NO_SECOND_MOMENT
+from trackstar.retrieval.scoring import Scorer, all_scores
 from trackstar.store import Index, have_shapes
 
 TRAK = GradientMethod(name="TRAK", second_moment=False, correction="train", unit_norm=False, output="margin")

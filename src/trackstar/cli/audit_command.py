@@ -25,9 +25,9 @@ def audit(*, audit: str, again: bool, threads: int | None, **hand: Any) -> int:
     Exit status 0: all that was given is the same.
     """
     prepare(threads)
-    from trackstar.audit import AtHand
-    from trackstar.audit_again import check_audit
-    from trackstar.errors import printable
+    from trackstar.audit.again import check_audit
+    from trackstar.audit.checks import AtHand
+    from trackstar.text import printable
 
     report = check_audit(audit, AtHand(**hand), again=again)
     for check in report.checks:

@@ -124,7 +124,7 @@ def pretrain(
     one_of("--optimizer", settings["optimizer"], ("adafactor", "adamw"))
     prepare(threads)
     on_this_machine(out)
-    from trackstar.examples import open_corpus
+    from trackstar.corpus import open_corpus
     from trackstar.pretraining import PretrainingConfig
     from trackstar.pretraining import pretrain as train
 

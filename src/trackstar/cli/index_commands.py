@@ -67,7 +67,7 @@ def index(
     if options["coordinates"] is not None:
         one_of("--coordinates", options["coordinates"], ("projected", "whitened"))
     prepare(threads)
-    from trackstar.pipeline import build_index
+    from trackstar.indexing.build import build_index
 
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         made = build_index(model, data, out, workers=workers, **options)
@@ -81,7 +81,7 @@ def index(
 def finish(*, index: str, threads: int | None) -> None:
     """Complete an index that index --shard I/N made."""
     prepare(threads)
-    from trackstar.arrays import finish_index
+    from trackstar.indexing.array_tasks import finish_index
 
     _tell(finish_index(index))
 
@@ -99,7 +99,7 @@ def finish(*, index: str, threads: int | None) -> None:
 def add(*, index: str, data: str, out: str, threads: int | None, **options: Any) -> None:
     """An index with further examples; only theirs are computed."""
     prepare(threads)
-    from trackstar.growing import add_examples
+    from trackstar.editing.adding import add_examples
 
     _tell(add_examples(index, data, out, **options))
 
@@ -111,7 +111,7 @@ def add(*, index: str, data: str, out: str, threads: int | None, **options: Any)
 def merge(*, indexes: tuple[str, ...], out: str, threads: int | None) -> None:
     """One index of several that were made alike."""
     prepare(threads)
-    from trackstar.rewriting import merge_indexes
+    from trackstar.editing.merging import merge_indexes
 
     _tell(merge_indexes(indexes, out))
 
@@ -124,8 +124,8 @@ def merge(*, indexes: tuple[str, ...], out: str, threads: int | None) -> None:
 def remove(*, index: str, names: str, out: str, threads: int | None) -> None:
     """An index without some of its examples."""
     prepare(threads)
-    from trackstar.examples import read_names
-    from trackstar.rewriting import remove_examples
+    from trackstar.corpus import read_names
+    from trackstar.editing.removing import remove_examples
 
     _tell(remove_examples(index, read_names(names), out))
 
@@ -140,7 +140,7 @@ def convert(*, index: str, codec: Any, out: str, damping: float | None, threads:
     """The same index stored in fewer bits."""
     one_of("--codec", codec, CODECS)
     prepare(threads)
-    from trackstar.rewriting import convert_index
+    from trackstar.editing.converting import convert_index
 
     _tell(convert_index(index, out, codec=codec, damping=damping))
 

@@ -10,7 +10,7 @@ from trackstar.cli.framework import RareOption
 from trackstar.errors import OptionError
 
 if TYPE_CHECKING:
-    from trackstar.workers import Workers
+    from trackstar.workers.protocol import Workers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,11 +51,11 @@ def chosen_workers(
     if ray is None:
         if any(value is not None for value in (ray_workers, ray_cpus, ray_gpus)):
             raise OptionError("--ray-workers, --ray-cpus, --ray-gpus: belong to a cluster; say which with --ray")
-        from trackstar.workers import THIS_PROCESS
+        from trackstar.workers.protocol import THIS_PROCESS
 
         yield THIS_PROCESS
         return
-    from trackstar.cluster import RayWorkers
+    from trackstar.workers import RayWorkers
 
     with RayWorkers(ray, workers=ray_workers, cpus=1 if ray_cpus is None else ray_cpus, gpus=ray_gpus) as workers:
         yield workers

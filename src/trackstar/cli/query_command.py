@@ -12,8 +12,8 @@ from trackstar.cli.options import chosen_workers, clustered, note, rare, shared
 from trackstar.errors import OptionError
 
 if TYPE_CHECKING:
-    from trackstar.examples import Query
-    from trackstar.model import LanguageModel
+    from trackstar.corpus import Query
+    from trackstar.model.language_model import LanguageModel
 
 # Options that say how gradients are made where there is no index that says it.
 _STREAMING = (
@@ -93,15 +93,15 @@ def query(
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     prepare(threads)
-    from trackstar.audit import write_audit
-    from trackstar.examples import Query, read_queries
-    from trackstar.model import load_model
-    from trackstar.pipeline import answer_queries
-    from trackstar.provenance import model_of_index
-    from trackstar.results import check_writable, release_lines, write_results
+    from trackstar.attribution.answering import answer_queries
+    from trackstar.attribution.results import check_writable, release_lines, write_results
+    from trackstar.attribution.streaming import stream_queries
+    from trackstar.attribution.terminal import print_query_result
+    from trackstar.audit.writing import write_audit
+    from trackstar.corpus import Query, read_queries
+    from trackstar.model.language_model import load_model
     from trackstar.store import Index
-    from trackstar.streaming import stream_queries
-    from trackstar.terminal import print_query_result
+    from trackstar.workers.made_with import model_of_index
 
     if out is not None:
         check_writable(out)
@@ -174,7 +174,7 @@ def _check_query_options(prompt: str | None, completion: str | None, generate: b
 
 def _with_own_completions(queries: "Sequence[Query]", model: "LanguageModel", max_new_tokens: int) -> "list[Query]":
     """The same prompts with what the model itself says; a prompt after which it says nothing is left out and named."""
-    from trackstar.generation import generate
+    from trackstar.model.generation import generate
 
     answered = []
     for query in queries:

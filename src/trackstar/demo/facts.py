@@ -5,9 +5,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from trackstar.corpus import Example, Query
 from trackstar.demo.sentences import OTHER_FORMS, QUESTION_FORMS, distractors, filled
 from trackstar.demo.world import World, known_world
-from trackstar.examples import Example, Query
 from trackstar.pretraining import PretrainingConfig
 
 DEMO_PRETRAINING = PretrainingConfig(

@@ -6,21 +6,22 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from trackstar.correction import task_correction
+from trackstar.attribution.answering import answer_queries, query_gradients
+from trackstar.attribution.results import QueryReport, QueryResult, write_results
+from trackstar.attribution.terminal import print_line, print_query_result, print_table
+from trackstar.corpus import Query
+from trackstar.curvature.task import task_correction
 from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
+from trackstar.editing.converting import convert_index
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
 from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
-from trackstar.examples import Query
-from trackstar.generation import generate
-from trackstar.model import LanguageModel, load_model
-from trackstar.pipeline import answer_queries, build_index, query_gradients
+from trackstar.indexing.build import build_index
+from trackstar.model.generation import generate
+from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.pretraining import pretrain
-from trackstar.results import QueryReport, QueryResult, write_results
-from trackstar.retrieval import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
-from trackstar.rewriting import convert_index
+from trackstar.retrieval.scoring import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
 from trackstar.store import Index, row_bytes
-from trackstar.terminal import print_line, print_query_result, print_table
 
 # 16 blocks of 32×32: 16,384 dimensions.
 _SIDE = 32

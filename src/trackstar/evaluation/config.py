@@ -7,9 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from trackstar.corpus.data_files import one_line
 from trackstar.errors import OptionError
-from trackstar.examples.files import one_line
-from trackstar.store.strict_json import abridged
+from trackstar.text import abridged
 
 METHODS = (
     "gold",

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
+from trackstar.corpus import tokenize_query
 from trackstar.evaluation.config import TailPatchConfig
 from trackstar.evaluation.facts import Fact, to_queries
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.workspace import Workspace
-from trackstar.examples import tokenize_query
-from trackstar.model import LanguageModel
+from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import Index
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch

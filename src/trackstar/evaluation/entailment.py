@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trackstar.corpus.data_files import one_line
+from trackstar.corpus.fields import encodable
 from trackstar.errors import ModelError, OptionError
-from trackstar.examples.fields import encodable
-from trackstar.examples.files import one_line
-from trackstar.model import context_tokens
-from trackstar.pretrained_files import checked_device, load_pretrained, load_pretrained_tokenizer
+from trackstar.model.language_model import context_tokens
+from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer
 from trackstar.progress import Progress
 
 THRESHOLD = 0.5

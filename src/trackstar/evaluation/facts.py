@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from trackstar.corpus import Query
+from trackstar.corpus.data_files import find_files, one_line, raw_lines
+from trackstar.corpus.fields import encodable, json_kind, json_object
 from trackstar.errors import CorpusError, OptionError
-from trackstar.examples import Query
-from trackstar.examples.fields import encodable, json_kind, json_object
-from trackstar.examples.files import find_files, one_line, raw_lines
 
 _SET_PROMPTS = ("prompt", "prompt_no_colon", "prompt_reworded")
 _RELEASE_PROMPTS = ("prompt0", "prompt1", "prompt2")

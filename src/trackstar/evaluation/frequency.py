@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from trackstar.corpus import Example
 from trackstar.errors import OptionError
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.matching import STOP_WORDS, content_words, spelled, words
-from trackstar.examples import Example
 from trackstar.progress import Progress
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Float64
 
 from trackstar.baselines import Pool
+from trackstar.corpus import query_text
 from trackstar.evaluation.entailment import THRESHOLD, entailment_scores, load_entailment_classifier
 from trackstar.evaluation.facts import Fact, to_queries
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.workspace import Workspace
-from trackstar.examples import query_text
-from trackstar.pretrained_files import pretrained_digest
+from trackstar.model.loading import pretrained_digest
 
 # Pairs between two times that what was judged is kept.
 _PAIRS_AT_ONCE = 512

@@ -24,17 +24,17 @@ from trackstar.baselines.gradients import (
     IndexedGradients,
 )
 from trackstar.baselines.trak import TRAK, TRAKRetriever
+from trackstar.editing.narrowing import narrow_index
 from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Evidence, Fact, evidence, fact_digest, to_queries
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.evaluation.workspace import Workspace
-from trackstar.flattened_projection import check_flattened_size
-from trackstar.model import LanguageModel
-from trackstar.narrowing import narrow_index
-from trackstar.pipeline import build_index
-from trackstar.pretrained_files import pretrained_digest
+from trackstar.gradients.dense_projection import check_flattened_size
+from trackstar.indexing.build import build_index
+from trackstar.model.language_model import LanguageModel
+from trackstar.model.loading import pretrained_digest
 from trackstar.store import Index
-from trackstar.workers import THIS_PROCESS, Workers
+from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 GRADIENT_METHODS = {method.name: method for method in (*EXPERIMENTS, TRACKSTAR, *OTHER_OUTPUTS, ONE_SIDED)}
 

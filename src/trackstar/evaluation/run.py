@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from trackstar.attribution import has_own_training, training_step
+from trackstar.attribution.attributor import has_own_training, training_step
 from trackstar.baselines.interface import Pool
+from trackstar.corpus import Example
 from trackstar.errors import OptionError
 from trackstar.evaluation.categories import Category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
@@ -27,11 +28,10 @@ from trackstar.evaluation.proponents import categories_of_wrong_answers, propone
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace
-from trackstar.examples import Example
-from trackstar.generation import generate
-from trackstar.model import LanguageModel, load_model
+from trackstar.model.generation import generate
+from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
-from trackstar.workers import THIS_PROCESS, Workers
+from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -10,10 +10,10 @@ from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.workspace import Workspace
-from trackstar.model import LanguageModel, load_model
+from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.pretraining.checkpoints import STATE_FILE, read_state
 from trackstar.pretraining.config import FREE_TO_CHANGE
-from trackstar.workers import THIS_PROCESS, Workers
+from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trackstar.attribution.results import replace_text
 from trackstar.errors import OptionError
-from trackstar.results import replace_text
 
 RESULTS_VERSION = 2
 """Part of every result's key: raised where a change of the code changes results, so that none of before is kept."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from trackstar.attribution.results import replace_text
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.figures import draw_figures
 from trackstar.evaluation.release_results import result_file_name, result_lines
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.tables import tables
-from trackstar.results import replace_text
 
 _PACKAGES = ("trackstar-tda", "torch", "transformers", "tokenizers", "numpy")
 

@@ -12,8 +12,8 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
 
+from trackstar.corpus.data_files import one_line
 from trackstar.errors import TrackstarError
-from trackstar.examples.files import one_line
 from trackstar.explorer.browsing import QueryFilter, matching_places, prepare, query_page
 from trackstar.explorer.exports import MEDIA_TYPES, MOST_IN_HTML, ExportFormat, Shown, to_csv, to_html, to_jsonl
 from trackstar.explorer.jobs import Jobs, TooManyJobsError

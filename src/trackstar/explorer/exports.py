@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+from trackstar.attribution.markup import plain
 from trackstar.explorer.schemas import Answer, Passage
-from trackstar.markup import plain
 
 ExportFormat = Literal["csv", "jsonl", "html"]
 MEDIA_TYPES: dict[ExportFormat, str] = {

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from trackstar.attribution import Attribution, Attributor, TokenInfluence
+from trackstar.attribution.attributor import Attribution, Attributor, TokenInfluence
 from trackstar.baselines.bm25 import BM25Retriever
 from trackstar.baselines.embeddings import EmbeddingRetriever, Encoder
 from trackstar.baselines.interface import Pool
+from trackstar.corpus import Corpus, Query, query_text
 from trackstar.errors import CorpusError, OptionError, TrackstarError
-from trackstar.examples import Corpus, Query, query_text
 from trackstar.explorer.insight import groups, insight, scatter_rows
 from trackstar.explorer.metadata import Metadata, metadata_fields
 from trackstar.explorer.passages import make_passage
@@ -43,7 +43,7 @@ from trackstar.explorer.schemas import (
     Share,
     TokenSplit,
 )
-from trackstar.generation import generate_tokens
+from trackstar.model.generation import generate_tokens
 from trackstar.progress import Progress
 from trackstar.store import place_name
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from trackstar.corpus import Corpus, open_corpus
 from trackstar.errors import CorpusError, OptionError
-from trackstar.examples import Corpus, open_corpus
 from trackstar.progress import Progress
 from trackstar.store import Index
 

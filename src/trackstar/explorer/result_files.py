@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from trackstar.corpus.data_files import find_files, one_line, raw_lines
+from trackstar.corpus.fields import json_kind, json_object
+from trackstar.corpus.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
 from trackstar.evaluation.entailment import THRESHOLD
-from trackstar.examples.fields import json_kind, json_object
-from trackstar.examples.files import find_files, one_line, raw_lines
-from trackstar.examples.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.explorer.schemas import MixingSummary
 from trackstar.progress import Progress
 
@@ -263,7 +263,7 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
     """λ and both spectra, thinned to points that a chart can show.
 
     Args:
-        mixing: The fields of `trackstar.curvature.Mixing`.
+        mixing: The fields of `trackstar.curvature.mixing.Mixing`.
         damping: Fraction of a block's mean eigenvalue that was added to R.
         damping_rule: In words, where it comes from.
     """

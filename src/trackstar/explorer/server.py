@@ -11,20 +11,20 @@ from pathlib import Path
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from trackstar.attribution import Attributor
+from trackstar.attribution.attributor import Attributor
 from trackstar.baselines.embeddings import load_encoder
-from trackstar.correction import check_choices, check_mixing
+from trackstar.corpus import Corpus, read_queries
+from trackstar.curvature.task import check_choices, check_mixing
 from trackstar.errors import CorpusError, OptionError
-from trackstar.examples import Corpus, read_queries
 from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.metadata import corpora_of_index
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.security import Guard
-from trackstar.provenance import model_of_index
-from trackstar.reranking import RERANKED
+from trackstar.retrieval.reranking import RERANKED
 from trackstar.store import Index, is_url, load_manifest
+from trackstar.workers.made_with import model_of_index
 
 MOST_RUNS = 8
 MOST_CONNECTIONS = 512

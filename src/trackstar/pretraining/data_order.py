@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int32, Int64
 
-from trackstar.batching import Batch, plan_batches
+from trackstar.corpus import Corpus, tokenize_examples
 from trackstar.errors import PretrainingError
-from trackstar.examples import Corpus, tokenize_examples
+from trackstar.model.batching import Batch, plan_batches
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trackstar.corpus.tokenization import fast_backend
 from trackstar.errors import ModelError, PretrainingError
-from trackstar.examples.tokenization import fast_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast

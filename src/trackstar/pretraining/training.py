@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trackstar.batching import Batch
+from trackstar.corpus import Corpus, open_corpus
 from trackstar.errors import PretrainingError
-from trackstar.examples import Corpus, open_corpus
-from trackstar.pretrained_files import checked_device
+from trackstar.model.batching import Batch
+from trackstar.model.loading import checked_device
 from trackstar.pretraining import checkpoints
 from trackstar.pretraining.checkpoints import TrainingState
 from trackstar.pretraining.config import FREE_TO_CHANGE, PretrainingConfig

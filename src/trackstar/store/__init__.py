@@ -10,12 +10,11 @@ from trackstar.store.codecs import (
     quantized_bits,
     row_bytes,
 )
+from trackstar.store.files.places import Place, as_folder, is_url, lies_in, place_name
 from trackstar.store.index_tensors import IndexTensors, have_shapes, tensors_digest
 from trackstar.store.manifest import (
     FORMAT_VERSION,
-    CodecName,
     CompletionEntry,
-    Coordinates,
     CorpusEntry,
     CoverageEntry,
     LayerBlockEntry,
@@ -23,7 +22,6 @@ from trackstar.store.manifest import (
     MatrixEntry,
     ModelEntry,
     ProjectionEntry,
-    ProjectionKind,
     SecondMomentEntry,
     ShardEntry,
     TokenizerEntry,
@@ -32,7 +30,6 @@ from trackstar.store.manifest import (
     differences,
     load_manifest,
 )
-from trackstar.store.places import Place, as_folder, is_url, lies_in, place_name
 from trackstar.store.quantization import Bits
 from trackstar.store.reader import CodeChunk, Index
 from trackstar.store.shard_content import ShardContent
@@ -48,9 +45,7 @@ __all__ = [
     "PREPARING_LOCK",
     "Bits",
     "CodeChunk",
-    "CodecName",
     "CompletionEntry",
-    "Coordinates",
     "CorpusEnd",
     "CorpusEntry",
     "CoverageEntry",
@@ -63,7 +58,6 @@ __all__ = [
     "ModelEntry",
     "Place",
     "ProjectionEntry",
-    "ProjectionKind",
     "ResumePoint",
     "SecondMomentEntry",
     "Shard",

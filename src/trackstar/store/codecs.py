@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
+from trackstar.choices import CodecName
 from trackstar.errors import OptionError
-from trackstar.store.manifest import CodecName
 from trackstar.store.quantization import Bits, dequantize, quantize
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)

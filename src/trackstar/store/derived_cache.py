@@ -10,10 +10,10 @@ from typing import final
 from torch import Tensor
 
 from trackstar.errors import StoreError
-from trackstar.store.durable_files import PARTIAL_SUFFIX, exists, make_folder
+from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder
+from trackstar.store.files.places import Place
 from trackstar.store.index_tensors import in_order
 from trackstar.store.manifest import Manifest
-from trackstar.store.places import Place
 from trackstar.store.tensor_file import checked_tensors, open_tensor_file, write_tensor_file
 
 DERIVED_FORMAT = "trackstar-derived-1"

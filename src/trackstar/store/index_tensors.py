@@ -7,11 +7,10 @@ from typing import TypeGuard, final
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, IndexMismatchError
-from trackstar.store.durable_files import exists
+from trackstar.store.files.durable import exists
+from trackstar.store.files.places import Place
 from trackstar.store.manifest import Manifest
-from trackstar.store.places import Place
 from trackstar.store.shards import Shard
-from trackstar.store.strict_json import cut
 from trackstar.store.tensor_file import (
     TensorFile,
     checked_tensors,
@@ -20,6 +19,7 @@ from trackstar.store.tensor_file import (
     open_tensor_file,
     write_tensor_file,
 )
+from trackstar.text import cut
 
 SECOND_MOMENT = "second_moment"
 AUTOCORRELATION = "autocorrelation"

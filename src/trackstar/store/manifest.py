@@ -12,18 +12,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
+from trackstar.choices import CodecName, Coordinates, ProjectionKind
 from trackstar.errors import DamagedIndexError, StoreError
-from trackstar.store.durable_files import file_size, read_bytes
-from trackstar.store.places import Place, as_folder
-from trackstar.store.strict_json import FieldError, abridged, cut, parse_object, read_strictly
+from trackstar.store.files.durable import file_size, read_bytes
+from trackstar.store.files.places import Place, as_folder
+from trackstar.store.strict_json import FieldError, parse_object, read_strictly
+from trackstar.text import abridged, cut
 
 FORMAT_VERSION = 3
 DIGEST_FIELD = "digest"
 LARGEST_MANIFEST = 256 * 2**20
-
-CodecName = Literal["float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", "1-bit"]
-Coordinates = Literal["projected", "whitened"]
-ProjectionKind = Literal["two-sided", "one-sided"]
 
 # Where something came from, said for people to read. The digest beside each is what decides whether it is the same, so
 # that a model or corpus that has been moved is still the same model or corpus.

@@ -18,11 +18,11 @@ from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
 from trackstar.store.codecs import StoredRows
 from trackstar.store.derived_cache import DerivedCache
 from trackstar.store.direct_reads import direct_rows
-from trackstar.store.durable_files import exists
+from trackstar.store.files.durable import exists
+from trackstar.store.files.places import Place, as_folder
+from trackstar.store.files.read_ahead import each, read_ahead
 from trackstar.store.index_tensors import IndexTensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
-from trackstar.store.places import Place, as_folder
-from trackstar.store.read_ahead import each, read_ahead
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shards import Shard, StoredExample, open_shard
 from trackstar.store.tensor_file import map_tensor

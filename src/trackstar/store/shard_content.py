@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from trackstar.examples import TokenizedExample
+from trackstar.choices import CodecName
+from trackstar.corpus import TokenizedExample
 from trackstar.store.codecs import StoredRows, code_columns, codec_dtype, scales_shape
-from trackstar.store.manifest import CodecName, Manifest
+from trackstar.store.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,10 +15,10 @@ from typing import final
 import torch
 
 from trackstar.errors import DamagedIndexError
-from trackstar.store.durable_files import PARTIAL_SUFFIX, exists, make_folder, remove_if_there
+from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, remove_if_there
+from trackstar.store.files.places import Place
 from trackstar.store.index_tensors import AUTOCORRELATION, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
-from trackstar.store.places import Place
 from trackstar.store.shard_content import ShardContent, ShardPlan
 from trackstar.store.shards import ResumePoint, open_shard, write_shard_file
 from trackstar.store.tensor_file import check_digest, checked_tensors, open_tensor_file, write_tensor_file

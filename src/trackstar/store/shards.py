@@ -15,16 +15,17 @@ import torch
 from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
+from trackstar.choices import CodecName
+from trackstar.corpus import TokenizedExample
 from trackstar.errors import IndexMismatchError, StoreError
-from trackstar.examples import TokenizedExample
 from trackstar.store.codecs import StoredRows, code_columns, codec_dtype, quantized_bits, scales_shape
-from trackstar.store.durable_files import PARTIAL_SUFFIX
-from trackstar.store.manifest import CodecName, ShardEntry, shard_file_name
-from trackstar.store.places import Place
-from trackstar.store.read_ahead import read_ahead
-from trackstar.store.remote_files import PART_BYTES
+from trackstar.store.files.durable import PARTIAL_SUFFIX
+from trackstar.store.files.places import Place
+from trackstar.store.files.read_ahead import read_ahead
+from trackstar.store.files.remote import PART_BYTES
+from trackstar.store.manifest import ShardEntry, shard_file_name
 from trackstar.store.shard_content import ShardContent, ShardPlan, shard_tensors
-from trackstar.store.strict_json import FieldError, abridged, cut
+from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import (
     TensorFile,
     TensorFileReader,
@@ -35,6 +36,7 @@ from trackstar.store.tensor_file import (
     open_tensor_file,
     write_tensor_file,
 )
+from trackstar.text import abridged, cut
 
 SHARD_FORMAT = "trackstar-shard-2"
 SHARD_METADATA = {

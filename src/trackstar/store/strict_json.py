@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any, Literal, TypeVar, Union
 
+from trackstar.text import Words, abridged, cut
+
 T = TypeVar("T")
 
 
@@ -15,23 +17,6 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, found: object, expected: str) -> None:
         super().__init__(f"{cut(field)} is {abridged(found)}, expected {expected}")
-
-
-class Words(str):
-    """What was found, where that is no value but something to say of it; shown without quotes."""
-
-
-def abridged(found: object) -> str:
-    """One short line that shows a value, whatever it is."""
-    try:
-        return cut(str(found) if isinstance(found, Words) else ascii(found))
-    except (ValueError, RecursionError):  # a number of thousands of digits, or nested nearly too deeply to be read
-        return f"a {type(found).__name__} too large to show"
-
-
-def cut(shown: str) -> str:
-    """The text, or its beginning."""
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def read_strictly(text: str) -> dict[str, Any]:

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, StoreError
-from trackstar.store import remote_files
-from trackstar.store.durable_files import PARTIAL_SUFFIX, replacing, write_all
-from trackstar.store.places import Place, RemotePath
-from trackstar.store.read_ahead import read_ahead
-from trackstar.store.strict_json import FieldError, abridged, read_strictly
+from trackstar.store.files import remote as remote_files
+from trackstar.store.files.durable import PARTIAL_SUFFIX, replacing, write_all
+from trackstar.store.files.places import Place, RemotePath
+from trackstar.store.files.read_ahead import read_ahead
+from trackstar.store.strict_json import FieldError, read_strictly
+from trackstar.text import abridged
 
 PAGE = 4096
 CHUNK = 4 * 2**20

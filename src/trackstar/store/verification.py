@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trackstar.errors import StoreError
-from trackstar.store.durable_files import PARTIAL_SUFFIX, exists, files_below, names_in
+from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, files_below, names_in
+from trackstar.store.files.places import Place, as_folder
 from trackstar.store.index_tensors import NAMES, PROGRESS, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
-from trackstar.store.places import Place, as_folder
 from trackstar.store.shard_check import check_content
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shard_folder import CORPUS_END, PART_FOLDER, PREPARING_LOCK

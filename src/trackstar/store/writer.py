@@ -14,7 +14,7 @@ import filelock
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, IndexLockedError, IndexMismatchError, OptionError, StoreError
-from trackstar.store.durable_files import (
+from trackstar.store.files.durable import (
     PARTIAL_SUFFIX,
     exists,
     file_size,
@@ -24,21 +24,15 @@ from trackstar.store.durable_files import (
     remove_if_there,
     write_text,
 )
+from trackstar.store.files.places import Place, as_folder
 from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, IndexTensors, needed_tensors
-from trackstar.store.manifest import (
-    CompletionEntry,
-    Manifest,
-    ShardEntry,
-    differences,
-    load_manifest,
-    shard_file_name,
-)
-from trackstar.store.places import Place, as_folder
+from trackstar.store.manifest import CompletionEntry, Manifest, ShardEntry, differences, load_manifest, shard_file_name
 from trackstar.store.shard_content import ShardContent, ShardPlan
 from trackstar.store.shard_folder import PART_FOLDER, PREPARING_LOCK, is_partial_of_task, remove_end
 from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
-from trackstar.store.strict_json import FieldError, abridged
+from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import check_digest
+from trackstar.text import abridged
 
 LOCK_FILE = ".lock"
 Note = Callable[[str], None]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trackstar.model import LanguageModel
+from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.layout import Layout, LinearPlace, NormPlace, TablePlace, by_row, is_standard, norm_output
 
 # Given a linear layer's place, inputs and outputs, which it may change in place.

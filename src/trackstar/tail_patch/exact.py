@@ -16,10 +16,10 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trackstar.batching import Batch, make_batch, plan_batches
+from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError
-from trackstar.examples import TokenizedExample
-from trackstar.model import LanguageModel
+from trackstar.model.batching import Batch, make_batch, plan_batches
+from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.effects import Pair, by_proponent
 from trackstar.tail_patch.probabilities import bounded_logits, log_probabilities, shifted
 from trackstar.tail_patch.step import TrainingStep

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trackstar.batching import Batch
-from trackstar.model import LanguageModel
+from trackstar.model.batching import Batch
+from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.backbone import row_backbone
 from trackstar.tail_patch.layout import Layout, LinearPlace, TablePlace
 from trackstar.tail_patch.probabilities import position_chunks, shifted

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from trackstar.batching import make_batch, plan_batches, run_adaptively
+from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError, OptionError
-from trackstar.examples import TokenizedExample
-from trackstar.model import LanguageModel
+from trackstar.model.batching import make_batch, plan_batches, run_adaptively
+from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.adafactor import ParameterStep, parameter_steps
 from trackstar.tail_patch.effects import Pair, by_proponent
 from trackstar.tail_patch.factors import gradient_factors

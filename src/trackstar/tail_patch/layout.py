@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from trackstar.errors import ModelError
-from trackstar.model import LanguageModel
+from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.step import TrainingStep
 
 _PROBE = (2, 3)  # examples and tokens

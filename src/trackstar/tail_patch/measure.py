@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
+from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError, OptionError
-from trackstar.examples import TokenizedExample
-from trackstar.model import LanguageModel
+from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.tail_patch.effects import Pair, TailPatch
 from trackstar.tail_patch.exact import exact_log_probabilities, measured_log_probabilities

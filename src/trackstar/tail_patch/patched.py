@@ -17,15 +17,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trackstar.batching import Batch
-from trackstar.model import LanguageModel
-from trackstar.tail_patch.adafactor import (
-    ParameterStep,
-    TableUpdate,
-    low_rank_update,
-    table_update,
-    vector_update,
-)
+from trackstar.model.batching import Batch
+from trackstar.model.language_model import LanguageModel
+from trackstar.tail_patch.adafactor import ParameterStep, TableUpdate, low_rank_update, table_update, vector_update
 from trackstar.tail_patch.backbone import row_backbone
 from trackstar.tail_patch.factors import GradientFactors
 from trackstar.tail_patch.layout import Layout, LinearPlace, TablePlace

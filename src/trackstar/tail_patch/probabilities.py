@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
-from trackstar.batching import Batch
-from trackstar.model import Head
+from trackstar.model.batching import Batch
+from trackstar.model.language_model import Head
 
 # Logits of a chunk of positions take about this many bytes.
 CHUNK_BYTES = 32 << 20

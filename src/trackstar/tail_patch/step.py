@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
 from trackstar.errors import ModelError, OptionError, PretrainingError, SecondMomentError
-from trackstar.layer_blocks import WeightMatrix
-from trackstar.model import LanguageModel
+from trackstar.gradients.second_moment import FactoredMoment, SecondMoment, checked_second_moment
+from trackstar.model.language_model import LanguageModel
+from trackstar.model.layer_blocks import WeightMatrix
 from trackstar.pretraining import OPTIMIZER_FILE, PretrainingConfig, learning_rate
 from trackstar.pretraining.checkpoints import WEIGHTS_FILE, TrainingState, read_state
 from trackstar.pretraining.optimizers import (
@@ -33,7 +34,6 @@ from trackstar.pretraining.optimizers import (
     optimizer_hyperparameters,
     restore_optimizer,
 )
-from trackstar.second_moment import FactoredMoment, SecondMoment, checked_second_moment
 
 # Adafactor's own: the bound on the root mean square of an update, and the least scale of a parameter.
 _CLIP = 1.0

@@ -1,0 +1,327 @@
+"""An index held ready with its model and a task's R, so that each question costs a gradient and one pass (Eq. 1-2).
+
+`answer_queries` answers a file of queries at once and keeps nothing. Here a person asks one question after the other,
+and asks on about an answer: how all candidates' influences are spread, which tokens a candidate's influence comes from,
+and what a training step on it does (tail-patch).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from trackstar.attribution.answering import query_gradients
+from trackstar.attribution.markup import heat_map
+from trackstar.corpus import Query, TokenizedExample, tokenize_query
+from trackstar.corpus.token_spans import TextSpan, token_spans
+from trackstar.curvature.task import TaskCorrection, task_correction
+from trackstar.errors import OptionError
+from trackstar.gradients.projector import projected
+from trackstar.gradients.token_split import split_over_tokens
+from trackstar.model.language_model import LanguageModel
+from trackstar.pretraining.checkpoints import STATE_FILE
+from trackstar.progress import Progress
+from trackstar.retrieval.reranking import RERANKED, ExactScores, calibration, missed_chance
+from trackstar.retrieval.scoring import Scorer, scores, trackstar_scorer
+from trackstar.store import Index, quantized_bits
+from trackstar.tail_patch import Pair, TrainingStep, tail_patch
+from trackstar.workers.made_with import second_moment_of_index
+from trackstar.workers.setups import GradientSetup, projector_of
+
+RELATIVE_LEARNING_RATE = 0.01
+"""Of tail-patch's step, relative to each matrix's root mean square, for a model without optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attribution:
+    """What one query's completion owes to every candidate.
+
+    Attributes:
+        query: What was asked.
+        example: Its tokens.
+        loss: The sum of the completion's tokens' cross-entropies, in nats.
+        scorer: How candidates are scored: one vector, and every candidate's multiplier.
+        query_norm: ‖Wφ_q‖.
+        influences: Eq. 1's value of every candidate. Over an index of few bits that of the `reranked` candidates is
+            from recomputed gradients, that of the others what is to be expected of them, given their codes.
+        reranked: Rows of the candidates whose gradients were computed again.
+        missed: The estimated chance that one of the true first ten is not among them; see `reranking.py`.
+    """
+
+    query: Query
+    example: TokenizedExample
+    loss: float
+    scorer: Scorer
+    query_norm: float
+    influences: Float[Tensor, "candidates"]
+    reranked: Int64[Tensor, "rows"]
+    missed: float | None
+
+    def top(self, k: int) -> tuple[Int64[Tensor, "k"], Int64[Tensor, "k"]]:
+        """Rows of the k most positive candidates, descending, and of the k most negative, ascending.
+
+        Of candidates with equal influence the one that comes first in the index ranks first.
+        """
+        best = self.influences.sort(descending=True, stable=True).indices[:k]
+        worst = self.influences.sort(stable=True).indices[:k]
+        return best, worst
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenInfluence:
+    """An influence split over the tokens of a text; the parts sum to it.
+
+    Attributes:
+        text: The text.
+        spans: Where each token stands in it; empty spans are special tokens.
+        parts: Each token's part.
+        influence: The influence as ranked. The parts' sum differs from it by the store's rounding.
+    """
+
+    text: str
+    spans: tuple[TextSpan, ...]
+    parts: Float[Tensor, "tokens"]
+    influence: float
+
+    @property
+    def pieces(self) -> list[tuple[str, float]]:
+        """The text cut at its tokens, each piece with its part; tokens that share a character share a piece."""
+        pieces: list[tuple[str, float]] = []
+        end = 0
+        for span, part in zip(self.spans, self.parts.tolist(), strict=True):
+            if span.stop <= end and span.start < span.stop and pieces:
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + part)
+            else:
+                pieces.append((self.text[end : span.stop], part))
+            end = max(end, span.stop)
+        return [*pieces, (self.text[end:], 0.0)] if end < len(self.text) else pieces
+
+    def _repr_html_(self) -> str:
+        """The text as a notebook shows it, coloured by influence."""
+        return f"<p>influence {self.influence:+.4f}, split over tokens</p>{heat_map(self.pieces)}"
+
+
+class Attributor:
+    """An index with its model, ready to be asked.
+
+    Args:
+        index: The index.
+        model: The model that was indexed; see `trackstar.workers.made_with.model_of_index`.
+        task: The queries that R_eval and λ are taken from; none is R_train alone.
+        mixing: λ; None follows the paper's rule.
+        damping: See `task_correction`.
+        reranked: How many of the best and of the worst candidates' gradients are computed again; None is the codec's
+            `RERANKED`.
+        batch_tokens: Most tokens of a batch, padding included.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        model: LanguageModel,
+        *,
+        task: Sequence[Query] = (),
+        mixing: float | None = None,
+        damping: float | None = None,
+        reranked: int | None = None,
+        batch_tokens: int = 2048,
+    ) -> None:
+        self._reranked = RERANKED[index.manifest.codec] if reranked is None else reranked
+        self.index = index
+        self.model = model
+        self._task = list(task)
+        self._mixing = mixing
+        self._damping = damping
+        self._batch_tokens = batch_tokens
+        self._correction: TaskCorrection | None = None
+        self._step: TrainingStep | None = None
+
+    @property
+    def correction(self) -> TaskCorrection:
+        """R for the task, inverted; made at the first use, which takes a while at 65,536 dimensions."""
+        if self._correction is None:
+            phi = torch.empty(0, self.index.dimensions)
+            if self._task:
+                phi, _ = query_gradients(
+                    self.index, self.model, self._task, batch_tokens=self._batch_tokens, progress=False
+                )
+            with Progress("R for the task", unit="inverses", shown=False):
+                self._correction = task_correction(self.index, phi, mixing=self._mixing, damping=self._damping)
+        return self._correction
+
+    def attribute(self, query: Query) -> Attribution:
+        """Every candidate's influence on a query's completion (Eq. 1-2).
+
+        Raises:
+            CorpusError: The query cannot be tokenized.
+            GradientError: Its gradient is zero or not finite.
+        """
+        example = tokenize_query(query, self.model.tokenizer, window_tokens=self.model.context_tokens)
+        correction = self.correction
+        phi, losses = query_gradients(self.index, self.model, [query], batch_tokens=self._batch_tokens, progress=False)
+        asked = correction.coordinates(phi)
+        scorer = trackstar_scorer(self.index, asked, correction.whitening, key=correction.key)
+        influences = torch.empty(self.index.rows)
+        with Progress("Scan", unit="examples", total=self.index.rows, shown=False) as bar:
+            for first, part in scores(self.index, scorer):
+                influences[first : first + part.shape[1]] = part[0]
+                bar.advance(part.shape[1])
+        rows, missed = torch.empty(0, dtype=torch.int64), None
+        if self._reranked:
+            rows, influences, missed = self._again(scorer, influences)
+        return Attribution(
+            query=query,
+            example=example,
+            loss=float(losses[0]),
+            scorer=scorer,
+            query_norm=float(correction.whitening.norms(asked)),
+            influences=influences,
+            reranked=rows,
+            missed=missed,
+        )
+
+    def _again(self, scorer: Scorer, coarse: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """The best and worst candidates' influences from new gradients, the others' as expected of their codes."""
+        order = coarse.sort(descending=True, stable=True).indices
+        best = order[: self._reranked]
+        rows = torch.cat([best, order[-self._reranked :]]).unique()
+        exact = ExactScores(self.index, self.model, self._setup(), self.correction, scorer.vectors).of(rows.tolist())[0]
+        influences = calibration(coarse[rows], exact).expected(coarse)
+        influences[rows] = exact
+        left = torch.ones(len(coarse), dtype=torch.bool)
+        left[rows] = False
+        threshold = float(influences[best].topk(min(10, len(best))).values[-1])
+        missed = missed_chance(coarse[best], influences[best], coarse[left], threshold=threshold)
+        return rows, influences, missed
+
+    def _setup(self) -> GradientSetup:
+        return GradientSetup(
+            manifest=self.index.manifest,
+            second_moment=second_moment_of_index(self.index),
+            batch_tokens=self._batch_tokens,
+        )
+
+    def over_candidate(self, attribution: Attribution, row: int) -> TokenInfluence:
+        """A candidate's influence split over the candidate's own tokens.
+
+        Raises:
+            OptionError: There is no such row.
+        """
+        example = self._example(row)
+        norm = float(self.correction.whitening.norms(self._coordinates(row)))
+        return self._split(attribution, row, example, attribution.scorer.vectors * _inverse(norm))
+
+    def over_query(self, attribution: Attribution, row: int) -> TokenInfluence:
+        """A candidate's influence split over the tokens of the query's prompt and completion.
+
+        Eq. 1 is symmetric: here the candidate's R⁻¹φ_m/‖Wφ_m‖ meets the query's gradient, position by position.
+
+        Raises:
+            OptionError: There is no such row.
+        """
+        self._example(row)
+        coordinates = self._coordinates(row)
+        corrected = self.correction.whitening.apply_inverse(coordinates)
+        factor = _inverse(float(self.correction.whitening.norms(coordinates))) / attribution.query_norm
+        return self._split(attribution, row, attribution.example, corrected * factor)
+
+    def _coordinates(self, row: int) -> Float[Tensor, "1 dimensions"]:
+        """A candidate in the index's coordinates: as stored, or of few bits, from its gradient computed again."""
+        if quantized_bits(self.index.manifest.codec) is None:
+            return self.index.some_rows([row]).decode()
+        setup = self._setup()
+        with projector_of(
+            setup.manifest, self.model, setup.second_moment, batch_tokens=setup.batch_tokens
+        ) as projector:
+            phi, _ = projected(projector, [self._example(row)])
+        return self.correction.coordinates(phi)
+
+    def _split(
+        self, attribution: Attribution, row: int, example: TokenizedExample, vectors: Float[Tensor, "1 dimensions"]
+    ) -> TokenInfluence:
+        manifest = self.index.manifest
+        with Progress("Split over tokens", unit="examples", total=1, shown=False) as bar:
+            (parts,) = split_over_tokens(
+                self.model,
+                second_moment_of_index(self.index),
+                [example],
+                self.correction.gradient_vectors(vectors),
+                seed=manifest.projection.seed,
+                side=manifest.projection.side,
+                output=manifest.output,
+                kind=manifest.projection.kind,
+                batch_tokens=self._batch_tokens,
+                advance=bar.advance,
+            )
+        return TokenInfluence(
+            text=example.text,
+            spans=token_spans(example, self.model.tokenizer),
+            parts=parts,
+            influence=float(attribution.influences[row]),
+        )
+
+    def training_step(self) -> TrainingStep:
+        """The step that tail-patch makes; made at the first use.
+
+        Raises:
+            TrackstarError: None can be made; the message says why.
+        """
+        if self._step is None:
+            self._step = training_step(self.model, self.index)
+        return self._step
+
+    def measure(self, attribution: Attribution, row: int) -> tuple[float, float]:
+        """Tail-patch: the completion's probability before and after one training step on a candidate (paper, §5.2).
+
+        Raises:
+            OptionError: There is no such row.
+            TrackstarError: No step can be made.
+        """
+        result = tail_patch(
+            self.model,
+            self.training_step(),
+            [attribution.example],
+            [self._example(row)],
+            [Pair(query=0, proponent=0)],
+            path="exact",
+            batch_tokens=self._batch_tokens,
+        )
+        return float(result.before[0]), float(result.after[0])
+
+    def _example(self, row: int) -> TokenizedExample:
+        if not 0 <= row < self.index.rows:
+            raise OptionError(f"row {row}: expected a candidate of the index, 0 to {self.index.rows - 1}")
+        return self.index.example(row).example
+
+
+def _inverse(norm: float) -> float:
+    return 1 / norm if norm > 0 else 0.0
+
+
+def has_own_training(model: LanguageModel) -> bool:
+    """Whether the model is a checkpoint of `trackstar pretrain`, whose optimizer state is known."""
+    return model.folder is not None and (Path(model.folder) / STATE_FILE).exists()
+
+
+def training_step(model: LanguageModel, index: Index, learning_rate: float | None = None) -> TrainingStep:
+    """The step that continues the model's own training where its state is there, else a relative step with V.
+
+    Args:
+        model: The model.
+        index: Whose V the relative step takes.
+        learning_rate: Of the relative step; None is `RELATIVE_LEARNING_RATE`.
+
+    Raises:
+        OptionError: There is neither a training state nor a factored V.
+    """
+    if model.folder is not None and has_own_training(model):
+        return TrainingStep.from_checkpoint(model.folder, model)
+    moment = second_moment_of_index(index)
+    # An estimate is of summed losses; an optimizer's V is of the mean losses that a run is trained with.
+    loss = "sum" if moment.source.startswith("estimated") else "mean"
+    return TrainingStep.from_second_moment(
+        moment, model, learning_rate=learning_rate or RELATIVE_LEARNING_RATE, loss=loss
+    )

@@ -1,0 +1,79 @@
+"""Results for people at a terminal. Corpora are untrusted text: what could steer a terminal is shown as spaces."""
+
+import sys
+from collections.abc import Collection, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trackstar.attribution.results import QueryResult, Ranked
+from trackstar.progress import printable
+
+# Where stdout is no terminal nothing says how wide lines may be.
+_WIDTH_WITHOUT_TERMINAL = 120
+_LONGEST_TEXT = 400
+
+
+def print_line(line: str) -> None:
+    """One line of plain text on stdout."""
+    sys.stdout.write(printable(line) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, its first column on the left and all others on the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(header):
+        table.add_column(Text(printable(title)), justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    _console().print(table)
+
+
+def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title: str = "") -> None:
+    """A query with its proponents and opponents: rank, influence, name and text, gold ones marked with a star.
+
+    Args:
+        result: What to show.
+        gold: Names of the training examples that are known to state the fact.
+        title: What to say of the query, behind it.
+    """
+    query = result.query
+    console = _console()
+    prompt = printable(query.prompt).rstrip()
+    heading = Text((prompt if len(prompt) <= _LONGEST_TEXT else "…" + prompt[-_LONGEST_TEXT:]) + " ")
+    heading.append(printable(query.completion).strip(), style="bold")
+    heading.append(f"   P = {result.probability:.2%}")
+    if title:
+        heading.append(f"   [{printable(title)}]")
+    console.print(heading)
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 1))
+    for justify in ("right", "left", "left", "left"):
+        table.add_column(justify=justify, no_wrap=justify == "right")
+    for name, ranking in (("proponents", result.proponents), ("opponents", result.opponents)):
+        table.add_row("", "", Text(name, style="italic"), "")
+        for ranked in ranking:
+            table.add_row(
+                f"{ranked.influence:+.4f}",
+                "★" if ranked.example_id in gold else " ",
+                Text(_name(ranked)),
+                _text(ranked),
+            )
+    console.print(table)
+    console.print()
+
+
+def _name(ranked: Ranked) -> str:
+    name = printable(ranked.example_id)
+    return name if len(name) <= 32 else name[:31] + "…"
+
+
+def _text(ranked: Ranked) -> Text:
+    text = printable(ranked.text).strip()
+    return Text(text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, emoji=False)

@@ -1,0 +1,392 @@
+"""Where a corpus's records come from: files, a `datasets.Dataset`, or a sequence in memory.
+
+A source gives its records in order, from any record on, and a digest of its content. It knows nothing of limits,
+fallback names or tokens.
+"""
+# ruff: noqa: D102 - a method is documented once, where it is abstract.
+
+import abc
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from trackstar.corpus.data_files import DataFile, DataFiles, content_digest, decoded, one_line, open_raw, raw_lines
+from trackstar.corpus.fields import Fields, checked_name, checked_text, encodable, json_object, missing_field, picked
+from trackstar.corpus.records import Example
+from trackstar.errors import CorpusError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+ROWS_AT_ONCE = 1024
+# What Arrow raises for values and names that Python has no object for.
+_NO_VALUE = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
+
+
+class Record(NamedTuple):
+    """One record: its number from 0, the stem of its fallback name, its own name where it has one, its text."""
+
+    number: int
+    stem: str
+    identifier: str | None
+    text: str
+
+
+class Source(abc.ABC):
+    """Records in order.
+
+    Attributes:
+        name: What messages and manifests call it.
+        kind: What it holds, for people.
+    """
+
+    name: str
+    kind: str
+
+    @abc.abstractmethod
+    def field_names(self) -> tuple[str, ...]:
+        """The first record's fields; empty where records are bare text.
+
+        Raises:
+            CorpusError: There is no first record, or it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        """The records from number `start` on; what comes before is skipped without being checked.
+
+        Raises:
+            CorpusError: A record cannot be read; the message names it.
+        """
+
+    @abc.abstractmethod
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        """Every record with all its fields, in order; empty ones where records are bare text.
+
+        Raises:
+            CorpusError: A record cannot be read; the message names it.
+        """
+
+    @abc.abstractmethod
+    def count(self) -> int:
+        """How many records there are; they are not checked.
+
+        Raises:
+            CorpusError: A file cannot be read.
+        """
+
+    @abc.abstractmethod
+    def content_digest(self, fields: Fields) -> str:
+        """BLAKE2b-128 of everything that the records are made from."""
+
+
+class LineSource(Source):
+    """Files of lines: JSON objects, or bare text."""
+
+    def __init__(self, place: DataFiles) -> None:
+        self.name = place.name
+        self._files = place.files
+        self._json = place.files[0].format == "jsonl"
+        self.kind = f"{'JSON lines' if self._json else 'text lines'}, {described_files(place)}"
+
+    def field_names(self) -> tuple[str, ...]:
+        for file in self._files:
+            for number, line in raw_lines(file):
+                return tuple(json_object(line, f"{file.name}:{number}")) if self._json else ()
+        raise CorpusError(f"{self.name}: holds no record; expected at least one line that is not blank")
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        record = -1
+        for file in self._files:
+            for number, line in raw_lines(file):
+                record += 1
+                if record < start:
+                    continue
+                place = f"{file.name}:{number}"
+                if self._json:
+                    identifier, text = picked(json_object(line, place), fields, place)
+                else:
+                    identifier, text = None, decoded(line, place)
+                yield Record(record, file.stem, identifier, text)
+
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        for file in self._files:
+            for number, line in raw_lines(file):
+                yield json_object(line, f"{file.name}:{number}") if self._json else {}
+
+    def count(self) -> int:
+        return sum(1 for file in self._files for _ in raw_lines(file))
+
+    def content_digest(self, fields: Fields) -> str:
+        return files_digest(self._files, stems=fields.identifier is None)
+
+
+class ParquetSource(Source):
+    """Parquet files; only the columns of the text and the name are read."""
+
+    def __init__(self, place: DataFiles) -> None:
+        self.name = place.name
+        self.kind = f"Parquet, {described_files(place)}"
+        self._files = place.files
+
+    def field_names(self) -> tuple[str, ...]:
+        with open_raw(self._files[0]) as stream:
+            return _column_names(_parquet(stream, self._files[0]), self._files[0])
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        record = 0
+        for file in self._files:
+            with open_raw(file) as stream:
+                table = _parquet(stream, file)
+                columns = [name for name in fields if name is not None]
+                there = _column_names(table, file)
+                for name in columns:
+                    if name not in there:
+                        raise missing_field(name, fields, there, file.name)
+                    if there.count(name) > 1:
+                        raise CorpusError(f"{file.name}: has two columns {one_line(repr(name))}; expected one")
+                first = record
+                for group in range(table.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    if record + rows > start:
+                        batches = _parquet_batches(table, group, columns, file)
+                        yield from _rows(batches, fields, start, record, file, first)
+                    record += rows
+
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        for file in self._files:
+            with open_raw(file) as stream:
+                table = _parquet(stream, file)
+                names = list(_column_names(table, file))
+                first = 0
+                for group in range(table.num_row_groups):
+                    for batch in _parquet_batches(table, group, names, file):
+                        columns = {
+                            name: _values(batch.column(place), f"{file.name}: row", first)
+                            for place, name in enumerate(batch.schema.names)
+                        }
+                        for row in range(batch.num_rows):
+                            yield {name: values[row] for name, values in columns.items()}
+                        first += batch.num_rows
+
+    def count(self) -> int:
+        rows = 0
+        for file in self._files:
+            with open_raw(file) as stream:
+                rows += _parquet(stream, file).metadata.num_rows
+        return rows
+
+    def content_digest(self, fields: Fields) -> str:
+        return files_digest(self._files, stems=fields.identifier is None)
+
+
+class DatasetSource(Source):
+    """A `datasets.Dataset`, in memory or mapped from a folder."""
+
+    def __init__(self, dataset: Any, *, name: str, stem: str) -> None:
+        self.name = name
+        self.kind = "datasets.Dataset"
+        self._dataset = dataset
+        self._stem = stem
+
+    def field_names(self) -> tuple[str, ...]:
+        if not len(self._dataset):
+            raise CorpusError(f"{self.name}: holds no record; expected at least one")
+        return tuple(self._dataset.column_names)
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        columns = [name for name in fields if name is not None]
+        for name in columns:
+            if name not in self._dataset.column_names:
+                raise missing_field(name, fields, self._dataset.column_names, self.name)
+        table = self._dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
+        for first in range(start, len(table), ROWS_AT_ONCE):
+            try:
+                rows = table[first : min(first + ROWS_AT_ONCE, len(table))]
+            except Exception as error:
+                raise CorpusError(f"{self.name}: cannot be read from record {first} on ({one_line(error)})") from error
+            texts, identifiers = _columns(rows, fields, f"{self.name}: record", first)
+            for row, (text, identifier) in enumerate(zip(texts, identifiers, strict=True), start=first):
+                place = f"{self.name}: record {row}"
+                yield Record(
+                    row, self._stem, checked_name(identifier, fields, place), checked_text(text, fields, place)
+                )
+
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        try:
+            yield from self._dataset
+        except Exception as error:
+            raise CorpusError(f"{self.name}: cannot be read ({one_line(error)}); save it again") from error
+
+    def count(self) -> int:
+        return len(self._dataset)
+
+    def content_digest(self, fields: Fields) -> str:
+        return _records_digest(self.records(0, fields))
+
+
+class SequenceSource(Source):
+    """Strings, mappings or examples in memory."""
+
+    def __init__(self, items: Sequence[object]) -> None:
+        self.name = "in memory"
+        self.kind = "sequence"
+        self._items = items
+
+    def field_names(self) -> tuple[str, ...]:
+        if not len(self._items):
+            raise CorpusError("the sequence of examples is empty; expected at least one")
+        first = self._items[0]
+        return tuple(map(str, first)) if isinstance(first, Mapping) else ()
+
+    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+        for number in range(start, len(self._items)):
+            item, place = self._items[number], f"record {number}"
+            if isinstance(item, Example):
+                identifier, text = (
+                    encodable(item.example_id, f"{place}: the id"),
+                    checked_text(item.text, fields, place),
+                )
+            elif isinstance(item, str):
+                identifier, text = None, checked_text(item, fields, place)
+            elif isinstance(item, Mapping):
+                identifier, text = picked(item, fields, place)
+            else:
+                found = type(item).__name__
+                raise CorpusError(f"{place}: found {found}, expected a string, a mapping or an Example")
+            yield Record(number, "example", identifier, text)
+
+    def whole_records(self) -> Iterator[Mapping[str, object]]:
+        for item in self._items:
+            yield item if isinstance(item, Mapping) else {}
+
+    def count(self) -> int:
+        return len(self._items)
+
+    def content_digest(self, fields: Fields) -> str:
+        return _records_digest(self.records(0, fields))
+
+
+def described_files(place: DataFiles) -> str:
+    """How many files are read, and which lie beside them unread."""
+    count = f"{len(place.files)} file{'s' if len(place.files) > 1 else ''}"
+    return count if not place.left_out else f"{count}; not read: {', '.join(place.left_out)}"
+
+
+def files_digest(files: Sequence[DataFile], *, stems: bool) -> str:
+    """BLAKE2b-128 over the files' digests in order, and over their stems where names are made from them."""
+    lines = [f"{content_digest(file)} {file.format} {file.stem if stems else ''}" for file in files]
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _records_digest(records: Iterator[Record]) -> str:
+    """BLAKE2b-128 over every record's name and text, each preceded by its length."""
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        name = b"" if record.identifier is None else record.identifier.encode()
+        text = record.text.encode()
+        digest.update(struct.pack("<?QQ", record.identifier is not None, len(name), len(text)))
+        digest.update(name)
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def _parquet(stream: Any, file: DataFile) -> "pq.ParquetFile":
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(stream)
+    except Exception as error:
+        reason = one_line(error)
+        raise CorpusError(
+            f"{file.name}: not a Parquet file ({reason}); expected whole Parquet; make it again"
+        ) from error
+    groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != table.metadata.num_rows:
+        raise CorpusError(
+            f"{file.name}: says that it has {table.metadata.num_rows} rows, but {sum(groups)} in its row groups; make "
+            "it again"
+        )
+    return table
+
+
+def _column_names(table: "pq.ParquetFile", file: DataFile) -> tuple[str, ...]:
+    """The names of the columns.
+
+    Raises:
+        CorpusError: They cannot be read.
+    """
+    try:
+        return tuple(table.schema_arrow.names)
+    except _NO_VALUE as error:  # a type that Arrow does not know, a name that is not UTF-8
+        raise CorpusError(
+            f"{file.name}: its columns cannot be read ({one_line(error)}); make the file again"
+        ) from error
+
+
+def _parquet_batches(
+    table: "pq.ParquetFile", group: int, columns: list[str], file: DataFile
+) -> Iterator["pa.RecordBatch"]:
+    rows = 0
+    try:
+        for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(dict.fromkeys(columns))):
+            rows += batch.num_rows
+            yield batch
+    except Exception as error:
+        reason = one_line(error)
+        raise CorpusError(f"{file.name}: row group {group} is damaged ({reason}); make the file again") from error
+    expected = table.metadata.row_group(group).num_rows
+    if rows != expected:
+        raise CorpusError(f"{file.name}: row group {group} holds {rows} rows, expected {expected}; make the file again")
+
+
+def _rows(
+    batches: Iterator["pa.RecordBatch"], fields: Fields, start: int, record: int, file: DataFile, first: int
+) -> Iterator[Record]:
+    """A row group's records from number `start` on; `record` is its first record's number, `first` the file's."""
+    for batch in batches:
+        skipped = min(max(start - record, 0), batch.num_rows)
+        record += skipped
+        texts, identifiers = _columns(batch.slice(skipped), fields, f"{file.name}: row", record - first)
+        for text, identifier in zip(texts, identifiers, strict=True):
+            place = f"{file.name}: row {record - first}"
+            yield Record(record, file.stem, checked_name(identifier, fields, place), checked_text(text, fields, place))
+            record += 1
+
+
+def _columns(
+    rows: "pa.RecordBatch | pa.Table", fields: Fields, place: str, first: int
+) -> tuple[list[object], list[object]]:
+    """The text and the name of each row as Python objects; names are None where records have none."""
+    for name in fields:
+        if name is not None and name not in rows.schema.names:  # a group of a Parquet file that has no member
+            raise CorpusError(f'{place} {first}: field "{name}" holds no values; expected strings')
+    texts = _values(rows.column(fields.text), place, first)
+    if fields.identifier is None:
+        return texts, [None] * len(texts)
+    return texts, _values(rows.column(fields.identifier), place, first)
+
+
+def _values(column: Any, place: str, first: int) -> list[object]:
+    """A column's values as Python objects.
+
+    Raises:
+        CorpusError: One of them is no such object: not UTF-8, a date that no calendar has, of an unknown time zone.
+    """
+    try:
+        return cast("list[object]", column.to_pylist())
+    except _NO_VALUE as error:
+        for row in range(len(column)):
+            _check_value(column, row, f"{place} {row + first}")
+        raise CorpusError(f"{place} {first} or after it: cannot be read ({one_line(error)}); make it again") from None
+
+
+def _check_value(column: Any, row: int, place: str) -> None:
+    try:
+        column[row].as_py()
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{place}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
+    except _NO_VALUE as error:
+        raise CorpusError(f"{place}: cannot be read ({one_line(error)}); write it as text") from None
