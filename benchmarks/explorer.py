@@ -2,9 +2,10 @@
 
 python benchmarks/explorer.py [--repeat N]
 
-The first view is from opening the address until queries, metrics and the first query's passages stand there; filter,
-page and query from the key or click until the list or passages have changed. The server runs beside the browser on the
-same machine. The baseline of each is a request for a static file of the same server, which is what any page costs.
+The first view is from opening the address until queries, metrics and the first query's candidates are shown;
+filter, page and query from the key or click until the list or the candidates have changed. The server runs
+beside the browser on the same machine. The baseline of each is a request for a static file of the same
+server, which is what any page costs.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=15)
     repeat = parser.parse_args().repeat
     with tempfile.TemporaryDirectory() as folder:
-        files = [write_release_file(Path(folder) / f"{name}.jsonl", passages=n) for name, n in (("a", 10), ("b", 8))]
+        files = [write_release_file(Path(folder) / f"{name}.jsonl", candidates=n) for name, n in (("a", 10), ("b", 8))]
         began = time.perf_counter()
         server = subprocess.Popen(
             [
@@ -105,16 +106,16 @@ def steps(page: Page, address: str) -> dict[str, float]:
     began = time.perf_counter()
     page.goto(address, wait_until="commit")
     page.wait_for_function(
-        "() => document.querySelector('article .passage-text') && document.body.innerText.includes('MRR')",
+        "() => document.querySelector('article .candidate-text') && document.body.innerText.includes('MRR')",
         polling="raf",
     )
     found["first view"] = 1000 * (time.perf_counter() - began)
     page.wait_for_timeout(300)
-    queries, passages = "nav[aria-label=Queries] ol, nav[aria-label=Queries] ul", "article .passage-text"
+    queries, candidates = "nav[aria-label=Queries] ol, nav[aria-label=Queries] ul", "article .candidate-text"
     click = "document.querySelector('[aria-label=\"%s\"]').click()"
     timed("next page, its list", click % "Next page", queries)
-    timed("next page, its first passages", click % "Next page", passages)
-    timed("next query", "dispatchEvent(new KeyboardEvent('keydown', {key: 'j', bubbles: true}))", passages)
+    timed("next page, its first passages", click % "Next page", candidates)
+    timed("next query", "dispatchEvent(new KeyboardEvent('keydown', {key: 'j', bubbles: true}))", candidates)
     select = "const s = document.querySelector('select[aria-label=\"%s\"]'); s.value = '%s'; "
     select += "s.dispatchEvent(new Event('change', {bubbles: true}))"
     timed("filter, its list and metrics", select % ("Model", "yes"), queries)

@@ -26,9 +26,10 @@ from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import FactoredMoment, SecondMoment
 from trackstar.indexing.groups import CorpusPosition, Group
 from trackstar.indexing.provenance import make_manifest
+from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.shard_writing import RowWork, RunningAutocorrelation, shard_content
 from trackstar.model.language_model import LanguageModel, wrap_model
-from trackstar.store import IndexWriter, WindowsEntry
+from trackstar.store import IndexWriter
 
 # Name: shape of the model, examples a batch, tokens an example, dtype, batches a round.
 CASES = {
@@ -129,8 +130,7 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
     corpus = open_corpus(["tokens made for the benchmark"])
     with tempfile.TemporaryDirectory() as folder:
         manifest = make_manifest(
-            model, corpus, WindowsEntry(tokens=tokens, overlap=1), moment, seed=0, side=64, codec="float16",
-            shard_examples=count,
+            model, corpus, moment, IndexSettings(window_tokens=tokens, codec="float16", shard_examples=count)
         )  # fmt: skip
         with (
             IndexWriter.open(Path(folder) / "index", manifest) as writer,
@@ -147,7 +147,7 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
                 record += count
                 after = CorpusPosition(record=record, window=0, skipped=0)
                 moved = [_at(example, record - count + place) for place, example in enumerate(examples)]
-                group = Group(shard=len(writer.shards_done), examples=tuple(moved), after=after, known=None)
+                group = Group(shard=len(writer.shards_done), examples=tuple(moved), after=after, sampled=None)
                 r_train.add(writer.write_shard(shard_content([(group, work(projector, group))])))
 
             times = interleaved(indexing_pass, lambda: plain_pass(trained, plain_batches), rounds, device)

@@ -24,7 +24,8 @@ from trackstar.corpus import TokenizedExample, open_corpus, tokenize_examples, t
 from trackstar.evaluation.facts import read_facts, to_queries
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import SecondMoment
-from trackstar.indexing.settings import chosen_second_moment
+from trackstar.indexing.second_moment import second_moment_for
+from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.store import WindowsEntry
@@ -43,10 +44,9 @@ def main() -> None:
     model = load_model(options.model, layer_blocks=_layers(options.model))
     corpus = open_corpus(options.data)
     windows = WindowsEntry(tokens=model.context_tokens, overlap=1)
-    moment = chosen_second_moment(
-        "estimate", model, corpus, windows, kind="factored", examples=256, seed=0, batch_tokens=2048,
-        out=work / "none", note=print,
-    )  # fmt: skip
+    moment = second_moment_for(
+        IndexSettings(second_moment="estimate"), model, corpus, windows, out=work / "none", note=print
+    )
     layout = [(block.name, block.kind, block.first_layer) for block in model.blocks]
     (work / "layout.json").write_text(json.dumps({"side": SIDE, "blocks": layout}), encoding="utf-8")
     queries = [

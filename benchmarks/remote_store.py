@@ -83,7 +83,7 @@ def timed(run: Callable[[], object]) -> float:
 def fetch(index: Index) -> None:
     """Every code, one part after the other, by the client alone."""
     for shard in index.shards:
-        place = shard.file.places["codes"]
+        place = shard.file.tensors["codes"]
         path: Any = shard.path
         for begin in range(place.start, place.stop, remote_files.PART_BYTES):
             end = min(begin + remote_files.PART_BYTES, place.stop)

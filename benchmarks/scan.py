@@ -26,20 +26,18 @@ from torch import Tensor
 
 from indexing import NO_TOKENIZER, given_second_moment, make_model
 from measurement import save
-from trackstar.choices import CodecName
+from trackstar.choices import CODECS, CodecName
 from trackstar.corpus import TokenizedExample, open_corpus
-from trackstar.indexing.build import default_shard_examples
 from trackstar.indexing.provenance import make_manifest
+from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import wrap_model
 from trackstar.retrieval.scoring import Scorer
 from trackstar.retrieval.top_candidates import top_candidates
 from trackstar.store import (
-    CODECS,
     Index,
     IndexWriter,
     ShardContent,
     WhiteningEntry,
-    WindowsEntry,
     encode,
     quantized_bits,
     row_bytes,
@@ -58,8 +56,8 @@ def make_store(folder: str | Path, rows: int, codec: CodecName) -> Index:
     whitened = quantized_bits(codec) is not None
     entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None
     manifest = make_manifest(
-        model, open_corpus(["rows made for the benchmark"]), WindowsEntry(tokens=2, overlap=1), moment,
-        seed=0, side=64, codec=codec, shard_examples=default_shard_examples(16, 64, codec), whitening=entry,
+        model, open_corpus(["rows made for the benchmark"]), moment, IndexSettings(window_tokens=2, codec=codec),
+        whitening=entry,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     shard_rows = manifest.shard_examples

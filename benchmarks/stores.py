@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from measurement import save
+from trackstar.choices import CODECS
 from trackstar.corpus import open_corpus, tokenize_examples, tokenize_query
 from trackstar.curvature.autocorrelation import autocorrelation
 from trackstar.curvature.low_rank import TaskWhitening
@@ -33,9 +34,10 @@ from trackstar.curvature.mixing import mixing_by_spectra, spectrum_of_autocorrel
 from trackstar.curvature.whitening import shrinkage_damping, whitening
 from trackstar.evaluation.facts import read_facts, to_queries
 from trackstar.evaluation.metrics import gold_ranks
-from trackstar.indexing.settings import chosen_second_moment
+from trackstar.indexing.second_moment import second_moment_for
+from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import load_model
-from trackstar.store import CODECS, WindowsEntry, encode, row_bytes
+from trackstar.store import WindowsEntry, encode, row_bytes
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
 
 RERANKED = (20, 50, 100, 200, 500, 1000)
@@ -253,10 +255,9 @@ def tail_patch_effects(options: argparse.Namespace, best: dict[int, list[list[in
     model = load_model(options.model)
     corpus = open_corpus(options.data)
     windows = WindowsEntry(tokens=model.context_tokens, overlap=1)
-    moment = chosen_second_moment(
-        "estimate", model, corpus, windows, kind="factored", examples=256, seed=0, batch_tokens=2048,
-        out=Path(options.work) / "none", note=print,
-    )  # fmt: skip
+    moment = second_moment_for(
+        IndexSettings(second_moment="estimate"), model, corpus, windows, out=Path(options.work) / "none", note=print
+    )
     step = TrainingStep.from_second_moment(moment, model, learning_rate=0.001, loss="sum")
     pairs = sorted({(q, int(row)) for rows in best.values() for q, part in enumerate(rows) for row in part})
     used = sorted({row for _, row in pairs})

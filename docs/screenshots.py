@@ -51,20 +51,20 @@ def main() -> None:
 
 
 def ask(page: Page, address: str) -> None:
-    """Ask for a language, split the first passage over its tokens and measure two."""
+    """Ask for a language, split two candidates over their tokens and measure them."""
     page.goto(f"{address}#tab=ask")
     page.get_by_label("Prompt").fill("The official language of Japan is")
     page.get_by_label("Completion").fill("Japanese")
-    page.get_by_label("How many").fill("5")
+    page.get_by_label("Number of candidates").fill("5")
     page.get_by_role("button", name="Attribute").click()
     answer = page.get_by_role("region", name="Answer", exact=True)
     expect(answer).to_be_visible(timeout=60_000)
-    passages = answer.get_by_role("region", name="TrackStar", exact=True).get_by_role("article")
+    candidates = answer.get_by_role("region", name="TrackStar", exact=True).get_by_role("article")
     for place in (0, 1):
-        passages.nth(place).get_by_role("button", name="Tokens", exact=True).click()
-        expect(passages.nth(place).get_by_role("listbox")).to_be_visible()
-        passages.nth(place).get_by_role("button", name="Measure").click()
-        expect(passages.nth(place)).to_contain_text("→")
+        candidates.nth(place).get_by_role("button", name="Tokens", exact=True).click()
+        expect(candidates.nth(place).get_by_role("listbox")).to_be_visible()
+        candidates.nth(place).get_by_role("button", name="Measure").click()
+        expect(candidates.nth(place)).to_contain_text("→")
     page.mouse.move(0, 0)
     page.evaluate("document.querySelector('.answer').scrollIntoView()")
 

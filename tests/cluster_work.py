@@ -1,4 +1,4 @@
-"""What the tests have a cluster's workers do with a part, importable by these; and which processes are a cluster's."""
+"""Work functions for the cluster tests, importable by its workers, and a check for a cluster's processes."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from trackstar.workers.protocol import Advance
 
 @dataclasses.dataclass(frozen=True)
 class Slow:
-    """Its part, after a while."""
+    """Returns its part after some seconds."""
 
     seconds: float
 
@@ -28,7 +28,7 @@ class Slow:
 
 @dataclasses.dataclass(frozen=True)
 class DiesOnce:
-    """Kills the first worker that comes to part 5."""
+    """Kills the first worker that computes part 5."""
 
     mark: Path
 
@@ -41,7 +41,7 @@ class DiesOnce:
 
 @dataclasses.dataclass(frozen=True)
 class Dies:
-    """Kills whoever does it."""
+    """Kills every worker that computes a part."""
 
     def __call__(self, projector: GradientProjector, part: Any, advance: Advance) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -61,27 +61,27 @@ class Fails:
 
 @dataclasses.dataclass(frozen=True)
 class Overflows:
-    """φ of a model whose weights have gone wrong."""
+    """φ of a model with overflowing weights."""
 
     def __call__(self, projector: GradientProjector, part: Any, advance: Advance) -> Any:
         with torch.no_grad():
             weight = next(iter(projector._model.module.parameters()))
-            kept = weight.clone()
+            original = weight.clone()
             weight.fill_(3e38)
             try:
                 with torch.enable_grad():
                     return projected(projector, part, advance)
             finally:
-                weight.copy_(kept)
+                weight.copy_(original)
 
 
 def rows(index: Index) -> int:
-    """How many an index, or a part of one, has."""
+    """Number of rows of an index or a part of one."""
     return index.rows
 
 
 def is_ray(process: psutil.Process) -> bool:
-    """Whether a process is one of a cluster's."""
+    """Whether a process belongs to a Ray cluster."""
     try:
         return any(word in " ".join(process.cmdline()) for word in ("raylet", "gcs_server", "ray::"))
     except psutil.Error:

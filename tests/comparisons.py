@@ -130,14 +130,14 @@ def package_phi(
     *,
     seed: int = 0,
     side: int = SIDE,
-    token_budget: int = 256,
+    batch_tokens: int = 256,
     pad_to: int = 0,
 ) -> Tensor:
     """φ from the package in planned batches, in the examples' order, [examples, dimensions]."""
     consumer = ProjectedGradients(model, second_moment, seed=seed, side=side)
     phi = torch.full((len(examples), consumer.dimensions), torch.nan)
     with gradient_pass(model, consumer) as run:
-        for places in plan_batches([max(pad_to, len(e.token_ids)) for e in examples], token_budget):
+        for places in plan_batches([max(pad_to, len(e.token_ids)) for e in examples], batch_tokens):
             run(make_batch(examples, places, pad_to=pad_to))
             phi[list(places)] = consumer.result()
     return phi

@@ -1,4 +1,4 @@
-"""The explorer's server on a free port of this machine, in a thread, for tests that speak to it as a browser does."""
+"""Run the explorer's server on a free port in a thread, for tests that send it requests as a browser does."""
 
 import contextlib
 import threading
@@ -25,7 +25,7 @@ HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}
 
 @contextlib.contextmanager
 def explorer(results: Sequence[Path] = (), live: LiveIndex | None = None) -> Iterator[str]:
-    """Serve result files and an index; gives the address, without a slash at its end."""
+    """Serve result files and an index; yield the address, without a trailing slash."""
     listening = listen(0)
     port = listening.getsockname()[1]
     jobs = Jobs()
@@ -46,21 +46,21 @@ def explorer(results: Sequence[Path] = (), live: LiveIndex | None = None) -> Ite
 
 
 def finished(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Start a job and wait for its end; gives the job."""
+    """Submit a job, wait for its end and return it."""
     response = client.post(path, json=body)
     assert response.status_code == 200, response.text
     return waited(client, response.json()["job"])
 
 
 def result(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """What a job gives."""
+    """Submit a job and return its result."""
     job = finished(client, path, body)
     assert job["state"] == "done", job["error"]
     return job["result"]
 
 
 def waited(client: httpx.Client, number: int) -> dict[str, Any]:
-    """The job once it has ended."""
+    """Wait for a job's end and return it."""
     deadline = time.monotonic() + 120
     while (job := client.get(f"/api/jobs/{number}").json())["state"] in ("queued", "running"):
         assert time.monotonic() < deadline, job
@@ -69,7 +69,7 @@ def waited(client: httpx.Client, number: int) -> dict[str, Any]:
 
 
 def opened(index: Index, corpus: Path | None) -> LiveIndex:
-    """An index ready to be asked, with the corpus whose fields are shown."""
+    """An index opened for questions, with the corpus whose fields are shown."""
     model = load_model(index.manifest.model.source, layer_blocks=2)
     attributor = Attributor(index, model, damping=0.1)
     return LiveIndex(
@@ -77,7 +77,12 @@ def opened(index: Index, corpus: Path | None) -> LiveIndex:
     )
 
 
-def asked(query: int = 0, **changes: Any) -> dict[str, Any]:
-    """The body of a question about a capital."""
-    one = QUERIES[query]
-    return {"prompt": one.prompt, "completion": one.completion, "methods": ["TrackStar", "BM25"], "top": 5} | changes
+def question_body(query: int = 0, **changes: Any) -> dict[str, Any]:
+    """The request body of a question about a capital."""
+    question = QUERIES[query]
+    return {
+        "prompt": question.prompt,
+        "completion": question.completion,
+        "methods": ["TrackStar", "BM25"],
+        "top": 5,
+    } | changes

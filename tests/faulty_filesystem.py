@@ -1,5 +1,7 @@
-"""A file system in memory, `faulty://`, that fails on purpose: at a chosen operation, by a half answer, by a lost
-connection in the middle of an upload, or for good, as when its process is killed.
+"""A file system in memory, `faulty://`, that fails on purpose.
+
+It fails at a chosen operation, gives half an answer, loses the connection during an upload, or ends
+the process.
 """
 
 import dataclasses
@@ -12,22 +14,22 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 
 class Killed(BaseException):
-    """Stands for a signal that ends the process: nothing happens any more."""
+    """Stands for a signal that ends the process."""
 
 
 @dataclasses.dataclass
 class Faults:
-    """What goes wrong, and what was done.
+    """The planned failures and the record of operations.
 
     Attributes:
-        failing: The numbers of the operations that fail, from 1; an upload among them leaves its first half.
-        fatal: The number of the operation at which everything ends, as for `failing`.
-        short: Whether an answer has only half of the bytes that were asked for.
+        failing: Numbers, from 1, of the operations that fail; a failed upload leaves its first half.
+        fatal: Number of the operation at which the process ends; an upload leaves its first half.
+        short: Whether an answer has only half of the requested bytes.
         delay: Seconds that each operation takes.
         whole_at_once: Whether a failed upload leaves nothing, as on an object store.
-        operations: How many operations there were.
-        ranges: Each range that was read: the file's name, its first byte and that after its last.
-        uploads: How often each file was sent.
+        operations: Number of operations so far.
+        ranges: Each range that was read: the file's name, the first byte and the byte after the last.
+        uploads: Number of uploads of each file.
     """
 
     failing: frozenset[int] = frozenset()
@@ -41,7 +43,7 @@ class Faults:
 
 
 class FaultyFileSystem(MemoryFileSystem):
-    """See the module."""
+    """The file system `faulty://`; its class attribute `faults` sets the failures."""
 
     protocol = "faulty"
     store: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,13 +57,13 @@ class FaultyFileSystem(MemoryFileSystem):
 
     @classmethod
     def reset(cls, **faults: Any) -> Faults:
-        """Faults that begin now; files stay."""
+        """Set new failures; files remain."""
         cls.faults = Faults(**faults)
         return cls.faults
 
     @classmethod
     def clear(cls) -> None:
-        """Nothing is there, and nothing fails."""
+        """Remove all files and failures."""
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.reset()
@@ -133,7 +135,7 @@ fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
 
 
 def stored_bytes(url: str) -> dict[str, bytes]:
-    """Every file below a URL of this file system, by its name from there on."""
+    """Content of every file below a URL of this file system, by its relative name."""
     begin = FaultyFileSystem._strip_protocol(url) + "/"
     found = FaultyFileSystem.store.items()
     return {name.removeprefix(begin): file.getvalue() for name, file in sorted(found) if name.startswith(begin)}

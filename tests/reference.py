@@ -209,9 +209,10 @@ def autocorrelation(phi: Tensor) -> Tensor:
     return total / len(phi)
 
 
-def mix(evaluation: Tensor, training: Tensor, mixing: float) -> Tensor:
-    """R = λ R_eval + (1-λ) R_train (Eq. 3)."""
-    return mixing * evaluation + (1 - mixing) * training
+def mix(evaluation: Tensor, training: Tensor, mixing: float, *, damping: float = 0.0) -> Tensor:
+    """R = λ R_eval + (1-λ)(R_train + cI) of one block, c = damping · tr(R_train) / dim (Eq. 3 without damping)."""
+    ridge = damping * training.trace() / len(training) * torch.eye(len(training), dtype=training.dtype)
+    return mixing * evaluation + (1 - mixing) * (training + ridge)
 
 
 def mixing_rank(dimensions: int) -> int:

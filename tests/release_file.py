@@ -1,4 +1,4 @@
-"""Result files in the public release's format, made up: thousands of facts, and passages that attack the reader."""
+"""Result files in the public release's format, made up: thousands of facts, and texts that attack the reader."""
 
 import json
 import random
@@ -30,17 +30,17 @@ HOSTILE = (
 LONG = "x" * 1_000_000
 
 
-def write_release_file(path: Path, *, queries: int = 5415, passages: int = 10, seed: int = 0) -> Path:
-    """A result file of the release's fields, of a size like its own."""
+def write_release_file(path: Path, *, queries: int = 5415, candidates: int = 10, seed: int = 0) -> Path:
+    """A result file with the fields and the size of the release."""
     generator = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for number in range(queries):
-            file.write(json.dumps(_result(generator, number, passages), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_result(generator, number, candidates), ensure_ascii=False) + "\n")
     return path
 
 
 def write_hostile_file(path: Path) -> Path:
-    """A result file whose every text attacks; one passage is a line of a million characters."""
+    """A result file whose every text attacks; one text is a line of a million characters."""
     texts = [*HOSTILE, LONG]
     record = {
         "example_id": "<b onmouseover=window.pwned=1>id</b>",
@@ -67,18 +67,18 @@ def _name(generator: random.Random) -> str:
     return "".join(generator.choices(SYLLABLES, k=generator.randint(2, 4))).capitalize()
 
 
-def _result(generator: random.Random, number: int, passages: int) -> dict[str, Any]:
+def _result(generator: random.Random, number: int, candidates: int) -> dict[str, Any]:
     template, relation = generator.choice(RELATIONS)
     subject, obj = f"{_name(generator)} {_name(generator)}", _name(generator)
     bucket = generator.randint(0, 5)
     texts, correct = [], []
-    for _ in range(passages):
+    for _ in range(candidates):
         filler = [" ".join(generator.choices(WORDS, k=generator.randint(6, 18))) for _ in range(2)]
         kind = generator.random()
         parts = {0: [subject, obj], 1: [subject], 2: [obj], 3: []}[min(3, int(kind * 5))]
         texts.append(f"{filler[0].capitalize()} {' '.join(parts)} {filler[1]}.")
         correct.append(len(parts) == 2 and generator.random() < 0.8)
-    scores = sorted((generator.betavariate(1.2, 8) for _ in range(passages)), reverse=True)
+    scores = sorted((generator.betavariate(1.2, 8) for _ in range(candidates)), reverse=True)
     other = [" ".join(generator.choices(WORDS, k=14)).capitalize() + "." for _ in range(3)]
     return {
         "example_id": f"trex-{number:05d}",
@@ -96,7 +96,7 @@ def _result(generator: random.Random, number: int, passages: int) -> dict[str, A
         "is_8b_correct": generator.random() < 0.4,
         "groundtruth": obj,
         "proponents": texts,
-        "proponent_ids": [f"s{number}-{place}" for place in range(passages)],
+        "proponent_ids": [f"s{number}-{place}" for place in range(candidates)],
         "proponent_scores": [round(score, 6) for score in scores],
         "proponent_correct": correct,
         "proponent_ais_scores": [round(min(1.0, 0.75 * right + 0.3 * generator.random()), 4) for right in correct],

@@ -1,17 +1,17 @@
-// The frame: what is open, and which view of it.
+// The frame: the header and the chosen view of what is open.
 import { Component, type ComponentChildren } from "preact";
 import { useEffect } from "preact/hooks";
 import { ApiError, api } from "./api/client";
 import { Ask } from "./ask/ask";
 import { Header } from "./header";
 import { useRequest } from "./hooks";
-import { SelectionOffer } from "./passages/selection";
+import { SelectionOffer } from "./candidates/selection";
 import { Results } from "./results/results";
 import { useView } from "./state";
 import { Empty, Problem, Waiting } from "./ui/parts";
 import { TipLayer } from "./ui/tip";
 
-/** A defect in a view says so, and leaves the frame standing. */
+/** Shows a defect in a view and keeps the header working. */
 class Boundary extends Component<{ name: string; children: ComponentChildren }, { error: string | null; name: string }> {
   override state = { error: null as string | null, name: this.props.name };
   override componentDidCatch(error: unknown) {
@@ -34,8 +34,8 @@ export function App() {
   const view = useView();
   const session = useRequest("session", (signal) => api.session(signal));
   const data = session.data;
-  const wished = view.tab ?? (data && data.runs.length === 0 && data.index ? "ask" : "results");
-  const tab = data && wished === "results" && data.runs.length === 0 && data.index ? "ask" : data && wished === "ask" && !data.index ? "results" : wished;
+  const wanted = view.tab ?? (data && data.runs.length === 0 && data.index ? "ask" : "results");
+  const tab = data && wanted === "results" && data.runs.length === 0 && data.index ? "ask" : data && wanted === "ask" && !data.index ? "results" : wanted;
   useEffect(() => {
     document.title = `${tab === "ask" ? "Ask" : "Results"} – trackstar explore`;
   }, [tab]);

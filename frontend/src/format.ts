@@ -1,4 +1,4 @@
-// Numbers and times as people read them.
+// Numbers and times for users.
 
 const MINUS = "\u2212";
 const sign = (text: string) => text.replaceAll("-", MINUS);
@@ -7,7 +7,7 @@ export function count(value: number): string {
   return Math.round(value).toLocaleString("en-US");
 }
 
-/** A score: as many digits as tell scores apart. */
+/** A score, with enough digits to tell scores apart. */
 export function score(value: number): string {
   if (!Number.isFinite(value)) return String(value);
   const size = Math.abs(value);
@@ -20,7 +20,7 @@ export function signed(value: number): string {
   return value > 0 ? `+${score(value)}` : score(value);
 }
 
-/** A probability: percent with two meaningful digits. */
+/** A probability in percent, with two significant digits. */
 export function percent(value: number): string {
   const part = value * 100;
   if (!Number.isFinite(part)) return "–";

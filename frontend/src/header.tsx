@@ -8,8 +8,8 @@ import { Dialog } from "./ui/parts";
 
 const KEYS: [string, string][] = [
   ["j  ↓", "next query"], ["k  ↑", "previous query"], ["]", "next page"], ["[", "previous page"], ["/", "search"],
-  ["c", "one column or side by side"], ["g r", "go to Results"], ["g a", "go to Ask"], ["← →", "tokens of a split, points of a chart"],
-  ["?", "this help"], ["Esc", "close what is open"],
+  ["c", "one column or side by side"], ["g r", "go to Results"], ["g a", "go to Ask"], ["← →", "next token of a split, next point of a chart"],
+  ["?", "this help"], ["Esc", "close the menu or dialog"],
 ];
 
 export function Header({ session, tab }: { session: Session | null; tab: "results" | "ask" }) {
@@ -74,23 +74,23 @@ export function Header({ session, tab }: { session: Session | null; tab: "result
 }
 
 function CopyLink() {
-  const [said, say] = useState("");
+  const [message, setMessage] = useState("");
   useEffect(() => {
-    if (!said) return undefined;
-    const timer = setTimeout(() => say(""), 1600);
+    if (!message) return undefined;
+    const timer = setTimeout(() => setMessage(""), 1600);
     return () => clearTimeout(timer);
-  }, [said]);
+  }, [message]);
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(location.href);
-      say("Copied");
+      setMessage("Copied");
     } catch {
-      say("Copy the address bar");
+      setMessage("Copy the address from the address bar");
     }
   };
   return (
     <>
-      <span role="status" class="note">{said}</span>
+      <span role="status" class="note">{message}</span>
       <button type="button" class="small" onClick={copy}>Copy link</button>
     </>
   );

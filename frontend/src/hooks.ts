@@ -1,4 +1,4 @@
-// Requests and jobs as hooks: stale requests are aborted, what was shown stays until the new is there.
+// Requests and jobs as hooks; stale requests are aborted, and old data stays until new data arrives.
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 import { ApiError, api } from "./api/client";
 import type { Job, JobResult } from "./api/types";
@@ -7,7 +7,7 @@ export interface Loaded<T> {
   data: T | null;
   error: ApiError | null;
   loading: boolean;
-  /** Whether `data` is of an earlier request. */
+  /** Whether `data` belongs to an earlier request. */
   stale: boolean;
   retry: () => void;
 }
@@ -21,7 +21,7 @@ export function useRequest<T>(name: string | null, ask: (signal: AbortSignal) =>
   const [state, set] = useState<{ name: string | null; data: T | null; error: ApiError | null; loading: boolean }>({
     name: null, data: null, error: null, loading: name !== null,
   });
-  const [turn, again] = useState(0);
+  const [attempt, setAttempt] = useState(0);
   const latest = useRef(ask);
   latest.current = ask;
   useEffect(() => {
@@ -38,31 +38,31 @@ export function useRequest<T>(name: string | null, ask: (signal: AbortSignal) =>
       },
     );
     return () => controller.abort();
-  }, [name, turn]);
-  const retry = useCallback(() => again((value) => value + 1), []);
+  }, [name, attempt]);
+  const retry = useCallback(() => setAttempt((value) => value + 1), []);
   return { data: state.data, error: state.error, loading: state.loading, stale: state.name !== name, retry };
 }
 
-/** A store of the latest results of a request, so that going back and forth is instant. */
+/** A cache of a request's latest results, so that going back and forth is instant. */
 export function remembered<T>(most: number): (name: string, ask: () => Promise<T>) => Promise<T> {
-  const kept = new Map<string, T>();
+  const cache = new Map<string, T>();
   return async (name, ask) => {
-    const found = kept.get(name);
-    if (found !== undefined) {
-      kept.delete(name);
-      kept.set(name, found);
-      return found;
+    const cached = cache.get(name);
+    if (cached !== undefined) {
+      cache.delete(name);
+      cache.set(name, cached);
+      return cached;
     }
     const data = await ask();
-    kept.set(name, data);
-    if (kept.size > most) kept.delete(kept.keys().next().value as string);
+    cache.set(name, data);
+    if (cache.size > most) cache.delete(cache.keys().next().value as string);
     return data;
   };
 }
 
 export interface Progress {
   job: Job | null;
-  /** Seconds left of the present stage; null where that is not known. */
+  /** Seconds left in the current stage; null if unknown. */
   left: number | null;
   rate: number | null;
 }
@@ -76,7 +76,7 @@ export interface Work extends Progress {
 
 const POLL = 150;
 
-/** Starts a job and follows it to its end. */
+/** Submits a job and polls it to its end. */
 export function useJob(): Work {
   const [progress, set] = useState<Progress>({ job: null, left: null, rate: null });
   const [error, fail] = useState<ApiError | null>(null);
@@ -120,7 +120,7 @@ export function useJob(): Work {
       }
       number.current = null;
       run(false);
-      if (job.state === "failed") fail(new ApiError(500, job.error ?? "The work failed."));
+      if (job.state === "failed") fail(new ApiError(500, job.error ?? "The job failed."));
       else if (job.state === "done" && job.result) done(job.result);
     };
     follow().catch((problem: unknown) => {
@@ -139,7 +139,7 @@ export function useJob(): Work {
   return { ...progress, error, running, start, cancel };
 }
 
-/** Calls `act` with the latest value once nothing has changed for a while. */
+/** Calls `act` with the latest value once it has not changed for `wait` milliseconds. */
 export function useDebounced<T>(wait: number, act: (value: T) => void): (value: T) => void {
   const timer = useRef<ReturnType<typeof setTimeout> | null>(null);
   const latest = useRef(act);

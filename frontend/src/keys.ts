@@ -1,4 +1,4 @@
-// Keys: single letters that work while nothing is being typed and no dialog is open.
+// Keyboard shortcuts: single keys that work while no text is being typed and no dialog is open.
 import { useEffect, useRef } from "preact/hooks";
 
 export type Keys = Record<string, () => unknown>;

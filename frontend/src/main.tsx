@@ -1,4 +1,4 @@
-// Where the page starts.
+// Entry point of the page.
 import { render } from "preact";
 import { App } from "./app";
 import { followLocation } from "./state";

@@ -1,4 +1,4 @@
-// The whole view lives in the location's hash: read with care, written shortly, back and forward work.
+// The whole view is in the location's hash, so that links and the back button restore it; hashes are validated.
 import { useEffect, useState } from "preact/hooks";
 import type { QueryFilter } from "./api/client";
 import type { Side, Sort } from "./api/types";
@@ -19,17 +19,17 @@ export interface View extends QueryFilter {
   beside: number | null;
   alone: boolean;
   page: number;
-  /** The chosen query's line in each run, null where a run lacks it; empty: the page's first. */
+  /** The chosen query's line in each run, null for a run without it; empty chooses the page's first query. */
   at: (number | null)[];
   spectra: boolean;
   highlights: string[];
   prompt: string;
-  asked: string;
+  completion: string;
   methods: string[];
   top: number;
   key: string | null;
   side: Side;
-  /** The candidate whose tokens are looked at. */
+  /** The candidate whose token split is open. */
   row: number | null;
   over: "candidate" | "query";
   insight: boolean;
@@ -40,9 +40,9 @@ export interface View extends QueryFilter {
 
 export const INITIAL: View = {
   tab: null, run: 0, beside: null, alone: false, page: 0, at: [], spectra: false, highlights: [],
-  search: "", passages: false, relation: [], bucket: [], model_correct: null, proponent_correct: null,
+  search: "", search_candidates: false, relation: [], bucket: [], model_correct: null, proponent_correct: null,
   score_min: null, score_max: null, sort: "file", descending: false,
-  prompt: "", asked: "", methods: [], top: 10, key: null, side: "proponents", row: null, over: "candidate",
+  prompt: "", completion: "", methods: [], top: 10, key: null, side: "proponents", row: null, over: "candidate",
   insight: false, groupField: "", groupMethod: "", groupTop: 100,
 };
 
@@ -75,7 +75,7 @@ function places(found: string | null): (number | null)[] {
   return found.split(".").map((part) => (part === "-" ? null : Number(part)));
 }
 
-/** The view that a hash asks for; what it may not say is ignored. */
+/** The view in a hash; invalid values are ignored. */
 export function parse(hash: string): View {
   const given = new URLSearchParams(hash.startsWith("#") ? hash.slice(1) : hash);
   const yes = (name: string) => given.get(name) === "1";
@@ -90,7 +90,7 @@ export function parse(hash: string): View {
     spectra: yes("spectra"),
     highlights: many(given.getAll("hl"), LONGEST_HIGHLIGHT, MOST_HIGHLIGHTS),
     search: text(given.get("q"), LONGEST_SEARCH),
-    passages: yes("in"),
+    search_candidates: yes("in"),
     relation: many(given.getAll("relation"), LONGEST_VALUE, MOST_VALUES),
     bucket: many(given.getAll("bucket"), LONGEST_VALUE, MOST_VALUES),
     model_correct: oneOf(given.get("model"), ["yes", "no"]),
@@ -100,7 +100,7 @@ export function parse(hash: string): View {
     sort: oneOf(given.get("sort"), SORTS) ?? "file",
     descending: yes("desc"),
     prompt: text(given.get("prompt"), LONGEST_PROMPT),
-    asked: text(given.get("completion"), LONGEST_PROMPT),
+    completion: text(given.get("completion"), LONGEST_PROMPT),
     methods: many(given.getAll("method"), 64, 8),
     top: whole(given.get("top"), 1, MOST_TOP) ?? 10,
     key: key !== null && /^[A-Za-z0-9_-]{1,128}$/.test(key) ? key : null,
@@ -127,7 +127,7 @@ export function serialize(view: View): string {
   set("beside", view.beside);
   flag("alone", view.alone);
   set("q", view.search);
-  flag("in", view.passages);
+  flag("in", view.search_candidates);
   all("relation", view.relation);
   all("bucket", view.bucket);
   set("model", view.model_correct);
@@ -141,7 +141,7 @@ export function serialize(view: View): string {
   flag("spectra", view.spectra);
   all("hl", view.highlights);
   set("prompt", view.prompt);
-  set("completion", view.asked);
+  set("completion", view.completion);
   all("method", view.methods);
   set("top", view.top, 10);
   set("key", view.key);
@@ -164,7 +164,7 @@ function publish(view: View): void {
   for (const listener of listeners) listener(view);
 }
 
-/** Changes the view. `step` makes a place that "back" returns to. */
+/** Changes the view. `step` adds an entry to the browser's history. */
 export function change(part: Partial<View>, step = true): void {
   const next = { ...current, ...part };
   const hash = serialize(next);
@@ -176,7 +176,7 @@ export function change(part: Partial<View>, step = true): void {
   publish(next);
 }
 
-/** Changes the filter: back to the first page and its first query. */
+/** Changes the filter and returns to the first page and its first query. */
 export function refilter(part: Partial<QueryFilter>, step = true): void {
   change({ ...part, page: 0, at: [] }, step);
 }

@@ -1,4 +1,4 @@
-// Light, dark or as the system has it; kept in the browser.
+// The theme: light, dark or the system's; saved in the browser.
 import { useState } from "preact/hooks";
 
 export type Theme = "system" | "light" | "dark";
@@ -32,7 +32,7 @@ export function useTheme(): [Theme, (theme: Theme) => void] {
       try {
         localStorage.setItem(NAME, next);
       } catch {
-        // A browser without storage: the choice holds until the page is left.
+        // Without storage, the choice lasts until the page is closed.
       }
     },
   ];

@@ -1,4 +1,4 @@
-// The spacing rule and the part of a generation that is attributed; numbers as people read them.
+// The spacing rule, the part of a generation to attribute, and the format of numbers.
 import { describe, expect, it } from "vitest";
 import { between, partOf, wordStart } from "../src/ask/join";
 import { percent, points, score } from "../src/format";

@@ -1,4 +1,4 @@
-// The hash: what is written is read again, and what it may not say is ignored.
+// The hash: a written view is read back, and invalid values are ignored.
 import { describe, expect, it } from "vitest";
 import { INITIAL, parse, serialize, type View } from "../src/state";
 
@@ -7,21 +7,21 @@ describe("the view in the hash", () => {
     expect(serialize(INITIAL)).toBe("");
     expect(parse("")).toEqual(INITIAL);
   });
-  it("comes back as it was", () => {
+  it("is read back as written", () => {
     const view: View = {
       ...INITIAL, tab: "results", run: 1, beside: 0, alone: true, page: 3, at: [12, null], highlights: ["a&b", "é 😀"],
-      search: "x=1&y#2", passages: true, relation: ["P19", "a, b"], bucket: ["10 to 100"], model_correct: "no",
-      proponent_correct: "yes", score_min: -0.5, score_max: 1e-7, sort: "score", descending: true, prompt: "a\nb\u202e", asked: " c",
+      search: "x=1&y#2", search_candidates: true, relation: ["P19", "a, b"], bucket: ["10 to 100"], model_correct: "no",
+      proponent_correct: "yes", score_min: -0.5, score_max: 1e-7, sort: "score", descending: true, prompt: "a\nb\u202e", completion: " c",
       methods: ["TrackStar", "BM25"], top: 25, key: "Ab_-9", side: "opponents", row: 7, over: "query", insight: true,
       spectra: true, groupField: "year", groupMethod: "BM25", groupTop: 50,
     };
     expect(parse(`#${serialize(view)}`)).toEqual(view);
   });
-  it("takes no value that is not allowed", () => {
+  it("ignores invalid values", () => {
     const view = parse("#tab=evil&page=-1&at=1.x&sort=drop&min=Infinity&max=0x10&top=100000&key=../etc&side=up&row=1e9&__proto__=1&over=all&run=1000");
     expect(view).toEqual(INITIAL);
   });
-  it("bounds what is long", () => {
+  it("limits long values", () => {
     const view = parse(`#q=${"a".repeat(9999)}&hl=${"b".repeat(999)}&${Array.from({ length: 99 }, (_, n) => `hl=h${n}`).join("&")}`);
     expect(view.search.length).toBe(512);
     expect(view.highlights.length).toBe(20);

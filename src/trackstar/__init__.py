@@ -1,4 +1,4 @@
-"""Which training examples made this language model say that? TrackStar (Chang et al., ICLR 2025) in full.
+"""Find the training examples that made a language model say something: TrackStar (Chang et al., ICLR 2025).
 
     import trackstar
 
@@ -6,7 +6,8 @@
     query = trackstar.Query(query_id="q", prompt="The capital of France is", completion="Paris")
     report = trackstar.answer_queries(index, [query], k=10)
 
-Names are imported when they are first used, so that `import trackstar` and `trackstar --help` are instant.
+Names are imported when they are first used, so that `import trackstar` is instant. Only the names in
+`__all__` are public and stable.
 """
 
 import importlib
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from trackstar.attribution.attributor import Attribution, Attributor, TokenInfluence
     from trackstar.attribution.results import QueryReport, QueryResult, Ranked, write_results
     from trackstar.attribution.streaming import stream_queries
-    from trackstar.audit.again import check_audit
     from trackstar.audit.checks import AtHand, AuditReport, Check
+    from trackstar.audit.recomputation import check_audit
     from trackstar.audit.record import Audit, read_audit
     from trackstar.audit.writing import write_audit
     from trackstar.corpus import Corpus, Example, Query, open_corpus, read_queries
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from trackstar.model.language_model import LanguageModel, load_model, wrap_model
     from trackstar.pretraining import PretrainingConfig, pretrain
     from trackstar.store import Index, verify
-    from trackstar.workers.made_with import model_of_index
+    from trackstar.workers.index_model import model_of_index
 
 __all__ = [
     "AtHand",
@@ -81,7 +82,7 @@ _HOMES = {
     "trackstar.attribution.attributor": ("Attribution", "Attributor", "TokenInfluence"),
     "trackstar.attribution.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
     "trackstar.attribution.streaming": ("stream_queries",),
-    "trackstar.audit.again": ("check_audit",),
+    "trackstar.audit.recomputation": ("check_audit",),
     "trackstar.audit.checks": ("AtHand", "AuditReport", "Check"),
     "trackstar.audit.record": ("Audit", "read_audit"),
     "trackstar.audit.writing": ("write_audit",),
@@ -97,7 +98,7 @@ _HOMES = {
     "trackstar.model.language_model": ("LanguageModel", "load_model", "wrap_model"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
     "trackstar.store": ("Index", "verify"),
-    "trackstar.workers.made_with": ("model_of_index",),
+    "trackstar.workers.index_model": ("model_of_index",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,9 +1,37 @@
-"""The words that users choose between, as types."""
+"""The values that a user chooses between, as types and tuples; each list is declared only here."""
 
-from typing import Literal
+from typing import Literal, get_args
 
-# What is differentiated, each summed over the target tokens: the cross-entropy, log(p/(1-p)), or the token's own logit.
 Output = Literal["loss", "margin", "logit"]
+"""The function that is differentiated: cross-entropy, log(p/(1-p)) or the token's logit.
+
+Each is summed over target tokens.
+"""
+
 CodecName = Literal["float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", "1-bit"]
+"""How a row is stored."""
+
 Coordinates = Literal["projected", "whitened"]
+"""What a row is: φ, or u = W_train φ."""
+
 ProjectionKind = Literal["two-sided", "one-sided"]
+"""Eq. 4, or one dense matrix per weight matrix."""
+
+SecondMomentKind = Literal["factored", "elementwise"]
+"""V as row and column factors, or one number per weight."""
+
+Dtype = Literal["float32", "bfloat16"]
+"""Number format of the gradient computation."""
+
+OptimizerName = Literal["adafactor", "adamw"]
+"""The optimizer of a pretraining run: Transformers' Adafactor or torch's AdamW."""
+
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+CODECS: tuple[CodecName, ...] = get_args(CodecName)
+LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
+"""Codecs of whole numbers, which only store whitened coordinates."""
+COORDINATES: tuple[Coordinates, ...] = get_args(Coordinates)
+PROJECTIONS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
+SECOND_MOMENT_KINDS: tuple[SecondMomentKind, ...] = get_args(SecondMomentKind)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)

@@ -1,37 +1,44 @@
-"""The exceptions that trackstar raises for its users' mistakes and for damaged input.
+"""The exceptions that trackstar raises for mistakes of its users and for damaged input.
 
     TrackstarError
-    ├── OptionError              an option or argument has a value that cannot be used
+    ├── OptionError              a parameter has a value that cannot be used
     ├── CorpusError              a file or record of a corpus, of queries or of results cannot be read
     ├── ModelError               a model or tokenizer cannot be loaded or used
     │   └── UnsupportedModelError    its attention and MLP matrices cannot be named
     ├── GradientError            a loss or a gradient is not finite
     ├── SecondMomentError        V cannot be read from an optimizer's state, or does not fit the model
     ├── CurvatureError           R cannot be inverted, mixed or estimated
-    ├── PretrainingError         a training run cannot start, go on or be resumed
+    ├── PretrainingError         a training run cannot start, continue or be resumed
     ├── AuditError               an audit cannot be written, read or repeated
-    ├── ClusterError             a cluster cannot be reached, or loses its workers again and again
+    ├── ClusterError             a cluster cannot be reached, or keeps losing its workers
     └── StoreError               an index cannot be written or read
         ├── IndexLockedError         another process is writing it
-        ├── IndexMismatchError       it was made with something else than what was asked for now
-        ├── IncompleteIndexError     its making was interrupted
+        ├── IndexMismatchError       it was made with other settings than those requested now
+        ├── IncompleteIndexError     the run that makes it is not finished
         └── DamagedIndexError        a checksum, a size or a header is wrong
 
-Every message is one line: what was found, what was expected, what to do; it names the file, record, shard,
-example or option. Anything else that escapes is a defect of trackstar.
+Every message is one line. It says what was found, what was expected and what to do, and names the
+file, record, shard, example or parameter. Any other exception is a defect of trackstar.
+
+Messages name Python parameters and functions in backticks (`k`, `codec="float16"`, `build_index`).
+The command line shows its flags and commands instead.
 """
+
+import math
+from collections.abc import Sequence
 
 from trackstar.text import printable
 
 LONGEST_MESSAGE = 6000
-"""Most characters of a message: a path, the longest of which has 4,096 bytes, and what is said of it."""
+"""Most characters of a message: the longest path has 4,096 bytes; the rest is for the text."""
 
 
 class TrackstarError(Exception):
-    """Base of every error that a user can cause and mend.
+    """Base of every error that a user can cause and fix.
 
     Args:
-        message: The line. What it quotes of a file stays on it, whatever that is, and leaves room for what to do.
+        message: The line. Control characters in it become spaces; a line that is too long is cut in
+            the middle, so that the advice at its end remains.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,8 +47,8 @@ class TrackstarError(Exception):
         super().__init__(printable(message))
 
 
-class OptionError(TrackstarError):
-    """An option or argument has a value that cannot be used."""
+class OptionError(TrackstarError, ValueError):
+    """A parameter has a value that cannot be used."""
 
 
 class CorpusError(TrackstarError):
@@ -69,7 +76,7 @@ class CurvatureError(TrackstarError):
 
 
 class PretrainingError(TrackstarError):
-    """A training run cannot start, go on or be resumed."""
+    """A training run cannot start, continue or be resumed."""
 
 
 class AuditError(TrackstarError):
@@ -77,7 +84,7 @@ class AuditError(TrackstarError):
 
 
 class ClusterError(TrackstarError):
-    """A cluster cannot be reached, or loses its workers again and again."""
+    """A cluster cannot be reached, or keeps losing its workers."""
 
 
 class StoreError(TrackstarError):
@@ -89,12 +96,52 @@ class IndexLockedError(StoreError):
 
 
 class IndexMismatchError(StoreError):
-    """The index was made with something else than what was asked for now."""
+    """The index was made with other settings than those requested now."""
 
 
 class IncompleteIndexError(StoreError):
-    """The index's making was interrupted."""
+    """The run that makes the index is not finished."""
 
 
 class DamagedIndexError(StoreError):
     """A checksum, a size or a header of the index is wrong."""
+
+
+def check_choice(parameter: str, value: str, choices: Sequence[str]) -> None:
+    """Raise if a value is not one of the choices.
+
+    Raises:
+        OptionError: The value is not one of them; the message names the parameter and the choices.
+    """
+    if value not in choices:
+        raise OptionError(f"`{parameter}`: expected one of {', '.join(choices)}, found {value}")
+
+
+def check_at_least(parameter: str, value: int | None, least: int = 1) -> None:
+    """Raise if a number is less than `least`; None is not checked.
+
+    Raises:
+        OptionError: The number is too small; the message names the parameter.
+    """
+    if value is not None and value < least:
+        raise OptionError(f"`{parameter}`: expected {least} or more, found {value}")
+
+
+def check_damping(damping: float | None) -> None:
+    """Raise if a damping is negative or not finite; None (a rule chooses it) is not checked.
+
+    Raises:
+        OptionError: The damping is out of range.
+    """
+    if damping is not None and not 0 <= damping < math.inf:
+        raise OptionError(f"`damping`: expected 0 or more, as a fraction of R_train's mean eigenvalue, found {damping}")
+
+
+def check_mixing(mixing: float | None) -> None:
+    """Raise if λ is outside [0, 1]; None (the paper's rule chooses it) is not checked.
+
+    Raises:
+        OptionError: λ is out of range.
+    """
+    if mixing is not None and not 0 <= mixing <= 1:
+        raise OptionError(f"`mixing`: expected 0 (only R_train) to 1 (only R_eval), found {mixing}")

@@ -1,8 +1,8 @@
-"""Tell a person at a terminal how far long work is, whoever observes it likewise, and everybody what must be said."""
+"""Progress bars on a terminal, progress callbacks for observers, and notes for both."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class TextStream(Protocol):
-    """What lines can be written to."""
+    """A stream of text to write lines to."""
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Whether the stream is a terminal."""
         ...
 
     def write(self, text: str, /) -> int:
@@ -26,29 +26,30 @@ class TextStream(Protocol):
         ...
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write what is buffered."""
         ...
 
 
 @runtime_checkable
 class ProgressObserver(Protocol):
-    """Who is told how far work is, such as a web server; whatever it raises ends the work."""
+    """Callbacks that receive progress, such as a web server's; an exception that they raise ends the work."""
 
     def started(self, title: str, unit: str, total: int | None) -> None:
-        """A stage begins, of `total` units where that is known."""
+        """Begin a stage of `total` units; None if their number is unknown."""
         ...
 
     def advanced(self, amount: int) -> None:
-        """So many more units are done."""
+        """Count `amount` more units as done."""
         ...
 
 
 _OBSERVER: ContextVar[ProgressObserver | None] = ContextVar("observer", default=None)
+_WORDING: ContextVar[Callable[[str], str] | None] = ContextVar("wording", default=None)
 
 
 @contextlib.contextmanager
 def observed(observer: ProgressObserver) -> Iterator[None]:
-    """Tell the observer of all work that this thread does inside, whether or not bars are shown."""
+    """Report all work that this thread does inside to the observer, whether or not bars are shown."""
     token = _OBSERVER.set(observer)
     try:
         yield
@@ -56,8 +57,24 @@ def observed(observer: ProgressObserver) -> Iterator[None]:
         _OBSERVER.reset(token)
 
 
+@contextlib.contextmanager
+def reworded(wording: Callable[[str], str]) -> Iterator[None]:
+    """Pass every note that this thread prints inside through a function, such as a translation."""
+    token = _WORDING.set(wording)
+    try:
+        yield
+    finally:
+        _WORDING.reset(token)
+
+
+def reworded_line(line: str) -> str:
+    """The line in the words of the surrounding `reworded`, without control characters."""
+    wording = _WORDING.get()
+    return printable(line if wording is None else wording(line))
+
+
 class Progress:
-    """A bar with rate and time left on stderr, drawn only where stderr is a terminal.
+    """A progress bar with rate and time left on stderr, drawn only on a terminal.
 
     Example:
         with Progress("Indexing", unit="tokens", total=1_000_000) as progress:
@@ -65,11 +82,11 @@ class Progress:
             progress.note("3 records have no token to score and were skipped")
 
     Args:
-        title: What is being done.
-        unit: What is counted, in the plural: the rate is shown in it per second.
-        total: How much there is to do; None where that is not known, and then no time left is shown.
+        title: The stage's name.
+        unit: The plural name of what is counted; the rate is shown in it per second.
+        total: Number of units; None if unknown, and then no time left is shown.
         stream: Where to write; None is stderr.
-        shown: Whether there may be a bar; notes are printed all the same.
+        shown: Whether a bar may be drawn; notes are printed in any case.
     """
 
     def __init__(
@@ -77,6 +94,7 @@ class Progress:
     ) -> None:
         self._stream: TextStream = sys.stderr if stream is None else stream
         self._observer = _OBSERVER.get()
+        self._wording = _WORDING.get()
         self._stage = (title, unit, total)
         self._bar = _bar(title, unit, total, self._stream) if shown and self._stream.isatty() else None
 
@@ -101,8 +119,8 @@ class Progress:
             self._bar.advance(self._bar.task_ids[0], amount)
 
     def note(self, line: str) -> None:
-        """Print one plain line, at a terminal above the bar; control characters in it become spaces."""
-        plain = printable(line)
+        """Print one plain line, on a terminal above the bar; control characters in it become spaces."""
+        plain = printable(line if self._wording is None else self._wording(line))
         if self._bar is None:
             self._stream.write(f"{plain}\n")
             self._stream.flush()

@@ -1,34 +1,53 @@
-"""Text made fit for one line: control characters, length, quoting, and the words of strict JSON readers."""
+"""Text for one line: control characters, length, and values quoted in messages."""
+
+import re
+
+_CREDENTIALS = re.compile(r"://[^/@]*@")
 
 
 def printable(text: str) -> str:
-    """The text without what could move a terminal's cursor, recolour it or reverse its writing: spaces instead."""
+    """Replace characters that could move a terminal's cursor, colour or reverse text by spaces."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """The text's beginning, with a sign where more follows."""
+    """Cut the text to `most` characters, the last of them an ellipsis if anything was cut."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def one_line(error: BaseException) -> str:
-    """An error's text on one line; its kind where it has none."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return text[:200] or type(error).__name__
+def without_credentials(path: str) -> str:
+    """Return the path or URL without `USER:PASSWORD@`, for messages and manifests."""
+    return _CREDENTIALS.sub("://", path)
+
+
+def one_line(message: object, most: int = 200) -> str:
+    """Return any text or error on one line of at most `most` characters, without credentials."""
+    return shortened(without_credentials(" ".join(str(message).split())), most)
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return the first line of an error's text, or the name of its class if it has none."""
+    lines = str(error).splitlines()
+    return one_line(lines[0] if lines else "", most) or type(error).__name__
+
+
+def system_reason(error: BaseException) -> str:
+    """Return the operating system's reason for an error, else its text, else the name of its class."""
+    return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 class Words(str):
-    """What was found, where that is no value but something to say of it; shown without quotes."""
+    """A description in place of a value, such as `nothing`; messages show it without quotes."""
 
 
 def abridged(found: object) -> str:
-    """One short line that shows a value, whatever it is."""
+    """Return any value as at most 80 characters of ASCII, for a message."""
     try:
         return cut(str(found) if isinstance(found, Words) else ascii(found))
-    except (ValueError, RecursionError):  # a number of thousands of digits, or nested nearly too deeply to be read
+    except (ValueError, RecursionError):  # a number of thousands of digits, or deep nesting
         return f"a {type(found).__name__} too large to show"
 
 
 def cut(shown: str) -> str:
-    """The text, or its beginning."""
+    """Cut the text to 80 characters, the last three of them dots if anything was cut."""
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -1,4 +1,4 @@
-"""A real browser before real servers: Debian's Chromium, driven by Playwright; a page that reports any error fails."""
+"""A real browser for tests: Chromium, driven by Playwright. A test fails if its page reports an error."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from trackstar.indexing.build import build_index
 from trackstar.model.language_model import load_model
 
 QUERIES = 5415
-# Chromium's own services would look for the network, which tests have none of.
+# Keep Chromium's background services off the network, which tests do not have.
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync",
     "--disable-component-update", "--no-first-run",
@@ -47,11 +47,11 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def page(context: BrowserContext) -> Iterator[Page]:
-    """A page; whatever goes wrong in it, or against its policy, fails the test."""
+    """A page; an error in it, or a violation of its policy, fails the test."""
     problems: list[str] = []
     made = context.new_page()
     made.on("pageerror", lambda error: problems.append(f"error: {error}"))
-    made.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
+    made.on("console", lambda entry: problems.append(entry.text) if entry.type in ("error", "warning") else None)
     made.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
     made.add_init_script("window.pwned = 0")
     yield made
@@ -61,17 +61,17 @@ def page(context: BrowserContext) -> Iterator[Page]:
 
 @pytest.fixture(scope="session")
 def release_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two runs over the queries of a file as large as the release's."""
+    """Two runs over as many queries as the release has."""
     folder = tmp_path_factory.mktemp("release")
     first = write_release_file(folder / "ours.jsonl", queries=QUERIES)
-    second = write_release_file(folder / "baseline.jsonl", queries=QUERIES - 1, passages=6)
+    second = write_release_file(folder / "baseline.jsonl", queries=QUERIES - 1, candidates=6)
     with explorer([first, second]) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def hostile_address(tiny_model_folders: TinyModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A result file and an index whose texts attack."""
+    """A result file and an index with hostile texts."""
     folder = tmp_path_factory.mktemp("hostile")
     texts = [*HOSTILE, LONG[:2000]]
     lines = [{"id": f"{text[:40]} {row}", "text": text, text[:30]: text[:60]} for row, text in enumerate(texts)]
@@ -83,7 +83,7 @@ def hostile_address(tiny_model_folders: TinyModelFolder, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def live_address(tiny_model_folders: TinyModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An index of two dozen sentences about capitals, with fields; one document is long."""
+    """An index of two dozen sentences about capitals, with fields."""
     folder = tmp_path_factory.mktemp("live")
     countries = list(CAPITALS)
     lines = [
@@ -107,9 +107,9 @@ def _live(folder: Path, lines: Sequence[Mapping[str, object]], model: Path) -> L
 
 @pytest.fixture(scope="session")
 def axe() -> Callable[[Page], list[str]]:
-    """Serious and critical problems of accessibility that axe-core finds on a page."""
+    """Finds serious and critical accessibility problems on a page, with axe-core."""
     source = Path(__file__).resolve().parents[2] / "frontend" / "node_modules" / "axe-core" / "axe.min.js"
-    assert source.exists(), f"{source}: not there; `make test` installs it, or: npm ci in frontend/"
+    assert source.exists(), f"{source}: not found; `make test` installs it, or: npm ci in frontend/"
     script = source.read_text(encoding="utf-8")
 
     def problems(page: Page) -> list[str]:

@@ -1,4 +1,4 @@
-"""Texts that attack are shown as text: no script runs, no markup appears, no character turns the page around."""
+"""Hostile texts are shown as text: no script runs, no markup appears, no character reverses the page."""
 
 import re
 
@@ -11,7 +11,7 @@ ELEMENTS = (
 )
 
 
-def test_a_result_file_that_attacks_is_shown_as_text(page: Page, hostile_address: str):
+def test_a_hostile_result_file_is_shown_as_text(page: Page, hostile_address: str):
     elsewhere: list[str] = []
     page.on("request", lambda r: None if r.url.startswith((hostile_address, "data:")) else elsewhere.append(r.url))
     page.goto(f"{hostile_address}/#tab=results")
@@ -48,7 +48,7 @@ def test_the_raw_record_and_highlights_hold_no_markup(page: Page, hostile_addres
     assert page.locator(ELEMENTS).count() == 0
 
 
-def test_an_index_that_attacks_is_asked_and_shown_as_text(page: Page, hostile_address: str):
+def test_a_hostile_index_is_shown_as_text(page: Page, hostile_address: str):
     page.goto(f"{hostile_address}/#tab=ask")
     page.get_by_label("Prompt").fill("<img src=x onerror=window.pwned=1>")
     page.get_by_label("Completion").fill("<script>window.pwned=1</script>")

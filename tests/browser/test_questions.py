@@ -1,4 +1,4 @@
-"""Live questions in the browser: ask, let the model answer, watch, cancel, split over tokens, measure, look at all."""
+"""Live questions in the browser: ask, generate, cancel, split over tokens, measure, and the overview."""
 
 import re
 import time
@@ -44,7 +44,7 @@ def test_a_question_is_answered_by_every_method_side_by_side(page: Page, live_ad
     expect(first(page)).to_contain_text("−0.")
 
 
-def test_what_was_typed_last_is_what_is_asked(page: Page, live_address: str):
+def test_the_latest_input_is_attributed(page: Page, live_address: str):
     opened(page, live_address)
     page.get_by_label("Prompt").fill("The capital of Italy is")
     page.get_by_label("Completion").press_sequentially("Rome")
@@ -57,7 +57,7 @@ def test_what_was_typed_last_is_what_is_asked(page: Page, live_address: str):
     expect(answer(page)).to_contain_text("This answers an earlier question")
 
 
-def test_nothing_but_white_space_is_not_asked(page: Page, live_address: str):
+def test_a_completion_of_white_space_cannot_be_attributed(page: Page, live_address: str):
     opened(page, live_address)
     page.get_by_label("Prompt").fill("x")
     page.get_by_label("Completion").fill("   ")
@@ -65,14 +65,14 @@ def test_nothing_but_white_space_is_not_asked(page: Page, live_address: str):
     expect(page.get_by_role("button", name="Attribute")).to_be_disabled()
 
 
-def test_methods_can_be_left_out(page: Page, live_address: str):
+def test_methods_can_be_deselected(page: Page, live_address: str):
     opened(page, live_address)
     page.get_by_role("group", name="Methods").get_by_label("BM25").uncheck()
     ask(page)
     expect(answer(page).get_by_role("region", name="BM25", exact=True)).to_have_count(0)
 
 
-def test_the_model_answers_and_the_part_that_is_clicked_is_attributed(page: Page, live_address: str):
+def test_the_clicked_part_of_the_models_answer_is_attributed(page: Page, live_address: str):
     opened(page, live_address)
     page.get_by_label("Prompt").fill("The capital of Peru is")
     page.get_by_role("button", name="Let the model answer").click()
@@ -82,13 +82,13 @@ def test_the_model_answers_and_the_part_that_is_clicked_is_attributed(page: Page
     tokens.nth(1).click()
     expect(page.get_by_label("Completion")).not_to_have_value("")
     prompt, completion = (page.get_by_label(name).input_value() for name in ("Prompt", "Completion"))
-    # The random model's words are of any tokens: what is chosen begins with a word and ends with the token clicked.
+    # The random model's words consist of any tokens. The part begins with a word and ends with the click.
     assert f"{prompt} {completion}".split() == f"The capital of Peru is {''.join(texts)}".split()
     page.get_by_role("button", name="Attribute").click()
     expect(answer(page)).to_contain_text("P(")
 
 
-def test_an_influence_is_split_over_tokens_of_both_sides(page: Page, live_address: str):
+def test_an_influence_is_split_over_the_tokens_of_candidate_and_query(page: Page, live_address: str):
     opened(page, live_address)
     ask(page)
     score = float(first(page).locator(".score").get_attribute("title").removeprefix("Score "))  # pyright: ignore[reportOptionalMemberAccess]
@@ -99,7 +99,7 @@ def test_an_influence_is_split_over_tokens_of_both_sides(page: Page, live_addres
     parts = [float(re.sub(r" \(\d+ tokens\)$", "", label).split()[-1].replace("−", "-")) for label in labels]
     assert sum(parts) == pytest.approx(score, abs=0.002 + 0.00006 * len(parts))
     assert "".join(re.findall("“(.*)”", "\n".join(labels)))
-    first(page).get_by_role("button", name="Query's side").click()
+    first(page).get_by_role("button", name="Over the query").click()
     expect(first(page)).to_contain_text("query's tokens sum to")
     expect(first(page).get_by_role("listbox")).to_contain_text("Paris")
     heat = first(page).get_by_role("listbox")
@@ -115,7 +115,7 @@ def test_an_effect_is_measured(page: Page, live_address: str):
     expect(first(page)).to_contain_text(re.compile(r"P\(Paris\): .*% → .*% \(.*\)"))
 
 
-def test_all_candidates_are_shown_at_a_glance(page: Page, live_address: str):
+def test_the_overview_shows_all_candidates(page: Page, live_address: str):
     opened(page, live_address)
     ask(page)
     answer(page).get_by_text("Insight", exact=True).click()
@@ -130,11 +130,11 @@ def test_all_candidates_are_shown_at_a_glance(page: Page, live_address: str):
     expect(page.get_by_text("Show as table").first).to_be_visible()
 
 
-def test_a_link_shows_an_answer_that_is_held_and_starts_nothing(page: Page, context: BrowserContext, live_address: str):
+def test_a_link_shows_an_answer_in_memory_and_starts_no_job(page: Page, context: BrowserContext, live_address: str):
     opened(page, live_address)
     ask(page, "The capital of Cuba is", "Havana")
     first(page).get_by_role("button", name="Tokens", exact=True).click()
-    first(page).get_by_role("button", name="Query's side").click()
+    first(page).get_by_role("button", name="Over the query").click()
     expect(first(page)).to_contain_text("query's tokens sum to")
     first(page).get_by_role("button", name="Measure").click()
     expect(first(page)).to_contain_text("→")
@@ -174,7 +174,7 @@ def test_long_work_shows_progress_and_is_cancelled(page: Page, live_address: str
     expect(page.get_by_role("button", name="Attribute")).to_be_enabled()
 
 
-def test_what_cannot_be_answered_says_why(page: Page, live_address: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_error_is_shown_with_its_message(page: Page, live_address: str, monkeypatch: pytest.MonkeyPatch):
     def broken(_self: LiveIndex, _request: object) -> None:
         raise GradientError("query query: its projected gradient is zero, expected one that is not")
 
@@ -193,6 +193,18 @@ def test_an_answer_is_exported(page: Page, live_address: str):
     with page.expect_download() as download:
         page.get_by_role("link", name="JSONL", exact=True).click()
     assert '"inputs_plaintext": "The capital of France is"' in download.value.path().read_text("utf-8")
+
+
+def test_terms_are_defined_with_their_formula_in_a_popover(page: Page, live_address: str):
+    opened(page, live_address)
+    ask(page)
+    for label, formula in (("influence, from", "cosine of the corrected gradients"), ("Task weight", "R = λ R_eval")):
+        term = answer(page).get_by_role("button", name=label)
+        term.click()
+        expect(answer(page).get_by_role("note")).to_contain_text(formula)
+        page.keyboard.press("Escape")
+        expect(answer(page).get_by_role("note")).to_have_count(0)
+        expect(term).to_be_focused()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

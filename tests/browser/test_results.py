@@ -1,4 +1,4 @@
-"""Result files in the browser: find, filter, compare, mark, link, export; over as many queries as the release has."""
+"""Result files in the browser: search, filter, compare, highlight, link and export, at the release's size."""
 
 import csv
 import json
@@ -25,11 +25,11 @@ def found(page: Page):
     return page.get_by_role("navigation", name="Queries").get_by_role("status").first
 
 
-def test_the_first_view_has_all_queries_the_metrics_and_the_first_querys_passages(page: Page, release_address: str):
+def test_the_first_view_has_all_queries_metrics_and_the_first_querys_candidates(page: Page, release_address: str):
     opened(page, release_address)
     expect(found(page)).to_contain_text("5,415")
     expect(chosen(page).get_by_role("heading", level=1)).to_be_visible()
-    for name in ("MRR", "recall@10", "precision@10", "entailing@10", "model right"):
+    for name in ("MRR", "recall@10", "precision@10", "entailing@10", "model accuracy"):
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     expect(page.get_by_role("article", name=re.compile("^Rank 1: ")).first).to_be_visible()
     expect(page.get_by_role("region", name="Run ours.jsonl")).to_be_visible()
@@ -49,7 +49,7 @@ def test_search_filters_and_sorting_narrow_the_list_and_the_metrics(page: Page, 
     page.get_by_label("Sort by").select_option("score")
     page.get_by_role("button", name="Descending").click()
     expect(page).to_have_url(re.compile("sort=score.*desc=1|desc=1.*sort=score"))
-    expect(chosen(page)).to_contain_text("right")
+    expect(chosen(page)).to_contain_text("✓ correct")
 
 
 def test_relations_are_chosen_from_a_list_with_counts(page: Page, release_address: str):
@@ -61,16 +61,16 @@ def test_relations_are_chosen_from_a_list_with_counts(page: Page, release_addres
     expect(chosen(page)).to_contain_text("plays the")
 
 
-def test_search_reaches_passages_when_asked(page: Page, release_address: str):
+def test_search_covers_candidates_on_request(page: Page, release_address: str):
     opened(page, release_address, "#at=0.0")
-    word = chosen(page).get_by_role("article").first.locator(".passage-text").inner_text().split(".")[0][:40]
+    word = chosen(page).get_by_role("article").first.locator(".candidate-text").inner_text().split(".")[0][:40]
     page.get_by_label("Search queries").fill(word)
     expect(found(page)).to_contain_text(re.compile("^0 of|No quer"))
-    page.get_by_label("In passages too").check()
+    page.get_by_label("In candidates' texts too").check()
     expect(found(page)).to_contain_text(re.compile(r"^1 of"))
 
 
-def test_pages_and_keys_go_through_the_list(page: Page, release_address: str):
+def test_pages_and_keys_move_through_the_list(page: Page, release_address: str):
     opened(page, release_address)
     heading = chosen(page).get_by_role("heading", level=1)
     first = heading.inner_text()
@@ -94,7 +94,7 @@ def test_pages_and_keys_go_through_the_list(page: Page, release_address: str):
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
-def test_two_runs_stand_side_by_side_and_shared_passages_are_told(page: Page, release_address: str):
+def test_two_runs_are_side_by_side_with_the_number_of_shared_candidates(page: Page, release_address: str):
     opened(page, release_address)
     expect(chosen(page).get_by_text(re.compile(r"\d+ of \d+ shared"))).to_be_visible()
     page.get_by_role("button", name=re.compile("^Only ")).click()
@@ -103,30 +103,30 @@ def test_two_runs_stand_side_by_side_and_shared_passages_are_told(page: Page, re
     expect(page.get_by_role("region", name="Run baseline.jsonl")).to_be_visible()
 
 
-def test_a_query_that_a_run_lacks_is_told(page: Page, release_address: str):
+def test_a_query_that_a_run_lacks_is_reported(page: Page, release_address: str):
     opened(page, release_address, f"#at={QUERIES - 1}.-")
     expect(page.get_by_text("Not in this run")).to_be_visible()
 
 
-def test_entities_and_own_words_are_marked(page: Page, release_address: str):
+def test_entities_and_highlights_are_marked(page: Page, release_address: str):
     opened(page, release_address)
     expect(chosen(page).locator("mark.subject, .subject").first).to_be_visible()
     page.get_by_label("Highlight", exact=True).fill("the")
     page.get_by_label("Highlight", exact=True).press("Enter")
     expect(page.get_by_role("button", name="Remove highlight the")).to_be_visible()
-    expect(chosen(page).locator(".passage-text .own").first).to_be_visible()
+    expect(chosen(page).locator(".candidate-text .highlighted").first).to_be_visible()
     page.get_by_role("button", name="Remove highlight the").click()
-    expect(chosen(page).locator(".passage-text .own")).to_have_count(0)
+    expect(chosen(page).locator(".candidate-text .highlighted")).to_have_count(0)
 
 
-def test_selected_words_are_offered_to_be_marked(page: Page, release_address: str):
+def test_selected_words_can_be_highlighted(page: Page, release_address: str):
     opened(page, release_address)
-    chosen(page).locator(".passage-text .subject").first.dblclick()  # selects a word
+    chosen(page).locator(".candidate-text .subject").first.dblclick()  # selects a word
     page.get_by_role("button", name="Highlight everywhere").click()
     expect(page.get_by_role("button", name=re.compile("^Remove highlight "))).to_be_visible()
 
 
-def test_the_raw_record_is_the_files(page: Page, release_address: str):
+def test_the_raw_record_is_the_line_in_the_file(page: Page, release_address: str):
     opened(page, release_address)
     page.get_by_role("button", name="Raw record").click()
     record = json.loads(page.get_by_role("dialog").locator("pre").inner_text())
@@ -162,19 +162,19 @@ def test_a_link_restores_the_whole_view(page: Page, context: BrowserContext, rel
 @pytest.mark.parametrize(
     "state", ["#tab=javascript:1&at=<script>&run=99&sort=x&min=1e999&page=-3&hl=%00", "#%E0%A4%A", "#" + "x" * 9000]
 )
-def test_links_that_make_no_sense_show_the_first_query(page: Page, release_address: str, state: str):
+def test_invalid_links_show_the_first_query(page: Page, release_address: str, state: str):
     opened(page, release_address, state)
     expect(found(page)).to_contain_text("5,415")
     expect(chosen(page).get_by_role("heading", level=1)).to_be_visible()
 
 
-def test_a_page_that_there_is_not_becomes_the_last(page: Page, release_address: str):
+def test_a_page_beyond_the_last_becomes_the_last(page: Page, release_address: str):
     opened(page, release_address, "#page=9999")
     expect(page.get_by_label("Page number")).to_have_value("109")
     expect(chosen(page).get_by_role("heading", level=1)).to_be_visible()
 
 
-def test_what_matches_is_exported(page: Page, release_address: str):
+def test_matching_queries_are_exported(page: Page, release_address: str):
     opened(page, release_address, "#q=capital&model=yes&right=no")
     matching = int(re.findall(r"^(\d+) of", found(page).inner_text())[0])
     lines = {}
@@ -213,7 +213,7 @@ def test_accessible(page: Page, release_address: str, axe: Callable[[Page], list
     assert axe(page) == []
 
 
-def test_the_theme_is_kept(page: Page, release_address: str):
+def test_the_theme_is_remembered(page: Page, release_address: str):
     opened(page, release_address)
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.get_by_label("Theme").select_option("dark")

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine, one for all tests here; it ends with them."""
+"""One Ray cluster on this machine for all tests in this folder; it ends with them."""
 
 import os
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from trackstar.model.language_model import LanguageModel
     from trackstar.workers import RayWorkers
 
-# Workers import what the tests define: pickled by name.
+# Workers import the tests' work functions, which are pickled by name.
 TESTS = str(Path(__file__).parents[1])
 
 
 def ray_processes() -> list[psutil.Process]:
-    """The processes of clusters that this one started."""
+    """Ray processes that this process started."""
     return [process for process in psutil.Process().children(recursive=True) if is_ray(process)]
 
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator["RayWorkers"]:
-    """Two workers."""
+    """Workers on a local cluster, two at most."""
     from trackstar.workers import RayWorkers
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *([before] if before else [])])
-    with RayWorkers("local", workers=2) as found:
-        yield found
+    with RayWorkers("local", workers=2) as ray_workers:
+        yield ray_workers
     if before is None:
         del os.environ["PYTHONPATH"]
     else:

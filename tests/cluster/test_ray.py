@@ -1,4 +1,4 @@
-"""A cluster's workers give, bit for bit, what one process gives, whatever happens to them."""
+"""A cluster's workers give the results of one process, bit for bit, even if workers fail."""
 
 import dataclasses
 import itertools
@@ -30,11 +30,11 @@ from trackstar.indexing.build import build_index
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import Index
 from trackstar.workers import RayWorkers, ray_workers
-from trackstar.workers.made_with import second_moment_of_index
+from trackstar.workers.index_model import second_moment_of_index
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 from trackstar.workers.setups import GradientSetup
 
-# Ray's own, of sockets and files that it leaves to the garbage collector.
+# Ray leaves sockets and files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 WORDS = ["Paris", "is", "the", "capital", "of", "France", "Berlin", "Germany", "people", "speak"]
@@ -62,7 +62,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(model: LanguageModel, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Indexes made by this process alone."""
+    """Indexes built by this process alone."""
     torch.set_num_threads(1)
     folders = {kind: tmp_path_factory.mktemp("plain") / kind for kind in KINDS}
     for kind, folder in folders.items():
@@ -71,7 +71,7 @@ def plain(model: LanguageModel, corpus: Path, tmp_path_factory: pytest.TempPathF
 
 
 def copy_of(index: Path, out: Path) -> Path:
-    """An index that nobody has asked yet."""
+    """A copy without the `derived` folder, as if it had not been queried."""
     for name, content in index_bytes(index).items():
         if not name.startswith("derived/"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def answers(report: QueryReport) -> list[Any]:
 
 
 def worker_processes() -> list[psutil.Process]:
-    """Those that hold, or are to hold, a model."""
+    """The processes of `Worker` actors."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -103,7 +103,7 @@ def worker_processes() -> list[psutil.Process]:
     return found
 
 
-# Nothing is there yet: `auto` would find the cluster that the tests below start
+# First, while no cluster runs: `auto` would find the one that the fixture of the tests below starts.
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def worker_processes() -> list[psutil.Process]:
         pytest.param("x", marks=pytest.mark.slow),
     ],
 )
-def test_a_cluster_that_is_not_there_is_one_line(address: str, tmp_path: Path) -> None:
+def test_a_cluster_that_cannot_be_reached_is_a_one_line_error(address: str, tmp_path: Path) -> None:
     if address == "auto" and any(map(is_ray, psutil.process_iter())):
         pytest.skip("a cluster runs here, which auto finds")
     program = (
@@ -129,7 +129,8 @@ def test_a_cluster_that_is_not_there_is_one_line(address: str, tmp_path: Path) -
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120, check=False
     )
-    assert result.stderr.startswith(f"--ray {address}: no cluster can be reached there (")
+    assert result.stderr.startswith("`address`: expected auto, local, HOST:PORT or a ray:// URL of a running cluster, ")
+    assert f", found {address} (" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.returncode == 0
     assert time.monotonic() - begun < 40
@@ -164,7 +165,7 @@ def test_answers_are_those_of_one_process(
 def test_one_question_about_an_index_named_from_here_has_the_answer_of_one_process(
     workers: RayWorkers, model: LanguageModel, plain: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few questions of numbers are scanned otherwise than many; and workers run in another folder than this process."""
+    """Few queries of float codecs are scanned by other code than many, and workers run in a different folder."""
     given = {"model": model, "k": 7, "progress": False, "batch_tokens": 128}
     alone = answer_queries(copy_of(plain["projected"], tmp_path / "one"), QUERIES[:1], **given)
     copy_of(plain["projected"], tmp_path / "many")
@@ -172,8 +173,8 @@ def test_one_question_about_an_index_named_from_here_has_the_answer_of_one_proce
     assert answers(answer_queries("many", QUERIES[:1], workers=workers, **given)) == answers(alone)
 
 
-def test_this_process_still_ends_as_it_says(workers: RayWorkers) -> None:
-    """Ray would answer SIGTERM in its own way."""
+def test_this_process_keeps_its_sigterm_handler(workers: RayWorkers) -> None:
+    """Ray replaces it while it starts."""
     assert not getattr(signal.getsignal(signal.SIGTERM), "__module__", "").startswith("ray")
 
 
@@ -227,7 +228,7 @@ def test_both_kinds_of_workers_give_the_same_gradients_in_the_parts_order(
 def test_a_worker_loads_another_model_of_the_same_weights(
     workers: RayWorkers, tiny_model_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """Cut into other blocks."""
+    """With its layers pooled into another number of blocks."""
     for blocks in (2, 3):
         other = load_model(tiny_model_folder, layer_blocks=blocks)
         settings = {**SETTINGS, "codec": "float16", "limit": 20}
@@ -236,10 +237,10 @@ def test_a_worker_loads_another_model_of_the_same_weights(
         assert made(tmp_path / f"many{blocks}") == made(tmp_path / f"one{blocks}")
 
 
-# What is taken and left
+# Parts and resources
 
 
-def test_parts_are_not_taken_long_before_they_can_be_done(
+def test_parts_are_not_taken_long_before_they_can_be_computed(
     workers: RayWorkers, model: LanguageModel, setup: GradientSetup
 ) -> None:
     taken = 0
@@ -257,7 +258,7 @@ def test_parts_are_not_taken_long_before_they_can_be_done(
     assert given == list(range(30))
 
 
-def test_what_is_not_asked_for_any_more_is_let_go(
+def test_an_abandoned_iterator_releases_its_parts(
     workers: RayWorkers, model: LanguageModel, setup: GradientSetup
 ) -> None:
     for _ in range(3):
@@ -278,19 +279,19 @@ def test_resources_are_free_once_closed(workers: RayWorkers, model: LanguageMode
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"] and time.monotonic() < until:
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
-    with RayWorkers("auto", workers=1) as again:
-        assert list(again.gradients(model, setup, Slow(0), [1])) == [1]
-    assert ray.is_initialized(), "whoever connected lets go"
+    with RayWorkers("auto", workers=1) as second:
+        assert list(second.gradients(model, setup, Slow(0), [1])) == [1]
+    assert ray.is_initialized(), "only the object that connected disconnects"
 
 
 # Interruptions
 
 
 class InterruptedRunError(Exception):
-    """Not an error of ours."""
+    """An error that is not a `TrackstarError`."""
 
 
-def test_an_interrupted_index_goes_on(
+def test_an_interrupted_index_resumes(
     workers: RayWorkers, model: LanguageModel, corpus: Path, plain: dict[str, Path], tmp_path: Path
 ) -> None:
     from trackstar import store
@@ -323,7 +324,7 @@ def killing(seconds: Callable[[], float], stop: threading.Event, killed: list[in
 
 @pytest.fixture
 def at_risk() -> Iterator[list[int]]:
-    """While it lasts, a worker is killed every few seconds."""
+    """Kill a worker every few seconds while the test runs."""
     generator = random.Random(time.time_ns())
     stop, killed = threading.Event(), list[int]()
     thread = threading.Thread(target=killing, args=(lambda: generator.uniform(0.5, 6), stop, killed))
@@ -359,7 +360,7 @@ def test_a_killed_workers_parts_go_to_others(
 
 
 @pytest.mark.slow
-def test_a_part_that_nobody_survives_is_an_error(
+def test_a_part_that_no_worker_survives_is_an_error(
     workers: RayWorkers, model: LanguageModel, setup: GradientSetup
 ) -> None:
     with pytest.raises(
@@ -388,14 +389,14 @@ def test_an_example_without_a_finite_gradient_is_named(
 ) -> None:
     with torch.no_grad():
         weight = next(iter(model.module.parameters()))
-        kept = weight.clone()
+        original = weight.clone()
         weight.fill_(3e38)
     try:
         with pytest.raises(GradientError) as alone:
             list(THIS_PROCESS.gradients(model, setup, projected, [examples]))
     finally:
         with torch.no_grad():
-            weight.copy_(kept)
+            weight.copy_(original)
     with pytest.raises(GradientError) as together:
         list(workers.gradients(model, setup, Overflows(), [examples]))
     assert str(together.value) == str(alone.value)
@@ -408,14 +409,14 @@ def test_a_model_that_is_not_on_the_node_is_named_with_the_node(
     loaded = load_model(folder, layer_blocks=2)
     folder.rename(tmp_path / "moved")
     with pytest.raises(
-        ModelError, match=r"^on node [^ ]+: .*a cluster's nodes all read the model from the same"
+        ModelError, match=r"^on node [^ ]+: .*expected the model at the same path on all of the cluster's nodes"
     ) as caught:
         build_index(loaded, corpus, tmp_path / "index", workers=workers, **SETTINGS, **KINDS["projected"])
     assert "\n" not in str(caught.value)
     save_tiny_model(folder, "llama", special_tokens="bos", seed=4)
     with pytest.raises(TrackstarError, match=r"^on node [^ ]+: .*the model's digest is .*give all nodes the same"):
         build_index(loaded, corpus, tmp_path / "index", workers=workers, **SETTINGS, **KINDS["projected"])
-    with pytest.raises(OptionError, match="the model is in memory only"):
+    with pytest.raises(OptionError, match=r"^`model`: expected one loaded from .*, found one in memory only$"):
         workers.gradients(dataclasses.replace(loaded, source="in memory"), setup, projected, [])
 
 
@@ -424,11 +425,11 @@ def test_an_index_that_is_not_on_the_node_is_named_with_the_node(
 ) -> None:
     index = Index.open(copy_of(plain["projected"], tmp_path / "index"))
     (tmp_path / "index").rename(tmp_path / "moved")
-    with pytest.raises(TrackstarError, match=r"^on node [^ ]+: .*a cluster's nodes all read the index from the same"):
+    with pytest.raises(TrackstarError, match=r"^on node [^ ]+: .*expected the index at the same path on all of the"):
         workers.scan(index, rows)
 
 
-def test_an_error_of_whoever_gives_the_parts_is_the_callers(
+def test_an_error_of_the_source_of_parts_is_the_callers(
     workers: RayWorkers, model: LanguageModel, setup: GradientSetup
 ) -> None:
     def source() -> Iterator[int]:
@@ -443,31 +444,32 @@ def test_an_error_of_whoever_gives_the_parts_is_the_callers(
 def test_ray_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_workers.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(
-        OptionError, match=r"^ray is not installed; --ray needs it: pip install 'trackstar-tda\[ray\]'$"
+        OptionError,
+        match=r"^a cluster's workers need Ray, which is not installed; pip install 'trackstar-tda\[ray\]'$",
     ):
         RayWorkers("local")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"workers": 0}, "--ray-workers 0: expected 1 or more"),
-        ({"cpus": 0}, "--ray-cpus 0: expected 1 or more"),
-        ({"gpus": -1.0}, "--ray-gpus -1: expected 0, a part of one .*"),
-        ({"gpus": 1.5}, "--ray-gpus 1.5: expected 0, a part of one .*"),
-        ({"gpus": 1e-5}, "--ray-gpus 1e-05: expected 0, a part of one .*"),
-        ({"gpus": 65.0}, "--ray-gpus 65: expected .* or a whole number up to 64"),
+        ({"workers": 0}, "`workers`: expected 1 or more, found 0"),
+        ({"cpus": 0}, "`cpus`: expected 1 or more, found 0"),
+        ({"gpus": -1.0}, "`gpus`: expected 0, a fraction of one .*, found -1"),
+        ({"gpus": 1.5}, "`gpus`: expected 0, a fraction of one .*, found 1.5"),
+        ({"gpus": 1e-5}, "`gpus`: expected 0, a fraction of one .*, found 1e-05"),
+        ({"gpus": 65.0}, "`gpus`: expected .* or a whole number up to 64, found 65"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: Any, said: str) -> None:
-    with pytest.raises(OptionError, match=f"^{said}$"):
+def test_numbers_out_of_range_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=f"^{message}$"):
         RayWorkers("local", **options)
 
 
 def test_a_worker_larger_than_the_cluster_is_refused(workers: RayWorkers) -> None:
     with pytest.raises(
-        ClusterError, match=r"^--ray auto: the cluster's nodes have up to .* a worker needs 4096 and 0 \(--ray-cpus"
+        ClusterError, match=r"^`address`: the nodes of the cluster auto have up to .* a worker needs 4096 and 0; pass"
     ):
         RayWorkers("auto", cpus=4096)
-    with pytest.raises(ClusterError, match=r"^--ray auto: .* a worker needs 1 and 4 \(--ray-cpus, --ray-gpus\)"):
+    with pytest.raises(ClusterError, match=r"^`address`: .* a worker needs 1 and 4; pass smaller `cpus` or `gpus`"):
         RayWorkers("auto", gpus=4.0)

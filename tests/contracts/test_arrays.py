@@ -237,7 +237,7 @@ def make_share(model: str, corpus: str, out: str, kind: str, share: str) -> None
     import torch
 
     torch.set_num_threads(1)
-    arrays._LOOK_AGAIN = 0.1
+    arrays._CHECK_EVERY = 0.1
     build_index(model, corpus, out, share=share, layer_blocks=2, **SETTINGS, **KINDS[kind])
 
 
@@ -415,7 +415,7 @@ def test_finish_looks_at_every_byte_of_a_complete_index(
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        IncompleteIndexError, match=r"was finished, and 1 of \d+ shards are missing or were damaged \(3\);"
+        IncompleteIndexError, match=r"was complete, but 1 of \d+ shards are missing or were damaged \(3\);"
     ):
         finish_index(tmp_path, progress=False)
     tasks(build, tmp_path, "2/2")
@@ -429,7 +429,7 @@ def test_finish_without_the_corpus_end(
 ) -> None:
     tasks(build, tmp_path, "1/2", "2/2")
     damage(tmp_path / "corpus_end.safetensors")
-    with pytest.raises(IncompleteIndexError, match="no task has come to the end of the corpus; run the tasks"):
+    with pytest.raises(IncompleteIndexError, match="no task has reached the end of the corpus; repeat the tasks"):
         finish_index(tmp_path)
     tasks(build, tmp_path, "2/2")
     finish_index(tmp_path, progress=False)
@@ -456,10 +456,10 @@ def test_a_half_made_index_is_verified_as_far_as_it_goes(
     assert not report.completed
     assert report.good_shards[:3] == (1, 4, 7)
     assert any("not finished" in note for note in report.notes)
-    foreign = [note for note in report.notes if "not a file of the index" in note]
+    foreign = [note for note in report.notes if "does not belong to the index" in note]
     assert not foreign, "what the index is made from is its own"
     assert run("verify", tmp_path) == 0
-    assert "whole as far as it goes" in capsys.readouterr().out
+    assert "undamaged so far, unfinished" in capsys.readouterr().out
     flipped(tmp_path / "shards" / "000004.safetensors", 0.9)
     assert run("verify", tmp_path) == 1
     assert "000004.safetensors: its content has digest" in capsys.readouterr().err
@@ -492,14 +492,14 @@ def test_a_task_of_something_else_is_refused(
     for changes in ({"side": 16}, {"seed": 3}, {"shard_examples": 16}, {"window_tokens": 10}, {"codec": "float32"}):
         with pytest.raises(IndexMismatchError, match=f"{out}: the index was made with"):
             build(out, share="2/3", **changes)
-    with pytest.raises(IndexMismatchError, match=r"the index was made with model.digest"):
+    with pytest.raises(IndexMismatchError, match=r"the existing index has model.digest"):
         build_index(another, corpus, out, share="2/3", layer_blocks=2, **SETTINGS, **KINDS[kind])
     assert index_bytes(out) == before
 
 
 def test_a_folder_of_something_else_is_refused(build: Build, kind: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(StoreError, match=r"holds 'notes.txt' but no manifest.json"):
+    with pytest.raises(StoreError, match=r"contains 'notes.txt' but no manifest.json"):
         build(tmp_path, share="1/2")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -1,4 +1,4 @@
-"""An answer that another person can verify: a change of any input is told by name, equal inputs elsewhere are equal."""
+"""Audits: a change of any input is reported by name, and equal inputs elsewhere compare as equal."""
 
 import contextlib
 import copy
@@ -20,14 +20,14 @@ from tokenizers import Tokenizer
 import trackstar
 from capitals import QUERIES, TEXTS
 from tiny_models import save_tiny_model, tiny_tokenizer
-from trackstar.audit.again import check_audit
 from trackstar.audit.checks import AtHand
+from trackstar.audit.recomputation import check_audit
 from trackstar.audit.record import AUDIT_VERSION, read_audit
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
 from trackstar.errors import AuditError, OptionError, TrackstarError
 from trackstar.store import Index, load_manifest
-from trackstar.workers.made_with import second_moment_of_index
+from trackstar.workers.index_model import second_moment_of_index
 
 SETTINGS = ("--side", 8, "--layer-blocks", 2)
 
@@ -43,7 +43,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A folder with all that an answer came from, and the answer."""
+    """A folder with all inputs of an answer, and the answer."""
 
     folder: Path
 
@@ -94,7 +94,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def world(made: World, tmp_path: Path) -> World:
-    """All of it, elsewhere."""
+    """A copy of the folder."""
     shutil.copytree(made.folder, tmp_path / "elsewhere")
     return World(tmp_path / "elsewhere")
 
@@ -104,7 +104,7 @@ def blake(content: bytes, size: int = 32) -> str:
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change an audit and give it the digest that it would have had."""
+    """Change an audit and recompute its digest."""
     fields = json.loads(path.read_text())
     change(fields)
     fields["digest"] = own_digest(fields)
@@ -112,10 +112,10 @@ def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def own_digest(fields: dict[str, Any]) -> str:
-    kept = copy.deepcopy({name: value for name, value in fields.items() if name not in ("digest", "descriptive")})
+    remaining = copy.deepcopy({name: value for name, value in fields.items() if name not in ("digest", "descriptive")})
     for name in fields["descriptive"]:
         *path, last = name.split(".")
-        inside = [kept]
+        inside = [remaining]
         for part in path:
             inside = [
                 each
@@ -126,11 +126,11 @@ def own_digest(fields: dict[str, Any]) -> str:
         for value in inside:
             if isinstance(value, dict):
                 value.pop(last, None)
-    return blake(json.dumps(kept, separators=(",", ":"), sort_keys=True).encode())
+    return blake(json.dumps(remaining, separators=(",", ":"), sort_keys=True).encode())
 
 
 def forge_results(world: World, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the first line of results, and the audit's digest of them."""
+    """Change the first line of the result file, and its digest in the audit."""
     path = world.folder / "results.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     record = json.loads(lines[0])
@@ -139,10 +139,10 @@ def forge_results(world: World, change: Callable[[dict[str, Any]], object]) -> N
     forge(world.audit, lambda fields: fields["results"].update(digest=blake(path.read_bytes())))
 
 
-# ---- What is in it -----------------------------------------------------------------------------------------------
+# ---- Content -----------------------------------------------------------------------------------------------------
 
 
-def test_its_digests_are_those_of_the_files(made: World):
+def test_digests_are_those_of_the_files(made: World):
     fields = json.loads(made.audit.read_text())
     folder = made.folder
     assert fields["results"] == {
@@ -177,7 +177,7 @@ def test_its_digests_are_those_of_the_files(made: World):
     assert fields["digest"] == own_digest(fields)
 
 
-def test_it_says_what_was_asked_and_what_was_decided(made: World):
+def test_question_and_chosen_settings_are_recorded(made: World):
     audit = read_audit(made.audit)
     report = json.loads((made.folder / "results.report.json").read_text())
     assert (audit.question.top, audit.question.reranked, audit.question.exact) == (3, 5, False)
@@ -189,7 +189,7 @@ def test_it_says_what_was_asked_and_what_was_decided(made: World):
 
 
 def test_the_format_is_frozen():
-    """Whoever changes a field raises AUDIT_VERSION and says so in the changelog."""
+    """A change of a field needs a new AUDIT_VERSION and an entry in the changelog."""
     assert AUDIT_VERSION == 1
     found = {
         kind.__name__: [field.name for field in dataclasses.fields(kind)]
@@ -213,7 +213,7 @@ def test_the_format_is_frozen():
     }
 
 
-def test_equal_runs_in_two_folders_differ_in_descriptive_fields_alone(made: World, tmp_path: Path):
+def test_equal_runs_in_two_folders_differ_only_in_descriptive_fields(made: World, tmp_path: Path):
     other = make(tmp_path)
     ask(other, "--index", tmp_path / "index", "--rerank", 5)
     one, two = (json.loads(world.audit.read_text()) for world in (made, other))
@@ -240,7 +240,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 # ---- Equal inputs ------------------------------------------------------------------------------------------------
 
 
-def test_what_was_moved_is_the_same_and_gives_the_same_answer(world: World):
+def test_moved_inputs_are_the_same_and_give_the_same_answer(world: World):
     found = world.outcomes(again=True)
     assert set(found.values()) == {"same"}
     assert {"results", "queries", "task", "projection", "corpus", "index", "index's content", "index's bytes"} <= set(
@@ -249,21 +249,21 @@ def test_what_was_moved_is_the_same_and_gives_the_same_answer(world: World):
     assert {"model", "tokenizer", "versions", "λ", "damping", "candidates", "rankings", "scores"} <= set(found)
 
 
-def test_what_is_not_given_is_not_checked(world: World):
+def test_inputs_that_are_not_given_are_not_checked(world: World):
     found = world.outcomes(AtHand())
     unchecked = {name for name, outcome in found.items() if outcome == "not checked"}
     assert unchecked == {"queries", "task", "corpus", "index", "model", "tokenizer"}
     assert {found[name] for name in set(found) - unchecked} == {"same"}
 
 
-def test_the_command_says_it_line_by_line(world: World, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_one_line_per_check(world: World, capsys: pytest.CaptureFixture[str]):
     model = ("--model", world.folder / "model")
     capsys.readouterr()
     assert run("audit", world.audit, *model) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["same", "results"]
     assert [line for line in lines if line.startswith("not checked  corpus")]
-    assert lines[-1].startswith(f"{world.audit}: all 6 that were checked are the same; not checked: queries, task, cor")
+    assert lines[-1].startswith(f"{world.audit}: all 6 checked items are the same; not checked: queries, task, cor")
     spoil_weight(world)
     assert run("audit", world.audit, *model) == 1
     shown = capsys.readouterr()
@@ -271,7 +271,7 @@ def test_the_command_says_it_line_by_line(world: World, capsys: pytest.CaptureFi
     assert shown.err.splitlines()[-1].startswith(f"{world.audit}: 1 of 6 differ: model; not checked: ")
 
 
-def test_corpora_are_found_in_any_order(made: World, tmp_path: Path):
+def test_corpora_are_matched_in_any_order(made: World, tmp_path: Path):
     more = write_lines(tmp_path / "more.jsonl", [{"id": "m0", "text": "Berlin is the capital of Germany."}])
     assert run("add", "--index", made.folder / "index", "--data", more, "--out", tmp_path / "grown") == 0
     (tmp_path / "task.jsonl").write_bytes((made.folder / "task.jsonl").read_bytes())
@@ -286,7 +286,7 @@ def test_corpora_are_found_in_any_order(made: World, tmp_path: Path):
     ):
         found = world.outcomes(AtHand(data=data))
         assert (found["corpus 1"], found["corpus 2"]) == expected
-    with pytest.raises(OptionError, match="--data: found 3 corpora, and the audit is of 2"):
+    with pytest.raises(OptionError, match="`data`: expected at most 2 corpora, as many as the audit names, found 3"):
         world.outcomes(AtHand(data=(first, first, first)))
 
 
@@ -311,7 +311,7 @@ def _replaced(name: str, old: str, new: str) -> Callable[[World], object]:
 
 
 def _manifest(**changes: Any) -> Callable[[World], object]:
-    """A manifest that is whole, and another one."""
+    """Replace the manifest by another valid one."""
 
     def spoil(world: World) -> None:
         manifest = load_manifest(world.folder / "index")
@@ -367,13 +367,13 @@ CHANGES: dict[str, tuple[Callable[[World], object], set[str]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_change_is_told_by_name(change: str, world: World):
+def test_every_change_is_reported_by_name(change: str, world: World):
     spoil, expected = CHANGES[change]
     spoil(world)
     found = world.outcomes()
     differing = {name for name, outcome in found.items() if outcome == "differs"}
     assert expected <= differing
-    assert differing <= expected | {"index's bytes", "index's content"}  # a shard says which manifest it is of
+    assert differing <= expected | {"index's bytes", "index's content"}  # a shard names its manifest
 
 
 def test_a_field_of_another_manifest_is_named(world: World):
@@ -383,7 +383,7 @@ def test_a_field_of_another_manifest_is_named(world: World):
     assert said["index"] == f"trackstar_version is '9.9', expected '{report.audit.versions.trackstar}'"
 
 
-# ---- Answered again ----------------------------------------------------------------------------------------------
+# ---- Recomputation -----------------------------------------------------------------------------------------------
 
 
 def _swap(record: dict[str, Any]) -> None:
@@ -403,14 +403,14 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], set[str]]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_an_answer_that_was_forged_whole_does_not_come_out_again(forgery: str, world: World):
+def test_recomputation_finds_a_consistently_forged_answer(forgery: str, world: World):
     change, expected = FORGERIES[forgery]
     forge_results(world, change)
     assert "differs" not in world.outcomes().values()
     report = check_audit(world.audit, world.hand, again=True, progress=False)
     assert set(report.named("differs")) == expected
     assert [check.said for check in report.checks if check.outcome == "differs"] == [
-        "of 1 of 4 queries, first France-1"
+        "1 of 4 queries, the first is France-1"
     ]
 
 
@@ -421,60 +421,60 @@ def test_an_answer_that_was_forged_whole_does_not_come_out_again(forgery: str, w
         ("question.top", 2, "rankings"), ("question.mixing", 0.01, "λ"), ("answer.codec", "int8", "candidates"),
     ],
 )  # fmt: skip
-def test_a_forged_setting_does_not_come_out_again(path: str, value: object, name: str, world: World):
+def test_recomputation_finds_a_forged_setting(path: str, value: object, name: str, world: World):
     part, field = path.split(".")
     forge(world.audit, lambda fields: fields[part].update({field: value}))
     assert "differs" not in world.outcomes().values()
     assert world.outcomes(again=True)[name] == "differs"
 
 
-def test_what_an_index_keeps_from_earlier_questions_is_not_believed(made: World, world: World):
+def test_recomputation_does_not_use_derived_files(made: World, world: World):
     derived = sorted((world.folder / "index" / "derived").glob("*.safetensors"))
     assert derived
     index = Index.open(world.folder / "index")
     for path in derived:
-        kept = index.load_derived(path.stem)
-        assert kept is not None
-        forged = {name: tensor * 3 + 1 if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+        saved = index.load_derived(path.stem)
+        assert saved is not None
+        forged = {name: tensor * 3 + 1 if tensor.is_floating_point() else tensor for name, tensor in saved.items()}
         assert index.save_derived(path.stem, forged)
     before = {path.name: path.read_bytes() for path in derived}
-    assert set(world.outcomes(again=True).values()) == {"same"}  # verify has no word on them: their digests are right
+    assert set(world.outcomes(again=True).values()) == {"same"}  # verify accepts them: their digests are right
     assert {path.name: path.read_bytes() for path in derived} == before
-    # An answer that did believe them does not come out again.
+    # An answer that used them differs from the recomputed one.
     ask(world, "--index", world.folder / "index", "--rerank", 5)
     assert "differs" in world.outcomes(again=True).values()
     assert set(made.outcomes(again=True).values()) == {"same"}
 
 
-def test_what_would_give_another_answer_is_not_asked_again(world: World):
+def test_a_different_input_prevents_recomputation(world: World):
     spoil_weight(world)
     found = world.outcomes(again=True)
     assert (found["model"], found["answer"]) == ("differs", "not checked")
     assert "rankings" not in found
 
 
-def test_edited_results_are_answered_again_and_the_query_is_named(world: World):
+def test_edited_results_are_compared_and_the_query_is_named(world: World):
     _replaced("results.jsonl", "Trains to", "Planes to")(world)
     found = world.outcomes(again=True)
     assert (found["results"], found["rankings"], found["scores"]) == ("differs", "differs", "same")
 
 
 @pytest.mark.parametrize("lacking", ["index", "model", "task"])
-def test_again_needs_all_of_it(lacking: str, world: World):
-    with pytest.raises(OptionError, match=f"--again: needs --model, --index, --task; give --{lacking}$"):
+def test_recomputation_needs_every_input(lacking: str, world: World):
+    with pytest.raises(OptionError, match=f"`again=True`: needs `model`, `index`, `task`; pass `{lacking}`$"):
         world.outcomes(dataclasses.replace(world.hand, **{lacking: None}), again=True)
 
 
-def test_options_are_asked_again_as_they_were(world: World):
+def test_recomputation_uses_the_same_settings(world: World):
     for options in (("--exact",), ("--rerank", 0, "--mixing", "0.25"), ("--mixing", 0), ("--batch-tokens", 64)):
         ask(world, "--index", world.folder / "index", *options)
         assert set(world.outcomes(again=True).values()) == {"same"}, options
 
 
-# ---- A corpus without an index, the model's own answers, Python --------------------------------------------------
+# ---- A pass without an index, generated completions, Python -----------------------------------------------------
 
 
-def test_a_pass_without_an_index_is_audited_too(world: World):
+def test_a_pass_without_an_index_can_be_audited(world: World):
     queries = trackstar.read_queries(world.folder / "queries.jsonl")
     report = trackstar.stream_queries(
         world.folder / "model", str(world.folder / "corpus.jsonl"), queries, k=2, side=4, seed=3, progress=False
@@ -489,11 +489,13 @@ def test_a_pass_without_an_index_is_audited_too(world: World):
     found = world.outcomes(hand, again=True)
     assert set(found.values()) == {"same"}
     assert {"V", "R_train", "corpus", "rankings", "scores"} <= set(found)
-    with pytest.raises(OptionError, match="--index: the audit is of a corpus that was gone through without one"):
+    with pytest.raises(
+        OptionError, match="`index`: the audited answer was computed without an index; pass `data` instead"
+    ):
         world.outcomes(dataclasses.replace(hand, index=world.folder / "index"))
-    with pytest.raises(OptionError, match="--task: the audit's R_eval comes from the queries themselves"):
+    with pytest.raises(OptionError, match="`task`: the audit's R_eval comes from the queries themselves"):
         world.outcomes(dataclasses.replace(hand, task=world.folder / "task.jsonl"))
-    with pytest.raises(OptionError, match="--again: needs --model, --data; give --model and --data"):
+    with pytest.raises(OptionError, match="`again=True`: needs `model`, `data`; pass `model` and `data`"):
         world.outcomes(AtHand(), again=True)
     forge(world.audit, lambda fields: fields["stream"].update(whitening_examples=4))
     found = world.outcomes(hand, again=True)
@@ -503,7 +505,7 @@ def test_a_pass_without_an_index_is_audited_too(world: World):
     assert (found["corpus"], found["answer"]) == ("differs", "not checked")
 
 
-def test_completions_that_the_model_gave_are_given_again(world: World):
+def test_generated_completions_are_generated_again(world: World):
     prompts = [{"id": f"p{place}", "prompt": query.prompt} for place, query in enumerate(QUERIES[:3])]
     write_lines(world.folder / "queries.jsonl", prompts)
     asked = ("--queries", world.folder / "queries.jsonl", "--generate", "--max-new-tokens", 3, "--top", 2)
@@ -518,7 +520,7 @@ def test_completions_that_the_model_gave_are_given_again(world: World):
     assert world.outcomes(hand)["prompts"] == "differs"
 
 
-def test_python_writes_and_checks_what_the_command_does(world: World, tmp_path: Path):
+def test_python_and_the_command_write_and_check_the_same(world: World, tmp_path: Path):
     report = trackstar.answer_queries(world.folder / "index", QUERIES[:2], model=world.folder / "model", progress=False)
     lines, _ = trackstar.write_results(report, tmp_path / "r.jsonl")
     written = trackstar.write_audit(report, lines)
@@ -526,8 +528,8 @@ def test_python_writes_and_checks_what_the_command_does(world: World, tmp_path: 
     found = trackstar.check_audit(written, trackstar.AtHand(results=lines))
     assert found.ok
     assert found.audit == trackstar.read_audit(written)
-    with pytest.raises(AuditError, match="its report does not say how it was asked for"):
-        trackstar.write_audit(dataclasses.replace(report, asked=None), lines)
+    with pytest.raises(AuditError, match="the report does not record how it was computed"):
+        trackstar.write_audit(dataclasses.replace(report, provenance=None), lines)
     streamed = trackstar.stream_queries(
         world.folder / "model", TEXTS, QUERIES[:1], side=4, second_moment="estimate", progress=False
     )
@@ -536,20 +538,20 @@ def test_python_writes_and_checks_what_the_command_does(world: World, tmp_path: 
     assert {check.name: check.outcome for check in found.checks}["corpus"] == "same"
 
 
-def test_a_second_moment_that_was_handed_over_is_asked_for(world: World, tmp_path: Path):
+def test_recomputation_needs_a_second_moment_that_was_passed(world: World, tmp_path: Path):
     moment = second_moment_of_index(Index.open(world.folder / "index"))
     asked: dict[str, Any] = {"k": 2, "side": 4, "progress": False}
     report = trackstar.stream_queries(world.folder / "model", TEXTS, QUERIES[:2], second_moment=moment, **asked)
     lines, _ = trackstar.write_results(report, tmp_path / "results.jsonl")
     written = trackstar.write_audit(report, lines)
     hand = AtHand(model=world.folder / "model", data=(TEXTS,))
-    with pytest.raises(OptionError, match="--again: needs --model, --data, --second-moment; give --second-moment"):
+    with pytest.raises(OptionError, match="`again=True`: needs `model`, `data`, `second_moment`; pass `second_moment`"):
         check_audit(written, hand, again=True, progress=False)
     hand = dataclasses.replace(hand, second_moment=moment)
     found = check_audit(written, hand, again=True, progress=False)
     assert found.ok
     assert {"V", "scores"} <= set(found.named("same"))
-    with pytest.raises(OptionError, match="--second-moment: V is in the index"):
+    with pytest.raises(OptionError, match="`second_moment`: V is stored in the index"):
         world.outcomes(dataclasses.replace(world.hand, second_moment="estimate"))
 
 
@@ -561,7 +563,7 @@ HOSTILE: list[object] = [
 ]  # fmt: skip
 
 
-def test_whatever_a_field_holds_an_audit_is_refused_or_compared(world: World):
+def test_any_value_of_a_field_is_refused_or_compared(world: World):
     fields = json.loads(world.audit.read_text())
     forge(world.audit, lambda found: found)
     assert read_audit(world.audit).digest() == fields["digest"]
@@ -596,14 +598,14 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     ("text", "said"),
     [
         ("", "the text is not JSON"), ("[1]", "the text is [1], expected a JSON object"), ("{", "not JSON"),
-        ("[" * 100_000, "nested too deeply"), ('{"audit_version": 1, "audit_version": 1}', "there more than once"),
-        ('{"audit_version": 2}', "audit_version is 2, expected at most 1: it is of a newer trackstar, install that"),
+        ("[" * 100_000, "nested too deeply"), ('{"audit_version": 1, "audit_version": 1}', "repeated"),
+        ('{"audit_version": 2}', "audit_version is 2, expected at most 1: a newer trackstar wrote the file"),
         ('{"audit_version": 0}', "audit_version is 0, expected 1"), ("{}", "audit_version is None, expected 1"),
         ('{"audit_version": 1e999}', "audit_version is inf"), ('{"audit_version": NaN}', "a number is NaN"),
         ('{"audit_version": ' + "9" * 5000 + "}", "not JSON"), ('{"audit_version": 1}', "descriptive is None"),
     ],
 )  # fmt: skip
-def test_what_is_no_audit_is_refused_in_one_line(text: str, said: str, tmp_path: Path):
+def test_other_content_is_refused_in_one_line(text: str, said: str, tmp_path: Path):
     path = tmp_path / "a.audit.json"
     path.write_text(text)
     with pytest.raises(AuditError) as error:
@@ -613,7 +615,7 @@ def test_what_is_no_audit_is_refused_in_one_line(text: str, said: str, tmp_path:
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_audit_changed_by_hand_is_refused(world: World):
+def test_an_edited_audit_is_refused(world: World):
     _replaced("results.audit.json", '"top": 3', '"top": 2')(world)
     with pytest.raises(AuditError, match="the file was changed after it was written"):
         read_audit(world.audit)
@@ -625,7 +627,7 @@ def test_an_audit_changed_by_hand_is_refused(world: World):
 
 
 def test_scores_that_are_not_finite_are_never_close():
-    from trackstar.audit.again import _distance
+    from trackstar.audit.recomputation import _distance
 
     assert _distance([0.5], [0.25]) == 0.25
     assert _distance([], []) == 0

@@ -1,7 +1,8 @@
-"""The command line as its users meet it: help, start-up, the commands one after the other, interrupts."""
+"""The command line: start-up, the frozen options, each command, interrupts."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from trackstar.cli.framework import RareOption
 from trackstar.store import Index
 
 COMMANDS = [
-    "index", "finish", "add", "merge", "remove", "convert", "query", "explore", "evaluate", "pretrain", "verify",
-    "audit", "demo",
+    "index", "finish", "add", "merge", "remove", "convert", "verify", "query", "explore", "audit", "evaluate", "demo",
+    "pretrain",
 ]  # fmt: skip
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
@@ -81,18 +82,7 @@ def test_help_imports_nothing_heavy():
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_of_24_lines_and_80_columns(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert run(command, "--help") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24
-    assert max(map(len, lines)) <= 80
-
-
-def test_commands_are_these():
+def test_commands_are_frozen():
     assert list(command_group.commands) == COMMANDS
 
 
@@ -111,7 +101,7 @@ def test_rare_options_are_on_the_second_level_of_help_alone(command: str, capsys
 
 
 def test_options_are_frozen():
-    """Renaming an option breaks users' scripts: whoever changes this list says so in the changelog."""
+    """Renaming an option breaks users' scripts: a change of this list goes into the changelog."""
     found = {
         name: sorted(opt for parameter in command.params for opt in parameter.opts + parameter.secondary_opts)
         for name, command in command_group.commands.items()
@@ -125,19 +115,19 @@ def test_options_are_frozen():
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "query": sorted(
-            "--index --prompt --completion --generate --queries --task --top --out --json --mixing --damping --device "
-            "--threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --rerank --exact --data "
-            "--text-field --id-field --limit --window-tokens --second-moment --whitening-examples --side --seed "
+            "index --index --prompt --completion --generate --queries --task --top --out --json --mixing --damping "
+            "--device --threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --rerank --exact "
+            "--data --text-field --id-field --limit --window-tokens --second-moment --whitening-examples --side --seed "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "finish": sorted("index --threads --help-all".split()),
         "add": sorted(
-            "--index --data --out --text-field --id-field --limit --batch-tokens --device --threads --model "
+            "index --index --data --out --text-field --id-field --limit --batch-tokens --device --threads --model "
             "--help-all".split()
         ),
         "merge": sorted("indexes --out --threads --help-all".split()),
-        "remove": sorted("--index --names --out --threads --help-all".split()),
-        "convert": sorted("--index --codec --out --damping --threads --help-all".split()),
+        "remove": sorted("index --index --names --out --threads --help-all".split()),
+        "convert": sorted("index --index --codec --out --damping --threads --help-all".split()),
         "explore": sorted(
             "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
             "--rerank --batch-tokens --help-all".split()
@@ -170,7 +160,7 @@ def test_public_names_are_frozen_and_can_be_imported():
 # ---- The commands ------------------------------------------------------------------------------------------------
 
 
-def test_index_says_what_is_covered_and_where_v_comes_from(
+def test_index_reports_its_coverage_and_the_source_of_v(
     tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "index"
@@ -197,9 +187,7 @@ def test_index_says_what_is_covered_and_where_v_comes_from(
     assert "the index is complete, with 12 examples" in capsys.readouterr().err
 
 
-def test_prompt_and_completion_give_a_table_and_what_it_was_made_with(
-    index_folder: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_prompt_and_completion_give_a_table_and_its_settings(index_folder: Path, capsys: pytest.CaptureFixture[str]):
     prompt = "The capital of France is"
     assert run("query", "--index", index_folder, "--prompt", prompt, "--completion", "Paris", "--top", 3) == 0
     shown = capsys.readouterr()
@@ -209,7 +197,7 @@ def test_prompt_and_completion_give_a_table_and_what_it_was_made_with(
     assert len(proponents) == 3
     influences = [float(row[0]) for row in proponents]
     assert influences == sorted(influences, reverse=True)
-    assert "λ = 0.0000 (only R_train: a task needs 8 queries or more (--task), found 1)" in shown.err
+    assert "λ = 0.0000 (R_train alone: R_eval needs 8 queries or more in --task, found 1)" in shown.err
     assert "damping " in shown.err
     assert "12 candidates" in shown.err
 
@@ -240,13 +228,13 @@ def test_queries_of_the_release_give_lines_of_the_release_and_a_report(
     assert "21 attention and MLP matrices" in report["coverage"]
     assert [query["query_id"] for query in report["queries"]] == [line["example_id"] for line in lines]
     captured = capsys.readouterr()
-    assert captured.out == ""  # a table of many queries is not what somebody wants who asked for a file
+    assert captured.out == ""  # with --out, results go to the file only
     shown = captured.err
-    assert "R_eval of 8 queries: rank over all blocks" in shown
-    assert "R_train: rank over all blocks" in shown
+    assert re.search(r"R_eval, from 8 queries: rank \d+ over all blocks", shown)
+    assert re.search(r"R_train: rank \d+ over all blocks", shown)
 
 
-def test_results_can_be_asked_again_as_queries(index_folder: Path, queries: Path, tmp_path: Path):
+def test_results_can_be_read_as_queries(index_folder: Path, queries: Path, tmp_path: Path):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     assert run("query", "--index", index_folder, "--queries", queries, "--out", first) == 0
     assert run("query", "--index", index_folder, "--queries", first, "--out", second, "--query-set", "first") == 0
@@ -257,15 +245,15 @@ def test_results_can_be_asked_again_as_queries(index_folder: Path, queries: Path
     assert scores[0] == scores[1]
 
 
-def test_task_of_other_queries_decides_lambda(index_folder: Path, queries: Path, capsys: pytest.CaptureFixture[str]):
+def test_task_of_other_queries_determines_lambda(index_folder: Path, queries: Path, capsys: pytest.CaptureFixture[str]):
     asked = ("query", "--index", index_folder, "--prompt", "The capital of Peru is", "--completion", "Lima")
     assert run(*asked, "--task", queries, "--json") == 0
     shown = capsys.readouterr()
-    assert "R_eval of 8 queries" in shown.err
+    assert "R_eval, from 8 queries" in shown.err
     assert json.loads(shown.out)["query_set"] == "prompt"
 
 
-def test_generate_explains_what_the_model_itself_says(
+def test_generate_explains_the_models_own_completion(
     index_folder: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     prompt = "The capital of Peru is"
@@ -324,7 +312,7 @@ def test_pretrained_checkpoint_is_indexed_with_its_own_optimizer_state(
     assert Index.open(tmp_path / "index").manifest.second_moment.kind == "factored"
 
 
-def test_verify_tells_a_whole_index_from_a_damaged_one(
+def test_verify_distinguishes_an_undamaged_index_from_a_damaged_one(
     tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "index"
@@ -333,7 +321,7 @@ def test_verify_tells_a_whole_index_from_a_damaged_one(
         == 0
     )
     assert run("verify", out) == 0
-    assert f"{out}: whole, 1 shards with 12 examples" in capsys.readouterr().out
+    assert f"{out}: undamaged, 1 shards with 12 examples" in capsys.readouterr().out
     shard = out / "shards" / "000000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-40] ^= 1
@@ -341,10 +329,10 @@ def test_verify_tells_a_whole_index_from_a_damaged_one(
     assert run("verify", out) == 1
     shown = capsys.readouterr().err
     assert str(shard) in shown
-    assert "damaged in 1 places" in shown
+    assert "1 faults; undamaged: " in shown
 
 
-def test_report_becomes_a_table_of_one_row_a_ranked_candidate(index_folder: Path):
+def test_report_becomes_a_table_with_one_row_per_ranked_candidate(index_folder: Path):
     query = trackstar.Query(query_id="q", prompt="The capital of France is", completion="Paris")
     report = trackstar.answer_queries(index_folder, [query], k=3, progress=False)
     frame = report.to_dataframe()
@@ -354,7 +342,7 @@ def test_report_becomes_a_table_of_one_row_a_ranked_candidate(index_folder: Path
     assert frame["probability"].tolist() == pytest.approx([report.results[0].probability] * 6)
 
 
-def test_reader_that_goes_away_ends_the_command_without_a_traceback(index_folder: Path, queries: Path):
+def test_closed_stdout_ends_the_command_without_a_traceback(index_folder: Path, queries: Path):
     program = "from trackstar.cli import main; main()"
     command = [
         sys.executable,
@@ -381,7 +369,7 @@ def test_reader_that_goes_away_ends_the_command_without_a_traceback(index_folder
 # ---- Hostile text, interrupts --------------------------------------------------------------------------------------
 
 
-def test_text_that_would_steer_a_terminal_is_shown_without_its_controls(
+def test_text_with_terminal_controls_is_shown_without_them(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     corpus = tmp_path / "hostile.jsonl"
@@ -399,7 +387,7 @@ def test_text_that_would_steer_a_terminal_is_shown_without_its_controls(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_index_says_so_in_one_line_and_goes_on_later(
+def test_interrupted_index_says_so_in_one_line_and_is_resumed_later(
     number: signal.Signals, status: int, tiny_model_folder: Path, tmp_path: Path
 ):
     corpus, out = tmp_path / "long.jsonl", tmp_path / "index"
@@ -424,7 +412,7 @@ def test_interrupted_index_says_so_in_one_line_and_goes_on_later(
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status
-    assert stderr.splitlines()[-1].startswith("trackstar: interrupted; run the same command again to go on")
+    assert stderr.splitlines()[-1].startswith("trackstar: interrupted; run the same command again to resume")
     assert "Traceback" not in stderr
     kept = len(list((out / "shards").glob("*.safetensors")))
     assert kept >= 3

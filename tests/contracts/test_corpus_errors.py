@@ -1,4 +1,4 @@
-"""Every way in which a corpus or a file of queries can be bad has its one line, which names file and record."""
+"""Every defect of a corpus or a file of queries is a one-line error that names file and record."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ LINES = GOOD * 3
 
 
 class Bad(NamedTuple):
-    """What is put into a file, how the corpus is opened, and the line that must be raised ({} is the path)."""
+    """A file's content, the options to open it with, and the beginning of the expected message ({} is the path)."""
 
     name: str
     content: bytes
@@ -48,7 +48,7 @@ def _parquet(rows: dict[str, list[Any]]) -> bytes:
 
 
 def _parquet_with_bytes(text: bytes) -> bytes:
-    """A Parquet file whose string column holds those bytes, UTF-8 or not."""
+    """A Parquet file whose string column holds the bytes, which may not be UTF-8."""
     import pyarrow as pa
 
     placeholder = b"\x01" * len(text)
@@ -84,16 +84,16 @@ BAD_FILES = [
     Bad("control.jsonl", GOOD + b'{"id": "b", "text": "Par\x01is"}', "{}:2: broken JSON (Invalid control character at"),
     Bad("two_on_a_line.jsonl", GOOD.strip() + GOOD, "{}:1: broken JSON (Extra data at character 28)"),
     Bad("pretty.json", b'{\n "id": "a",\n "text": "x"\n}', "{}:1: broken JSON ("),
-    Bad("array.json", b'[{"id": "a", "text": "x"}]', "{}:1: found an array, expected a JSON object a line"),
-    Bad("number.jsonl", GOOD + b"\n12\n", "{}:3: found a number, expected a JSON object a line"),
-    Bad("null.jsonl", GOOD + b"null\n", "{}:2: found null, expected a JSON object a line"),
-    Bad("string.jsonl", b'"Paris"\n', "{}:1: found a string, expected a JSON object a line"),
+    Bad("array.json", b'[{"id": "a", "text": "x"}]', "{}:1: found an array, expected one JSON object per line"),
+    Bad("number.jsonl", GOOD + b"\n12\n", "{}:3: found a number, expected one JSON object per line"),
+    Bad("null.jsonl", GOOD + b"null\n", "{}:2: found null, expected one JSON object per line"),
+    Bad("string.jsonl", b'"Paris"\n', "{}:1: found a string, expected one JSON object per line"),
     Bad("deep.jsonl", GOOD + b'{"id":"b","text":' + b"[" * 200_000, "{}:2: "),
     Bad("digits.jsonl", GOOD + b'{"text":' + b"9" * 5000 + b"}", "{}:2: JSON that cannot be read (Exceeds the limit"),
     Bad(
         "no_text.jsonl",
         b'{"id": "a", "content": "x"}',
-        '{}:1: no field "text"; found id, content; name the one to read with --text-field',
+        '{}:1: no field "text"; found id, content; name the one to read with `text_field`',
     ),
     Bad("no_text_later.jsonl", GOOD + b'{"id": "b"}', '{}:2: no field "text"; found id; '),
     Bad("no_id_later.jsonl", GOOD + b'{"text": "x"}', '{}:2: no field "id"; found text; '),
@@ -101,7 +101,7 @@ BAD_FILES = [
     Bad(
         "no_such_id.jsonl",
         GOOD,
-        '{}:1: no field "key"; found id, text; name the one to read with --id-field',
+        '{}:1: no field "key"; found id, text; name the one to read with `id_field`',
         {"id_field": "key"},
     ),
     Bad("no_fields.jsonl", b"{}", '{}:1: no field "text"; found no fields; '),
@@ -124,8 +124,8 @@ BAD_FILES = [
         "surrogate_id.jsonl", GOOD + rb'{"id": "\udc00", "text": "x"}', '{}:2: field "id" holds half a surrogate pair ('
     ),
     Bad("plain.jsonl.gz", LINES, "{}: damaged gzip data (Not a gzipped file"),
-    Bad("cut.jsonl.gz", gzip.compress(LINES)[:-9], "{}: after line 3: the compressed data end too early; expected"),
-    Bad("cut_late.txt.gz", gzip.compress(b"a line\n" * 20_000)[:-4], "{}: after line 20000: the compressed data end"),
+    Bad("cut.jsonl.gz", gzip.compress(LINES)[:-9], "{}: after line 3: the compressed data ends early; expected"),
+    Bad("cut_late.txt.gz", gzip.compress(b"a line\n" * 20_000)[:-4], "{}: after line 20000: the compressed data ends"),
     Bad(
         "flipped.jsonl.gz",
         gzip.compress(LINES, mtime=0)[:-8] + b"\0" * 8,
@@ -134,9 +134,7 @@ BAD_FILES = [
     Bad("no_deflate.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 30, "{}: damaged gzip data (Error -3"),
     Bad("tail.jsonl.gz", gzip.compress(LINES) + b"garbage", "{}: after line 3: damaged gzip data (Not a gzipped file"),
     Bad("plain.jsonl.zst", LINES, "{}: damaged zstd data ("),
-    Bad(
-        "cut.jsonl.zst", zstandard.compress(LINES)[:-3], "{}: the compressed data end too early; expected a whole file"
-    ),
+    Bad("cut.jsonl.zst", zstandard.compress(LINES)[:-3], "{}: the compressed data ends early; expected a whole file"),
     Bad("tail.jsonl.zst", zstandard.compress(LINES) + b"garbage", "{}: damaged zstd data ("),
     Bad("plain.parquet", LINES, "{}: not a Parquet file ("),
     Bad("cut.parquet", _parquet({"text": ["x"] * 100})[:-20], "{}: not a Parquet file ("),
@@ -144,7 +142,7 @@ BAD_FILES = [
     Bad(
         "no_column.parquet",
         _parquet({"content": ["x"]}),
-        '{}: no field "text"; found content; name the one to read with --text-field',
+        '{}: no field "text"; found content; name the one to read with `text_field`',
     ),
     Bad("text_int.parquet", _parquet({"text": [1, 2]}), '{}: row 0: field "text" is a number; expected a string'),
     Bad("text_null.parquet", _parquet({"text": ["x", None]}), '{}: row 1: field "text" is null; expected a string'),
@@ -156,13 +154,13 @@ BAD_FILES = [
     Bad(
         "zeroed.parquet", b"PAR1" + b"\0" * 60 + _parquet({"text": ["y" * 60] * 9})[64:], "{}: row group 0 is damaged ("
     ),
-    Bad("notes.docx", GOOD, "{}: its name does not tell what it holds; expected an ending .jsonl"),
-    Bad("table.parquet.gz", GOOD, "{}: its name does not tell what it holds; expected an ending .jsonl"),
-    Bad("limit.jsonl", GOOD, "--limit 0: expected at least 1", {"limit": 0}),
+    Bad("notes.docx", GOOD, "{}: its name has no known ending; expected .jsonl"),
+    Bad("table.parquet.gz", GOOD, "{}: its name has no known ending; expected .jsonl"),
+    Bad("limit.jsonl", GOOD, "`limit`: expected 1 or more, found 0", {"limit": 0}),
     Bad(
         "id_of_text.txt",
         b"one\n",
-        "--id-field id: {} holds bare text, which has no fields; leave",
+        "`id_field`: expected none, as {} holds bare text, which has no fields, found id; leave",
         {"id_field": "id"},
     ),
 ]
@@ -170,7 +168,7 @@ BAD_FILES = [
 BAD_QUERIES = [
     Bad("empty.jsonl", b"", "{}: holds no query; expected at least one line that is not blank"),
     Bad("broken.jsonl", GOOD_QUERY + b"{", "{}:2: broken JSON ("),
-    Bad("array.jsonl", b"[]", "{}:1: found an array, expected a JSON object a line"),
+    Bad("array.jsonl", b"[]", "{}:1: found an array, expected one JSON object per line"),
     Bad("no_prompt.jsonl", b'{"completion": "x"}', "{}:1: no prompt; expected a field prompt or prompt0 or"),
     Bad(
         "no_completion.jsonl",
@@ -198,7 +196,7 @@ BAD_QUERIES = [
         '{}:1: field "prompt" holds half a surrogate pair (',
     ),
     Bad("queries.txt", b"The capital of France is Paris\n", "{}: not JSON lines; queries are read from .jsonl"),
-    Bad("cut.jsonl.gz", gzip.compress(GOOD_QUERY)[:-9], "{}: after line 1: the compressed data end too early; "),
+    Bad("cut.jsonl.gz", gzip.compress(GOOD_QUERY)[:-9], "{}: after line 1: the compressed data ends early; "),
 ]
 
 
@@ -217,7 +215,7 @@ def _raised(action: Callable[[], object], kind: type[TrackstarError]) -> str:
 def test_bad_corpus_file_is_one_line_that_names_file_and_record(bad: Bad, tmp_path: Path) -> None:
     path = tmp_path / bad.name
     path.write_bytes(bad.content)
-    kind = OptionError if bad.message.startswith("--") else CorpusError
+    kind = OptionError if bad.message.startswith("`") else CorpusError
     message = _raised(lambda: list(open_corpus(str(path), **bad.options).examples()), kind)
     assert message.startswith(bad.message.replace("{}", str(path)))
 
@@ -261,7 +259,7 @@ def _folder_of(*names: str) -> Callable[[Path], str]:
 
 
 class _DeniedFileSystem(fsspec.AbstractFileSystem):
-    """A file system that has every file and lets nobody open it."""
+    """A file system that has every file and denies opening it."""
 
     protocol = "denied"
 
@@ -283,7 +281,7 @@ BAD_PLACES: list[tuple[str, Callable[[Path], str], str]] = [
     ("empty path", lambda _: " ", "the path is empty; give a file, a folder or a glob"),
     ("empty folder", _empty_folder, r"nothing: the folder holds no file that can be read; expected endings"),
     ("folder of other files", _folder_of("a.docx", ".b.jsonl", "_c.txt"), "the folder holds no file that can be read"),
-    ("mixed folder", _folder_of("a.jsonl", "b.txt"), r"mixes formats: a\.jsonl \(jsonl\); b\.txt \(text\); name the"),
+    ("mixed folder", _folder_of("a.jsonl", "b.txt"), r"mixes formats: a\.jsonl \(jsonl\); b\.txt \(text\); select the"),
     (
         "glob of nothing",
         lambda folder: str(folder / "*.jsonl"),
@@ -346,7 +344,7 @@ def test_line_without_end_is_refused_before_it_fills_memory(tmp_path: Path, monk
     path = tmp_path / "long.jsonl.zst"
     path.write_bytes(zstandard.compress(GOOD + b"a" * (2**24)))
     message = _raised(lambda: list(open_corpus(path).examples()), CorpusError)
-    assert message.startswith(f"{path}:2: the line is longer than 1 MiB; expected one record a line")
+    assert message.startswith(f"{path}:2: the line is longer than 1 MiB; expected one record per line")
 
 
 def test_line_of_a_megabyte_is_read(tmp_path: Path) -> None:
@@ -356,7 +354,7 @@ def test_line_of_a_megabyte_is_read(tmp_path: Path) -> None:
     assert next(open_corpus(path).examples()).text == text
 
 
-def test_error_of_a_record_is_raised_where_it_is_reached_and_not_before(tmp_path: Path) -> None:
+def test_error_of_a_record_is_raised_when_the_record_is_read_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(LINES + b"broken\n" + GOOD)
     examples = open_corpus(path).examples()
@@ -365,7 +363,7 @@ def test_error_of_a_record_is_raised_where_it_is_reached_and_not_before(tmp_path
     assert [example.record for example in open_corpus(path).examples(start=4)] == [4]
 
 
-def test_credentials_of_a_url_are_told_nowhere() -> None:
+def test_credentials_of_a_url_are_in_no_message() -> None:
     message = _raised(lambda: open_corpus("gopher2://me:secret@host/y.jsonl"), CorpusError)
     assert message.startswith("gopher2://host/y.jsonl: ")
     with fsspec.open("memory://me:secret@host/y.jsonl", "wb") as stream:
@@ -376,8 +374,8 @@ def test_credentials_of_a_url_are_told_nowhere() -> None:
 
 def test_negative_start_and_empty_sample_are_refused() -> None:
     corpus = open_corpus(["a text"])
-    assert _raised(lambda: corpus.examples(start=-1), OptionError) == "start is -1; expected a record number, 0 or more"
-    assert _raised(lambda: corpus.sample(0, seed=0), OptionError) == "the sample's size is 0; expected at least 1"
+    assert _raised(lambda: corpus.examples(start=-1), OptionError) == "`start`: expected 0 or more, found -1"
+    assert _raised(lambda: corpus.sample(0, seed=0), OptionError) == "`count`: expected 1 or more, found 0"
 
 
 def _example(text: str) -> Example:
@@ -390,14 +388,15 @@ def _query(prompt: str, completion: str) -> Query:
 
 def test_windows_without_room_are_refused(tiny_tokenizer: Any) -> None:
     for window_tokens, overlap, message in [
-        (2, 1, "--window-tokens 2: expected at least 3, for 1 special tokens, 1 of overlap and one target"),
-        (9, 8, "--window-tokens 9: expected at least 10, for 1 special tokens, 8 of overlap and one target"),
-        (9, 0, "--overlap 0: expected at least 1, so that a window's first target has a context"),
+        (2, 1, "`window_tokens`: expected 3 or more (1 special tokens, 1 of overlap and one target), found 2"),
+        (9, 8, "`window_tokens`: expected 10 or more (1 special tokens, 8 of overlap and one target), found 9"),
+        (9, 0, "`overlap`: expected 1 or more, found 0"),
     ]:
         options = {"window_tokens": window_tokens, "overlap": overlap}
         assert _raised(lambda o=options: tokenize_example(_example("x"), tiny_tokenizer, **o), OptionError) == message
     message = _raised(lambda: tokenize_query(_query("a", "b"), tiny_tokenizer, window_tokens=2), OptionError)
-    assert message.startswith("--window-tokens 2: ")
+    assert message.startswith("`window_tokens`: expected ")
+    assert message.endswith(", found 2")
 
 
 def test_text_that_cannot_be_tokenized_names_the_example(tiny_tokenizer: Any) -> None:
@@ -438,7 +437,7 @@ def test_slow_tokenizer_is_refused() -> None:
             "query q7: the completion has 18 tokens, and 7 fit the window; shorten it",
         ),
         ("Paris is", "1 2 3 4", "plain", "query q7: the completion has 8 tokens, and 7 fit the window; shorten it"),
-        ("", "Paris", "plain", "query q7: the prompt is empty and the tokenizer puts nothing before it, so that"),
+        ("", "Paris", "plain", "query q7: the prompt is empty and the tokenizer puts nothing before it, so "),
     ],
 )
 def test_bad_query_is_one_line_that_names_it(prompt: str, completion: str, special_tokens: Any, message: str) -> None:
@@ -449,7 +448,7 @@ def test_bad_query_is_one_line_that_names_it(prompt: str, completion: str, speci
     assert found.startswith(message)
 
 
-def test_completion_of_which_no_token_is_made_is_refused() -> None:
+def test_completion_without_a_token_is_refused() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -457,4 +456,4 @@ def test_completion_of_which_no_token_is_made_is_refused() -> None:
     words.pre_tokenizer = pre_tokenizers.Split("-", "removed")  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     message = _raised(lambda: tokenize_query(_query("paris\n", "---"), tokenizer, window_tokens=8), CorpusError)
-    assert message == "query q7: the tokenizer makes no token of the completion; expected at least one"
+    assert message == "query q7: the completion has no token; expected at least one"

@@ -1,4 +1,4 @@
-"""Rows read past the page cache are those of the mapped files, and damage is told as it is there."""
+"""Rows read without the page cache equal those of the mapped files, and damage is reported."""
 
 import errno
 import fcntl
@@ -10,9 +10,9 @@ import torch
 
 from small_index import EXAMPLES, small_manifest, write_small_index
 from trackstar import store
-from trackstar.choices import CodecName
+from trackstar.choices import CODECS, CodecName
 from trackstar.errors import DamagedIndexError
-from trackstar.store import CODECS, direct_reads, tensor_file
+from trackstar.store import direct_reads, tensor_file
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -32,8 +32,8 @@ def test_rows_are_those_of_the_mapped_files(codec: CodecName, rows: int, tmp_pat
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 64])
-def test_parts_of_any_size_begin_where_they_should(rows: int, tmp_path: Path):
-    """Rows that begin and end within pages, in two buffers by turns."""
+def test_parts_of_any_size_hold_the_right_rows(rows: int, tmp_path: Path):
+    """Rows that begin and end within pages, in two alternating buffers."""
     path = tmp_path / "file.safetensors"
     values = torch.arange(64 * 1000, dtype=torch.int32).view(64, 1000)
     tensor_file.write_tensor_file(path, {"odd": torch.ones(3, dtype=torch.uint8), "codes": values}, {})
@@ -58,7 +58,9 @@ def test_a_file_system_without_direct_reads_is_read_plainly(tmp_path: Path, monk
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_file_system_that_only_refuses_in_reading_is_read_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_system_that_refuses_direct_reads_after_opening_is_read_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_small_index(tmp_path)
     original, refused = os.preadv, []
 
@@ -76,7 +78,7 @@ def test_a_file_system_that_only_refuses_in_reading_is_read_plainly(tmp_path: Pa
     assert refused
 
 
-def test_a_file_that_is_gone_or_shrinks_is_damage(tmp_path: Path):
+def test_a_missing_or_shortened_file_is_damage(tmp_path: Path):
     write_small_index(tmp_path)
     index = store.Index.open(tmp_path, direct_reads=True)
     shard = tmp_path / "shards" / "000001.safetensors"

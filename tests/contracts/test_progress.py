@@ -1,4 +1,4 @@
-"""What long work says on stderr: a bar at a terminal, nothing elsewhere, and notes everywhere."""
+"""Progress on stderr: a bar on a terminal, nothing elsewhere, and notes in both cases."""
 
 import io
 import sys
@@ -21,13 +21,13 @@ def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 
 
-def test_nothing_is_written_where_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_written_if_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     with Progress("Indexing", unit="tokens", total=100) as progress:
         progress.advance(60)
     assert capfd.readouterr() == ("", "")
 
 
-def test_bar_tells_title_share_and_rate_at_a_terminal() -> None:
+def test_bar_shows_title_share_and_rate_on_a_terminal() -> None:
     terminal = _Terminal()
     with Progress("Indexing {x} [/y]", unit="tokens", total=100, stream=terminal) as progress:
         for _ in range(4):
@@ -38,7 +38,7 @@ def test_bar_tells_title_share_and_rate_at_a_terminal() -> None:
     assert "tokens/s" in shown
 
 
-def test_bar_without_a_total_tells_how_much_is_done() -> None:
+def test_bar_without_a_total_shows_the_amount_done() -> None:
     terminal = _Terminal()
     with Progress("Reading", unit="records", stream=terminal) as progress:
         progress.advance(1234)
@@ -58,7 +58,7 @@ def test_notes_are_plain_lines_with_and_without_a_terminal(capfd: pytest.Capture
     assert note + "\n" in terminal.getvalue()
 
 
-def test_notes_cannot_command_the_terminal() -> None:
+def test_notes_cannot_control_the_terminal() -> None:
     for stream in (_Terminal(), io.StringIO()):
         with Progress("Indexing", unit="tokens", stream=stream) as progress:
             progress.note("record \x1b]0;owned\x07 of\nfile\x9b2J")
@@ -78,8 +78,8 @@ def test_bar_ends_when_work_fails() -> None:
     assert terminal.getvalue().endswith("\x1b[?25h"), "the cursor is shown again"
 
 
-def test_the_stream_is_stderr_at_the_time_of_making(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stream_is_the_current_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    Progress("Indexing", unit="tokens").note("said")
-    assert stream.getvalue() == "said\n"
+    Progress("Indexing", unit="tokens").note("a note")
+    assert stream.getvalue() == "a note\n"

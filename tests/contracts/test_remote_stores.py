@@ -1,4 +1,4 @@
-"""Indexes on an S3-compatible server are those of a folder, byte for byte, and their errors as clear."""
+"""Indexes on an S3-compatible server equal those in a folder, byte for byte."""
 
 import functools
 import gzip
@@ -38,7 +38,7 @@ KEYS = {"key": "anyone", "secret": "anything"}
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """The address of a server of this process that speaks S3."""
+    """Address of an S3-compatible server in this process."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -50,7 +50,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
-    """The server's file system with an empty bucket, as fsspec's configuration names it."""
+    """The server's file system, through fsspec's configuration, with an empty bucket."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": endpoint, **KEYS})
@@ -62,7 +62,7 @@ def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSy
 
 
 def server_bytes(filesystem: s3fs.S3FileSystem, url: str = URL) -> dict[str, bytes]:
-    """Every object below a URL, by its name from there on."""
+    """Content of every object below a URL, by its relative name."""
     begin = url.removeprefix("s3://") + "/"
     filesystem.invalidate_cache()
     return {name.removeprefix(begin): read(filesystem, name) for name in sorted(filesystem.find(begin))}
@@ -77,21 +77,21 @@ def read(filesystem: s3fs.S3FileSystem, name: str) -> bytes:
 # Writing
 
 
-def test_an_index_on_the_server_is_that_of_a_folder(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
+def test_an_index_on_the_server_equals_that_in_a_folder(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
     write_small_index(tmp_path)
     write_small_index(URL)
     assert server_bytes(s3) == index_bytes(tmp_path)  # and no lock
-    write_small_index(URL)  # again: nothing to do
+    write_small_index(URL)  # nothing left to do
     with store.IndexWriter.open(UPath(URL), small_manifest()) as writer:
         assert writer.completed
 
 
-def test_an_interrupted_index_goes_on_after_its_last_whole_shard(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
+def test_an_interrupted_index_resumes_after_its_last_intact_shard(s3: s3fs.S3FileSystem, tmp_path: Path) -> None:
     write_small_index(tmp_path)
     with store.IndexWriter.open(URL, small_manifest()) as writer:
         writer.write_shard(small_content(0, 3))
         writer.write_shard(small_content(3, 6))
-    with pytest.raises(IncompleteIndexError, match="2 shards with 6 examples are there; run the"):
+    with pytest.raises(IncompleteIndexError, match=r"\(2 shards with 6 examples so far\); make it again"):
         store.Index.open(URL)
     assert store.Index.open(URL, allow_incomplete=True).rows == 6
     content = read(s3, SHARD)
@@ -100,17 +100,17 @@ def test_an_interrupted_index_goes_on_after_its_last_whole_shard(s3: s3fs.S3File
     before = s3.info(f"{URL}/shards/000000.safetensors")["LastModified"]
     write_small_index(URL, on_note=notes.append)
     assert notes[0].startswith("checking 2 shard files")
-    assert notes[1].startswith(f"shard 1 is damaged and will be made again: {SHARD}: its content has digest")
+    assert notes[1].startswith(f"shard 1 is damaged and will be written again: {SHARD}: its content has digest")
     assert server_bytes(s3) == index_bytes(tmp_path)
     assert s3.info(f"{URL}/shards/000000.safetensors")["LastModified"] == before
 
 
-def test_an_index_of_something_else_and_foreign_objects_are_refused(s3: s3fs.S3FileSystem) -> None:
+def test_an_index_with_other_settings_and_foreign_objects_are_refused(s3: s3fs.S3FileSystem) -> None:
     write_small_index(URL)
-    with pytest.raises(IndexMismatchError, match=r"was made with projection.seed 7, but 8 is asked for"):
+    with pytest.raises(IndexMismatchError, match=r"existing index has projection.seed 7, but 8 was requested"):
         write_small_index(URL, small_manifest(seed=8))
     s3.pipe_file("bucket/mine/notes.txt", b"mine")
-    with pytest.raises(StoreError, match=r"holds 'notes.txt' but no manifest.json, expected an index or an empty"):
+    with pytest.raises(StoreError, match=r"contains 'notes.txt' but no manifest.json, expected an index or an empty"):
         write_small_index("s3://bucket/mine")
     with pytest.raises(StoreError, match=r"s3://bucket/mine/notes.txt: is a file, expected a folder"):
         write_small_index("s3://bucket/mine/notes.txt")
@@ -124,11 +124,12 @@ def test_no_bucket_is_made(s3: s3fs.S3FileSystem) -> None:
 
 
 def test_a_large_shard_is_sent_in_parts(s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A multipart upload, which the server shows when all of it has come, is read back in ranges."""
+    """A multipart upload, which the server shows when it is complete, is read in ranges."""
     monkeypatch.setattr(s3, "put_file", functools.partial(s3.put_file, chunksize=5 << 20))
     path = as_folder(f"{URL}/large.safetensors")
     values = {"codes": torch.arange(3 << 20, dtype=torch.int32)}
-    from trackstar.store.tensor_file import check_digest, map_tensor, open_tensor_file, write_tensor_file
+    from trackstar.store.tensor_file import open_tensor_file, write_tensor_file
+    from trackstar.store.tensor_reading import check_digest, map_tensor
 
     write_tensor_file(path, values, {})
     file = open_tensor_file(path)
@@ -140,7 +141,7 @@ def test_a_large_shard_is_sent_in_parts(s3: s3fs.S3FileSystem, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "1-bit"])
-def test_what_is_read_is_what_a_folder_gives(s3: s3fs.S3FileSystem, codec: CodecName, tmp_path: Path) -> None:
+def test_reading_gives_the_same_as_a_folder(s3: s3fs.S3FileSystem, codec: CodecName, tmp_path: Path) -> None:
     for place in (tmp_path, URL):
         write_small_index(place, small_manifest(codec))
     here, there = store.Index.open(tmp_path), store.Index.open(URL)
@@ -184,7 +185,7 @@ def test_tensors_are_read_once(s3: s3fs.S3FileSystem) -> None:
     assert torch.equal(first, AUTOCORRELATION["blocks"])
     s3.rm_file(f"{URL}/autocorrelation.safetensors")
     with pytest.raises(DamagedIndexError, match=r"autocorrelation.safetensors: missing"):
-        index.tensors("autocorrelation")  # that it is still there is looked at
+        index.tensors("autocorrelation")  # the header is read each time
     write_small_index(URL)
     reads = []
     original = remote_files.fill
@@ -194,7 +195,7 @@ def test_tensors_are_read_once(s3: s3fs.S3FileSystem) -> None:
     assert len(reads) == 2  # of the header
 
 
-def test_derived_results_are_kept_on_the_server(s3: s3fs.S3FileSystem) -> None:
+def test_derived_results_are_stored_on_the_server(s3: s3fs.S3FileSystem) -> None:
     write_small_index(URL)
     assert store.Index.open(URL).save_derived("norms", {"norms": torch.arange(3.0)}) is True
     found = store.Index.open(URL).load_derived("norms")
@@ -207,12 +208,12 @@ def test_derived_results_are_kept_on_the_server(s3: s3fs.S3FileSystem) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "missing, expected it to be there; restore the file from a copy"),
+        (None, "missing; restore the file from a copy"),
         (b"", "0 bytes, expected at least a header"),
         (b"nothing of this kind", r"a header of \d+ bytes in a file of 20, expected one that fits into it"),
     ],
 )
-def test_an_object_that_is_not_as_it_was_is_damage(s3: s3fs.S3FileSystem, content: bytes | None, said: str) -> None:
+def test_a_changed_object_is_damage(s3: s3fs.S3FileSystem, content: bytes | None, said: str) -> None:
     write_small_index(URL)
     if content is None:
         s3.rm_file(SHARD)
@@ -242,17 +243,17 @@ def test_an_object_that_changes_under_an_open_index_is_damage(s3: s3fs.S3FileSys
     assert [SHARD in problem for problem in store.verify(URL).problems] == [True]
 
 
-def test_what_is_not_the_indexs_is_noted(s3: s3fs.S3FileSystem) -> None:
+def test_foreign_objects_are_noted(s3: s3fs.S3FileSystem) -> None:
     write_small_index(URL)
     s3.pipe_file(f"{URL}/README.txt", b"what this is")
     s3.pipe_file(f"{URL}/shards/", b"")  # as some tools mark a folder
-    assert store.verify(URL).notes == (f"{URL}/README.txt: not a file of the index",)
+    assert store.verify(URL).notes == (f"{URL}/README.txt: does not belong to the index",)
     assert store.Index.open(URL).rows == 8
 
 
 def test_no_index_and_no_server_are_one_line(s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     for open_ in (store.Index.open, store.verify):
-        with pytest.raises(StoreError, match=r"^s3://bucket/none: no index is there \(no manifest.json\)"):
+        with pytest.raises(StoreError, match=r"^s3://bucket/none: not an index \(no manifest.json\)"):
             open_("s3://bucket/none")
     dead = {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}}
     monkeypatch.setitem(fsspec.config.conf, "s3", dead | KEYS)
@@ -276,13 +277,13 @@ def test_every_command_takes_urls(
     s3.pipe_file("bucket/more.jsonl.gz", gzip.compress("".join(lines[16:]).encode()))
     shared = ("index", "--model", tiny_model_folder, "--side", 8, "--layer-blocks", 2, "--shard-examples", 8)
     assert run(*shared, "--data", "s3://bucket/corpus.jsonl", "--out", "s3://bucket/wide", "--codec", "float16") == 0
-    assert "s3://bucket/wide: 16 examples, 256 dimensions, float16; ask it with" in capsys.readouterr().out
+    assert "s3://bucket/wide: 16 examples, 256 dimensions, float16; query it with" in capsys.readouterr().out
     assert run(*shared, "--data", "s3://bucket/corpus.jsonl", "--out", tmp_path / "wide", "--codec", "float16") == 0
     assert server_bytes(s3, "s3://bucket/wide") == index_bytes(tmp_path / "wide")
     assert run("convert", "--index", "s3://bucket/wide", "--codec", "1-bit", "--out", "s3://bucket/small") == 0
     grown = ("add", "--index", "s3://bucket/small", "--data", "s3://bucket/more.jsonl.gz", "--out", "s3://bucket/grown")
     assert run(*grown) == 0
-    assert run(*grown) == 0  # again: nothing to do
+    assert run(*grown) == 0  # nothing left to do
     (tmp_path / "names.txt").write_text("t3\nt20\n")
     thinned = ("--names", tmp_path / "names.txt", "--out", "s3://bucket/thinned")
     assert run("remove", "--index", "s3://bucket/grown", *thinned) == 0
@@ -294,7 +295,7 @@ def test_every_command_takes_urls(
     assert store.Index.open(tmp_path / "both").rows == 16
     capsys.readouterr()
     assert run("verify", "s3://bucket/thinned") == 0
-    assert capsys.readouterr().out.startswith("s3://bucket/thinned: whole, 3 shards with 22 examples")
+    assert capsys.readouterr().out.startswith("s3://bucket/thinned: undamaged, 3 shards with 22 examples")
     ask = ("--prompt", "The capital of France is", "--completion", "Paris", "--json")
     answers = []
     for index in ("s3://bucket/wide", tmp_path / "wide"):
@@ -306,10 +307,10 @@ def test_every_command_takes_urls(
     assert "is the index itself or lies in it (s3://bucket/wide)" in capsys.readouterr().err
 
 
-def test_the_default_store_is_made_and_gone_on_with_on_the_server(
+def test_the_default_store_is_built_and_resumed_on_the_server(
     s3: s3fs.S3FileSystem, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    """With a first pass, whose index lies within the new one until that is finished."""
+    """With a first pass, whose index lies within the new one until the new one is finished."""
     settings: dict[str, Any] = {"side": 8, "layer_blocks": 2, "shard_examples": 5, "progress": False}
     settings |= {"whitening_examples": 12}
     build_index(tiny_model_folder, TEXTS, tmp_path, **settings)
@@ -323,7 +324,7 @@ def test_the_default_store_is_made_and_gone_on_with_on_the_server(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(s3, "put_file", failing)
-        with pytest.raises(StoreError, match=r"cannot be written \(lost\); .* run the same command again"):
+        with pytest.raises(StoreError, match=r"cannot be written \(lost\); .* try again"):
             build_index(tiny_model_folder, TEXTS, URL, **settings)
     assert build_index(tiny_model_folder, TEXTS, UPath(URL), **settings).rows == len(TEXTS)
     assert server_bytes(s3) == index_bytes(tmp_path)
@@ -338,18 +339,18 @@ def test_credentials_and_endpoint_come_from_the_environment(s3: s3fs.S3FileSyste
         [sys.executable, "-c", command, "verify", URL], env=environment, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"{URL}: whole, 3 shards with 8 examples")
+    assert result.stdout.startswith(f"{URL}: undamaged, 3 shards with 8 examples")
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/results.jsonl", "memory://results.jsonl"])
-def test_only_indexes_are_written_elsewhere(place: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=f"{place}: a URL, expected a file of this machine"):
+def test_only_indexes_can_be_remote(place: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"{place}: expected a file of this machine, found a URL"):
         check_writable(place)
     (tmp_path / "report.toml").write_text("")
     assert run("evaluate", "--config", tmp_path / "report.toml", "--out", place) == 1
     assert run("pretrain", "--data", tmp_path / "corpus.jsonl", "--out", place) == 1
     assert run("demo", "--out", place) == 1
-    assert capsys.readouterr().err.count(f"--out {place}: a URL, expected a folder of this machine") == 3
+    assert capsys.readouterr().err.count(f"--out: expected a folder on this machine, found {place}") == 3
 
 
 # Corpora
@@ -391,7 +392,7 @@ def _written(path: Path) -> Path:
     return path
 
 
-def test_a_place_in_an_index_is_found_out() -> None:
+def test_a_location_within_an_index_is_detected() -> None:
     assert lies_in("memory://a/b", "memory://a")
     assert lies_in("memory://a/", "memory://a")
     assert not lies_in("memory://ab", "memory://a")
@@ -410,21 +411,21 @@ def test_a_memory_file_system_holds_an_index(tmp_path: Path) -> None:
     filesystem.rm("/some", recursive=True)
 
 
-def test_what_cannot_be_a_place_is_one_line() -> None:
-    with pytest.raises(StoreError, match=r"^none://x: not a URL that an index can be at \(.*\); give a folder, or a"):
+def test_an_invalid_location_is_one_line() -> None:
+    with pytest.raises(StoreError, match=r"^none://x: not a URL of a folder \(.*\); pass a folder, or a"):
         as_folder("none://x")
     with pytest.raises(StoreError, match="a URL within a URL, expected one file system"):
         as_folder("simplecache::s3://bucket/x")
-    with pytest.raises(StoreError, match=r"^ftp://host/x: was given with a password") as caught:
+    with pytest.raises(StoreError, match=r"^ftp://host/x: the URL contains a password") as caught:
         as_folder("ftp://me:hidden@host/x")
     assert "hidden" not in str(caught.value)
     with pytest.raises(StoreError, match=r"^ftp://127.0.0.1:9/x: its file system cannot be reached \(Connection ref"):
         as_folder("ftp://127.0.0.1:9/x")
-    with pytest.raises(StoreError, match=r"a package for gs:// is missing; install it beside .*gcsfs"):
+    with pytest.raises(StoreError, match=r"the package for gs:// is missing; install it, and .*gcsfs"):
         as_folder("gs://bucket/x")
 
 
-def test_a_missing_package_is_named_and_a_folder_of_this_machine_needs_none(tmp_path: Path) -> None:
+def test_a_missing_package_is_named_and_a_local_folder_needs_none(tmp_path: Path) -> None:
     program = f"""
 import sys
 from trackstar import store
@@ -441,16 +442,14 @@ for package in ("upath", "s3fs"):
     del sys.modules[package]
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    missing = "s3://bucket/x: a package for s3:// is missing; pip install 'trackstar-tda[remote]'"
+    missing = "s3://bucket/x: the package for s3:// is missing; pip install 'trackstar-tda[remote]'"
     assert result.stdout.splitlines() == ["[]", missing, missing]
 
 
-def test_a_temporary_folder_that_cannot_be_used_is_named(
-    s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_temporary_folder_is_named(s3: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(remote_files.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(StoreError, match=r"cannot be put together in .* \(No space left on device\); free some space"):
+    with pytest.raises(StoreError, match=r"cannot be assembled in .* \(No space left on device\); free some space"):
         write_small_index(URL)

@@ -1,4 +1,4 @@
-"""Stores of few bits at the command line: made by default, converted, grown, thinned, asked, and done without."""
+"""Low-bit stores at the command line: build, convert, add, merge, remove and query."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def write_corpus(path: Path, texts: list[str], first: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Indexes of the first 16 texts: with the default codec, and in float16."""
+    """Indexes of the first 16 texts, with the default codec and with float16."""
     made = tmp_path_factory.mktemp("stores")
     corpus = write_corpus(made / "corpus.jsonl", TEXTS[:16])
     shared = ("index", "--model", tiny_model_folder, "--data", corpus, "--side", 8, "--layer-blocks", 2)
@@ -38,19 +38,19 @@ ASK = ("--prompt", "The capital of France is", "--completion", "Paris")
 
 
 def answers(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[list[str], str]:
-    """Names of the proponents, and what was said beside them."""
+    """Names of the proponents, and the text on stderr."""
     capsys.readouterr()
     assert run("query", *arguments, *ASK, "--json") == 0
     said = capsys.readouterr()
     return json.loads(said.out)["proponent_ids"], said.err
 
 
-def test_the_default_store_has_one_bit_a_dimension(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_default_store_has_one_bit_per_dimension(folder: Path, capsys: pytest.CaptureFixture[str]):
     index = Index.open(folder / "index")
     assert index.manifest.codec == "1-bit"
     assert index.shards[0].stored.codes.shape == (16, index.dimensions // 8)
     names, said = answers(capsys, "--index", folder / "index", "--top", 5)
-    assert "ranking: exact, from every candidate's gradient" in said  # 16 candidates are fewer than are ranked again
+    assert "ranking: exact, by the recomputed gradient of every candidate" in said  # 16 candidates: all re-ranked
     exact, _ = answers(capsys, "--index", folder / "index", "--top", 5, "--exact")
     assert names == exact
     _, said = answers(capsys, "--index", folder / "index", "--top", 5, "--rerank", 0)
@@ -61,11 +61,11 @@ def test_the_default_store_has_one_bit_a_dimension(folder: Path, capsys: pytest.
 
 def test_convert_add_merge_and_remove(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run("convert", "--index", folder / "wide", "--codec", "4-bit", "--out", tmp_path / "small") == 0
-    assert f"{tmp_path / 'small'}: 16 examples, 256 dimensions, 4-bit; ask it with" in capsys.readouterr().out
+    assert f"{tmp_path / 'small'}: 16 examples, 256 dimensions, 4-bit; query it with" in capsys.readouterr().out
     grown = ("--data", folder / "more.jsonl", "--out", tmp_path / "grown")
     assert run("add", "--index", tmp_path / "small", *grown) == 0
     assert f"{tmp_path / 'grown'}: 24 examples" in capsys.readouterr().out
-    assert run("add", "--index", tmp_path / "small", *grown) == 0  # again: nothing to do
+    assert run("add", "--index", tmp_path / "small", *grown) == 0  # nothing left to do
     (tmp_path / "names.txt").write_text("t3\nt20\n")
     thinned = ("--names", tmp_path / "names.txt", "--out", tmp_path / "thinned")
     assert run("remove", "--index", tmp_path / "grown", *thinned) == 0
@@ -82,7 +82,7 @@ def test_convert_add_merge_and_remove(folder: Path, tmp_path: Path, capsys: pyte
     assert len(names) == 24
 
 
-def test_a_corpus_is_gone_through_without_an_index(
+def test_a_corpus_is_queried_without_an_index(
     folder: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     capsys.readouterr()
@@ -93,7 +93,7 @@ def test_a_corpus_is_gone_through_without_an_index(
     said = capsys.readouterr().err
     assert f"corpus: {folder / 'corpus.jsonl'}, 16 candidates" in said
     assert "V: none" in said
-    assert "ranking: exact, from every candidate's gradient" in said
+    assert "ranking: exact, by the recomputed gradient of every candidate" in said
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["results.audit.json", "results.jsonl", "results.report.json"]
     assert run("audit", tmp_path / "results.audit.json", *data) == 0
@@ -102,7 +102,7 @@ def test_a_corpus_is_gone_through_without_an_index(
     assert (report["codec"], report["candidates"], report["reranked"]) == ("none", 16, 16)
 
 
-def test_a_pass_is_not_lost_where_results_cannot_be_written(
+def test_a_pass_is_not_lost_if_results_cannot_be_written(
     folder: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     out = tmp_path / "results.jsonl"
@@ -126,13 +126,13 @@ def test_a_pass_is_not_lost_where_results_cannot_be_written(
         patch.setattr("trackstar.attribution.results.write_results", full)
         assert run(*command) == 1
     assert (tmp_path / "results.jsonl.unfinished").exists()
-    monkeypatch.setattr("trackstar.attribution.streaming.influences", None)  # nothing is scored again
+    monkeypatch.setattr("trackstar.attribution.streaming.influences", None)  # nothing is scored twice
     assert run(*command) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["results.audit.json", "results.jsonl", "results.report.json"]
 
 
-def test_the_report_says_what_may_have_been_missed(folder: Path, tmp_path: Path):
+def test_the_report_states_the_estimated_miss_rate(folder: Path, tmp_path: Path):
     out = tmp_path / "results.jsonl"
     assert run("query", "--index", folder / "index", *ASK, "--top", 3, "--rerank", 12, "--out", out) == 0
     report = json.loads((tmp_path / "results.report.json").read_text())

@@ -1,4 +1,4 @@
-"""Whatever is wrong with an index on the disk, opening it says so in one line, and writing it on mends what it can."""
+"""Faults of an index on the disk: opening reports each in one line, and resuming repairs what it can."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from small_index import index_bytes, small_content, small_manifest, write_small_
 from trackstar import store
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, IndexMismatchError, StoreError
 from trackstar.store.shard_content import ShardPlan
-from trackstar.store.shards import write_shard_file
+from trackstar.store.shard_files import write_shard_file
 
 SHARD = "shards/000001.safetensors"
 
@@ -26,13 +26,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, finished: Path) -> Path:
-    """A finished index to spoil."""
+    """A finished index to damage."""
     shutil.copytree(finished, tmp_path / "index")
     return tmp_path / "index"
 
 
 def cut(name: str, length: int) -> Callable[[Path], None]:
-    """Keep only the first `length` bytes of a file, or all but the last of them where it is negative."""
+    """Keep only the first `length` bytes of a file; a negative length removes that many from the end."""
 
     def change(path: Path) -> None:
         size = (path / name).stat().st_size
@@ -42,7 +42,7 @@ def cut(name: str, length: int) -> Callable[[Path], None]:
 
 
 def overwrite(name: str, place: int, content: bytes) -> Callable[[Path], None]:
-    """Put `content` at byte `place` of a file, counted from its end where it is negative."""
+    """Write `content` at byte `place` of a file; a negative place counts from the end."""
 
     def change(path: Path) -> None:
         old = (path / name).read_bytes()
@@ -69,7 +69,7 @@ def shard_of_another_index(path: Path) -> None:
 
 
 def shard_with_other_content(path: Path) -> None:
-    """Whole in itself and of this index, but not the shard that the manifest lists."""
+    """An intact shard of this index, but not the one in the manifest."""
     write_shard_file(path / "shards", ShardPlan.of(small_manifest()), 1, small_content(0, 3))
 
 
@@ -80,9 +80,9 @@ def tensors_of_another_run(path: Path) -> None:
     shutil.copyfile(other / "autocorrelation.safetensors", path / "autocorrelation.safetensors")
 
 
-# Each: what happens to a finished index, and what opening it for reading says.
+# Each: damage to a finished index, and the error that opening it raises.
 FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
-    "no manifest": (remove("manifest.json"), StoreError, r"no index is there \(no manifest.json\); give the folder of"),
+    "no manifest": (remove("manifest.json"), StoreError, r"not an index \(no manifest.json\); pass the folder that"),
     "an empty manifest": (cut("manifest.json", 0), DamagedIndexError, "manifest.json: the text is not JSON"),
     "half a manifest": (cut("manifest.json", 700), DamagedIndexError, "manifest.json: the text is not JSON"),
     "a manifest of zeros": (
@@ -95,7 +95,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
         DamagedIndexError,
         "manifest.json: format_version is 9, expected at most 3",
     ),
-    "a missing shard": (remove(SHARD), DamagedIndexError, f"{SHARD}: missing, expected it to be there; restore"),
+    "a missing shard": (remove(SHARD), DamagedIndexError, f"{SHARD}: missing; restore"),
     "an empty shard": (cut(SHARD, 0), DamagedIndexError, f"{SHARD}: 0 bytes, expected at least a header"),
     "a shard cut in its header": (cut(SHARD, 1000), DamagedIndexError, f"{SHARD}: a header of 4088 bytes in a file of"),
     "a shard cut in its data": (cut(SHARD, -1), DamagedIndexError, rf"{SHARD}: \d+ bytes, expected \d+"),
@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "another shard in its place": (
         shard_with_other_content,
         DamagedIndexError,
-        f"{SHARD}: digest is '[0-9a-f]+', expected [0-9a-f]+, as the manifest says",
+        f"{SHARD}: digest is '[0-9a-f]+', expected [0-9a-f]+, the manifest's",
     ),
     "tensors that are no shard": (
         replace_by(SHARD, "second_moment.safetensors"),
@@ -143,7 +143,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "another autocorrelation": (
         tensors_of_another_run,
         DamagedIndexError,
-        "autocorrelation.safetensors: digest [0-9a-f]+, expected [0-9a-f]+ as the manifest says",
+        "autocorrelation.safetensors: digest [0-9a-f]+, expected [0-9a-f]+, the manifest's",
     ),
     "half an autocorrelation": (
         cut("autocorrelation.safetensors", 5000),
@@ -164,7 +164,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_opening_a_spoiled_index_says_what_is_wrong_in_one_line(index: Path, name: str) -> None:
+def test_opening_a_damaged_index_names_the_fault_in_one_line(index: Path, name: str) -> None:
     spoil, kind, expected = FAULTS[name]
     spoil(index)
     before = index_bytes(index)
@@ -182,17 +182,17 @@ MENDED = [name for name in FAULTS if "manifest" not in name and "folder" not in 
 
 
 @pytest.mark.parametrize("name", MENDED)
-def test_running_again_mends_a_spoiled_index_byte_for_byte(index: Path, finished: Path, name: str) -> None:
+def test_resuming_repairs_a_damaged_index_byte_for_byte(index: Path, finished: Path, name: str) -> None:
     spoil, _, _ = FAULTS[name]
     spoil(index)
     notes: list[str] = []
     write_small_index(index, on_note=notes.append)
-    assert notes[0].startswith("the finished index is damaged and will be finished again: ")
+    assert notes[0].startswith("the finished index is damaged and will be repaired: ")
     assert all("\n" not in note for note in notes)
     assert index_bytes(index) == index_bytes(finished)
 
 
-def test_running_again_never_removes_another_indexs_shard(index: Path) -> None:
+def test_resuming_never_removes_a_shard_of_another_index(index: Path) -> None:
     shard_of_another_index(index)
     before = index_bytes(index)
     with pytest.raises(IndexMismatchError, match=f"{SHARD}: belongs to the index with"):
@@ -201,7 +201,7 @@ def test_running_again_never_removes_another_indexs_shard(index: Path) -> None:
 
 
 def unfinished(path: Path) -> None:
-    """An index of two full shards, its writer gone."""
+    """An unfinished index of two full shards."""
     with store.IndexWriter.open(path, small_manifest()) as writer:
         writer.write_tensors("second_moment", {"rows/a": torch.arange(5.0) + 1, "columns/a": torch.arange(3.0) + 2})
         for first in (0, 3):
@@ -210,7 +210,7 @@ def unfinished(path: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("place", [10, 50, 300, 3000, 4100, -1])
-def test_a_damaged_shard_of_an_unfinished_index_is_made_again_and_said(
+def test_a_damaged_shard_of_an_unfinished_index_is_noted_and_written_again(
     tmp_path: Path, finished: Path, number: int, place: int
 ) -> None:
     unfinished(tmp_path)
@@ -222,19 +222,19 @@ def test_a_damaged_shard_of_an_unfinished_index_is_made_again_and_said(
         assert writer.resume_point.row == 3 * number
         assert not file.exists()
     assert notes[0].startswith("checking 2 shard files (0.0 MB) of an earlier run")
-    assert notes[1].startswith(f"shard {number} is damaged and will be made again: {file}: ")
+    assert notes[1].startswith(f"shard {number} is damaged and will be written again: {file}: ")
     write_small_index(tmp_path)
     assert index_bytes(tmp_path) == index_bytes(finished)
 
 
-def test_a_shard_after_a_missing_one_is_said_and_can_be_adopted_once_that_is_there(tmp_path: Path) -> None:
+def test_a_shard_after_a_missing_one_is_noted_and_adopted_once_the_gap_is_filled(tmp_path: Path) -> None:
     unfinished(tmp_path)
     before = index_bytes(tmp_path)
     inode = (tmp_path / SHARD).stat().st_ino
     (tmp_path / "shards" / "000000.safetensors").unlink()
     notes: list[str] = []
     with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as writer:
-        assert notes[-1] == "shard 0 is missing and will be made again; 1 after it are there"
+        assert notes[-1] == "shard 0 is missing and will be written again; 1 later shards exist"
         assert writer.resume_point == store.ResumePoint(row=0, record=0, window=0, skipped=0)
         assert writer.adopt_shard() is None
         writer.write_shard(small_content(0, 3))
@@ -254,7 +254,7 @@ def test_a_damaged_shard_is_not_adopted(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as writer:
         writer.write_shard(small_content(0, 3))
         assert writer.adopt_shard() is None
-        assert notes[-1].startswith("shard 1 is damaged and will be made again: ")
+        assert notes[-1].startswith("shard 1 is damaged and will be written again: ")
         assert not (tmp_path / SHARD).exists()
 
 
@@ -265,7 +265,7 @@ def test_shards_after_a_missing_one_can_be_written_again(tmp_path: Path, finishe
     assert index_bytes(tmp_path) == index_bytes(finished)
 
 
-def test_the_resume_point_is_where_the_last_shard_said_that_the_next_begins(tmp_path: Path) -> None:
+def test_the_resume_point_is_the_end_of_the_last_shard(tmp_path: Path) -> None:
     unfinished(tmp_path)
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         assert not writer.completed
@@ -273,9 +273,9 @@ def test_the_resume_point_is_where_the_last_shard_said_that_the_next_begins(tmp_
         assert writer.resume_point == store.ResumePoint(row=6, record=6, window=0, skipped=3)
 
 
-def test_an_unfinished_index_says_how_much_is_there_and_how_to_finish(tmp_path: Path) -> None:
+def test_an_unfinished_index_reports_its_progress_and_how_to_finish_it(tmp_path: Path) -> None:
     unfinished(tmp_path)
-    expected = "not finished, 2 shards with 6 examples are there; run the command that began it again"
+    expected = r"not finished \(2 shards with 6 examples so far\); make it again with the same settings to finish it"
     with pytest.raises(IncompleteIndexError, match=expected):
         store.Index.open(tmp_path)
     index = store.Index.open(tmp_path, allow_incomplete=True)
@@ -283,7 +283,7 @@ def test_an_unfinished_index_says_how_much_is_there_and_how_to_finish(tmp_path: 
     assert index.tensors("second_moment").keys() == {"rows/a", "columns/a"}
 
 
-def test_leftover_partial_files_are_removed_and_said(tmp_path: Path, finished: Path) -> None:
+def test_leftover_partial_files_are_removed_and_noted(tmp_path: Path, finished: Path) -> None:
     unfinished(tmp_path)
     (tmp_path / "derived").mkdir()
     leftovers = ["manifest.json.partial", "shards/000002.safetensors.partial", "derived/x.safetensors.1-a.partial"]
@@ -291,11 +291,11 @@ def test_leftover_partial_files_are_removed_and_said(tmp_path: Path, finished: P
         (tmp_path / name).write_bytes(b"half a file")
     notes: list[str] = []
     write_small_index(tmp_path, on_note=notes.append)
-    assert notes[:3] == [f"removed {Path(name).name}, left unfinished by an interrupted run" for name in leftovers]
+    assert notes[:3] == [f"removed {Path(name).name}, which an interrupted run left unfinished" for name in leftovers]
     assert index_bytes(tmp_path) == index_bytes(finished)
 
 
-def test_a_finished_index_is_left_as_it_is(index: Path) -> None:
+def test_a_finished_index_is_not_changed(index: Path) -> None:
     times = {file: file.stat().st_mtime_ns for file in index.rglob("*.*") if file.name != ".lock"}
     notes: list[str] = []
     with store.IndexWriter.open(index, small_manifest(), on_note=notes.append) as writer:
@@ -320,8 +320,8 @@ def test_a_shard_that_shrinks_while_it_is_open_is_damage_not_a_crash(index: Path
 
 @pytest.mark.parametrize("kind", ["token", "text", "id", "parent"])
 @pytest.mark.parametrize("offset", [-1, 10**12])
-def test_offsets_that_lead_astray_are_damage_when_an_example_is_read(index: Path, kind: str, offset: int) -> None:
-    place = store.Index.open(index).shards[1].file.places[f"{kind}_offsets"]
+def test_invalid_offsets_are_damage_when_an_example_is_read(index: Path, kind: str, offset: int) -> None:
+    place = store.Index.open(index).shards[1].file.tensors[f"{kind}_offsets"]
     overwrite(SHARD, place.start + 8, offset.to_bytes(8, "little", signed=True))(index)
     opened = store.Index.open(index)
     with pytest.raises(DamagedIndexError, match=rf"{SHARD}: {kind}_offsets of rows 0 to 1 do not rise from 0 to \d+"):
@@ -330,7 +330,7 @@ def test_offsets_that_lead_astray_are_damage_when_an_example_is_read(index: Path
 
 
 def test_text_that_is_not_utf_8_is_damage_and_names_its_row(index: Path) -> None:
-    place = store.Index.open(index).shards[1].file.places["text"]
+    place = store.Index.open(index).shards[1].file.tensors["text"]
     overwrite(SHARD, place.stop - 1, b"\xff")(index)
     with pytest.raises(DamagedIndexError, match=f"{SHARD}: the text of row 2 is not UTF-8 at byte"):
         store.Index.open(index).example(5)
@@ -338,7 +338,10 @@ def test_text_that_is_not_utf_8_is_damage_and_names_its_row(index: Path) -> None
 
 def test_a_second_moment_other_than_the_manifests_is_refused(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
-        with pytest.raises(IndexMismatchError, match=r"made with second_moment.digest '[0-9a-f]+', but '[0-9a-f]+' is"):
+        with pytest.raises(
+            IndexMismatchError,
+            match=r"second_moment.digest is '[0-9a-f]+', but the index was begun with '[0-9a-f]+'; use",
+        ):
             writer.write_tensors("second_moment", {"rows/a": torch.ones(5)})
         assert not (tmp_path / "second_moment.safetensors").exists()
 

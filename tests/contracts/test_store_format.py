@@ -1,4 +1,4 @@
-"""The bytes of an index: FORMAT.md says what they are, other software can read them, and they never change unasked."""
+"""The bytes of an index: as FORMAT.md specifies them, readable by other software, and stable."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from small_index import (
 from trackstar import store
 from trackstar.choices import CodecName
 from trackstar.errors import DamagedIndexError, StoreError
-from trackstar.store import shards, tensor_file
+from trackstar.store import shard_files, tensor_file, tensor_reading
 
 # A changed digest here is a changed format: it needs a new FORMAT_VERSION, and readers of the old one.
 GOLDEN: dict[CodecName, str] = {
@@ -85,10 +85,8 @@ def test_other_readers_of_safetensors_read_a_shard(tmp_path: Path, codec: CodecN
         ("1-bit", 1, np.array([-1.0, 1.0])),
     ],
 )
-def test_codes_of_few_bits_are_as_the_format_says(
-    tmp_path: Path, codec: CodecName, bits: int, levels: np.ndarray
-) -> None:
-    """Read from the bytes by FORMAT.md alone: low bits first, levels, factors ‖u‖²/⟨c, u⟩, norms."""
+def test_low_bit_codes_follow_the_format(tmp_path: Path, codec: CodecName, bits: int, levels: np.ndarray) -> None:
+    """Read from the bytes by FORMAT.md alone: lowest bits first, levels, factors ‖u‖²/⟨c, u⟩, norms."""
     write_small_index(tmp_path, small_manifest(codec))
     tensors = load_file(tmp_path / "shards" / "000001.safetensors")
     bytes_of = tensors["codes"].numpy()
@@ -106,14 +104,14 @@ def test_codes_of_few_bits_are_as_the_format_says(
 def test_codes_come_first_and_begin_at_a_page(tmp_path: Path, codec: CodecName) -> None:
     write_small_index(tmp_path, small_manifest(codec))
     for shard in store.Index.open(tmp_path).shards:
-        name, place = next(iter(shard.file.places.items()))
+        name, place = next(iter(shard.file.tensors.items()))
         assert name == "codes"
         assert place.start % 4096 == 0
         assert shard.path.stat().st_size == shard.file.size
 
 
-def test_an_independent_reading_of_the_format_finds_the_same_digest(tmp_path: Path) -> None:
-    """As FORMAT.md puts it: BLAKE2b-256 of the file with bytes 35 to 98 as "0"."""
+def test_an_independent_reader_of_the_format_computes_the_same_digest(tmp_path: Path) -> None:
+    """As FORMAT.md specifies it: BLAKE2b-256 of the file with bytes 35 to 98 as "0"."""
     write_small_index(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
         content = file.read_bytes()
@@ -129,10 +127,10 @@ def test_a_large_header_moves_the_data_by_whole_pages(tmp_path: Path) -> None:
     tensors = {f"{number:04d}": torch.tensor([float(number)]) for number in range(300)}
     tensor_file.write_tensor_file(tmp_path / "many", tensors, {})
     file = tensor_file.open_tensor_file(tmp_path / "many")
-    assert file.places["0000"].start % 4096 == 0
-    assert file.places["0000"].start > 4096
-    assert tensor_file.map_tensor(file, "0123").item() == 123.0
-    tensor_file.check_digest(file)
+    assert file.tensors["0000"].start % 4096 == 0
+    assert file.tensors["0000"].start > 4096
+    assert tensor_reading.map_tensor(file, "0123").item() == 123.0
+    tensor_reading.check_digest(file)
 
 
 def test_tensors_of_every_shape_and_type_come_back(tmp_path: Path) -> None:
@@ -143,13 +141,13 @@ def test_tensors_of_every_shape_and_type_come_back(tmp_path: Path) -> None:
     tensor_file.write_tensor_file(tmp_path / "all", tensors, {})
     file = tensor_file.open_tensor_file(tmp_path / "all")
     for name, tensor in tensors.items():
-        found = tensor_file.map_tensor(file, name)
+        found = tensor_reading.map_tensor(file, name)
         assert found.dtype is tensor.dtype
         assert torch.equal(found, tensor)
 
 
 def test_format_md_names_every_field_tensor_and_file(tmp_path: Path) -> None:
-    text = (Path(shards.__file__).parent / "FORMAT.md").read_text()
+    text = (Path(shard_files.__file__).parent / "FORMAT.md").read_text()
     write_small_index(tmp_path)
     write_small_index(tmp_path / "whitened", small_manifest("1-bit"))
     with store.IndexWriter.open(tmp_path / "unfinished", small_manifest()) as writer:
@@ -159,7 +157,7 @@ def test_format_md_names_every_field_tensor_and_file(tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.safetensors"):
         opened = tensor_file.open_tensor_file(file)
         names |= set(opened.metadata) | {opened.metadata["format"]}
-        names |= set(opened.places) if opened.metadata["format"] == shards.SHARD_FORMAT else set()
+        names |= set(opened.tensors) if opened.metadata["format"] == shard_files.SHARD_FORMAT else set()
     for folder in (tmp_path, tmp_path / "whitened"):
         names |= set(_keys(json.loads((folder / "manifest.json").read_text())))
     assert len(names) > 60
@@ -172,7 +170,7 @@ def _keys(value: Any) -> list[str]:
     return [key for part in value for key in _keys(part)] if isinstance(value, list) else []
 
 
-# Hostile headers: what is put in the place of a good header, and what the error must say.
+# Hostile headers: the replacement of a valid header, and the expected error.
 GOOD: dict[str, Any] = {
     "__metadata__": {"digest": "0" * 64},
     "codes": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
@@ -214,7 +212,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     ),
     "a digest twice": (
         b'{"__metadata__":{"digest":"' + b"0" * 64 + b'","digest":"1"}}',
-        "'digest' is there more than once",
+        "'digest' is repeated",
     ),
     "no metadata": ({"codes": GOOD["codes"]}, "the beginning is b'"),
     "no JSON": (b'{"__metadata__":{"digest":"', "the text is not JSON"),
@@ -252,7 +250,9 @@ def test_a_hostile_header_is_refused_in_one_line(tmp_path: Path, name: str) -> N
         (bytes(5000), "a header of 0 bytes in a file of 5000"),
     ],
 )
-def test_a_hostile_length_is_refused_without_reading_that_much(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_a_hostile_length_is_refused_without_reading_that_many_bytes(
+    tmp_path: Path, content: bytes, expected: str
+) -> None:
     path = tmp_path / "hostile.safetensors"
     path.write_bytes(content)
     with pytest.raises(DamagedIndexError, match=expected):
@@ -272,6 +272,6 @@ def test_a_big_endian_machine_is_refused_before_it_writes_other_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
-        monkeypatch.setattr(shards.sys, "byteorder", "big")
+        monkeypatch.setattr(shard_files.sys, "byteorder", "big")
         with pytest.raises(StoreError, match="big-endian"):
             writer.write_shard(small_content(0, 3))

@@ -1,4 +1,4 @@
-"""Whatever stops a writer, and whenever: what is finished is kept, and running again gives the undisturbed index."""
+"""A writer that is stopped at any moment keeps its finished shards, and can be resumed."""
 
 import contextlib
 import errno
@@ -36,12 +36,12 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["trackstar.store"])
 MANY_EXAMPLES = 42
 
-# Everything that changes the disk goes through one of these.
+# Every change of the disk is a call of one of these.
 STEPS = ("open", "write", "lseek", "fsync", "replace", "unlink")
 
 
 class Killed(BaseException):
-    """The moment at which a process stops: from here on nothing reaches the disk."""
+    """The moment at which a process stops: nothing reaches the disk after it."""
 
 
 class FailingOs:
@@ -67,14 +67,14 @@ class FailingOs:
 
 
 def dead(failing: FailingOs, name: str, arguments: tuple[Any, ...]) -> object:
-    """Nothing happens any more; of a write, the first half still did."""
+    """The process ends here; the first half of a write still reaches the disk."""
     if name == "write" and failing.steps == failing._fatal:
         os.write(arguments[0], arguments[1][: len(arguments[1]) // 2])
     raise Killed
 
 
 def full(failing: FailingOs, name: str, arguments: tuple[Any, ...]) -> object:
-    """No room for anything new, but files can still be removed."""
+    """There is no space for new data, but files can be removed."""
     if name == "unlink":
         return os.unlink(*arguments)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -93,7 +93,7 @@ def failing_at(
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of fsyncs on a disk would take minutes."""
+    """A folder in memory if the machine has one: thousands of fsyncs on a disk would take minutes."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -116,7 +116,7 @@ def steps_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return failing.steps
 
 
-def test_killed_at_any_step_and_run_again_the_index_is_that_of_an_undisturbed_run(
+def test_a_run_killed_at_any_step_and_resumed_gives_the_undisturbed_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
     finished_shards = set()
@@ -145,7 +145,7 @@ def test_finished_shards_are_not_written_again(tmp_path: Path, monkeypatch: pyte
         assert {name: (path / "shards" / name).stat().st_ino for name in inodes} == inodes
 
 
-def test_killed_again_and_again_it_still_finishes(
+def test_a_run_killed_many_times_still_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
     moments = random.Random(0)
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_at_any_step_is_one_line_and_loses_nothing(
     steps = steps_of_a_run(tmp_path, monkeypatch)
     for step in range(1, steps - 2, 3):  # the last three need no room: they remove what only unfinished indexes have
         path = tmp_path / str(step)
-        expected = r": cannot be written \(No space left on device\); free some space and run the same command again"
+        expected = r": cannot be written \(No space left on device\); free some space and try again"
         with failing_at(monkeypatch, step, full), pytest.raises(StoreError, match=expected) as caught:
             write_small_index(path)
         assert "\n" not in str(caught.value)
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_at_any_step_is_one_line_and_loses_nothing(
         assert index_bytes(path) == undisturbed
 
 
-def test_a_writer_goes_on_after_a_full_disk_without_being_opened_again(
+def test_a_writer_continues_after_a_full_disk_without_reopening(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as opened:
@@ -190,7 +190,7 @@ def test_a_writer_goes_on_after_a_full_disk_without_being_opened_again(
 def test_a_file_reaches_the_disk_before_its_name_and_its_name_before_anything_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut loses what was not synced: contents are synced before the rename, the folder after it."""
+    """A power failure loses what was not synced: contents are synced before the rename, the folder after it."""
     events: list[tuple[str, str]] = []
     names: dict[int, str] = {}
 
@@ -237,7 +237,7 @@ def test_an_interrupt_leaves_no_partial_file(
 
 
 def _forked_writer(path: Path) -> int:
-    """The process number of a copy of this process that does nothing but write an index, until it is killed."""
+    """The id of a copy of this process that only writes an index, until it is killed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the copy does not use
         process = os.fork()
@@ -293,16 +293,17 @@ def _write_and_wait(path: Path, started: Any) -> None:
         time.sleep(60)
 
 
-def test_a_second_writer_is_refused_at_once_and_let_in_when_the_first_is_dead(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     with _running(_write_and_wait, tmp_path) as process:
         before = index_bytes(tmp_path)
         began = time.perf_counter()
-        with pytest.raises(IndexLockedError, match="another process is writing this index; wait until it ends"):
+        with pytest.raises(IndexLockedError, match="another process is writing this index; wait for its end"):
             store.IndexWriter.open(tmp_path, small_manifest())
         assert time.perf_counter() - began < 1
         assert index_bytes(tmp_path) == before
         with pytest.raises(
-            IncompleteIndexError, match="1 shards with 3 examples are there; run the command that began it"
+            IncompleteIndexError,
+            match=r"\(1 shards with 3 examples so far\); make it again with the same settings to finish it",
         ):
             store.Index.open(tmp_path)
         process.kill()
@@ -317,7 +318,7 @@ def test_a_second_writer_in_the_same_process_is_refused(tmp_path: Path) -> None:
     store.IndexWriter.open(tmp_path, small_manifest()).close()
 
 
-def test_a_writer_that_fails_to_open_leaves_the_index_free(tmp_path: Path) -> None:
+def test_a_writer_that_fails_to_open_leaves_the_index_unlocked(tmp_path: Path) -> None:
     write_small_index(tmp_path)
     with pytest.raises(StoreError):
         store.IndexWriter.open(tmp_path, small_manifest(seed=8))
@@ -376,10 +377,10 @@ def _write_with_small_files(path: Path, message: Any) -> None:
         message.put(str(error))
 
 
-def test_a_real_limit_on_file_size_is_one_line_and_the_rest_goes_on(
+def test_a_real_limit_on_file_size_is_one_line_and_the_run_can_be_resumed(
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    """The kernel itself refuses a write in the middle of the first shard."""
+    """The kernel refuses a write in the middle of the first shard."""
     message = PROCESSES.Queue()
     process = PROCESSES.Process(target=_write_with_small_files, args=(tmp_path, message))
     process.start()
@@ -394,7 +395,7 @@ def test_a_real_limit_on_file_size_is_one_line_and_the_rest_goes_on(
 # Progress
 
 
-def test_progress_is_found_again_only_with_the_shards_that_it_was_kept_over(tmp_path: Path) -> None:
+def test_progress_is_valid_only_with_the_shards_that_it_covers(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as opened:
         assert opened.load_progress() == (0, {})
         for first in (0, 3):
@@ -409,16 +410,17 @@ def test_progress_is_found_again_only_with_the_shards_that_it_was_kept_over(tmp_
     notes: list[str] = []
     with store.IndexWriter.open(tmp_path, small_manifest(), on_note=notes.append) as opened:
         assert opened.load_progress() == (0, {})
-    assert notes[-1].startswith("what was accumulated over the finished shards was not kept")
+    assert notes[-1].startswith("the sums over the finished shards were not saved")
 
 
-def test_the_steps_counted_here_are_the_only_ones_that_write() -> None:
-    """The killing above is exhaustive only if the store writes nowhere else."""
+def test_no_other_functions_write_to_the_disk() -> None:
+    """The tests above are exhaustive only if the store writes nowhere else."""
     folder = Path(writer.__file__).parent
-    for file in folder.glob("*.py"):
+    for file in folder.rglob("*.py"):
         source = file.read_text()
         for forbidden in ("write_text(encoding", ".write_bytes(", '"wb"', '"w"', "shutil", ".rename(", ".touch("):
             assert forbidden not in source, (file.name, forbidden)
-        if file.name not in ("durable_files.py", "tensor_file.py", "direct_reads.py"):  # the last opens for reading
+        # The last two open files for reading.
+        if file.name not in ("durable.py", "tensor_file.py", "tensor_reading.py", "direct_reads.py"):
             for function in STEPS:
                 assert f"os.{function}(" not in source, (file.name, function)

@@ -1,4 +1,4 @@
-"""A manifest is read back as it was written, or refused with the field that is wrong."""
+"""A manifest is read back as it was written, or refused with the name of the wrong field."""
 
 import dataclasses
 import json
@@ -11,9 +11,9 @@ import pytest
 from small_index import small_manifest, write_small_index
 from trackstar import store
 from trackstar.errors import DamagedIndexError, IndexMismatchError, OptionError
-from trackstar.store import manifest as manifest_module
+from trackstar.store import manifest_entries
 
-# Where only some words are allowed, another one of them.
+# Another valid choice for each field with a fixed list of choices.
 _OTHER_CHOICE = {"whitened": "projected", "1-bit": "2-bit",
     "float32": "float16", "factored": "none", "attention": "mlp", "mlp": "attention", "two-sided": "one-sided",
     "loss": "margin",
@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> store.Manifest:
     return write_small_index(tmp_path_factory.mktemp("manifest") / "index")
 
 
-def test_json_gives_back_the_manifest(finished: store.Manifest) -> None:
+def test_json_round_trip_gives_the_same_manifest(finished: store.Manifest) -> None:
     for manifest in (small_manifest(), finished):
         text = manifest.to_json()
         assert store.Manifest.from_json(text) == manifest
@@ -39,7 +39,7 @@ def test_strings_that_are_not_unicode_come_back_unchanged() -> None:
 
 
 def _leaf_changes(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a manifest with a copy of the manifest in which only that leaf differs."""
+    """Name of each leaf of a manifest, with a copy of the manifest in which only that leaf differs."""
     for field in dataclasses.fields(value):
         old, name = getattr(value, field.name), f"{path}.{field.name}".lstrip(".")
         for where, new in _changed(old, name):
@@ -68,7 +68,7 @@ CHANGES = list(_leaf_changes(small_manifest("1-bit")))
 def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str, changed: store.Manifest) -> None:
     manifest = small_manifest("1-bit")
     different = store.differences(changed, manifest)
-    if field.replace("[0]", "") in manifest_module.DESCRIPTIVE_FIELDS:
+    if field.replace("[0]", "") in manifest_entries.DESCRIPTIVE_FIELDS:
         assert different == []
         assert changed.identity_digest() == manifest.identity_digest()
     else:
@@ -76,14 +76,14 @@ def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str
         assert changed.identity_digest() != manifest.identity_digest()
 
 
-def test_the_fields_changed_above_are_all_there_are() -> None:
+def test_the_fields_changed_above_are_complete() -> None:
     assert len(CHANGES) == 51
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
     } - {"completion"}
 
 
-def test_completion_is_no_part_of_the_identity(finished: store.Manifest) -> None:
+def test_completion_is_not_part_of_the_identity(finished: store.Manifest) -> None:
     assert store.differences(finished, small_manifest()) == []
     assert finished.identity_digest() == small_manifest().identity_digest()
 
@@ -97,7 +97,7 @@ def test_differences_show_both_values_and_missing_items() -> None:
     ]
 
 
-# Each: what is done to the parsed JSON of a finished manifest, and what the error must say.
+# Each: a change of the parsed JSON of a finished manifest, and the expected error.
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field is missing": (lambda m: m.pop("codec"), "codec is missing, expected one of 'float32'"),
     "a nested field is missing": (lambda m: m["model"].pop("digest"), "model.digest is missing, expected a string"),
@@ -116,11 +116,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no version": (lambda m: m.update(format_version=0), "format_version is 0, expected 3"),
     "an older version": (
         lambda m: m.update(format_version=1),
-        "format_version is 1, expected 3: the index was made by an older trackstar in another format, index again",
+        "format_version is 1, expected 3: an older trackstar built the index in another format, build it again",
     ),
     "a newer version": (
         lambda m: m.update(format_version=4, trackstar_version="9.1", magic=1),
-        r"format_version is 4, expected at most 3: the index was made by a newer trackstar \(9.1\)",
+        r"format_version is 4, expected at most 3: a newer trackstar \(9.1\) built the index",
     ),
     "no examples a shard": (lambda m: m.update(shard_examples=0), "shard_examples is 0, expected at least 1"),
     "a side of zero": (lambda m: m["projection"].update(side=0), "projection.side is 0, expected at least 1"),
@@ -151,7 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "rows do not add up": (
         lambda m: m["completion"].update(rows=9),
-        "completion.rows is 9, expected 8, the sum over its shards",
+        "completion.rows is 9, expected 8, the sum over the shards",
     ),
     "whitened without a whitening": (
         lambda m: m.update(coordinates="whitened"),
@@ -196,13 +196,13 @@ BAD_TEXTS: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"format_version": NaN}', "a number is NaN, expected a finite number"),
     "a key twice": (
         b'{"format_version": 1, "format_version": 1}',
-        "'format_version' is there more than once, expected one value",
+        "'format_version' is repeated, expected one value",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TEXTS)
-def test_a_file_that_is_no_manifest_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     content, expected = BAD_TEXTS[name]
     (tmp_path / "manifest.json").write_bytes(content)
     for opening in (store.load_manifest, store.Index.open, lambda path: store.IndexWriter.open(path, small_manifest())):
@@ -230,7 +230,7 @@ def test_an_oversized_manifest_is_refused_unread(tmp_path: Path) -> None:
         store.load_manifest(tmp_path)
 
 
-def test_no_manifest_is_none(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_none(tmp_path: Path) -> None:
     assert store.load_manifest(tmp_path) is None
     assert store.load_manifest(tmp_path / "nowhere") is None
 
@@ -243,7 +243,7 @@ def test_no_manifest_is_none(tmp_path: Path) -> None:
         ({"layer_blocks": ()}, "expected at least one layer block"),
     ],
 )
-def test_a_manifest_that_no_index_can_have_is_refused_before_anything_is_written(
+def test_an_impossible_manifest_is_refused_before_anything_is_written(
     tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
     manifest = object.__new__(store.Manifest)  # past the type checks of the tests, as a caller without them
@@ -254,13 +254,16 @@ def test_a_manifest_that_no_index_can_have_is_refused_before_anything_is_written
     assert list(tmp_path.iterdir()) == []
 
 
-def test_going_on_with_another_manifest_names_the_first_field_that_differs(tmp_path: Path) -> None:
+def test_resuming_with_another_manifest_names_the_first_field_that_differs(tmp_path: Path) -> None:
     write_small_index(tmp_path)
     with pytest.raises(
-        IndexMismatchError, match=r"the index was made with projection.seed 7, but 8 is asked for now; ask for the same"
+        IndexMismatchError,
+        match=r"the existing index has projection.seed 7, but 8 was requested; use the same settings",
     ):
         store.IndexWriter.open(tmp_path, small_manifest(seed=8))
-    with pytest.raises(IndexMismatchError, match=r"projection.seed 7, but 8 is asked for now \(and 1 more differ\)"):
+    with pytest.raises(
+        IndexMismatchError, match=r"projection.seed 7, but 8 was requested \(and 1 more fields differ\)"
+    ):
         store.IndexWriter.open(tmp_path, small_manifest("float16", seed=8))
     assert store.verify(tmp_path).ok
 

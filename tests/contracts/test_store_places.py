@@ -1,4 +1,4 @@
-"""Where an index can be and where not, who may read it, and what is kept beside it for the next query."""
+"""Valid and invalid folders of an index, permissions, and the cache of derived results."""
 
 import contextlib
 import os
@@ -25,23 +25,25 @@ def index(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-# Places where no index can be
+# Invalid folders
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "shards", "second_moment.safetensors", ".git"])
-def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir() if "." not in name[1:] else (tmp_path / name).write_text("mine")
-    with pytest.raises(StoreError, match=f"holds '{name}' but no manifest.json, expected an index or an empty folder"):
+    with pytest.raises(
+        StoreError, match=f"contains '{name}' but no manifest.json, expected an index or an empty folder"
+    ):
         store.IndexWriter.open(tmp_path, small_manifest())
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index").write_text("mine")
     for place in (tmp_path / "index", tmp_path / "index" / "below"):
-        with pytest.raises(StoreError, match=r"cannot be written \((Not a directory|File exists)\); make the place"):
+        with pytest.raises(StoreError, match=r"cannot be written \((Not a directory|File exists)\); make its folder"):
             store.IndexWriter.open(place, small_manifest())
-        with pytest.raises(StoreError, match="no index is there"):
+        with pytest.raises(StoreError, match="not an index"):
             store.Index.open(place)
     assert (tmp_path / "index").read_text() == "mine"
 
@@ -61,7 +63,7 @@ def test_files_that_the_user_put_beside_an_index_do_no_harm(index: Path) -> None
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[Path]:
-    """A folder that is this process's own, without the power to write where permissions forbid it."""
+    """A folder owned by this process, without the superuser's permission to write anywhere."""
     superuser = os.geteuid() == 0
     folder = Path(tempfile.mkdtemp(dir=Path(tempfile.gettempdir()).resolve()))
     folder.chmod(0o755)
@@ -79,7 +81,7 @@ def unprivileged() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_a_folder_that_cannot_be_written_can_be_read_but_keeps_nothing_derived() -> None:
+def test_a_read_only_folder_can_be_read_but_stores_no_derived_results() -> None:
     with unprivileged() as folder:
         write_small_index(folder / "index")
         for path in (folder / "index" / "shards", folder / "index"):
@@ -88,12 +90,12 @@ def test_a_folder_that_cannot_be_written_can_be_read_but_keeps_nothing_derived()
         assert index.example(5).row == 5
         assert index.save_derived("whitening", {"w": torch.ones(3)}) is False
         assert index.load_derived("whitening") is None
-        with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\); make the place writable"):
+        with pytest.raises(StoreError, match=r"cannot be written \(Permission denied\); make its folder writable"):
             store.IndexWriter.open(folder / "index" / "new", small_manifest())
         assert store.verify(folder / "index").ok
 
 
-def test_a_file_that_may_not_be_read_is_said() -> None:
+def test_an_unreadable_file_is_named() -> None:
     with unprivileged() as folder:
         write_small_index(folder / "index")
         (folder / "index" / SHARD).chmod(0)
@@ -133,7 +135,7 @@ def test_derived_tensors_come_back_until_they_are_damaged_or_the_index_changes(i
     assert store.Index.open(tmp_path / "larger").load_derived("whitened-train") is None
 
 
-def test_nothing_derived_is_kept_for_an_unfinished_index(tmp_path: Path) -> None:
+def test_no_derived_results_are_stored_for_an_unfinished_index(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         writer.write_shard(small_content(0, 3))
     index = store.Index.open(tmp_path, allow_incomplete=True)

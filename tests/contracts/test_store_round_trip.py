@@ -1,4 +1,4 @@
-"""What is read from an index is what was written to it, whatever the codec, the magnitudes and the characters."""
+"""Reading an index gives what was written, for every codec, magnitude and character."""
 
 import math
 import types
@@ -23,11 +23,11 @@ from small_index import (
     small_projected_gradients,
     write_small_index,
 )
-from trackstar import store
+from trackstar import choices, store
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
-from trackstar.errors import DamagedIndexError, OptionError
-from trackstar.store import tensor_file
+from trackstar.errors import DamagedIndexError, OptionError, check_choice
+from trackstar.store import tensor_file, tensor_reading
 from trackstar.store.shard_content import ShardPlan, shard_tensors
 
 CODECS: list[CodecName] = ["float32", "bfloat16", "float16"]
@@ -53,7 +53,7 @@ def same_example(found: TokenizedExample, expected: TokenizedExample) -> bool:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_an_index_gives_back_what_was_written(tmp_path: Path, codec: CodecName) -> None:
+def test_reading_gives_what_was_written(tmp_path: Path, codec: CodecName) -> None:
     write_small_index(tmp_path, small_manifest(codec))
     index = store.Index.open(tmp_path)
     assert (index.rows, index.dimensions, len(index.shards)) == (EXAMPLES, 128, 3)
@@ -128,9 +128,7 @@ def test_float32_is_lossless_at_every_magnitude(exponent: float, seed: int) -> N
 
 @pytest.mark.parametrize("codec", ["bfloat16", "float16"])
 @given(exponent=magnitudes, seed=st.integers(0, 2**31))
-def test_small_codecs_err_by_their_own_rounding_at_every_magnitude(
-    codec: CodecName, exponent: float, seed: int
-) -> None:
+def test_16_bit_codecs_err_by_their_rounding_at_every_magnitude(codec: CodecName, exponent: float, seed: int) -> None:
     values = _row(exponent, seed)
     stored = store.encode(values, codec)
     found = stored.decode().double()
@@ -161,9 +159,9 @@ def test_one_large_dimension_among_65536_fits_into_float16() -> None:
     assert store.encode(values, "float16").decode()[0, 5].item() == pytest.approx(3e38, rel=2**-10)
 
 
-def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(OptionError, match=r"^--codec int4: expected one of float32, bfloat16, float16, int8, 4-bit"):
-        store.check_codec("int4")
+def test_an_unknown_codec_is_refused_with_the_list_of_codecs() -> None:
+    with pytest.raises(OptionError, match=r"^`codec`: expected one of float32, bfloat16, float16, int8, 4-bit"):
+        check_choice("codec", "int4", choices.CODECS)
 
 
 def _row(exponent: float, seed: int) -> Tensor:
@@ -222,7 +220,7 @@ def test_odd_text_comes_back_unchanged(tmp_path: Path, text: str) -> None:
         assert [same_example(shard.example(row).example, example(row)) for row in range(3)] == [True] * 3
 
 
-# Reading only what is asked for
+# Reading only the requested bytes
 
 
 def test_an_example_is_read_without_the_rest_of_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,29 +239,29 @@ def test_an_example_is_read_without_the_rest_of_its_shard(tmp_path: Path, monkey
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         shard = writer.write_shard(small_content(0, 3, example=long_example))
     read = []
-    preadv = tensor_file.os.preadv
+    preadv = tensor_reading.os.preadv
 
     def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         read.append(preadv(descriptor, buffers, offset))
         return read[-1]
 
-    monkeypatch.setattr(tensor_file.os, "preadv", counted)
+    monkeypatch.setattr(tensor_reading.os, "preadv", counted)
     monkeypatch.setattr(Path, "open", None)  # nothing else opens the file
     assert same_example(shard.example(1).example, small_example(1))
     assert 0 < sum(read) < 200
 
 
-def test_codes_are_mapped_not_read_and_writing_to_them_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_codes_are_mapped_not_read_and_writing_to_them_does_not_change_the_file(tmp_path: Path) -> None:
     path = tmp_path / "codes.safetensors"
     rows, dim = 4096, 4096  # 64 MiB
     tensor_file.write_tensor_file(path, {"codes": torch.ones(rows, dim)}, {})
     file = tensor_file.open_tensor_file(path)
     before = psutil.Process().memory_info().rss
-    codes = tensor_file.map_tensor(file, "codes")
+    codes = tensor_reading.map_tensor(file, "codes")
     assert psutil.Process().memory_info().rss - before < 2**22
     codes[5, 5] = 7.0
-    assert tensor_file.map_tensor(file, "codes")[5, 5] == 1.0
-    tensor_file.check_digest(file)
+    assert tensor_reading.map_tensor(file, "codes")[5, 5] == 1.0
+    tensor_reading.check_digest(file)
 
 
 def test_codes_are_written_from_the_buffer_that_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +290,9 @@ def test_a_negative_zero_or_nan_scale_is_damage_and_names_its_row(tmp_path: Path
                 _ = shard.scales
 
 
-def test_the_names_that_the_store_offers_are_those_it_defines() -> None:
+def test_the_public_names_of_the_store_are_complete() -> None:
     assert store.__all__ == sorted(store.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
     assert all(hasattr(store, name) for name in store.__all__)
     values = {name: value for name, value in vars(store).items() if not name.startswith("_")}
     assert {name for name, value in values.items() if not isinstance(value, types.ModuleType)} == set(store.__all__)
-    assert set(store.CODECS) > set(CODECS)
+    assert set(choices.CODECS) > set(CODECS)

@@ -1,4 +1,4 @@
-"""Verification reads every byte: whatever is changed, missing or senseless is found, and good shards are told."""
+"""Verification reads every byte and finds what is changed, missing or implausible."""
 
 import math
 import shutil
@@ -13,7 +13,8 @@ from small_index import EXAMPLES, index_bytes, small_content, small_example, sma
 from trackstar import store
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import DamagedIndexError, StoreError
-from trackstar.store.tensor_file import check_digest, open_tensor_file
+from trackstar.store.tensor_file import open_tensor_file
+from trackstar.store.tensor_reading import check_digest
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, finished: Path) -> Path:
-    """A finished index to spoil."""
+    """A finished index to damage."""
     shutil.copytree(finished, tmp_path / "index")
     return tmp_path / "index"
 
@@ -37,14 +38,14 @@ def flip(file: Path, place: int) -> None:
     file.write_bytes(content)
 
 
-def test_a_good_index_has_no_problems(finished: Path) -> None:
+def test_an_intact_index_has_no_problems(finished: Path) -> None:
     read: list[str] = []
     report = store.verify(finished, on_file=lambda file: read.append(file.name))
     assert report.ok
     assert report.completed
     assert (report.good_shards, report.rows, report.problems) == ((0, 1, 2), EXAMPLES, ())
     (note,) = report.notes
-    assert "derived: 1 files, kept to answer sooner, that no digest of the manifest vouches for" in note
+    assert "derived: 1 cached files, which the manifest has no digests of" in note
     files = [name for name in index_bytes(finished) if name != "manifest.json"]
     assert sorted(read) == sorted(Path(name).name for name in files)
     assert report.checked_bytes == sum((finished / name).stat().st_size for name in files)
@@ -62,7 +63,7 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_noticed(index: Path) -> None:
 
 
 def _places() -> list[tuple[str, str, int]]:
-    """Of every file a byte in each of its parts: (file, part, place)."""
+    """One byte in each part of every file: (file, part, place)."""
     places = [("manifest.json", "text", place) for place in (0, 400, -1)]
     tensors = ["codes", "records", "token_offsets", "scales", "losses", "target_counts", "windows", "tokens"]
     tensors += ["target_masks", "text", "ids", "parents", "text_offsets", "id_offsets", "parent_offsets"]
@@ -85,7 +86,7 @@ def test_a_flipped_byte_in_any_part_of_any_file_is_a_problem_of_that_file(
     index: Path, name: str, part: str, place: int
 ) -> None:
     file = index / name
-    if part in (places := open_tensor_file(file).places if name != "manifest.json" else {}):
+    if part in (places := open_tensor_file(file).tensors if name != "manifest.json" else {}):
         place = places[part].start
     flip(file, place)
     report = store.verify(index)
@@ -108,7 +109,7 @@ def test_a_missing_or_shortened_file_is_a_problem(index: Path, name: str) -> Non
     assert "missing" in report.problems[0]
 
 
-def test_all_that_is_wrong_is_told_at_once(index: Path) -> None:
+def test_all_problems_are_reported_together(index: Path) -> None:
     flip(index / "shards" / "000000.safetensors", 4100)
     flip(index / "shards" / "000002.safetensors", 4100)
     (index / "second_moment.safetensors").unlink()
@@ -118,7 +119,7 @@ def test_all_that_is_wrong_is_told_at_once(index: Path) -> None:
     assert report.rows == 3
 
 
-def test_without_its_manifest_each_shard_still_says_whether_it_is_whole(index: Path) -> None:
+def test_shards_are_verified_without_the_manifest(index: Path) -> None:
     (index / "manifest.json").write_bytes(b"")
     flip(index / "shards" / "000000.safetensors", 4100)
     shutil.copyfile(index / "second_moment.safetensors", index / "shards" / "000003.safetensors")
@@ -127,7 +128,7 @@ def test_without_its_manifest_each_shard_still_says_whether_it_is_whole(index: P
     assert len(report.problems) == 3
 
 
-def test_a_shard_too_many_is_a_problem_and_strange_files_are_notes(index: Path) -> None:
+def test_an_additional_shard_is_a_problem_and_foreign_files_are_notes(index: Path) -> None:
     shutil.copyfile(index / "shards" / "000002.safetensors", index / "shards" / "000003.safetensors")
     (index / "shards" / "000009.safetensors.partial").write_bytes(b"half")
     (index / "notes.txt").write_text("mine")
@@ -145,19 +146,19 @@ def test_a_shard_too_many_is_a_problem_and_strange_files_are_notes(index: Path) 
     }
 
 
-def test_an_unfinished_index_is_good_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_an_unfinished_index_is_ok_so_far(tmp_path: Path) -> None:
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         for first in (0, 3):
             writer.write_shard(small_content(first, first + 3))
             writer.save_progress({"sum": torch.ones(2)})
     report = store.verify(tmp_path)
     assert (report.ok, report.completed, report.good_shards, report.rows) == (True, False, (0, 1), 6)
-    assert report.notes[0].endswith("run the command that began it again to finish it")
+    assert report.notes[0].endswith("make it again with the same settings to finish it")
     flip(tmp_path / "progress.safetensors", -1)
     (tmp_path / "shards" / "000000.safetensors").unlink()
     report = store.verify(tmp_path)
     assert [problem.split(": ")[0] for problem in report.problems] == [str(tmp_path / "progress.safetensors")]
-    assert f"{tmp_path}: 1 shards are not there yet, the first of them 0" in report.notes
+    assert f"{tmp_path}: 1 shards are missing so far, the first of them 0" in report.notes
 
 
 def test_verifying_changes_nothing(index: Path) -> None:
@@ -169,16 +170,16 @@ def test_verifying_changes_nothing(index: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing", "empty"])
-def test_a_place_without_an_index_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_folder_without_an_index_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(StoreError, match=r"no index is there \(no manifest.json\)"):
+    with pytest.raises(StoreError, match=r"not an index \(no manifest.json\)"):
         store.verify(tmp_path / name)
 
 
-# What a digest cannot tell, since whoever wrote the nonsense wrote the digest too.
+# Values that a digest cannot reveal, since their writer also wrote the digest.
 
 
-def _spoiled(changes: Callable[[store.ShardContent], object]) -> store.ShardContent:
+def _changed(changes: Callable[[store.ShardContent], object]) -> store.ShardContent:
     content = small_content(0, 3)
     changes(content)
     return content
@@ -190,17 +191,17 @@ def _example(row: int, **changes: object) -> TokenizedExample:
     return TokenizedExample(**{**fields, **changes})  # pyright: ignore[reportArgumentType]
 
 
-SENSELESS: dict[str, tuple[store.ShardContent, str]] = {
+IMPLAUSIBLE: dict[str, tuple[store.ShardContent, str]] = {
     "a code that is NaN": (
-        _spoiled(lambda content: content.stored.codes[1].fill_(math.nan)),
+        _changed(lambda content: content.stored.codes[1].fill_(math.nan)),
         "row 1 has a code that is not finite",
     ),
     "a scale that is NaN": (
-        _spoiled(lambda content: content.stored.scales[2:].fill_(math.nan)),
+        _changed(lambda content: content.stored.scales[2:].fill_(math.nan)),
         "row 2 has scale nan, expected a positive power of two",
     ),
     "a loss that is infinite": (
-        _spoiled(lambda content: content.losses[:1].fill_(math.inf)),
+        _changed(lambda content: content.losses[:1].fill_(math.inf)),
         "row 0 has a loss that is not finite",
     ),
     "no target": (
@@ -218,9 +219,9 @@ SENSELESS: dict[str, tuple[store.ShardContent, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SENSELESS)
-def test_content_that_makes_no_sense_is_a_problem(tmp_path: Path, name: str) -> None:
-    content, expected = SENSELESS[name]
+@pytest.mark.parametrize("name", IMPLAUSIBLE)
+def test_implausible_content_is_a_problem(tmp_path: Path, name: str) -> None:
+    content, expected = IMPLAUSIBLE[name]
     with store.IndexWriter.open(tmp_path, small_manifest()) as writer:
         writer.write_shard(content)
     report = store.verify(tmp_path)

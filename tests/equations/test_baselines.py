@@ -1,4 +1,4 @@
-"""Baselines rank as their published formulas say, whatever the batch, the order and the padding."""
+"""Baselines rank by their published formulas, independent of batch, order and padding."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def raised(run: Callable[[], object], kind: type[TrackstarError]) -> str:
 # The pool
 
 
-def test_pool_keeps_the_examples_order_and_knows_their_places() -> None:
+def test_pool_has_the_order_of_the_examples_and_their_rows() -> None:
     found = pool(("one", "two"))
     assert (found.example_ids, found.texts, dict(found.row_of)) == (("e0", "e1"), ("one", "two"), {"e0": 0, "e1": 1})
     assert len(found) == 2
@@ -76,8 +76,8 @@ def test_pool_keeps_the_examples_order_and_knows_their_places() -> None:
     ("example_ids", "texts", "message"),
     [
         ((), (), "the pool holds no candidate; expected at least one example to rank"),
-        (("a", "b", "a"), ("", "", ""), "example a: names candidates 0 and 2 of the pool; expected each name once"),
-        (("a",), ("x", "y"), "the pool has 1 names and 2 texts; expected one of each a candidate"),
+        (("a", "b", "a"), ("", "", ""), "example a: two candidates have this id, 0 and 2; expected each id once"),
+        (("a",), ("x", "y"), "the pool has 1 ids and 2 texts; expected one id and one text per candidate"),
         (("a",), ("x\ud800",), "example a: the text holds half a surrogate pair (U+D800 at character 1); "),
     ],
 )
@@ -125,9 +125,9 @@ def test_bm25_of_unknown_and_of_stop_words_is_zero_everywhere() -> None:
 
 
 def test_bm25_parameters_out_of_range_are_refused() -> None:
-    expected = "k1 = -1.0, b = 0.75: expected k1 of 0 or more, and b from 0 to 1"
+    expected = "`k1`: expected 0 or more, found -1.0"
     assert raised(lambda: BM25Retriever(pool(), k1=-1.0), OptionError) == expected
-    assert "b = 1.5: " in raised(lambda: BM25Retriever(pool(), b=1.5), OptionError)
+    assert raised(lambda: BM25Retriever(pool(), b=1.5), OptionError) == "`b`: expected 0 to 1, found 1.5"
 
 
 # Gold and random
@@ -143,16 +143,16 @@ def test_gold_ranks_first_in_the_order_given_and_all_others_score_zero() -> None
 @pytest.mark.parametrize(
     ("gold", "message"),
     [
-        ({"q0": ["e9"]}, "query q0: its gold example e9 is not in the pool; expected all there"),
+        ({"q0": ["e9"]}, "query q0: gold example e9 is not in the pool; expected all gold examples there"),
         ({"q0": ["e1", "e1"]}, "query q0: names a gold example twice; expected each once"),
-        ({"q1": ["e1"]}, "query q0: its gold examples are not known; name them or leave it out"),
+        ({"q1": ["e1"]}, "query q0: no entry in `gold`; add its gold examples or leave it out"),
     ],
 )
 def test_bad_gold_is_one_line_that_names_the_query(gold: dict[str, list[str]], message: str) -> None:
     assert raised(lambda: GoldRetriever(pool(), gold).scores(QUERIES[:1]), CorpusError) == message
 
 
-def test_random_ranking_depends_on_query_and_seed_alone() -> None:
+def test_random_ranking_depends_only_on_query_and_seed() -> None:
     candidates = pool([str(number) for number in range(50)])
     found = RandomRetriever(candidates, seed=1).scores(QUERIES)
     assert torch.equal(RandomRetriever(candidates, seed=1).scores(QUERIES[::-1]), found.flip(0))
@@ -227,7 +227,7 @@ def test_embedding_is_the_normalized_mean_of_the_last_hidden_states(encoder_fold
         torch.testing.assert_close(encoder.encode([text])[0].double(), mean / mean.norm(), rtol=1e-5, atol=1e-6)
 
 
-def test_embeddings_have_unit_norm_whatever_the_batch_and_padding(encoder_folder: Path) -> None:
+def test_embeddings_have_unit_norm_and_do_not_depend_on_the_batch(encoder_folder: Path) -> None:
     encoder = load_encoder(encoder_folder)
     texts = [*TEXTS, LONG, *(f"number {n} " * (n % 7) for n in range(70))]
     together = encoder.encode(texts)
@@ -318,11 +318,17 @@ _SETTINGS = "config_sentence_transformers.json"
 
 BAD_FOLDERS: list[tuple[Callable[[Path], object], str]] = [
     (_write("modules.json", "{"), "/modules.json: cannot be read (Expecting property name"),
-    (_write("modules.json", '{"a": 1}'), "/modules.json: not a list of modules; expected a Transformer, then Pooling"),
-    (_write("modules.json", "[]"), "/modules.json: has the modules none; expected a Transformer, "),
+    (
+        _write("modules.json", '{"a": 1}'),
+        "/modules.json: expected Transformer, Pooling and optionally Normalize, found no list of",
+    ),
+    (
+        _write("modules.json", "[]"),
+        "/modules.json: expected Transformer, Pooling and optionally Normalize, found no module",
+    ),
     (
         _write("modules.json", json.dumps([{"type": f"x.{kind}"} for kind in ("Transformer", "Pooling", "Dense")])),
-        "/modules.json: has the modules Transformer, Pooling, Dense; expected a Transformer, then Pooling, then",
+        "/modules.json: expected Transformer, Pooling and optionally Normalize, found Transformer, Pooling, Dense",
     ),
     (
         _write("modules.json", json.dumps([{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "../x"}])),
@@ -330,21 +336,26 @@ BAD_FOLDERS: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         _write(_POOLING, '{"pooling_mode_max_tokens": true}'),
-        f"/{_POOLING}: pools by pooling_mode_max_tokens; expected ",
+        f"/{_POOLING}: expected either pooling_mode_mean_tokens or pooling_mode_cls_token, prompts included, found "
+        "pooling_mode_max_tokens",
     ),
-    (_write(_POOLING, "{}"), f"/{_POOLING}: pools by no mode; expected pooling_mode_mean_tokens or "),
-    (_write(_POOLING, "[]"), f"/{_POOLING}: not a JSON object; expected the Pooling module's"),
+    (
+        _write(_POOLING, "{}"),
+        f"/{_POOLING}: expected either pooling_mode_mean_tokens or pooling_mode_cls_token, prompts included, "
+        "found no mode",
+    ),
+    (_write(_POOLING, "[]"), f"/{_POOLING}: expected the Pooling module's configuration as a JSON object"),
     (lambda folder: (folder / _POOLING).unlink(), f"/{_POOLING}: cannot be read ([Errno 2] No such file"),
     (
         _write(_SETTINGS, '{"similarity_fn_name": "euclidean"}'),
-        ": compares vectors by euclidean; expected cosine or dot",
+        ": expected similarity cosine or dot, found euclidean",
     ),
-    (_write(_SETTINGS, '{"prompts": {"query": 1}}'), ": its prompt for query is no text; expected a string"),
-    (_write(_SETTINGS, "[1]"), f"/{_SETTINGS}: not a JSON object; expected one; "),
+    (_write(_SETTINGS, '{"prompts": {"query": 1}}'), ": expected a string as the prompt for query, found int"),
+    (_write(_SETTINGS, "[1]"), f"/{_SETTINGS}: expected a JSON object, found another value; "),
     (lambda folder: (folder / "config.json").unlink(), ": cannot be loaded as an embedding model ("),
     (_pickle_alone, ": cannot be loaded as an embedding model ("),
     (_without_weights, ": its weights lack 1 parameters of BertModel, first encoder.layer.1.output.dense.bias; "),
-    (_with_nan, ": its vectors are not finite; expected finite weights; "),
+    (_with_nan, ": expected finite vectors, found NaN or infinity; "),
 ]
 
 
@@ -361,11 +372,11 @@ def test_missing_folder_and_device_are_one_line(encoder_folder: Path, tmp_path: 
     expected = f"{tmp_path / 'no'}: no such folder; expected the folder of a sentence-embedding model"
     assert raised(lambda: load_encoder(tmp_path / "no"), ModelError) == expected
     assert raised(lambda: load_encoder(encoder_folder, device="abacus"), OptionError).startswith(
-        "--device abacus: not usable here ("
+        "`device`: expected cpu or an available cuda device, found abacus ("
     )
 
 
-def test_query_that_is_no_text_is_one_line_that_names_it(encoder_folder: Path) -> None:
+def test_query_with_half_a_surrogate_pair_is_one_line_that_names_it(encoder_folder: Path) -> None:
     method = EmbeddingRetriever(pool(), load_encoder(encoder_folder))
     message = raised(lambda: method.scores([query("Paris is", "\ud800", "q7")]), CorpusError)
     assert message.startswith("query q7: the text holds half a surrogate pair (U+D800 at character 9)")

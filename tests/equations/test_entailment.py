@@ -1,4 +1,4 @@
-"""Entailment of examples: sentences, windows, their maximum, and a classifier's probability."""
+"""Entailment by examples: sentences, windows, their maximum, and the probability of a classifier."""
 
 import json
 import math
@@ -44,23 +44,23 @@ def raised(run: Callable[[], object], kind: type[TrackstarError]) -> str:
         ("He left (see No. 5) etc. and so on. it says", ["He left (see No. 5) etc. and so on. it says"]),
         ("“Come.” “Why?” she asked.", ["“Come.”", "“Why?” she asked."]),
         ("彼は来た。彼女も来た。", ["彼は来た。", "彼女も来た。"]),
-        ("Plan B. Plan C", ["Plan B. Plan C"]),  # the price of initials
+        ("Plan B. Plan C", ["Plan B. Plan C"]),  # a capital letter counts as an initial
         ("... . Yes", ["...", ".", "Yes"]),
         ("", []),
         (" \n\t", []),
     ],
 )
-def test_sentences_end_where_the_rule_says(text: str, expected: list[str] | None) -> None:
+def test_sentences_are_split_by_the_rule(text: str, expected: list[str] | None) -> None:
     if expected is None:
         expected = ["Dr. Who met J. S. Bach in St. Gallen.", "Then Prof. X came."]
     assert sentences(text) == expected
 
 
-def test_no_text_makes_splitting_slow() -> None:
+def test_splitting_is_fast_for_any_text() -> None:
     start = time.perf_counter()
     for text in ("." * 300_000, '."' * 150_000, ". " * 150_000, ("A" * 9 + ". ") * 30_000, ". " + '"' * 300_000):
         assert "".join(sentences(text)).replace(" ", "") == text.replace(" ", "")
-    assert time.perf_counter() - start < 10  # half a second; what is quadratic takes hours
+    assert time.perf_counter() - start < 10  # half a second; a quadratic algorithm takes hours
 
 
 def test_windows_are_three_consecutive_sentences() -> None:
@@ -69,11 +69,11 @@ def test_windows_are_three_consecutive_sentences() -> None:
     assert windows("A a.\nB b.") == ["A a. B b."]
     assert windows("A a. B b. C c.", size=1) == ["A a.", "B b.", "C c."]
     assert windows(" ") == []
-    assert raised(lambda: windows("A", size=0), OptionError) == "windows of 0 sentences; expected 1 or more"
+    assert raised(lambda: windows("A", size=0), OptionError) == "`size`: expected 1 or more, found 0"
 
 
 class WordShare:
-    """Scores by the share of the premise's words that are the hypothesis; keeps what it was asked."""
+    """Scores by the share of the premise's words that are the hypothesis; records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -96,13 +96,13 @@ def test_example_scores_the_maximum_over_its_windows() -> None:
     assert entails(found, threshold=0.4).tolist() == [False, False, True, False]
 
 
-def test_examples_keep_their_own_windows_however_many_there_are() -> None:
+def test_windows_belong_to_their_examples_across_batches() -> None:
     texts = [f"w{n} a. B w{n + 1}. C c. D w{n + 2} w{n + 2} E." for n in range(600)]
     found = entailment_scores(texts, [f"w{n + 2}" for n in range(600)], WordShare(), window_sentences=1, progress=False)
     torch.testing.assert_close(found, torch.full((600,), 0.5))
     assert entailment_scores([], [], WordShare()).shape == (0,)
     message = raised(lambda: entailment_scores(["a"], [], WordShare()), OptionError)
-    assert message == "1 texts and 0 hypotheses; expected one each"
+    assert message == "`hypotheses`: expected one for each of 1 texts, found 0"
 
 
 # A classifier
@@ -205,14 +205,14 @@ def _pickle_alone(folder: Path) -> None:
 BAD_FOLDERS: list[tuple[Callable[[Path], object], str]] = [
     (
         _labelled("LABEL_0", "LABEL_1", "LABEL_2"),
-        ": has the labels LABEL_0, LABEL_1, LABEL_2; expected one named entail",
+        ": expected one label named entailment (config.id2label), found LABEL_0, LABEL_1, LABEL_2",
     ),
     (
         _labelled("not_entailment", "yes", "no"),
-        ": has the labels not_entailment, yes, no; expected one named entailment",
+        ": expected one label named entailment (config.id2label), found not_entailment, yes, no",
     ),
     (_without_head, ": its weights lack 1 parameters of BertForSequenceClassification, first classifier.weight; "),
-    (_with_infinity, ": its scores are not finite; expected finite weights; "),
+    (_with_infinity, ": expected finite scores, found NaN or infinity; "),
     (_pickle_alone, ": cannot be loaded as a sequence classification model ("),
     (lambda folder: (folder / "config.json").unlink(), ": cannot be loaded as a sequence classification model ("),
 ]
@@ -229,7 +229,7 @@ def test_bad_classifier_is_one_line_that_names_it(
 
 def test_bad_device_and_bad_text_are_one_line(classifier_folder: Path) -> None:
     message = raised(lambda: load_entailment_classifier(classifier_folder, device="abacus"), OptionError)
-    assert message.startswith("--device abacus: not usable here (")
+    assert message.startswith("`device`: expected cpu or an available cuda device, found abacus (")
     scorer = load_entailment_classifier(classifier_folder)
     message = raised(lambda: scorer.scores(["fine", "\ud800"], ["a", "b"]), CorpusError)
     assert message.startswith("premise 1 holds half a surrogate pair (U+D800 at character 0)")

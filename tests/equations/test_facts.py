@@ -1,4 +1,4 @@
-"""Facts: read from both formats, matched in texts, counted in a corpus, filtered, sampled; categories of proponents."""
+"""Facts: reading both formats, matching in texts, counting in a corpus, filters, samples; categories."""
 
 import json
 from collections import Counter
@@ -98,7 +98,7 @@ def fact(
 # Reading
 
 
-def test_release_is_read_and_given_back_field_for_field(tmp_path: Path) -> None:
+def test_release_is_read_and_written_field_for_field(tmp_path: Path) -> None:
     (found,) = read_facts(written(tmp_path, RELEASE))
     assert found.subject == Entity(name="Nicolás Guillén", aliases=("Guillén",), uri=RELEASE["entity0_uri"])
     assert found.object.names == ("Camagüey", "Puerto Príncipe")
@@ -130,8 +130,8 @@ def test_query_has_the_chosen_prompt_and_the_releases_fields(tmp_path: Path) -> 
     assert second.record["predicate_uri"] == "P20"
     assert [query.prompt for query in to_queries(facts, 2)] == [RELEASE["prompt2"], TREX["prompt_reworded"]]
     message = raised(lambda: facts[0].to_query(3), OptionError)
-    assert message == "fact f1: has prompts 0 to 2, none number 3; choose another template"
-    assert "has no prompt, none number 0" in raised(lambda: fact().to_query(), OptionError)
+    assert message == "`template`: fact f1 has prompts 0 to 2, found 3; choose another"
+    assert "has no prompt, found 0" in raised(lambda: fact().to_query(), OptionError)
 
 
 def test_optional_fields_may_be_missing_null_or_one_string(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_optional_fields_may_be_missing_null_or_one_string(tmp_path: Path) -> No
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = written(tmp_path, RELEASE, "broken")
     assert len(read_facts(path, limit=1)) == 1
-    assert raised(lambda: read_facts(path, limit=0), OptionError) == "--limit 0: expected at least 1"
+    assert raised(lambda: read_facts(path, limit=0), OptionError) == "`limit`: expected 1 or more, found 0"
 
 
 def changed(line: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def without(line: Mapping[str, Any], *fields: str) -> dict[str, Any]:
 
 
 BAD_LINES: list[tuple[object, str]] = [
-    (RELEASE, '{}:2: fact "f1" is also at {}:1; name each once'),
-    ([1], "{}:2: found an array, expected a JSON object a line"),
+    (RELEASE, '{}:2: fact "f1" is also at {}:1; expected each id once'),
+    ([1], "{}:2: found an array, expected one JSON object per line"),
     (without(RELEASE, "entity0"), '{}:2: no field "entity0"; found fact_id, relation, entity1, '),
     (without(RELEASE, "fact_id"), '{}:2: no field "fact_id"; found entity0, '),
     (changed(RELEASE, fact_id="f2", entity1=" "), '{}:2: field "entity1" is empty; expected a string'),
@@ -187,7 +187,10 @@ BAD_LINES: list[tuple[object, str]] = [
         changed(RELEASE, fact_id="f2", is_repetition=0),
         '{}:2: field "is_repetition" is a number; expected true or false',
     ),
-    (changed(RELEASE, fact_id="f2", prompt0=None), '{}:2: no field "prompt0"; found prompt1, prompt2; expected those'),
+    (
+        changed(RELEASE, fact_id="f2", prompt0=None),
+        '{}:2: no field "prompt0"; found prompt1, prompt2; expected all before',
+    ),
     (changed(RELEASE, fact_id="f2", prompt1=3), '{}:2: field "prompt1" is a number; expected a string'),
     (changed(RELEASE, fact_id="\ud800"), '{}:2: field "fact_id" holds half a surrogate pair (U+D800 at character 0)'),
     (changed(TREX, gold="s1", coref=3), '{}:2: field "coref" is a number; expected an array'),
@@ -207,7 +210,7 @@ def test_file_without_facts_is_one_line(tmp_path: Path) -> None:
     )
     (tmp_path / "facts.txt").write_text("text")
     assert raised(lambda: read_facts(tmp_path / "facts.txt")).endswith(
-        "not JSON lines; facts are read from .jsonl (plain, .gz or .zst)"
+        "facts.txt: expected facts as JSON lines: .jsonl, plain, .gz or .zst"
     )
 
 
@@ -220,13 +223,13 @@ def test_sentences_of_the_release_are_read(tmp_path: Path) -> None:
     assert raised(lambda: list(read_sentences(path))) == f'{path}:2: field "text" is null; expected a string'
 
 
-def test_evidence_is_places_in_the_pool(tmp_path: Path) -> None:
+def test_evidence_is_rows_of_the_pool(tmp_path: Path) -> None:
     facts = read_facts(written(tmp_path, TREX))
     row_of = {name: row for row, name in enumerate(("s0", "s4", "s2", "s1", "s3"))}  # s5 is not in the pool
     assert evidence(facts, row_of) == Evidence(gold=((3, 2),), left_out=((4, 1),))
     assert evidence(facts, row_of, strict=True) == Evidence(gold=((2,),), left_out=((4, 1),))
     message = raised(lambda: evidence(facts, {"s1": 0}))
-    assert message == "fact P20:Q1:Q2: its gold example s2 is not in the pool; expected all of them there"
+    assert message == "fact P20:Q1:Q2: gold example s2 is not in the pool; expected all gold examples there"
     assert raised(lambda: evidence([fact()], row_of, strict=True)) == "fact f: has no strict gold example; leave it out"
 
 
@@ -327,7 +330,7 @@ def test_frequency_counts_examples_that_name_subject_and_object() -> None:
     assert fact_frequencies([], examples(CORPUS)).tolist() == []
 
 
-def test_frequency_equals_that_of_looking_for_each_name_in_each_text() -> None:
+def test_frequency_equals_a_search_for_each_name_in_each_text() -> None:
     generator = np.random.default_rng(0)
     vocabulary = ["ab", "b", "the", "abc", "of", "c", "A", "b-c", "It's"]
 
@@ -351,14 +354,14 @@ def test_buckets_are_powers_of_ten() -> None:
     assert [frequency_bucket(edge) for edge in edges] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     names = ["0", "1-9", "10-99", "100-999", "1,000-9,999", "10,000+"]
     assert [bucket_name(bucket) for bucket in range(6)] == names
-    assert raised(lambda: frequency_bucket(-1), OptionError) == "a frequency of -1; expected a count from 0"
-    assert raised(lambda: bucket_name(6), OptionError) == "bucket 6; expected 0 to 5"
+    assert raised(lambda: frequency_bucket(-1), OptionError) == "`frequency`: expected 0 or more, found -1"
+    assert raised(lambda: bucket_name(6), OptionError) == "`bucket`: expected 0 to 5, found 6"
 
 
 # Filters and sampling
 
 
-def test_filters_drop_each_fact_by_the_first_rule_that_it_breaks() -> None:
+def test_each_fact_is_dropped_by_the_first_filter_that_applies() -> None:
     facts = [
         fact("kept", "Ada", "mathematician", relation="P106"),
         fact("part of", "Ada", "England", relation="P361", gold=[]),
@@ -384,7 +387,7 @@ def test_filters_drop_each_fact_by_the_first_rule_that_it_breaks() -> None:
     assert not is_repetition(fact("f", "Oxfordshire", "Oxford"))
 
 
-def test_balanced_sample_keeps_to_both_limits_and_fills_them() -> None:
+def test_balanced_sample_reaches_and_respects_both_limits() -> None:
     facts = [
         fact(f"{relation}-{target}-{n}", f"S{n}", target, relation=relation)
         for relation, targets in (("P1", ("a", "b")), ("P2", ("a",)), ("P3", ("c", "d", "e")))
@@ -400,10 +403,12 @@ def test_balanced_sample_keeps_to_both_limits_and_fills_them() -> None:
     assert sorted(backwards, key=lambda each: each.fact_id) == sorted(found, key=lambda each: each.fact_id)
     assert balanced_sample(facts, per_relation=7, per_object=3, seed=2) != found
     assert balanced_sample(facts, per_relation=100, per_object=25) == tuple(facts)
-    assert "expected limits of at least 1" in raised(lambda: balanced_sample(facts, per_object=0), OptionError)
+    assert "`per_object`: expected 1 or more, found 0" in raised(
+        lambda: balanced_sample(facts, per_object=0), OptionError
+    )
 
 
-def test_every_fact_is_as_likely_to_be_drawn() -> None:
+def test_every_fact_is_equally_likely_to_be_drawn() -> None:
     facts = [fact(f"f{n}", f"S{n}", "a") for n in range(10)]
     drawn = Counter(each.fact_id for seed in range(500) for each in balanced_sample(facts, per_object=3, seed=seed))
     # 150 are expected of each; the standard deviation is 10.2
@@ -443,7 +448,7 @@ def test_category_shares_by_frequency_bucket() -> None:
     assert category_shares(facts[:1], [["France"]], [[1]], np.array([7]))[0].shares["entails"] == 1
     assert category_shares([], [], [], []) == []
     message = raised(lambda: category_shares(facts, proponents, [[], [], []], [1, 1, 1]), OptionError)
-    assert message == "fact a: 3 proponents and 0 scores; expected one each"
-    assert "frequencies of 1; expected" in raised(
+    assert message == "fact a: expected one score per proponent, found 3 proponents and 0 scores"
+    assert "expected the same length, found 3, 3, 3, 1" in raised(
         lambda: category_shares(facts, proponents, [[0, 0, 0], [0, 0], []], [1]), OptionError
     )

@@ -22,7 +22,7 @@ def raised(run: Callable[[], object]) -> str:
 
 
 def sorted_ranks(scores: torch.Tensor, gold: Collection[int], left_out: Collection[int]) -> list[int]:
-    """The slow, obvious version: sort the candidates that are left, then look the gold ones up."""
+    """The slow, obvious version: sort the remaining candidates, then look up the gold ones."""
     order = sorted(range(len(scores)), key=lambda candidate: (-float(scores[candidate]), candidate))
     order = [candidate for candidate in order if candidate not in left_out]
     return sorted(1 + order.index(candidate) for candidate in gold)
@@ -60,12 +60,12 @@ def test_ranks_equal_those_of_a_full_sort_with_ties() -> None:
         (
             [[0]],
             None,
-            "2 rows of scores, gold examples of 1 queries, examples left out of 1; expected one each a query",
+            "`scores`, `gold`, `left_out`: expected one entry per query in each, found 2, 1, 1",
         ),
         (
             [[0], [2]],
             [[]],
-            "2 rows of scores, gold examples of 2 queries, examples left out of 1; expected one each a query",
+            "`scores`, `gold`, `left_out`: expected one entry per query in each, found 2, 2, 1",
         ),
     ],
 )
@@ -73,7 +73,7 @@ def test_bad_evidence_is_one_line(gold: list[list[int]], left_out: list[list[int
     assert raised(lambda: gold_ranks(torch.zeros(2, 3), gold, left_out=left_out)) == message
 
 
-def test_score_that_is_no_number_is_refused() -> None:
+def test_score_that_is_nan_is_refused() -> None:
     scores = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
     assert raised(lambda: gold_ranks(scores, [[0], [0]])) == (
         "query 1: the score of candidate 1 is NaN; expected a number"
@@ -90,7 +90,7 @@ def test_metrics_by_hand() -> None:
     assert (at_one.recall.tolist(), at_one.precision.tolist()) == ([1, 0, 0], [1, 0, 0])
 
 
-def test_metrics_of_what_was_retrieved_by_hand() -> None:
+def test_metrics_of_labels_by_hand() -> None:
     found = metrics_of_labels([[False, True, True], [False, False, False, True], [], [False]], at=3)
     assert found.reciprocal_rank.tolist() == [0.5, 0.25, 0, 0]
     assert found.recall.tolist() == [1, 0, 0, 0]
@@ -98,16 +98,16 @@ def test_metrics_of_what_was_retrieved_by_hand() -> None:
     assert np.isnan(found.gold_share).all()
 
 
-def test_metrics_without_places_or_ranks_are_refused() -> None:
-    assert raised(lambda: metrics_of_ranks([[1]], at=0)).startswith("metrics at 0: expected ")
-    assert raised(lambda: metrics_of_labels([[True]], at=-1)).startswith("metrics at -1: expected ")
+def test_metrics_without_ranks_or_below_one_are_refused() -> None:
+    assert raised(lambda: metrics_of_ranks([[1]], at=0)) == "`at`: expected 1 or more, found 0"
+    assert raised(lambda: metrics_of_labels([[True]], at=-1)) == "`at`: expected 1 or more, found -1"
     assert raised(lambda: metrics_of_ranks([[1], []])).startswith("query 1: has no gold example, ")
 
 
 # Intervals and paired tests
 
 
-def test_interval_of_two_queries_is_that_of_all_their_resamples() -> None:
+def test_interval_of_two_queries_covers_all_their_resamples() -> None:
     # Means 0, ½ and 1 with probabilities ¼, ½ and ¼: the percentiles 2.5 and 97.5 are 0 and 1.
     found = estimate(np.array([0.0, 1.0]))
     assert (found.mean, found.low, found.high, found.queries) == (0.5, 0.0, 1.0, 2)
@@ -143,7 +143,7 @@ def test_sign_flips_of_few_queries_are_exact(first: list[float], second: list[fl
     assert found.exact
 
 
-def test_random_sign_flips_come_near_all_of_them() -> None:
+def test_random_sign_flips_approximate_all_of_them() -> None:
     generator = np.random.default_rng(0)
     differences = generator.normal(0.5, 1.0, size=MOST_FLIPPED_EXACTLY + 2)
     signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
@@ -154,7 +154,7 @@ def test_random_sign_flips_come_near_all_of_them() -> None:
     assert abs(found.p_value - exact) < 4 * np.sqrt(exact * (1 - exact) / 20_000)
 
 
-def test_comparison_is_of_pairs_and_does_not_depend_on_their_order() -> None:
+def test_comparison_is_paired_and_does_not_depend_on_order() -> None:
     generator = np.random.default_rng(0)
     second = generator.uniform(size=300)
     first = second + 0.01 + 0.02 * generator.normal(size=300)  # far smaller than the spread over queries
@@ -180,11 +180,11 @@ def test_comparison_of_methods_that_do_not_differ_finds_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ([], {}, "a mean over no query; expected at least one"),
-        ([0.0, float("nan")], {}, "query 1: its value is nan; expected a finite number"),
-        ([0.0], {"resamples": 0}, "0 resamples; expected at least 1"),
+        ([], {}, "`values`: expected at least one query, found none"),
+        ([0.0, float("nan")], {}, "`values`: expected finite numbers, found nan for query 1"),
+        ([0.0], {"resamples": 0}, "`resamples`: expected 1 or more, found 0"),
     ],
 )
-def test_values_that_have_no_mean_are_refused(values: Sequence[float], options: dict[str, Any], message: str) -> None:
+def test_values_without_a_mean_are_refused(values: Sequence[float], options: dict[str, Any], message: str) -> None:
     assert raised(lambda: estimate(np.array(values, dtype=np.float64), **options)) == message
     assert raised(lambda: compare(np.zeros(len(values)), np.array(values, dtype=np.float64), **options)) == message

@@ -1,4 +1,4 @@
-"""Two runs, a hostile one and a small index, served once for all tests of the explorer's API."""
+"""Three result files, one of them hostile, and a small index, served for all tests of the explorer's API."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("results")
     return [
         write_release_file(folder / "one.jsonl", queries=60),
-        write_release_file(folder / "two.jsonl", queries=50, passages=7),
+        write_release_file(folder / "two.jsonl", queries=50, candidates=7),
         write_hostile_file(folder / "hostile.jsonl"),
     ]
 
@@ -49,11 +49,11 @@ def index(corpus: Path, tiny_model_folders: TinyModelFolder, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def address(results: list[Path], index: Index, corpus: Path) -> Iterator[str]:
-    with explorer(results, opened(index, corpus)) as found:
-        yield found
+    with explorer(results, opened(index, corpus)) as served:
+        yield served
 
 
 @pytest.fixture
 def client(address: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address, headers=HEADERS, timeout=60) as found:
-        yield found
+    with httpx.Client(base_url=address, headers=HEADERS, timeout=60) as opened_client:
+        yield opened_client

@@ -1,4 +1,4 @@
-"""What the explorer's server refuses: other origins, large, slow and silent requests; and hostile texts stay text."""
+"""The explorer's server refuses other origins and large, slow or silent requests; hostile texts stay text."""
 
 import contextlib
 import csv
@@ -45,13 +45,13 @@ def test_other_hosts_and_origins_are_refused(client: httpx.Client, headers: dict
     assert client.get("/api/session", headers=headers).status_code == status
 
 
-def test_a_link_may_open_the_page_and_nothing_else(client: httpx.Client):
+def test_a_link_from_another_site_opens_only_the_page(client: httpx.Client):
     headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     assert client.get("/", headers=headers).status_code == 200
     assert client.get("/api/runs/0/export?format=csv", headers=headers).status_code == 403
 
 
-def test_what_changes_something_needs_the_header_and_json(address: str):
+def test_requests_that_change_anything_need_the_header_and_json(address: str):
     with httpx.Client(base_url=address) as plain:
         assert plain.post("/api/generate", json={"prompt": "x"}).status_code == 403
         assert plain.delete("/api/jobs/1").status_code == 403
@@ -62,7 +62,7 @@ def test_what_changes_something_needs_the_header_and_json(address: str):
         assert form.status_code == 415
 
 
-def test_large_bodies_are_refused_also_where_their_length_is_not_told(client: httpx.Client):
+def test_large_bodies_are_refused_with_or_without_a_content_length(client: httpx.Client):
     body = json.dumps({"prompt": "x" * LARGEST_BODY}).encode()
     assert client.post("/api/generate", content=body).status_code == 413
 
@@ -74,7 +74,7 @@ def test_large_bodies_are_refused_also_where_their_length_is_not_told(client: ht
     assert client.get("/api/session").status_code == 200
 
 
-def test_a_body_that_does_not_come_ends_after_a_while_and_makes_room(
+def test_a_request_whose_body_never_arrives_times_out(
     address: str, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(security, "SLOWEST_SECONDS", 0.5)
@@ -91,13 +91,13 @@ def test_a_body_that_does_not_come_ends_after_a_while_and_makes_room(
     assert client.get("/api/session").status_code == 200
 
 
-def test_who_sends_nothing_is_hung_up_on(results: list[Path], monkeypatch: pytest.MonkeyPatch):
+def test_silent_connections_are_closed(results: list[Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server, "SILENT_SECONDS", 0.3)
     with explorer(results[:1]) as address:
         host, port = address.removeprefix("http://").split(":")
-        for said in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):
+        for request in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):
             with socket.create_connection((host, int(port)), timeout=20) as connection:
-                connection.sendall(said)
+                connection.sendall(request)
                 assert connection.recv(64) == b""
         with httpx.Client(base_url=address) as client:
             assert client.get("/api/session").status_code == 200
@@ -105,14 +105,14 @@ def test_who_sends_nothing_is_hung_up_on(results: list[Path], monkeypatch: pytes
             assert client.get("/api/session").status_code == 200
 
 
-def test_a_download_may_take_its_readers_time(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_download_is_not_cut_off(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(security, "SLOWEST_SECONDS", 0.3)
     with client.stream("GET", "/api/runs/0/export", params={"format": "csv"}) as response:
         time.sleep(0.8)
         assert len(list(csv.DictReader(io.StringIO(response.read().decode())))) == 60 * 13
 
 
-def test_halves_of_surrogate_pairs_are_shown_as_replaced_in_every_field(tmp_path: Path):
+def test_unpaired_surrogates_are_replaced_in_every_field(tmp_path: Path):
     half = "a \ud800 b"
     record = json.loads(write_hostile_file(tmp_path / "h.jsonl").read_text())
     fields = "example_id query_set inputs_plaintext targets_plaintext relation entity0 entity1 c4_frequency_bucket"
@@ -135,7 +135,7 @@ def test_halves_of_surrogate_pairs_are_shown_as_replaced_in_every_field(tmp_path
         assert client.get("/api/runs/0/queries", params=wanted).json()["matching"] == 1
 
 
-def test_names_of_entities_that_attack_the_search_for_them_are_looked_for_in_no_time(tmp_path: Path):
+def test_hostile_entity_names_do_not_slow_the_search_for_them(tmp_path: Path):
     record = json.loads(write_hostile_file(tmp_path / "h.jsonl").read_text())
     names = [" ".join(["a"] * 4000) + f" b{number}" for number in range(100)]
     record |= {"entity0": names[0], "entity0_alias": names[1:], "proponents": ["a " * 50_000] * 10}
@@ -146,7 +146,7 @@ def test_names_of_entities_that_attack_the_search_for_them_are_looked_for_in_no_
         assert client.get("/api/runs/0/queries/0").status_code == 200
 
 
-def test_paths_lead_nowhere_but_to_the_front_end(address: str):
+def test_paths_outside_the_front_end_are_not_found(address: str):
     host, port = address.removeprefix("http://").split(":")
     for path in ("/../app.py", "/..%2fapp.py", "/assets/../../app.py", "/%2e%2e/%2e%2e/errors.py", "//etc/passwd"):
         with socket.create_connection((host, int(port))) as connection:
@@ -156,7 +156,7 @@ def test_paths_lead_nowhere_but_to_the_front_end(address: str):
 
 
 class _Tags(html.parser.HTMLParser):
-    """What a browser would take for markup in an exported page."""
+    """Collects the tags and attributes that a browser would find in an exported page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,9 +168,9 @@ class _Tags(html.parser.HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
-def test_hostile_texts_come_as_text_and_long_ones_in_parts(client: httpx.Client):
+def test_hostile_texts_stay_text_and_long_texts_come_in_parts(client: httpx.Client):
     found = client.get("/api/runs/2/queries/0").json()
-    assert [passage["text"] for passage in found["proponents"][:-1]] == list(HOSTILE)
+    assert [candidate["text"] for candidate in found["proponents"][:-1]] == list(HOSTILE)
     long = found["proponents"][-1]
     assert (len(long["text"]), long["characters"]) == (20_000, len(LONG))
     rank = long["rank"]
@@ -178,7 +178,7 @@ def test_hostile_texts_come_as_text_and_long_ones_in_parts(client: httpx.Client)
     assert (part["text"], part["start"], part["characters"]) == (LONG[950_000:], 950_000, len(LONG))
 
 
-def test_exported_pages_hold_no_markup_of_the_corpus(client: httpx.Client):
+def test_exported_pages_hold_no_markup_from_the_corpus(client: httpx.Client):
     page = client.get("/api/runs/2/export?format=html").text
     tags = _Tags()
     tags.feed(page)

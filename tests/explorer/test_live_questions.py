@@ -1,4 +1,4 @@
-"""Questions to an index through the explorer's API: answers, splits, effects, insight, and the jobs they run as."""
+"""Questions to an index through the explorer's API: answers, token splits, effects, insight, and jobs."""
 
 import csv
 import io
@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from capitals import QUERIES, TEXTS
-from explorer_server import HEADERS, asked, explorer, finished, opened, result, waited
+from explorer_server import HEADERS, explorer, finished, opened, question_body, result, waited
 from trackstar.attribution.answering import answer_queries
+from trackstar.errors import OptionError
 from trackstar.explorer import live as live_module
 from trackstar.explorer.jobs import MOST_WAITING, Jobs, TooManyJobsError
 from trackstar.explorer.result_files import read_result_file
@@ -23,8 +24,8 @@ from trackstar.progress import Progress
 from trackstar.store import Index
 
 
-def test_an_answer_ranks_as_the_pipeline_and_is_held_under_its_key(client: httpx.Client, index: Index):
-    answer = result(client, "/api/answers", asked())
+def test_an_answer_equals_answer_queries_and_stays_under_its_key(client: httpx.Client, index: Index):
+    answer = result(client, "/api/answers", question_body())
     report = answer_queries(index, QUERIES[:1], k=5, damping=0.1, progress=False)
     (expected,) = report.results
     ours, words = answer["rankings"]
@@ -39,25 +40,25 @@ def test_an_answer_ranks_as_the_pipeline_and_is_held_under_its_key(client: httpx
     assert words["proponents"][0]["text"] == TEXTS[0]
     assert words["proponents"][0]["metadata"] == {"source": "France", "year": "1990"}
     assert client.get(f"/api/answers/{answer['key']}").json() == answer
-    assert result(client, "/api/answers", asked())["key"] == answer["key"]
-    assert result(client, "/api/answers", asked(top=4))["key"] != answer["key"]
+    assert result(client, "/api/answers", question_body())["key"] == answer["key"]
+    assert result(client, "/api/answers", question_body(top=4))["key"] != answer["key"]
 
 
-def test_tokens_sum_to_the_influence_and_spans_to_the_text(client: httpx.Client):
-    answer = result(client, "/api/answers", asked(1))
-    for passage in answer["rankings"][0]["proponents"]:
+def test_token_shares_sum_to_the_influence_and_spans_cover_the_text(client: httpx.Client):
+    answer = result(client, "/api/answers", question_body(1))
+    for candidate in answer["rankings"][0]["proponents"]:
         for over in ("candidate", "query"):
-            body = {"row": passage["row"], "over": over}
+            body = {"row": candidate["row"], "over": over}
             split = result(client, f"/api/answers/{answer['key']}/tokens", body)
-            assert split["influence"] == passage["score"]
-            assert sum(share["influence"] for share in split["shares"]) == pytest.approx(passage["score"], abs=2e-6)
-            assert split["total"] == pytest.approx(passage["score"], abs=2e-6)
+            assert split["influence"] == candidate["score"]
+            assert sum(share["influence"] for share in split["shares"]) == pytest.approx(candidate["score"], abs=2e-6)
+            assert split["total"] == pytest.approx(candidate["score"], abs=2e-6)
             assert "".join(split["text"][s["start"] : s["stop"]] for s in split["shares"]) == split["text"]
         assert split["text"] == f"{QUERIES[1].prompt} {QUERIES[1].completion}"
 
 
 def test_an_effect_is_measured(client: httpx.Client):
-    answer = result(client, "/api/answers", asked())
+    answer = result(client, "/api/answers", question_body())
     effect = result(client, f"/api/answers/{answer['key']}/tail-patch", {"row": 0})
     assert effect["before"] == pytest.approx(answer["probability"], rel=1e-4)
     assert effect["after"] != effect["before"]
@@ -67,18 +68,18 @@ def test_an_effect_is_measured(client: httpx.Client):
     assert effect in details["effects"]
     assert split in details["splits"]
     failed = finished(client, f"/api/answers/{answer['key']}/tail-patch", {"row": 24})
-    assert (failed["state"], failed["error"]) == ("failed", "row 24: expected a candidate of the index, 0 to 23")
+    assert (failed["state"], failed["error"]) == ("failed", "row: expected a candidate of the index, 0 to 23, found 24")
 
 
 def test_generated_tokens_spell_the_text(client: httpx.Client):
-    said = result(client, "/api/generate", {"prompt": "The capital of France is", "max_new_tokens": 6})
-    spelled = [said["text"][token["start"] : token["stop"]] for token in said["tokens"]]
-    assert "".join(spelled) == said["text"] != ""
-    assert all(0 < token["probability"] <= 1 for token in said["tokens"])
+    generation = result(client, "/api/generate", {"prompt": "The capital of France is", "max_new_tokens": 6})
+    pieces = [generation["text"][token["start"] : token["stop"]] for token in generation["tokens"]]
+    assert "".join(pieces) == generation["text"] != ""
+    assert all(0 < token["probability"] <= 1 for token in generation["tokens"])
 
 
-def test_insight_and_groups_are_of_the_answer(client: httpx.Client):
-    answer = result(client, "/api/answers", asked())
+def test_insight_and_groups_describe_the_answer(client: httpx.Client):
+    answer = result(client, "/api/answers", question_body())
     found = client.get(f"/api/answers/{answer['key']}/insight").json()
     assert found["candidates"] == sum(found["counts"]) == len(TEXTS)
     assert found["shown"][0] == answer["rankings"][0]["proponents"][0]["score"]
@@ -88,15 +89,15 @@ def test_insight_and_groups_are_of_the_answer(client: httpx.Client):
     assert {group["in_corpus"] for group in groups["groups"]} == {1 / 6}
     wrong = client.get(f"/api/answers/{answer['key']}/groups", params={"field": "colour"})
     assert wrong.status_code == 400
-    assert wrong.json()["detail"].startswith("field colour: the corpus has source, year, none")
+    assert wrong.json()["detail"].startswith("field: the corpus has source, year, none, found colour")
     rows = list(csv.DictReader(io.StringIO(client.get(f"/api/answers/{answer['key']}/export?format=csv").text)))
     assert {row["method"] for row in rows} == {"TrackStar", "BM25"}
     line = json.loads(client.get(f"/api/answers/{answer['key']}/export?format=jsonl").text)
     assert line["proponents"] == [p["text"] for p in answer["rankings"][0]["proponents"]]
 
 
-def test_exported_answers_are_results_that_the_explorer_opens(client: httpx.Client, tmp_path: Path):
-    answer = result(client, "/api/answers", asked())
+def test_the_explorer_opens_its_exported_answers(client: httpx.Client, tmp_path: Path):
+    answer = result(client, "/api/answers", question_body())
     path = tmp_path / "exported.jsonl"
     path.write_text(client.get(f"/api/answers/{answer['key']}/export?format=jsonl").text)
     (line,) = read_result_file(path).lines
@@ -107,52 +108,54 @@ def test_exported_answers_are_results_that_the_explorer_opens(client: httpx.Clie
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        ({}, 422), (asked(methods=[]), 422), (asked(methods=["TRAK"]), 400), (asked(methods=["BM25", "BM25"]), 400),
-        (asked(top=0), 422), (asked(top=100_000), 422), (asked(completion=""), 422), (asked(extra=1), 422),
-        (asked(prompt="x" * 40_000), 422), ([1], 422),
+        ({}, 422), (question_body(methods=[]), 422), (question_body(methods=["TRAK"]), 400),
+        (question_body(methods=["BM25", "BM25"]), 400),
+        (question_body(top=0), 422), (question_body(top=100_000), 422), (question_body(completion=""), 422),
+        (question_body(extra=1), 422),
+        (question_body(prompt="x" * 40_000), 422), ([1], 422),
     ],
 )  # fmt: skip
-def test_wrong_questions_are_refused_before_they_are_queued(client: httpx.Client, body: Any, status: int):
+def test_invalid_questions_are_refused_before_they_are_queued(client: httpx.Client, body: Any, status: int):
     response = client.post("/api/answers", json=body)
     assert response.status_code == status, response.text
     assert response.json()["detail"]
 
 
-def test_what_cannot_be_attributed_fails_with_its_line(client: httpx.Client):
-    job = finished(client, "/api/answers", asked(completion="   "))
+def test_a_completion_that_cannot_be_attributed_fails_with_one_line(client: httpx.Client):
+    job = finished(client, "/api/answers", question_body(completion="   "))
     assert job["state"] == "failed"
     assert job["error"].startswith("query query: the completion is empty")
 
 
-def test_of_a_changed_corpus_no_fields_are_shown_and_the_answer_says_so(index: Index, corpus: Path, tmp_path: Path):
+def test_fields_of_a_changed_corpus_are_not_shown_and_a_note_says_so(index: Index, corpus: Path, tmp_path: Path):
     changed = tmp_path / "corpus.jsonl"
     changed.write_text(corpus.read_text().replace("France", "Gaul"))
     with explorer([], opened(index, changed)) as address, httpx.Client(base_url=address, headers=HEADERS) as client:
-        answer = result(client, "/api/answers", asked())
+        answer = result(client, "/api/answers", question_body())
         session = client.get("/api/session").json()
     assert len(answer["notes"]) == 1
     assert "has changed since" in answer["notes"][0]
-    assert "--data" in answer["notes"][0]
+    assert answer["notes"][0].endswith("pass the corpus that was indexed as data")
     assert answer["rankings"][0]["proponents"][0]["metadata"] == {}
     assert session["index"]["metadata"] == []
 
 
-def test_a_prompt_that_does_not_fit_the_window_is_told(client: httpx.Client):
-    answer = result(client, "/api/answers", asked(prompt="word " * 400 + "The capital of France is"))
+def test_a_note_says_that_the_prompt_was_cut_to_the_window(client: httpx.Client):
+    answer = result(client, "/api/answers", question_body(prompt="word " * 400 + "The capital of France is"))
     assert len(answer["notes"]) == 1
-    assert "what stands before was not read" in answer["notes"][0]
-    assert result(client, "/api/answers", asked())["notes"] == []
+    assert "the text before was not read" in answer["notes"][0]
+    assert result(client, "/api/answers", question_body())["notes"] == []
 
 
 def test_without_an_index_live_questions_are_refused(results: list[Path]):
     with explorer(results[:1]) as address, httpx.Client(base_url=address, headers=HEADERS) as client:
         assert client.get("/api/session").json()["index"] is None
-        response = client.post("/api/answers", json=asked())
+        response = client.post("/api/answers", json=question_body())
         assert (response.status_code, response.json()["detail"][:16]) == (404, "no index is open")
 
 
 def slow_steps(seconds: float = 30.0) -> None:
-    """Work that could go on for long, told step by step."""
+    """Long work that reports its progress step by step."""
     with Progress("Slow work", unit="steps", total=1000, shown=False) as bar:
         for _ in range(1000):
             time.sleep(seconds / 1000)
@@ -174,7 +177,7 @@ def test_a_job_is_watched_and_cancelled(address: str, client: httpx.Client, monk
     assert client.get(f"/api/jobs/{waiting}").json()["state"] == "cancelled"
 
 
-def test_more_jobs_than_may_wait_are_refused():
+def test_jobs_beyond_the_longest_queue_are_refused():
     jobs = Jobs()
     try:
         jobs.submit("first", slow_steps)
@@ -187,7 +190,7 @@ def test_more_jobs_than_may_wait_are_refused():
         jobs.close()
 
 
-def test_a_defect_in_a_job_is_told_and_the_next_one_runs():
+def test_a_defect_in_a_job_is_reported_and_the_next_job_runs():
     jobs = Jobs()
     try:
         first = jobs.submit("broken", lambda: 1 / 0)
@@ -205,15 +208,34 @@ def test_a_defect_in_a_job_is_told_and_the_next_one_runs():
         jobs.close()
 
 
-def test_an_answer_of_few_bits_says_what_is_exact(tiny_model_folder: Path, tmp_path: Path):
+def test_errors_of_the_library_are_shown_without_backticks():
+    def refuse() -> None:
+        raise OptionError('`mixing`: found `x y`; pass `codec="float16"` to `build_index`, or `verify(out)`')
+
+    jobs = Jobs()
+    try:
+        number = jobs.submit("refused", refuse).job
+        deadline = time.monotonic() + 10
+        while (job := jobs.get(number)) is not None and job.state != "failed":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert job is not None
+        assert job.error == 'mixing: found `x y`; pass codec="float16" to build_index, or verify(out)'
+    finally:
+        jobs.close()
+
+
+def test_a_low_bit_answer_says_which_influences_are_exact(tiny_model_folder: Path, tmp_path: Path):
     index = build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", layer_blocks=2, side=8, progress=False)
-    live = open_index(str(index.path), IndexOptions(reranked=7), say=lambda _line: None)
-    answer = live.answer(AnswerRequest(**asked()))
+    live = open_index(str(index.path), IndexOptions(reranked=7), note=lambda _line: None)
+    answer = live.answer(AnswerRequest(**question_body()))
     (note,) = [note for note in answer.notes if "1-bit codes" in note]
-    assert f"of {len(TEXTS)} influences are from gradients computed for this answer" in note
+    assert f"of {len(TEXTS)} influences are exact, from gradients recomputed for this answer" in note
     first = answer.rankings[0].proponents[0]
     assert first.row is not None
     split = live.tokens(answer.key, first.row, over_query=False)
     assert sum(share.influence for share in split.shares) == pytest.approx(first.score, abs=1e-3)
-    whole = open_index(str(index.path), IndexOptions(), say=lambda _line: None).answer(AnswerRequest(**asked()))
+    whole = open_index(str(index.path), IndexOptions(), note=lambda _line: None).answer(
+        AnswerRequest(**question_body())
+    )
     assert f"{len(TEXTS)} of {len(TEXTS)} influences" in " ".join(whole.notes)

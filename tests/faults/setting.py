@@ -92,9 +92,9 @@ def make_small() -> None:
         first_pass: {"_SHARD_EXAMPLES": 20},
         shard_groups: {"GROUP_EXAMPLES": 10},
         indexing: {"_SAVE_PROGRESS_EVERY": 0.0, "_ROWS_AT_ONCE": 10},
-        arrays: {"_LOOK_AGAIN": 0.05},
+        arrays: {"_CHECK_EVERY": 0.05},
         reranking: {"_ROWS_AT_ONCE": 40},
-        streaming: {"_EXAMPLES_AT_ONCE": 40, "_KEEP_EVERY": 0.0},
+        streaming: {"_EXAMPLES_AT_ONCE": 40, "_SAVE_EVERY": 0.0},
     }
     for module, values in changes.items():
         for name, value in values.items():

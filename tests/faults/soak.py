@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from capitals import QUERIES, TEXTS
-from explorer_server import HEADERS, asked
+from explorer_server import HEADERS, question_body
 from faults.processes import PROCESSES
 from faults.setting import Setting
 
@@ -44,7 +44,7 @@ def _serve(connection: Any, model: str, folder: str) -> None:
     )  # fmt: skip
     results = [
         write_release_file(place / "one.jsonl", queries=60),
-        write_release_file(place / "two.jsonl", queries=50, passages=7),
+        write_release_file(place / "two.jsonl", queries=50, candidates=7),
     ]
     with explorer(results, opened(index, corpus)) as address:
         connection.send(address)
@@ -72,7 +72,7 @@ _PAGES = (
     *(f"/api/runs/0/queries/{place}/export?format={kind}" for place in (3, 30) for kind in ("csv", "html", "jsonl")),
     "/api/runs/0/export?format=csv",
     "/api/runs/1/export?format=jsonl",
-    *(f"/api/passages/{row}/text" for row in range(0, len(TEXTS), 5)),
+    *(f"/api/candidates/{row}/text" for row in range(0, len(TEXTS), 5)),
 )
 """Addresses whose answers stay the same."""
 
@@ -83,8 +83,8 @@ _NONSENSE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("GET", "/api/runs/0/queries?limit=1000000", {}),
     ("GET", "/api/runs/0/queries?score_min=nan", {}),
     ("GET", "/api/runs/0/queries/100000", {}),
-    ("GET", "/api/passages/-5/text", {}),
-    ("GET", "/api/passages/999999999999999999999/text", {}),
+    ("GET", "/api/candidates/-5/text", {}),
+    ("GET", "/api/candidates/999999999999999999999/text", {}),
     ("GET", "/api/jobs/0", {}),
     ("GET", "/api/answers/%00%ff", {}),
     ("GET", "/..%2f..%2fetc/passwd", {}),
@@ -95,13 +95,13 @@ _NONSENSE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("POST", "/api/answers", {"content": b"\xff\xfe"}),
     ("POST", "/api/answers", {"content": b"[" * 50_000}),
     ("POST", "/api/answers", {"content": b'{"prompt": "\\ud800", "completion": "\\udfff", "methods": ["BM25"]}'}),
-    ("POST", "/api/answers", {"json": asked(top=0)}),
-    ("POST", "/api/answers", {"json": asked(methods=["nothing"])}),
-    ("POST", "/api/answers", {"json": asked(prompt="x" * 300_000)}),
-    ("POST", "/api/answers", {"json": asked(), "headers": {"Content-Type": "text/plain"}}),
-    ("POST", "/api/answers", {"json": asked(), "headers": {"X-Trackstar": "0"}}),
-    ("POST", "/api/answers", {"json": asked(), "headers": {"Origin": "http://other.example"}}),
-    ("POST", "/api/answers", {"json": asked(), "headers": {"Host": "other.example"}}),
+    ("POST", "/api/answers", {"json": question_body(top=0)}),
+    ("POST", "/api/answers", {"json": question_body(methods=["nothing"])}),
+    ("POST", "/api/answers", {"json": question_body(prompt="x" * 300_000)}),
+    ("POST", "/api/answers", {"json": question_body(), "headers": {"Content-Type": "text/plain"}}),
+    ("POST", "/api/answers", {"json": question_body(), "headers": {"X-Trackstar": "0"}}),
+    ("POST", "/api/answers", {"json": question_body(), "headers": {"Origin": "http://other.example"}}),
+    ("POST", "/api/answers", {"json": question_body(), "headers": {"Host": "other.example"}}),
     ("POST", "/api/answers/nothing/tokens", {"json": {"row": 0, "over": "query"}}),
     ("POST", "/api/generate", {"json": {"prompt": "x", "max_new_tokens": 10**9}}),
 )  # fmt: skip
@@ -184,7 +184,7 @@ class _Client:
 
     def _question(self, number: int) -> Any:
         began = time.perf_counter()
-        job = self._job("/api/answers", asked(number))
+        job = self._job("/api/answers", question_body(number))
         if job is None:
             return None
         if job["state"] != "done":
@@ -236,7 +236,7 @@ class _Client:
         """Begin a request and go, before all of it is sent or all of the answer has come."""
         host, port = self._address
         head = f"Host: {host}:{port}\r\nX-Trackstar: 1\r\nContent-Type: application/json\r\n"
-        body = json.dumps(asked(self._random.randrange(len(QUERIES))))
+        body = json.dumps(question_body(self._random.randrange(len(QUERIES))))
         said = self._random.choice(
             (
                 f"GET /api/runs/0/export?format=csv HTTP/1.1\r\n{head}\r\n",

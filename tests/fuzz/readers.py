@@ -28,8 +28,8 @@ from fuzz.mutations import Mutation
 from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from trackstar import store
 from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry, content_digest
-from trackstar.audit.again import check_audit
 from trackstar.audit.checks import AtHand
+from trackstar.audit.recomputation import check_audit
 from trackstar.audit.record import AUDIT_VERSION, AnswerEntry, Audit, GenerationEntry, ResultsEntry, VersionsEntry
 from trackstar.choices import CodecName, Coordinates
 from trackstar.corpus import Corpus, open_corpus, query_text, read_names, read_queries, tokenize_examples
@@ -38,8 +38,8 @@ from trackstar.errors import LONGEST_MESSAGE, TrackstarError
 from trackstar.evaluation.config import read_config
 from trackstar.evaluation.facts import evidence, fact_digest, read_facts, read_sentences, to_queries
 from trackstar.explorer.browsing import QueryFilter, query_page
-from trackstar.explorer.exports import Shown, to_csv, to_html, to_jsonl
-from trackstar.explorer.passages import passage_text, query_record
+from trackstar.explorer.candidates import candidate_text, query_record
+from trackstar.explorer.exports import ExportedQuery, to_csv, to_html, to_jsonl
 from trackstar.explorer.result_files import read_result_file
 from trackstar.gradients.optimizer_state import second_moment_from_state
 from trackstar.gradients.second_moment import SecondMoment
@@ -49,7 +49,7 @@ from trackstar.store.files.places import Place
 from trackstar.store.manifest import differences
 from trackstar.store.shards import Shard
 from trackstar.text import printable
-from trackstar.workers.made_with import second_moment_of_index
+from trackstar.workers.index_model import second_moment_of_index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,7 +251,7 @@ def _read_rows(path: Place, *, direct: bool) -> None:
     for stored in examples:
         example = stored.example
         assert len(example.token_ids) == len(example.target_mask)
-        # Shown and written as text by whoever asks for it.
+        # Shown and written as text by the explorer.
         json.dumps([example.example_id, example.parent_id, example.text, example.record, example.window])
     for shard in index.shards:
         _use_shard(shard)
@@ -268,7 +268,7 @@ def _read_tensors(path: Place) -> None:
     # What a run that goes on takes up again.
     if index.manifest.second_moment.digest is not None:
         SecondMoment.from_tensors(index.tensors("second_moment"), source="estimated", floor=0.0)
-    TrainWhitening.kept_in(path, damping=None, source="all")
+    TrainWhitening.written_in(path, damping=None, source="all")
     task_correction(index, torch.zeros(0, index.dimensions), mixing=0.0)
     train_spectrum(index)
 
@@ -604,18 +604,18 @@ def _use_results(folder: Path, content: bytes) -> None:
     file = read_result_file(path)
     sorts: tuple[Any, ...] = ("file", "prompt", "relation", "frequency", "score", "rank")
     for sort in sorts:
-        wanted = QueryFilter(search="a", passages=True, sort=sort, descending=sort == "score")
+        wanted = QueryFilter(search="a", search_candidates=True, sort=sort, descending=sort == "score")
         query_page([file], 0, wanted, offset=0, limit=50).model_dump_json()
     shown = []
     for place, line in enumerate(file.lines[:20]):
         record = query_record(file, 0, place)
         record.model_dump_json()
         if record.proponents:
-            passage_text(file, place, "proponents", 1)
+            candidate_text(file, place, "proponents", 1)
         if record.opponents:
-            passage_text(file, place, "opponents", len(record.opponents))
+            candidate_text(file, place, "opponents", len(record.opponents))
         lists = [("m", "proponent", record.proponents), ("m", "opponent", record.opponents)]
-        shown.append(Shown(line.example_id, line.prompt, line.completion, lists))
+        shown.append(ExportedQuery(line.example_id, line.prompt, line.completion, lists))
     for written in (to_csv(shown), to_jsonl(shown), to_html(shown, file.name)):
         "".join(written).encode()
 
@@ -816,7 +816,7 @@ def _audit_seeds() -> list[bytes]:
         made_with=dataclasses.replace(manifest, completion=None),
         index=index,
         stream=None,
-        versions=VersionsEntry.here(),
+        versions=VersionsEntry.installed(),
         device="cpu",
         threads=1,
     )

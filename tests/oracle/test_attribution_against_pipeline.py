@@ -99,7 +99,7 @@ def test_rows_that_are_not_there_are_refused(index: Index):
     found: Attribution = asked.attribute(QUERIES[0])
     for ask in (asked.over_candidate, asked.over_query, asked.measure):
         for row in (-1, index.rows):
-            with pytest.raises(OptionError, match=f"row {row}: expected a candidate of the index, 0 to"):
+            with pytest.raises(OptionError, match=f"`row`: expected a candidate of the index, 0 to .*, found {row}"):
                 ask(found, row)
 
 
@@ -123,5 +123,5 @@ def test_a_step_without_v_and_without_a_training_state_is_refused(tiny_model_fol
         progress=False,
     )
     asked = attributor(without)
-    with pytest.raises(OptionError, match="found a second moment of kind none, expected a factored one"):
+    with pytest.raises(OptionError, match="expected a factored second moment, found one of kind none"):
         asked.measure(asked.attribute(QUERIES[0]), 0)

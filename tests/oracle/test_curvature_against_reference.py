@@ -58,10 +58,14 @@ def test_a_block_summed_alone_has_the_same_bits_and_panels_meet():
     assert float(one.mean()) == pytest.approx((1e8 + 1000) / 1001, rel=1e-7)
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.3])
 @pytest.mark.parametrize("mixing", [0.0, 0.3, 1.0])
-def test_mixed_autocorrelation_is_equation_three(mixing: float):
-    evaluation, train = (torch.stack(of_reference(correlated(20, 4, seed=seed))) for seed in (0, 1))
-    torch.testing.assert_close(mixed(evaluation, train, mixing), reference.mix(evaluation, train, mixing))
+def test_mixed_autocorrelation_is_equation_three_with_a_damped_r_train(mixing: float, damping: float):
+    for evaluation, train in zip(*(of_reference(correlated(20, 4, seed=seed)) for seed in (0, 1)), strict=True):
+        before = train.clone()
+        expected = reference.mix(evaluation, train, mixing, damping=damping)
+        torch.testing.assert_close(mixed(evaluation, train, mixing, damping=damping), expected)
+        assert torch.equal(train, before)
 
 
 def test_both_spectra_equal_the_pooled_singular_values():
@@ -98,7 +102,7 @@ def test_mixing_of_few_queries_is_taken_at_half_the_smaller_rank_and_says_so():
 
 
 def test_spectrum_that_is_zero_throughout_has_no_mixing():
-    with pytest.raises(CurvatureError, match="--mixing"):
+    with pytest.raises(CurvatureError, match="pass `mixing`"):
         mixing_by_spectra(torch.zeros(4), torch.ones(4), dimensions=4, queries=1)
 
 
@@ -134,7 +138,7 @@ def test_singular_autocorrelation_is_refused_by_name_unless_damped():
 
 
 def test_negative_damping_is_refused():
-    with pytest.raises(OptionError, match="--damping"):
+    with pytest.raises(OptionError, match="`damping`: expected 0 or more"):
         whitening(torch.eye(2)[None], damping=-0.1)
 
 

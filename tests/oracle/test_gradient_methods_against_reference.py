@@ -1,4 +1,4 @@
-"""Table 1's experiments, other output functions and TRAK over indexes on disk, held against the oracle."""
+"""The experiments of Table 1, other output functions and TRAK on indexes, compared with the oracle."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ QUERIES = [
 
 
 class Made:
-    """The three indexes that serve all methods, and what the oracle needs."""
+    """The three indexes that all methods use, and the inputs of the oracle."""
 
     def __init__(self, folder: Path, out: Path) -> None:
         self.model = language_model("llama")
@@ -84,7 +84,7 @@ def test_scores_of_the_experiments_equal_the_references(made: Made, method: Grad
         if method.correction == "task":
             mixing = reference.paper_mixing(list(R_eval.values()), list(R_train.values()))
         whitenings = {
-            name: reference.whitening(reference.mix(R_eval[name], R_train[name], mixing), damping=DAMPING)
+            name: reference.whitening(reference.mix(R_eval[name], R_train[name], mixing, damping=DAMPING))
             for name in phi
         }
     expected = reference.influences(phi_queries, phi, whitenings, unit_norm=method.unit_norm)
@@ -136,7 +136,7 @@ def test_trak_equals_its_published_formula(made: Made, per: str):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_drawn_token_is_a_target_with_all_that_stands_before_it(made: Made):
+def test_drawn_token_is_a_target_with_all_tokens_before_it(made: Made):
     from trackstar.baselines.trak import _with_one_target
 
     places = set()
@@ -157,12 +157,12 @@ def test_drawn_token_is_a_target_with_all_that_stands_before_it(made: Made):
         (
             "plain",
             TRACKSTAR,
-            r"was made with none second moment, which TrackStar does not want; .* --second-moment auto",
+            r"expected V for TrackStar, found none; call `build_index` again with `second_moment=\"auto\"`",
         ),
-        ("with V", EXPERIMENTS[1], r"was made with one second moment, which experiment 2 does not want"),
-        ("margin", EXPERIMENTS[1], r"holds gradients of the margin, expected the loss for experiment 2"),
+        ("with V", EXPERIMENTS[1], r"expected no V for experiment 2, found one"),
+        ("margin", EXPERIMENTS[1], r"expected gradients of the loss for experiment 2, found those of the margin"),
     ],
 )
-def test_index_made_otherwise_is_refused(made: Made, name: str, method: GradientMethod, message: str):
+def test_index_made_for_another_method_is_refused(made: Made, name: str, method: GradientMethod, message: str):
     with pytest.raises(IndexMismatchError, match=message):
         GradientRetriever(method, made.gradients[name])

@@ -1,4 +1,4 @@
-"""Losses, gradients' factors and projected gradients of the package, held against the oracle."""
+"""Losses, gradient factors and projected gradients, compared with the oracle."""
 
 from typing import Any
 
@@ -23,32 +23,32 @@ from comparisons import (
 from tiny_models import ARCHITECTURES, CORE_ARCHITECTURES, matrix_parameters, tiny_model, tiny_tokenizer
 from trackstar.choices import Output
 from trackstar.corpus import TokenizedExample
-from trackstar.gradients.per_example import gradient_pass, loss_and_hidden_gradients
+from trackstar.gradients.per_example import GradientConsumer, gradient_pass, loss_and_hidden_gradients
 from trackstar.gradients.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
-from trackstar.model.batching import make_batch
+from trackstar.model.batching import Batch, make_batch
 from trackstar.model.language_model import Head, wrap_model
 from trackstar.model.layer_blocks import WeightMatrix
 
 
-class Materialized:
-    """A consumer that multiplies the factors out: G = Σ_t g_t a_tᵀ of every example and matrix."""
+class Materialized(GradientConsumer):
+    """Multiplies the factors out: G = Σ_t g_t a_tᵀ of every example and matrix."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
 
-    def start(self, examples: int) -> None:
+    def start(self, batch: Batch) -> None:
         self.gradients.clear()
 
-    def keep(self, matrix: WeightMatrix, inputs: Tensor) -> Tensor:
+    def save_for_backward(self, matrix: WeightMatrix, inputs: Tensor) -> Tensor:
         return inputs.clone()
 
-    def add(self, matrix: WeightMatrix, kept: Any, gradients: Tensor) -> None:
+    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Tensor) -> None:
         assert matrix.name not in self.gradients
-        self.gradients[matrix.name] = torch.einsum("eti,etj->eij", gradients, kept)
+        self.gradients[matrix.name] = torch.einsum("eti,etj->eij", gradients, saved)
 
 
 def mixed_examples() -> list[TokenizedExample]:
-    """Different lengths, so that all but one are padded, and different targets: all, a completion's, one, scattered."""
+    """Different lengths, so all but one are padded; targets: all tokens, a completion, one, scattered."""
     every, completion, single, scattered = random_examples([17, 23, 9, 12])
     return [
         every,
@@ -192,7 +192,7 @@ def test_heads_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch):
 def random_second_moment(
     matrices: tuple[WeightMatrix, ...], kind: str, *, floor: float = 1e-8, with_zeros: bool = False
 ) -> SecondMoment:
-    """V drawn over a few orders of magnitude; some entries zero on request."""
+    """V drawn over a few orders of magnitude, optionally with zeros."""
     draw = torch.Generator().manual_seed(7)
 
     def drawn(*shape: int) -> Tensor:
@@ -209,7 +209,7 @@ def random_second_moment(
 
 
 def dense(second_moment: SecondMoment) -> dict[str, Tensor] | None:
-    """V in full with the floor applied as documented: to entries below that fraction of their mean."""
+    """V in full, with entries below the floor, a fraction of their mean, raised to it."""
     if second_moment.kind == "none":
         return None
 

@@ -1,11 +1,11 @@
-"""V read from optimizer state is each real optimizer's own second moment, and whatever does not fit is refused."""
+"""V read from optimizer state is the optimizer's own second moment; state that does not fit is an error."""
 
 import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from transformers.optimization import Adafactor
 import reference
 from comparisons import assert_rows_close
 from tiny_models import tiny_model, tiny_tokenizer
+from trackstar.choices import SecondMomentKind
 from trackstar.errors import SecondMomentError
 from trackstar.gradients.optimizer_state import find_optimizer_state, second_moment_from_state, second_moment_of
 from trackstar.gradients.second_moment import FactoredMoment, SecondMoment
@@ -42,8 +43,8 @@ def optimizers_own(state: Mapping[str, Any]) -> Tensor:
     if "row_var" in state:
         epsilon1 = torch.finfo(torch.float32).eps
         return reference.torch_adafactor_second_moment(state["row_var"], state["col_var"], epsilon1=epsilon1)
-    kept = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    return reference.adam_second_moment(kept, int(state["step"]), BETA2)
+    squares = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    return reference.adam_second_moment(squares, int(state["step"]), BETA2)
 
 
 def groups(module: nn.Module, grouping: str) -> Parameters:
@@ -67,7 +68,7 @@ def groups(module: nn.Module, grouping: str) -> Parameters:
 def trained(
     architecture: str, optimizer_name: str, grouping: str = "one group", **overrides: Any
 ) -> tuple[LanguageModel, torch.optim.Optimizer, dict[str, Tensor]]:
-    """A model after a few real steps on random tokens, its optimizer, and the optimizer's own V by parameter name."""
+    """A model after a few steps on random tokens, its optimizer, and the optimizer's V by parameter name."""
     module = tiny_model(architecture, **overrides).requires_grad_(True)
     optimizer = OPTIMIZERS[optimizer_name](groups(module, grouping))
     draw = torch.Generator().manual_seed(0)
@@ -116,7 +117,7 @@ def assert_is_own(
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_second_moment_is_the_real_optimizers_own(
-    architecture: str, optimizer_name: str, kind: Literal["factored", "elementwise"], where: str, tmp_path: Path
+    architecture: str, optimizer_name: str, kind: SecondMomentKind, where: str, tmp_path: Path
 ):
     model, optimizer, own = trained(architecture, optimizer_name)
     if where == "live":
@@ -135,7 +136,7 @@ def test_second_moment_is_the_real_optimizers_own(
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "gpt_neox", "gemma2", "qwen2", "olmo2"])
 def test_numbered_parameters_find_their_names(architecture: str, grouping: str, tmp_path: Path):
-    # Layers whose shapes are all alike: only the right order gives the right numbers.
+    # All layers have the same shapes, so only the right order gives the right numbers.
     model, optimizer, own = trained(architecture, "AdamW", grouping)
     found = second_moment_from_state(write_torch(tmp_path, optimizer), model, kind="elementwise")
     assert_is_own(found, model, own)
@@ -171,7 +172,7 @@ def test_factored_kind_keeps_the_row_and_column_means_of_adam():
         assert_rows_close(moment.column[None], V.mean(dim=0)[None], tolerance=1e-5)
 
 
-def test_old_torch_format_is_read_as_well(tmp_path: Path):
+def test_old_torch_format_is_read(tmp_path: Path):
     model, optimizer, own = trained("llama", "AdamW")
     torch.save(optimizer.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert_is_own(second_moment_from_state(tmp_path / "old.pt", model, kind="elementwise"), model, own)
@@ -200,18 +201,18 @@ def test_named_state_is_preferred_to_torchs(tmp_path: Path):
     assert str(named) in second_moment_from_state(tmp_path, model).source
 
 
-# ---- What is refused -----------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def llama() -> tuple[LanguageModel, dict[str, Any]]:
-    """A model and its AdamW's state dict, to be spoiled in a copy."""
+    """A model and its AdamW's state dict, for tests to corrupt a copy of."""
     model, optimizer, _ = trained("llama", "AdamW")
     return model, optimizer.state_dict()
 
 
 class Exploit:
-    """What a hostile pickle does when it is loaded without `weights_only`."""
+    """Runs code when it is unpickled without `weights_only`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("exploited",)
@@ -309,10 +310,10 @@ def test_hostile_pickle_is_refused_and_never_run(
     assert not Path("exploited").exists()
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
+@pytest.mark.parametrize("length", [0, 1, 100, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "optimizer.pt", "old.pt"])
 def test_a_file_cut_off_anywhere_is_refused_in_one_line(
-    name: str, kept: float, llama: tuple[LanguageModel, dict[str, Any]], tmp_path: Path
+    name: str, length: float, llama: tuple[LanguageModel, dict[str, Any]], tmp_path: Path
 ):
     model, content = llama
     path = tmp_path / name
@@ -322,7 +323,7 @@ def test_a_file_cut_off_anywhere_is_refused_in_one_line(
     else:
         torch.save(content, path, _use_new_zipfile_serialization=name == "optimizer.pt")
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    path.write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
     with pytest.raises(SecondMomentError) as caught:
         second_moment_from_state(path, model)
     assert str(caught.value).startswith(str(path))
@@ -365,7 +366,7 @@ def test_named_state_without_its_betas_or_in_other_names_is_refused(tmp_path: Pa
         second_moment_from_state(path, model)
 
 
-def test_a_place_without_state_is_refused(llama: tuple[LanguageModel, dict[str, Any]], tmp_path: Path):
+def test_a_path_without_state_is_refused(llama: tuple[LanguageModel, dict[str, Any]], tmp_path: Path):
     with pytest.raises(SecondMomentError, match=r"holds neither optimizer\.safetensors nor optimizer\.pt"):
         second_moment_from_state(tmp_path, llama[0])
     with pytest.raises(SecondMomentError, match="no such file"):

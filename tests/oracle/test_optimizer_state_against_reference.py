@@ -1,9 +1,8 @@
-"""V read from real optimizers' state, live or from files, equals what the optimizers themselves divide by."""
+"""V read from optimizer state, live or from files, equals the second moment that the optimizer divides by."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 import reference
 from comparisons import assert_rows_close, by_block, package_phi, random_examples, reference_phi
 from tiny_models import tiny_model, tiny_tokenizer
+from trackstar.choices import SecondMomentKind
 from trackstar.gradients.optimizer_state import second_moment_from_state, second_moment_of
 from trackstar.model.language_model import LanguageModel, wrap_model
 
@@ -26,7 +26,7 @@ def transformers_adafactor(parameters: list[nn.Parameter]) -> Optimizer:
     return Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
 
 
-# ε₁ is set so low that it clamps nothing: see `test_torch_adafactor_divides_...` for what it does otherwise.
+# ε₁ is too small to clamp anything; `test_torch_adafactor_divides_...` tests a larger one.
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, betas=(0.9, BETA2)),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, BETA2), weight_decay=0.1),
@@ -76,9 +76,7 @@ def save_tensors(path: Path, model: LanguageModel, optimizer: Optimizer) -> None
     save_file(tensors, path, metadata={"betas": json.dumps(betas)} if betas else {})
 
 
-def read(
-    route: str, model: LanguageModel, optimizer: Optimizer, folder: Path, kind: Literal["factored", "elementwise"]
-):
+def read(route: str, model: LanguageModel, optimizer: Optimizer, folder: Path, kind: SecondMomentKind):
     if route == "live":
         return second_moment_of(optimizer, model, kind=kind)
     if route == "safetensors":

@@ -43,7 +43,7 @@ def expected(
     if mixing is None:
         mixing = reference.paper_mixing(list(R_eval.values()), list(R_train.values()))
     whitenings = {
-        name: reference.whitening(reference.mix(R_eval[name], R_train[name], mixing), damping=DAMPING) for name in phi
+        name: reference.whitening(reference.mix(R_eval[name], R_train[name], mixing, damping=DAMPING)) for name in phi
     }
     return Expected(
         influences=reference.influences(phi_queries, phi, whitenings),

@@ -82,7 +82,7 @@ def reference_influences(queries: Tensor, candidates: Tensor, *, mixing: float, 
     whitenings = {}
     for name, train in blocks(candidates).items():
         R_eval, R_train = reference.autocorrelation(blocks(queries)[name]), reference.autocorrelation(train)
-        whitenings[name] = reference.whitening(reference.mix(R_eval, R_train, mixing), damping=damping)
+        whitenings[name] = reference.whitening(reference.mix(R_eval, R_train, mixing, damping=damping))
     return reference.influences(blocks(queries), blocks(candidates), whitenings)
 
 
@@ -234,7 +234,7 @@ def test_candidate_without_any_gradient_scores_zero_and_such_a_query_is_refused(
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_number_of_candidates_must_be_positive(index: store.Index, queries: Tensor, k: int):
-    with pytest.raises(OptionError, match="--top"):
+    with pytest.raises(OptionError, match=f"`k`: expected 1 or more, found {k}"):
         top_candidates(index, dot_product_scorer(index, queries), k)
 
 

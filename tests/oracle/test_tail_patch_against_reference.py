@@ -1,8 +1,8 @@
 """Tail-patch is a real optimizer step: exact equals stepping the optimizer by hand, and fast equals exact.
 
-Agreement of the two paths is tested in float64. In float32 the gradients of some biases (those of keys, which a softmax
-does not see) are nothing but rounding noise, and Adafactor divides noise by noise: there the real step itself is only
-known to a per cent, and the two paths differ by less than that.
+Agreement of the two paths is tested in float64. In float32 the gradients of some biases (those of
+keys, which do not change a softmax) are only rounding noise, and Adafactor divides noise by noise.
+There the real step is accurate to one per cent, and the two paths differ by less than that.
 """
 
 import itertools
@@ -50,7 +50,7 @@ CONFIG: dict[str, Any] = {
     "batch_tokens": 64,
     "checkpoint_steps": 8,
 }
-# Where a measurement is interrupted: before a step, after it, and once hooks are set.
+# Functions in which a measurement is interrupted: before a step, after it, and with hooks set.
 INTERRUPTED = {
     "exact": ("exact._hidden_states", "exact.log_probabilities", "exact.nn.functional.cross_entropy"),
     "fast": ("factors._head_gradients", "fast.make_adapters", "patched.log_probabilities", "patched._Patch.on_linear"),
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def facts(model: LanguageModel) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """Queries about the capitals, whose completions have several tokens, and the sentences that they are from."""
+    """Queries about capitals, with completions of several tokens, and the sentences that state them."""
     queries = [
         tokenize_query(
             Query(query_id=f"capital of {country}", prompt=f"The capital of {country} is", completion=capital),
@@ -87,11 +87,11 @@ def facts(model: LanguageModel) -> tuple[list[TokenizedExample], list[TokenizedE
     return queries, examples
 
 
-# ---- Random models, examples and steps -----------------------------------------------------------------------
+# ---- Random models, examples and steps -----------------------------------------------------------
 
 
 def example(name: str, draw: np.random.Generator, tokens: int, targets: int) -> TokenizedExample:
-    """Random tokens, some of them several times and some of them padding's, which is never trained."""
+    """Random tokens, some of them repeated and some the padding token, which is never trained."""
     token_ids = draw.integers(0, 12, tokens) if tokens % 2 else draw.integers(0, VOCABULARY, tokens)
     return TokenizedExample(
         example_id=name,
@@ -123,7 +123,7 @@ def with_adafactor(
     """A model and the step that follows `steps` real ones of Adafactor on random tokens."""
     module = tiny_model(architecture).requires_grad_(True)
     torch.nn.Module.to(module, dtype)
-    if zero_biases:  # as families set them at first: the least scale of a parameter, ε₂, is theirs
+    if zero_biases:  # as many families initialize them: then ε₂, the least scale of a parameter, applies
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
                 parameter.data.zero_()
@@ -140,7 +140,7 @@ def with_adafactor(
 
 
 def with_second_moment(architecture: str) -> tuple[LanguageModel, TrainingStep]:
-    """A model without optimizer state, and the relative step with V estimated from examples."""
+    """A model without optimizer state, and the relative step from V, which is estimated from examples."""
     module = tiny_model(architecture)
     torch.nn.Module.to(module, torch.float64)
     model = wrap_model(module, tiny_tokenizer(), layer_blocks=2)
@@ -149,7 +149,7 @@ def with_second_moment(architecture: str) -> tuple[LanguageModel, TrainingStep]:
 
 
 def assert_same_effects(found: TailPatch, expected: TailPatch, *, relative: float) -> None:
-    """Equal to a part of the mean effect, in probabilities and in log-probabilities, which see improbable ones too."""
+    """Compare effects relative to their mean, as probabilities and as log-probabilities."""
     np.testing.assert_allclose(found.before, expected.before, rtol=1e-5)
     scale = np.abs(expected.effect).mean()
     np.testing.assert_allclose(found.effect, expected.effect, rtol=0, atol=relative * scale)
@@ -159,7 +159,7 @@ def assert_same_effects(found: TailPatch, expected: TailPatch, *, relative: floa
 
 
 def snapshot(model: LanguageModel, optimizer: Optimizer) -> dict[str, Any]:
-    """Copies of everything that a measurement must leave as it was."""
+    """Copies of everything that a measurement must restore."""
     held: dict[str, Any] = {}
     for name, parameter in model.module.named_parameters():
         held[name] = parameter.detach().clone()
@@ -182,11 +182,11 @@ def assert_unchanged(model: LanguageModel, optimizer: Optimizer, held: dict[str,
     assert not any(hooks)
 
 
-# ---- Exact: the optimizer's own step -------------------------------------------------------------------------
+# ---- Exact: the optimizer's own step -------------------------------------------------------------
 
 
 def probability(module: Any, query: TokenizedExample) -> float:
-    """Of the completion, as the product of its tokens' probabilities."""
+    """Probability of the completion, as the product of its tokens' probabilities."""
     token_ids = torch.from_numpy(query.token_ids.astype(np.int64))[None]
     with torch.no_grad():
         probabilities = module(input_ids=token_ids).logits[0].double().softmax(dim=-1)
@@ -195,7 +195,7 @@ def probability(module: Any, query: TokenizedExample) -> float:
 
 
 def stepped_by_hand(folder: Path, query: TokenizedExample, proponent: TokenizedExample) -> tuple[float, float]:
-    """Before and after: everything read anew from the checkpoint, and one step as the training loop makes it."""
+    """Probability before and after, from a fresh read of the checkpoint and one step of the training loop."""
     module = LlamaForCausalLM.from_pretrained(folder).train()
     state = read_state(folder)
     config = PretrainingConfig(**state.settings)
@@ -269,15 +269,15 @@ def test_weights_and_optimizer_state_are_left_bit_for_bit(
     held, digest = snapshot(model, step.optimizer), model.digest()
     first = tail_patch(model, step, queries, proponents, pairs, path=path)
     assert_unchanged(model, step.optimizer, held)
-    again = tail_patch(model, step, queries, proponents, pairs, path=path)
-    np.testing.assert_array_equal(again.after, first.after)
+    second = tail_patch(model, step, queries, proponents, pairs, path=path)
+    np.testing.assert_array_equal(second.after, first.after)
 
     def interrupted(*_arguments: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    # What comes before the step is left as it is, so that the interruption comes in the middle.
+    # The measurement before the step is replaced, so that the interruption comes in the middle.
     monkeypatch.setattr(
-        "trackstar.tail_patch.measure.measured_log_probabilities", lambda _model, asked, **_: np.zeros(len(asked))
+        "trackstar.tail_patch.measure.measured_log_probabilities", lambda _model, used, **_: np.zeros(len(used))
     )
     for place in INTERRUPTED[path]:
         with monkeypatch.context() as patch:
@@ -313,7 +313,7 @@ def test_steps_of_any_other_optimizer_are_made_exactly() -> None:
         assert abs(np.log(found.after[place] / found.before[place])) > 1e-2
 
 
-# ---- Fast equals exact ---------------------------------------------------------------------------------------
+# ---- Fast equals exact ---------------------------------------------------------------------------
 
 STEPS: dict[str, Callable[[str], tuple[LanguageModel, TrainingStep]]] = {
     "state of three steps": with_adafactor,
@@ -339,8 +339,8 @@ def test_fast_equals_exact(architecture: str, kind: str) -> None:
     model, step = STEPS[kind](architecture)
     queries, proponents, pairs = examples()
     if kind == "no state":
-        # V is the example's own G² then, and noise counts in full where G is zero: for queries and keys, where there
-        # is one position alone.
+        # Then V is the example's own G², and where G is zero the step is noise: for queries and keys
+        # of examples with a single position.
         pairs = [pair for pair in pairs if len(proponents[pair.proponent].token_ids) > 2]
     exact, quick = (tail_patch(model, step, queries, proponents, pairs, path=path) for path in PATHS)
     assert np.abs(np.log(exact.after / exact.before)).mean() > 0.02
@@ -366,8 +366,8 @@ def test_fast_equals_exact_for_a_pretraining_checkpoint(runs: dict[str, Path], c
     pairs = [Pair(query=q, proponent=p) for q, p in itertools.product(range(5), range(5))]
     exact, quick = (tail_patch(model, step, queries, proponents, pairs, path=path) for path in PATHS)
     assert_same_effects(quick, exact, relative=1e-3)
-    own = [pairs.index(Pair(query=q, proponent=q)) for q in range(5)]
-    assert exact.effect[own].mean() > 0  # reading a fact again helps
+    same_fact = [pairs.index(Pair(query=q, proponent=q)) for q in range(5)]
+    assert exact.effect[same_fact].mean() > 0  # another step on the fact helps
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -383,7 +383,7 @@ def test_batches_and_the_order_of_pairs_do_not_matter(path: Path_, monkeypatch: 
         order = [found.pairs.index(pair) for pair in pairs]
         np.testing.assert_allclose(found.after[order], whole.after, rtol=1e-7)
         np.testing.assert_allclose(found.before[order], whole.before, rtol=1e-7)
-    for place in (0, 7):  # alone, and asked for twice
+    for place in (0, 7):  # alone, and twice
         alone = tail_patch(model, step, queries, proponents, [pairs[place]] * 2, path=path)
         np.testing.assert_allclose(alone.after, whole.after[place], rtol=1e-7)
 
@@ -396,7 +396,7 @@ def test_a_proponent_is_stepped_on_once_for_all_its_queries(monkeypatch: pytest.
     original = fast.gradient_factors
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        seen.extend(arguments[2].places)
+        seen.extend(arguments[2].indices)
         return original(*arguments, **options)
 
     monkeypatch.setattr(fast, "gradient_factors", counted)
@@ -413,7 +413,7 @@ def test_groups_that_do_not_fit_in_memory_are_halved(
     original = fast.gradient_factors
 
     def limited(*arguments: Any, **options: Any) -> Any:
-        if len(arguments[2].places) > 2:
+        if len(arguments[2].indices) > 2:
             raise MemoryError
         return original(*arguments, **options)
 
@@ -430,11 +430,11 @@ def test_no_pairs_give_an_empty_result() -> None:
         assert tail_patch(model, step, queries, proponents, [], path=path).effect.shape == (0,)
 
 
-# ---- V alone -------------------------------------------------------------------------------------------------
+# ---- V alone -------------------------------------------------------------------------------------
 
 
 def uneven(moment: SecondMoment, *, floor: float) -> SecondMoment:
-    """The same V but for entries below the floor, and factors whose means differ, as rounding makes them."""
+    """V with entries below the floor, and with factors whose means differ, as after rounding."""
     moments: dict[str, Moment] = {}
     for name, factors in moment.moments.items():
         assert isinstance(factors, FactoredMoment)
@@ -445,7 +445,7 @@ def uneven(moment: SecondMoment, *, floor: float) -> SecondMoment:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_step_with_v_alone_moves_the_covered_matrices_by_the_relative_step(
+def test_the_step_from_v_moves_the_covered_matrices_by_the_relative_step(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = with_second_moment(architecture)
@@ -491,7 +491,7 @@ def test_the_step_with_v_alone_moves_the_covered_matrices_by_the_relative_step(
     assert "attention and MLP matrices alone" in step.description
 
 
-# ---- What is refused -----------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 def refusal(error: type[TrackstarError], run: Callable[[], object]) -> str:
@@ -535,7 +535,7 @@ def test_fast_names_a_parameter_that_it_cannot_move() -> None:
     assert "model.layers.1.self_attn.sinks" in message
 
     class Odd(torch.nn.Module):
-        """Its rows cannot have weights of their own."""
+        """A norm whose rows cannot have separate weights."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -562,10 +562,10 @@ def test_results_that_are_not_finite_name_the_examples(path: Path_) -> None:
     assert "q1" in message
     with torch.no_grad():
         model.module.get_input_embeddings().get_parameter("weight")[int(proponents[2].token_ids[4])] = torch.nan
-    calm = [query for query in queries if int(proponents[2].token_ids[4]) not in query.token_ids]
+    without_nan = [query for query in queries if int(proponents[2].token_ids[4]) not in query.token_ids]
     message = refusal(
         GradientError,
-        lambda: tail_patch(model, step, calm, proponents, [Pair(query=0, proponent=2)], path=path),
+        lambda: tail_patch(model, step, without_nan, proponents, [Pair(query=0, proponent=2)], path=path),
     )
     assert "p2" in message
     with torch.no_grad():
@@ -591,11 +591,11 @@ def test_pairs_and_examples_that_cannot_be_measured_are_refused(runs: dict[str, 
     assert "proponent -1" in refusal(OptionError, lambda: run(0, -1))
     for place, name in enumerate(("no target", "too long", "foreign"), start=4):
         assert f"proponent {name}" in refusal(OptionError, lambda place=place: run(0, place))
-    assert "batch-tokens" in refusal(OptionError, lambda: run(0, 0, batch_tokens=0))
+    assert "`batch_tokens`: expected 1 or more, found 0" in refusal(OptionError, lambda: run(0, 0, batch_tokens=0))
     other, _ = with_adafactor("llama")
     pairs = [Pair(query=0, proponent=0)]
-    assert "very model" in refusal(OptionError, lambda: tail_patch(other, step, queries, proponents, pairs))
-    assert "max_gradient_norm" in refusal(
+    assert "model object" in refusal(OptionError, lambda: tail_patch(other, step, queries, proponents, pairs))
+    assert "`max_gradient_norm`" in refusal(
         OptionError, lambda: TrainingStep.from_optimizer(step.optimizer, model, max_gradient_norm=0.0)
     )
 
@@ -615,12 +615,12 @@ def test_steps_that_cannot_be_made_are_refused(runs: dict[str, Path], tmp_path: 
     refusal(TrackstarError, lambda: TrainingStep.from_second_moment(factored, model))
     whole = estimate_second_moment(model, examples()[1])
     for rate in (0.0, float("nan")):
-        assert "learning rate" in refusal(
+        assert "`learning_rate`" in refusal(
             OptionError, lambda rate=rate: TrainingStep.from_second_moment(whole, model, learning_rate=rate)
         )
 
 
-# ---- Averages ------------------------------------------------------------------------------------------------
+# ---- Averages ------------------------------------------------------------------------------------
 
 
 def test_the_score_is_the_mean_over_queries_of_their_top_proponents() -> None:
@@ -639,7 +639,7 @@ def test_the_score_is_the_mean_over_queries_of_their_top_proponents() -> None:
     assert mean_top_effect(result, 1) == pytest.approx(0.15)
     assert mean_top_effect(result, 3) == pytest.approx(0.05)
     assert "query 7" in refusal(OptionError, lambda: top_effects(result, 4))
-    assert "k = 0" in refusal(OptionError, lambda: top_effects(result, 0))
+    assert "`k`: expected 1 or more, found 0" in refusal(OptionError, lambda: top_effects(result, 0))
     empty = TailPatch(pairs=(), before=np.zeros(0), after=np.zeros(0), step="")
     assert "no pair" in refusal(OptionError, lambda: mean_top_effect(empty, 1))
 

@@ -1,4 +1,4 @@
-"""Influences split over tokens: each position's part against the oracle's, and the parts' sum against the influence."""
+"""Influences split over tokens: parts equal the oracle's, and their sum equals the influence."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from trackstar.errors import GradientError, OptionError
 from trackstar.gradients.projection import projections, random_projection
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, ElementwiseMoment, FactoredMoment, SecondMoment
-from trackstar.gradients.token_split import split_over_tokens
+from trackstar.gradients.token_split import ProjectionSettings, split_over_tokens
 from trackstar.indexing.build import build_index
 from trackstar.model.language_model import LanguageModel, wrap_model
 from trackstar.model.layer_blocks import WeightMatrix
@@ -35,7 +35,7 @@ ARCHITECTURES = ("llama", "gpt2", "gpt_neox")  # grouped queries, transposed mat
 OUTPUTS: dict[Output, reference.Output] = {"loss": reference.loss_output, "margin": reference.margin_output}
 
 
-# ---- The oracle: every position's outer product g_t a_tᵀ in float64, projected and multiplied out --------------
+# ---- The oracle: each position's outer product g_t a_tᵀ in float64, projected ---------------------
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def double_model(architecture: str) -> nn.Module:
 def position_factors(
     double: nn.Module, names: Sequence[str], example: TokenizedExample, output: Output
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """g and a of every matrix, [tokens, rows] and [tokens, columns], from zeros added to the matrices' outputs."""
+    """g and a of each matrix, [tokens, rows] and [tokens, columns], by zeros added to the outputs."""
     inputs: dict[str, Tensor] = {}
     zeros: dict[str, Tensor] = {}
 
@@ -143,9 +143,14 @@ def split(
     examples: Sequence[TokenizedExample],
     vectors: Tensor,
     second_moment: SecondMoment = NO_SECOND_MOMENT,
+    *,
+    side: int = SIDE,
+    output: Output = "loss",
+    kind: ProjectionKind = "two-sided",
     **options: Any,
 ) -> list[Tensor]:
-    return split_over_tokens(model, second_moment, examples, vectors, **{"seed": SEED, "side": SIDE, **options})
+    settings = ProjectionSettings(seed=SEED, side=side, output=output, kind=kind)
+    return split_over_tokens(model, second_moment, examples, vectors, settings, **options)
 
 
 def projected(
@@ -154,12 +159,12 @@ def projected(
     second_moment: SecondMoment = NO_SECOND_MOMENT,
     **options: Any,
 ) -> Tensor:
-    """φ as an index gets it, [examples, dimensions]."""
+    """φ as an index stores it, [examples, dimensions]."""
     options = {"batch_tokens": 64, "note": lambda _message: None, **options}
     phi = torch.empty(len(examples), len(model.blocks) * SIDE**2)
     with GradientProjector(model, second_moment, seed=SEED, side=SIDE, **options) as projector:
-        for places, values, _ in projector.batches(examples):
-            phi[places] = values
+        for indices, values, _ in projector.batches(examples):
+            phi[indices] = values
     return phi
 
 
@@ -176,7 +181,7 @@ def assert_sums_equal(parts: Sequence[Tensor], products: Tensor, tolerance: floa
         assert abs(float(part.double().sum()) - product) < tolerance * float(part.double().norm())
 
 
-# ---- Parts ---------------------------------------------------------------------------------------------------
+# ---- Parts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["two-sided", "one-sided"])
@@ -228,7 +233,7 @@ def test_parts_do_not_depend_on_batches_or_padding(moment: str, lengths: list[in
     assert_parts_close(parts, alone, tolerance=2e-5)
 
 
-def test_the_last_position_has_no_part_for_nothing_is_predicted_from_it():
+def test_the_last_position_has_no_part_because_it_predicts_nothing():
     model, examples = language_model("llama"), mixed_examples()
     parts = split(model, examples, random_vectors(model, len(examples)))
     assert [float(part[-1]) for part in parts] == [0.0, 0.0, 0.0]
@@ -254,19 +259,19 @@ def test_a_zero_vector_has_zero_parts_and_no_examples_have_none():
     assert split(model, [], torch.zeros(0, len(model.blocks) * SIDE**2)) == []
 
 
-def test_batches_shrink_where_memory_runs_out_and_parts_stay(monkeypatch: pytest.MonkeyPatch):
-    from trackstar.gradients import token_split as tokens
+def test_parts_do_not_change_when_memory_runs_out_and_batches_shrink(monkeypatch: pytest.MonkeyPatch):
+    from trackstar.gradients import per_example
 
     model, examples = language_model("llama"), random_examples([9, 9, 9, 9, 9])
     vectors = random_vectors(model, len(examples))
-    whole, make_batch, notes = split(model, examples, vectors), tokens.make_batch, []
+    whole, make_batch, notes = split(model, examples, vectors), per_example.make_batch, []
 
-    def small_memory(examples: Any, places: Sequence[int], **options: Any) -> Any:
-        if len(places) > 2:
+    def small_memory(examples: Any, indices: Sequence[int], **options: Any) -> Any:
+        if len(indices) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return make_batch(examples, places, **options)
+        return make_batch(examples, indices, **options)
 
-    monkeypatch.setattr(tokens, "make_batch", small_memory)
+    monkeypatch.setattr(per_example, "make_batch", small_memory)
     assert_parts_close(split(model, examples, vectors, note=notes.append), whole, tolerance=1e-5)
     assert len(notes) == 2
 
@@ -286,9 +291,9 @@ def test_an_example_whose_gradient_is_not_finite_is_named():
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        (torch.ones(2, 64), "vectors: found 2 × 64, expected one for each example .* 3 × 64"),
-        (torch.ones(3, 63), "vectors: found 3 × 63, .* 3 × 64"),
-        (torch.ones(3, 64).index_fill(0, torch.tensor([1]), torch.inf), "vectors: that of example-1 .* not finite"),
+        (torch.ones(2, 64), "`vectors`: found 2 × 64, expected one for each example .* 3 × 64"),
+        (torch.ones(3, 63), "`vectors`: found 3 × 63, .* 3 × 64"),
+        (torch.ones(3, 64).index_fill(0, torch.tensor([1]), torch.inf), "`vectors`: that of example-1 .* not finite"),
     ],
 )
 def test_vectors_that_do_not_fit_are_refused(vectors: Tensor, message: str):
@@ -311,7 +316,7 @@ def test_one_sided_projections_that_would_not_fit_are_refused(monkeypatch: pytes
         split(model, mixed_examples(), random_vectors(model, 3), kind="one-sided")
 
 
-# ---- Influences ----------------------------------------------------------------------------------------------
+# ---- Influences ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,7 @@ from capitals import QUERIES, TEXTS
 from capitals_oracle import second_moments, tokenized_corpus, tokenized_queries
 from comparisons import language_model, reference_phi
 from trackstar.attribution.answering import answer_queries, query_gradients
-from trackstar.choices import CodecName
+from trackstar.choices import CODECS, CodecName
 from trackstar.curvature.autocorrelation import autocorrelation
 from trackstar.curvature.low_rank import TaskWhitening
 from trackstar.curvature.task import task_correction
@@ -23,7 +23,7 @@ from trackstar.indexing.build import build_index
 from trackstar.retrieval import scoring as retrieval
 from trackstar.retrieval.scoring import Scorer, _products_on_device, all_scores, scores_of
 from trackstar.retrieval.top_candidates import top_candidates
-from trackstar.store import CODECS, Index, encode
+from trackstar.store import Index, encode
 
 BLOCKS, DIM, ROWS = 3, 64, 400
 LAMBDAS = (0.0, 1e-3, 0.3, 0.9, 0.945, 0.999)
@@ -138,7 +138,7 @@ def test_a_rotation_changes_no_score(candidates: Tensor):
 
 
 def test_all_of_r_eval_is_refused_for_whitened_rows():
-    with pytest.raises(OptionError, match=r"--mixing 1.0: expected a number from 0 to less than 1"):
+    with pytest.raises(OptionError, match=r"`mixing`: expected 0 to less than 1 for whitened coordinates, found 1.0"):
         TaskWhitening.of(torch.ones(1, 64), blocks=1, mixing=1.0)
 
 
@@ -231,11 +231,11 @@ def test_lambda_follows_the_rule_on_a_whitened_index_too(tiny_model_folder: Path
 
 def test_what_a_whitened_index_cannot_be_asked_with_is_refused(tiny_model_folder: Path, tmp_path: Path):
     index = build(tiny_model_folder, tmp_path / "index", "1-bit")
-    with pytest.raises(OptionError, match=r"--mixing 1.0: .* less than 1 for .* R_train has shaped"):
+    with pytest.raises(OptionError, match=r"`mixing`: expected 0 to less than 1 for .* whitened by R_train, found 1.0"):
         answer_queries(index, QUERIES[:1], mixing=1.0, progress=False)
-    with pytest.raises(OptionError, match=r"--mixing 0.3: no query says what R_eval is"):
+    with pytest.raises(OptionError, match=r"`mixing`: expected 0 without queries that R_eval comes from, found 0.3"):
         answer_queries(index, QUERIES[:1], task=[], mixing=0.3, progress=False)
-    with pytest.raises(OptionError, match=r"--damping 0.1: .* is whitened by R_train with damping 0.2"):
+    with pytest.raises(OptionError, match=r"`damping`: expected 0.2, with which .* was whitened by R_train, found 0.1"):
         answer_queries(index, QUERIES[:1], damping=0.1, progress=False)
 
 

@@ -23,7 +23,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> ResultFile:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> ResultFile:
-    path = write_release_file(tmp_path_factory.mktemp("runs") / "b.jsonl", queries=100, passages=6)
+    path = write_release_file(tmp_path_factory.mktemp("runs") / "b.jsonl", queries=100, candidates=6)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(reversed(lines)) + "\n")
     return read_result_file(path)
@@ -32,7 +32,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> ResultFile:
 WANTED = st.builds(
     QueryFilter,
     search=st.sampled_from(["", "capital", "CAPITAL of", "ka", "trex-0001", "language", "nowhere at all"]),
-    passages=st.booleans(),
+    search_candidates=st.booleans(),
     relations=st.frozensets(st.sampled_from(["capital", "instrument", "author", "absent"]), max_size=2),
     buckets=st.frozensets(st.sampled_from(["0", "3", "5"]), max_size=2),
     model_correct=st.none() | st.booleans(),
@@ -47,7 +47,7 @@ WANTED = st.builds(
 def fits(record: dict, wanted: QueryFilter) -> bool:
     """Whether a line matches, from its fields."""
     texts = [record["inputs_plaintext"], record["targets_plaintext"], record["example_id"], record["relation"]]
-    if wanted.passages:
+    if wanted.search_candidates:
         texts += [*record["proponents"], *record["opponents"]]
     right = any(record["proponent_correct"])
     return (
@@ -63,7 +63,7 @@ def fits(record: dict, wanted: QueryFilter) -> bool:
 
 @hypothesis.given(wanted=WANTED, offset=st.integers(0, 200), limit=st.integers(1, 60))
 @hypothesis.settings(max_examples=80, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-def test_pages_are_those_of_a_loop_over_the_lines(file: ResultFile, wanted: QueryFilter, offset: int, limit: int):
+def test_pages_equal_a_loop_over_the_lines(file: ResultFile, wanted: QueryFilter, offset: int, limit: int):
     records = [json.loads(line) for line in file.raw]
     expected = [place for place, record in enumerate(records) if fits(record, wanted)]
     found = matching_places(file, wanted)
@@ -81,12 +81,12 @@ def test_pages_are_those_of_a_loop_over_the_lines(file: ResultFile, wanted: Quer
         "rank": lambda r: r["proponent_correct"].index(True) if True in r["proponent_correct"] else None,
     }
     values = [keys[wanted.sort](records[place]) for place in found]
-    known = [value for value in values if value is not None]
-    assert known == sorted(known, reverse=wanted.descending)
-    assert values[: len(known)] == known  # those without a value come last
+    present = [value for value in values if value is not None]
+    assert present == sorted(present, reverse=wanted.descending)
+    assert values[: len(present)] == present  # those without a value come last
 
 
-def test_facets_count_what_every_other_filter_leaves(file: ResultFile):
+def test_facets_count_the_queries_that_match_all_other_filters(file: ResultFile):
     records = [json.loads(line) for line in file.raw]
     wanted = QueryFilter(relations=frozenset({"capital"}), buckets=frozenset({"2", "3"}), model_correct=True)
     page = query_page([file], 0, wanted, offset=0, limit=10)
@@ -109,7 +109,7 @@ def test_a_second_run_is_joined_by_name_and_measured_over_the_same_queries(file:
     assert 0 < len(shared) < len(page.items)
 
 
-def test_metrics_are_the_means_of_hand_counted_values(file: ResultFile):
+def test_metrics_equal_means_of_values_counted_by_a_loop(file: ResultFile):
     records = [json.loads(line) for line in file.raw]
     found = {metric.name: metric.estimate for metric in run_metrics(file, range(len(records)))}
     marks = [record["proponent_correct"] for record in records]
@@ -119,7 +119,7 @@ def test_metrics_are_the_means_of_hand_counted_values(file: ResultFile):
         "recall@10": [any(mark) for mark in marks],
         "precision@10": [np.mean(mark) for mark in marks],
         "entailing@10": [np.mean([score > 0.5 for score in r["proponent_ais_scores"]]) for r in records],
-        "model right": [r["is_8b_correct"] for r in records],
+        "model accuracy": [r["is_8b_correct"] for r in records],
         "top score": [r["proponent_scores"][0] for r in records],
     }
     for name, values in expected.items():
@@ -131,7 +131,7 @@ def test_metrics_are_the_means_of_hand_counted_values(file: ResultFile):
 
 
 @pytest.mark.parametrize("count", [30, 400, 20_000])
-def test_intervals_are_close_to_the_plain_bootstraps(count: int):
+def test_intervals_are_close_to_the_plain_bootstrap(count: int):
     generator = np.random.default_rng(1)
     values = generator.exponential(size=(count, 1)) * (generator.random((count, 1)) < 0.4)
     (found,) = estimates(values)
@@ -142,7 +142,7 @@ def test_intervals_are_close_to_the_plain_bootstraps(count: int):
     assert found.high == pytest.approx(expected.high, abs=0.12 * width)
 
 
-def test_values_that_no_query_has_have_no_estimate_and_others_leave_them_out():
+def test_estimates_leave_missing_values_out():
     values = np.array([[1.0, math.nan, math.nan], [0.0, math.nan, 4.0], [1.0, math.nan, math.nan]])
     first, second, third = estimates(values)
     assert second is None
@@ -166,7 +166,7 @@ def test_rank_correlation_is_spearmans(values: list[tuple[int, int]]):
         assert found == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_histogram_counts_every_candidate_and_the_scatter_holds_the_shown():
+def test_the_histogram_counts_all_candidates_and_the_scatter_has_the_shown_ones():
     generator = np.random.default_rng(0)
     influences, overlaps = generator.normal(size=(2, 5000)).astype(np.float32)
     shown = {4999, 7}
@@ -192,7 +192,7 @@ def test_groups_sum_influences_by_value():
     assert [g.in_corpus for g in found.groups] == [0.25, 0.0, 0.0]
 
 
-def test_spectra_of_a_report_beside_the_results_are_read(tmp_path: Path):
+def test_spectra_are_read_from_the_report_beside_the_results(tmp_path: Path):
     path = write_release_file(tmp_path / "r.jsonl", queries=2)
     mixing = {
         "value": 0.25, "rule": "rule", "rank": 7, "evaluation_value": 1.0, "train_value": 0.5, "queries": 9,

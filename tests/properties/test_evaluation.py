@@ -1,4 +1,4 @@
-"""A whole report over a tiny model: what it holds, that it can be resumed, and what its settings may say."""
+"""A report on a tiny model: its content, resuming it, and its settings."""
 
 import dataclasses
 import json
@@ -25,11 +25,11 @@ from trackstar.evaluation.open_set import open_set_metrics
 from trackstar.evaluation.proponents import first_phrase
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.release_results import result_file_name
+from trackstar.evaluation.report_files import write_report
 from trackstar.evaluation.run import EvaluationReport, chosen_facts, half_of, run_evaluation, training_step
 from trackstar.evaluation.tables import tables
 from trackstar.evaluation.variants import Variants
 from trackstar.evaluation.workspace import Workspace
-from trackstar.evaluation.written import write_report
 from trackstar.explorer.result_files import read_result_file
 from trackstar.model.language_model import load_model
 from trackstar.store import Index
@@ -46,7 +46,7 @@ METHODS = (
 
 
 def write_world(folder: Path) -> dict[str, str]:
-    """A model, a corpus and facts, as a user would have them."""
+    """Write a model, a corpus and facts."""
     save_tiny_model(folder / "model", "llama")
     lines = []
     for country, city in CAPITALS.items():
@@ -131,13 +131,13 @@ def test_tail_patch_of_a_method_is_the_mean_over_its_first_proponents(
     )
 
 
-def test_second_run_computes_nothing_and_finds_the_same(
+def test_second_run_computes_nothing_and_gives_the_same(
     report: EvaluationReport, paths: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("computed again")
+        raise AssertionError("recomputed")
 
-    monkeypatch.setattr(rankings_module.Rankings, "_ranked", refuse)
+    monkeypatch.setattr(rankings_module.Rankings, "_compute", refuse)
     monkeypatch.setattr("trackstar.evaluation.effects.tail_patch", refuse)
     monkeypatch.setattr("trackstar.evaluation.run.generate", refuse)
     again = run_evaluation(settings(paths), folder, progress=False)
@@ -149,9 +149,7 @@ def test_second_run_computes_nothing_and_finds_the_same(
         np.testing.assert_allclose(again.effects.by_method[key], values, rtol=1e-12)
 
 
-def test_other_settings_are_computed_and_not_taken_from_before(
-    report: EvaluationReport, paths: dict[str, str], folder: Path
-):
+def test_results_of_other_settings_are_not_reused(report: EvaluationReport, paths: dict[str, str], folder: Path):
     other = run_evaluation(
         settings(paths, damping=0.5, tail_patch=None, methods=("BM25", "TrackStar"), templates=(0,)),
         folder, progress=False,
@@ -160,7 +158,7 @@ def test_other_settings_are_computed_and_not_taken_from_before(
     assert other.rankings["BM25", 0] == report.rankings["BM25", 0]
 
 
-def test_smaller_sides_rank_as_an_index_of_that_side_does(
+def test_smaller_sides_rank_like_an_index_built_with_that_side(
     report: EvaluationReport, paths: dict[str, str], tmp_path: Path
 ):
     anew = run_evaluation(
@@ -173,7 +171,7 @@ def test_smaller_sides_rank_as_an_index_of_that_side_does(
     assert ("TrackStar, side 2", 3) in report.effects.by_method
 
 
-def test_tables_have_the_papers_structure(report: EvaluationReport):
+def test_tables_have_the_structure_of_the_paper(report: EvaluationReport):
     made = {table.name: table for table in tables(report)}
     assert {
         "table-1",
@@ -201,7 +199,7 @@ def test_tables_have_the_papers_structure(report: EvaluationReport):
 def test_report_is_written_as_markdown_csv_json_and_figures(report: EvaluationReport, tmp_path: Path):
     page = write_report(report, tmp_path)
     text = page.read_text(encoding="utf-8")
-    assert "What each correction adds (Table 1)" in text
+    assert "Effect of each correction (Table 1)" in text
     assert text.count("![") == len(list((tmp_path / "figures").glob("*.png"))) == 3
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found["methods"]["gold"]["template 0"]["reciprocal_rank"]["mean"] == 1
@@ -209,9 +207,7 @@ def test_report_is_written_as_markdown_csv_json_and_figures(report: EvaluationRe
     assert (tmp_path / "tables" / "table-1.csv").exists()
 
 
-def test_each_methods_proponents_are_written_as_results_that_the_explorer_opens(
-    report: EvaluationReport, tmp_path: Path
-):
+def test_result_files_of_each_method_open_in_the_explorer(report: EvaluationReport, tmp_path: Path):
     write_report(report, tmp_path)
     written = {path.name for path in (tmp_path / "results").iterdir()}
     assert written == {result_file_name(method) for method in report.config.methods}
@@ -230,7 +226,7 @@ def test_each_methods_proponents_are_written_as_results_that_the_explorer_opens(
     assert all(line.first_correct == 1 for line in gold.lines)
 
 
-def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
+def test_step_of_a_checkpoint_continues_its_training(
     paths: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     shape = "--width 16 --layers 2 --heads 2 --mlp-width 24 --vocabulary 300 --context-tokens 32 --steps 4".split()
@@ -262,8 +258,8 @@ def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
     rate = config.with_name("rate.toml")
     rate.write_text(text + "learning_rate = 0.5\n", encoding="utf-8")
     assert framework.run(command_group, ["evaluate", "--config", str(rate), "--out", str(tmp_path / "rate")]) == 1
-    assert "goes on with its own run's; leave it out" in capsys.readouterr().err
-    # A checkpoint's ranking is that of a report on it.
+    assert "whose step continues its training, found [0.5]; leave it out" in capsys.readouterr().err
+    # The ranking of a checkpoint equals that of a report on it.
     alone = config.with_name("alone.toml")
     text = text.replace("run/checkpoint-000004", "run/checkpoint-000002", 1)
     alone.write_text(text.split("checkpoints =")[0] + 'methods = ["TrackStar"]\n', encoding="utf-8")
@@ -273,7 +269,7 @@ def test_checkpoint_with_optimizer_state_is_stepped_as_its_training_would_go_on(
     assert found["by_checkpoint"]["checkpoint-000002"] == pytest.approx(expected)
 
 
-def test_facts_that_were_changed_are_computed_again_and_the_others_kept(paths: dict[str, str], tmp_path: Path):
+def test_changed_facts_are_recomputed_and_others_reused(paths: dict[str, str], tmp_path: Path):
     facts = tmp_path / "facts.jsonl"
     lines = [json.loads(line) for line in Path(paths["facts"]).read_text(encoding="utf-8").splitlines()]
     facts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -303,7 +299,7 @@ def test_a_single_query_has_no_interval(paths: dict[str, str], tmp_path: Path):
     assert made["table-2"].rows[0][1] == "1.000 (one query)"
 
 
-def test_gold_ranks_every_gold_example_the_plain_ones_first(paths: dict[str, str], tmp_path: Path):
+def test_gold_ranks_all_gold_examples_with_the_strict_ones_first(paths: dict[str, str], tmp_path: Path):
     facts = tmp_path / "facts.jsonl"
     lines = [json.loads(line) for line in Path(paths["facts"]).read_text(encoding="utf-8").splitlines()]
     for line in lines:
@@ -321,7 +317,7 @@ def test_gold_ranks_every_gold_example_the_plain_ones_first(paths: dict[str, str
             assert [names[row] for row in rows] == [f"{fact.subject.name}-{kind}" for kind in expected]
 
 
-def test_tables_and_figures_of_other_settings_do_not_stay(report: EvaluationReport, tmp_path: Path):
+def test_tables_and_figures_of_other_settings_are_removed(report: EvaluationReport, tmp_path: Path):
     write_report(report, tmp_path)
     assert (tmp_path / "tables" / "figure-2.csv").exists()
     write_report(dataclasses.replace(report, variants=Variants(by_side={}, by_checkpoint={})), tmp_path)
@@ -330,11 +326,11 @@ def test_tables_and_figures_of_other_settings_do_not_stay(report: EvaluationRepo
     assert (tmp_path / "tables" / "table-1.csv").exists()
 
 
-def test_fact_without_gold_examples_is_refused_before_any_work(paths: dict[str, str], tmp_path: Path):
+def test_fact_without_gold_examples_is_refused_before_any_computation(paths: dict[str, str], tmp_path: Path):
     facts = tmp_path / "facts.jsonl"
     line = json.loads(Path(paths["facts"]).read_text(encoding="utf-8").splitlines()[0])
     facts.write_text(json.dumps(line | {"gold": [], "gold_strict": []}), encoding="utf-8")
-    with pytest.raises(OptionError, match="fact f-France has no gold example"):
+    with pytest.raises(OptionError, match=r"`facts`: fact f-France of .* has no gold example"):
         run_evaluation(settings(paths | {"facts": str(facts)}), tmp_path / "report", progress=False)
     assert not (tmp_path / "report").exists()
 
@@ -342,13 +338,16 @@ def test_fact_without_gold_examples_is_refused_before_any_work(paths: dict[str, 
 def test_side_whose_r_is_larger_than_the_memory_is_refused_before_anything_is_written(
     paths: dict[str, str], tmp_path: Path
 ):
-    with pytest.raises(OptionError, match=r"--side 4000: R of \d+ layer blocks needs [\d,.]+ GiB, this machine has"):
+    with pytest.raises(
+        OptionError,
+        match=r"`side`: expected R of \d+ layer blocks to fit into .* GiB of memory, found [\d,.]+ GiB for side 4000",
+    ):
         run_evaluation(settings(paths, side=(4000,), methods=("BM25",), tail_patch=None), tmp_path, progress=False)
     assert not list((tmp_path / "indexes").glob("*"))
 
 
 class CapitalScorer:
-    """Judges that a text entails a hypothesis that it holds, but for the full stop."""
+    """Judges that a text entails a hypothesis that is a substring of it."""
 
     def __init__(self) -> None:
         self.judged = 0
@@ -358,7 +357,7 @@ class CapitalScorer:
         return torch.tensor([0.9 if h in p else 0.5 for p, h in zip(premises, hypotheses, strict=True)])
 
 
-def test_open_set_evaluation_counts_the_proponents_that_a_model_judges_to_entail_the_fact(
+def test_open_set_evaluation_counts_proponents_judged_to_entail_the_fact(
     report: EvaluationReport, paths: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     scorer = CapitalScorer()
@@ -371,7 +370,7 @@ def test_open_set_evaluation_counts_the_proponents_that_a_model_judges_to_entail
         ranking = found.rankings[method, 0]
         reciprocal, precision = open_set_metrics(ranking, found.judgements, at=10)
         for place, ranks in enumerate(ranking.ranks):
-            # Gold sentences alone hold prompt and completion, so that both evaluations agree.
+            # Only gold sentences contain prompt and completion, so that both evaluations agree.
             assert reciprocal[place] == (1 / ranks[0] if ranks[0] <= len(ranking.rows[place]) else 0)
             assert precision[place] == (ranks[0] <= len(ranking.rows[place])) / 10
     assert found.categories["gold"] == (("entails",),) * len(CAPITALS)
@@ -391,7 +390,7 @@ def test_open_set_metrics_by_hand():
     assert precision.tolist() == [2 / 3, 0, 1 / 3]
 
 
-def test_halves_share_no_fact_and_miss_none(paths: dict[str, str]):
+def test_halves_are_disjoint_and_complete(paths: dict[str, str]):
     halves = [chosen_facts(settings(paths, half=half)) for half in ("development", "report", "all")]
     names = [{fact.fact_id for fact in facts} for facts in halves]
     assert names[0] | names[1] == names[2]
@@ -399,7 +398,7 @@ def test_halves_share_no_fact_and_miss_none(paths: dict[str, str]):
     assert all(half_of(name) == "development" for name in names[0])
 
 
-def test_fewer_facts_are_the_same_facts(paths: dict[str, str]):
+def test_a_smaller_sample_is_a_subset(paths: dict[str, str]):
     few = chosen_facts(settings(paths, queries=3))
     assert len(few) == 3
     assert {fact.fact_id for fact in few} <= {fact.fact_id for fact in chosen_facts(settings(paths, queries=5))}
@@ -408,37 +407,49 @@ def test_fewer_facts_are_the_same_facts(paths: dict[str, str]):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "model is missing; give it"),
-        ("modle = 'x'", "modle is no setting; expected one of model, corpus"),
+        ("", "`model`: expected a value, found none; add the key"),
+        ("modle = 'x'", "`modle`: no such key; expected one of model, corpus"),
         ("model = ", "is not TOML ("),
-        ("model = 3\ncorpus = 'c'\nfacts = 'f'", "model is 3; expected str"),
-        ("{base}\nmethods = ['BM26']", "methods: 'BM26' is unknown; expected one of 'gold', 'random'"),
-        ("{base}\nmethods = []", "methods is []; expected one or more"),
-        ("{base}\nmethods = ['embeddings']", "embedding_model is not given"),
-        ("{base}\nside = true", "side is True; expected int"),
-        ("{base}\nside = [4, 2]\nmethods = ['BM25']", "several sides, or checkpoints, are compared by TrackStar's"),
-        ("{base}\ncheckpoints = ['a', 'a']", "checkpoints is ['a', 'a']; expected one or more, each once"),
-        ("{base}\nside = [4, 0]\nmethods = ['TrackStar']", "side is [4, 0]; expected numbers from 1 on"),
-        ("{base}\ntemplates = [-1]", "templates is [-1]; expected numbers from 0 on"),
-        ("{base}\ndamping = -1.0", "damping is -1.0; expected a finite number, at least 0"),
-        ("{base}\nsecond_moment = 'none'", "second_moment is 'none', but there are methods with V"),
+        ("model = 3\ncorpus = 'c'\nfacts = 'f'", "`model`: expected str, found 3"),
+        ("{base}\nmethods = ['BM26']", "`methods`: expected one of 'gold', 'random'"),
+        ("{base}\nmethods = []", "`methods`: expected one or more values, each once, found []"),
+        ("{base}\nmethods = ['embeddings']", "`embedding_model`: the method embeddings needs a model folder"),
+        ("{base}\nside = true", "`side`: expected int, found True"),
+        (
+            "{base}\nside = [4, 2]\nmethods = ['BM25']",
+            "`methods`: expected TrackStar, by which several values of `side` or",
+        ),
+        ("{base}\ncheckpoints = ['a', 'a']", "`checkpoints`: expected one or more values, each once, found ['a', 'a']"),
+        ("{base}\nside = [4, 0]\nmethods = ['TrackStar']", "`side`: expected numbers of 1 or more, found [4, 0]"),
+        ("{base}\ntemplates = [-1]", "`templates`: expected numbers of 0 or more, found [-1]"),
+        (
+            "{base}\ndamping = -1.0",
+            "`damping`: expected 0 or more, as a fraction of R_train's mean eigenvalue, found -1.0",
+        ),
+        (
+            "{base}\nsecond_moment = 'none'",
+            "`second_moment`: expected a source of V for the methods that need V, found none",
+        ),
         (
             "model = './none'\ncorpus = 'c'\nfacts = 'f'",
-            "no such model; expected a folder, a .gguf file, or a hub name",
+            "`model`: expected a model folder, a .gguf file or a hub name, found no file",
         ),
-        ("{base}\ntop_k = 0", "top_k is 0; expected 1 or more"),
-        ("{base}\nhalf = 'other'", "half: 'other' is unknown; expected one of 'all', 'development', 'report'"),
-        ("{base}\n[tail_patch]\nspeed = 1", "tail_patch.speed is no setting"),
-        ("{base}\ntail_patch = 3", "tail_patch is int; expected a table"),
-        ("{base}\n[tail_patch]\ntop_k = [99]", "tail_patch.top_k is [99]; expected numbers from 1 to top_k = 10"),
+        ("{base}\ntop_k = 0", "`top_k`: expected 1 or more, found 0"),
+        ("{base}\nhalf = 'other'", "`half`: expected one of all, development, report, found other"),
+        ("{base}\n[tail_patch]\nspeed = 1", "`tail_patch.speed`: no such key"),
+        ("{base}\ntail_patch = 3", "`tail_patch`: expected a table, found int"),
+        (
+            "{base}\n[tail_patch]\ntop_k = [99]",
+            "`tail_patch.top_k`: expected numbers from 1 to 10 (`top_k`), found [99]",
+        ),
         (
             "{base}\n[tail_patch]\nlearning_rate = -1",
-            "tail_patch.learning_rate is [-1.0]; expected finite numbers above 0",
+            "`tail_patch.learning_rate`: expected finite numbers above 0, each once, found [-1.0]",
         ),
-        ("{base}\n[tail_patch]\npath = 'slow'", "tail_patch.path: 'slow' is unknown"),
+        ("{base}\n[tail_patch]\npath = 'slow'", "`tail_patch.path`: expected one of fast, exact, found slow"),
     ],
 )
-def test_setting_that_cannot_be_is_one_line_that_names_it(text: str, message: str, tmp_path: Path):
+def test_bad_setting_is_one_line_that_names_file_and_key(text: str, message: str, tmp_path: Path):
     file = tmp_path / "report.toml"
     file.write_text(text.replace("{base}", "model = 'm'\ncorpus = 'c'\nfacts = 'f'"), encoding="utf-8")
     with pytest.raises(OptionError) as caught:
@@ -448,12 +459,12 @@ def test_setting_that_cannot_be_is_one_line_that_names_it(text: str, message: st
     assert "\n" not in str(caught.value)
 
 
-def test_settings_file_that_is_not_there_is_one_line(tmp_path: Path):
+def test_missing_settings_file_is_one_line(tmp_path: Path):
     with pytest.raises(OptionError, match="cannot be read"):
         read_config(tmp_path / "none.toml")
 
 
-def test_lines_of_a_killed_run_are_kept_but_for_a_torn_last_one(tmp_path: Path):
+def test_lines_of_a_killed_run_are_reused_except_an_incomplete_last_one(tmp_path: Path):
     workspace = Workspace(tmp_path)
     lines = workspace.lines("pairs", {"a": 1})
     lines.add([{"x": 1}, {"x": 2}])
@@ -475,5 +486,5 @@ def test_lines_of_a_killed_run_are_kept_but_for_a_torn_last_one(tmp_path: Path):
         ("Rome\nItaly", "Rome"),
     ],
 )
-def test_wrong_answer_is_what_was_said_before_the_first_punctuation(answer: str, phrase: str):
+def test_wrong_answer_is_the_text_before_the_first_punctuation(answer: str, phrase: str):
     assert first_phrase(answer) == phrase

@@ -1,4 +1,4 @@
-"""Whatever a file system does to an index that is written or read on it, nothing is lost, doubled or left half."""
+"""On a failing file system an index never loses, duplicates or cuts off anything."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from faulty_filesystem import FaultyFileSystem, Killed, stored_bytes
 from small_index import index_bytes, small_content, small_manifest, write_small_index
 from trackstar import store
-from trackstar.choices import CodecName
+from trackstar.choices import CODECS, CodecName
 from trackstar.errors import StoreError
 from trackstar.store.files import remote as remote_files
 from trackstar.store.files.places import as_folder
@@ -22,7 +22,7 @@ FLAVOURS = pytest.mark.parametrize("whole_at_once", [True, False], ids=["object 
 
 @pytest.fixture(autouse=True)
 def _at_once() -> Iterator[None]:
-    """No test waits, and none finds what another has left."""
+    """Retries without waiting, and an empty file system for each test."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(remote_files, "WAITS", (0.0, 0.0))
         FaultyFileSystem.clear()
@@ -50,7 +50,7 @@ def operations_of_a_run() -> int:
 
 
 @FLAVOURS
-def test_killed_at_any_operation_and_run_again_the_index_is_that_of_a_folder(
+def test_a_run_killed_at_any_operation_and_resumed_gives_the_index_of_a_folder(
     whole_at_once: bool, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_object_store(monkeypatch, whole_at_once)
@@ -75,7 +75,7 @@ def test_killed_at_any_operation_and_run_again_the_index_is_that_of_a_folder(
 @FLAVOURS
 @settings(max_examples=12)
 @given(failing=st.frozensets(st.integers(1, 70), max_size=40), short=st.booleans())
-def test_failures_give_the_same_index_or_one_line_and_running_again_goes_on(
+def test_failures_give_the_same_index_or_one_line_and_the_next_run_resumes(
     whole_at_once: bool, undisturbed: dict[str, bytes], failing: frozenset[int], short: bool
 ) -> None:
     FaultyFileSystem.clear()
@@ -92,14 +92,14 @@ def test_failures_give_the_same_index_or_one_line_and_running_again_goes_on(
                 failing = frozenset(one for one in failing if one % (len(lines) + 1))  # it gets better
         assert len(lines) < 20
         assert all(line.startswith("faulty://") and line.isprintable() for line in lines)
-        assert all("run the same command again" in line for line in lines)
+        assert all("then try again" in line for line in lines)
         FaultyFileSystem.reset()
         assert stored_bytes(URL) == undisturbed
         assert store.verify(URL).ok
 
 
 @settings(max_examples=12)
-@given(failing=st.frozensets(st.integers(1, 60), max_size=6), short=st.booleans(), codec=st.sampled_from(store.CODECS))
+@given(failing=st.frozensets(st.integers(1, 60), max_size=6), short=st.booleans(), codec=st.sampled_from(CODECS))
 def test_reading_gives_what_was_written_or_one_line(failing: frozenset[int], short: bool, codec: CodecName) -> None:
     FaultyFileSystem.clear()
     write_small_index(URL, small_manifest(codec))
@@ -111,7 +111,7 @@ def test_reading_gives_what_was_written_or_one_line(failing: frozenset[int], sho
     except StoreError as error:
         line = str(error)
     if line is not None:
-        assert "cannot be read (Connection reset by peer); see that" in line
+        assert "cannot be read (Connection reset by peer); check that" in line
         assert len(failing) >= 3  # as many as tries
 
 
@@ -129,7 +129,7 @@ def _everything(index: store.Index) -> list[object]:
     ]
 
 
-def test_a_writer_goes_on_after_a_failure_without_being_opened_again() -> None:
+def test_a_writer_continues_after_a_failure_without_reopening() -> None:
     with store.IndexWriter.open(URL, small_manifest()) as writer:
         writer.write_shard(small_content(0, 3))
         FaultyFileSystem.reset(failing=frozenset(range(1, 10)))
@@ -142,7 +142,7 @@ def test_a_writer_goes_on_after_a_failure_without_being_opened_again() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"half of it"])
 def test_an_upload_that_arrives_cut_off_is_sent_again(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that loses bytes and says nothing."""
+    """A file system that loses bytes without an error."""
     original, left = FaultyFileSystem.put_file, [2]
 
     def losing(self: FaultyFileSystem, source: str, target: str) -> None:
@@ -160,18 +160,20 @@ def test_an_upload_that_arrives_cut_off_is_sent_again(content: bytes, monkeypatc
         write_small_index("faulty://bucket/another")
 
 
-def test_what_never_answers_with_a_byte_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_answers_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     write_small_index(URL)
     index = store.Index.open(URL)
     monkeypatch.setattr(FaultyFileSystem, "cat_file", lambda *_, **__: b"")
-    with pytest.raises(StoreError, match=r"000000.safetensors: cannot be read \(no answer has a byte\); see that it"):
+    with pytest.raises(
+        StoreError, match=r"000000.safetensors: cannot be read \(the answers are empty\); check that the file"
+    ):
         list(index.iterate(2))
     monkeypatch.setattr(FaultyFileSystem, "cat_file", lambda *_, **__: bytes(10**6))
-    with pytest.raises(StoreError, match=r"cannot be read \(1000000 bytes came of \d+ asked for\)"):
+    with pytest.raises(StoreError, match=r"cannot be read \(1000000 bytes arrived, expected \d+\)"):
         list(index.iterate(2))
 
 
-def test_a_place_that_may_not_be_written_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
     def refusing(self: FaultyFileSystem, source: str, target: str) -> None:
@@ -179,7 +181,9 @@ def test_a_place_that_may_not_be_written_is_not_tried_again(monkeypatch: pytest.
         raise PermissionError("Forbidden")
 
     monkeypatch.setattr(FaultyFileSystem, "put_file", refusing)
-    with pytest.raises(StoreError, match=r"manifest.json: cannot be written \(Forbidden\); see that the place is"):
+    with pytest.raises(
+        StoreError, match=r"manifest.json: cannot be written \(Forbidden\); check that the location exists"
+    ):
         store.IndexWriter.open(URL, small_manifest())
     assert len(tries) == 1
 
@@ -198,7 +202,7 @@ def test_a_derived_cache_that_cannot_be_written_or_read_is_no_error() -> None:
 
 
 def test_a_scan_reads_ahead_in_ranges_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a chunk is used the next are on their way; no request and no part is larger than it may be."""
+    """While a chunk is in use the next ones are requested; requests and parts do not exceed their limits."""
     monkeypatch.setattr(remote_files, "RANGE_BYTES", 600)
     monkeypatch.setattr(remote_files, "GAP_BYTES", -1)
     monkeypatch.setattr("trackstar.store.shards.PART_BYTES", 1024)
@@ -213,7 +217,7 @@ def test_a_scan_reads_ahead_in_ranges_of_bounded_size(monkeypatch: pytest.Monkey
     assert len(faults.ranges) > first_part
     assert all(stop - first <= 600 for _, first, stop in faults.ranges)
     read = sum(stop - first for name, first, stop in faults.ranges)
-    places = [shard.file.places[name] for shard in index.shards for name in ("codes", "scales", "norms")]
+    places = [shard.file.tensors[name] for shard in index.shards for name in ("codes", "scales", "norms")]
     assert read == sum(place.stop - place.start for place in places)  # nothing twice, and nothing else
 
 
@@ -228,8 +232,8 @@ def test_a_reader_that_stops_in_the_middle_of_a_scan_leaves_no_thread_behind() -
     assert threading.active_count() == before
 
 
-def test_a_list_or_a_size_is_asked_for_anew_each_time() -> None:
-    """What another process has written or removed since is seen."""
+def test_lists_and_sizes_are_never_cached() -> None:
+    """Changes by other processes are visible."""
     write_small_index(URL)
     folder = as_folder(URL)
     assert not isinstance(folder, Path)

@@ -102,11 +102,11 @@ def test_another_sample_is_another_index(computed: list[str], tiny_model_folder:
     build(tiny_model_folder, tmp_path / "index", whitening_examples=9)
     computed.clear()
     for options, expected in (
-        ({"whitening_examples": 12}, "whitening by R_train of up to 9 records"),
-        ({"whitening_examples": 9, "damping": 0.25}, "damping 0.25 is asked for now"),
-        ({"whitening_examples": 9, "codec": "2-bit"}, "made with codec '1-bit'"),
-        ({"codec": "float16"}, "made with coordinates 'whitened'"),
-        ({"whitening_examples": 9, "seed": 1}, "is asked for now"),
+        ({"whitening_examples": 12}, "whitened by R_train of up to 9 records"),
+        ({"whitening_examples": 9, "damping": 0.25}, "damping 0.25 was requested"),
+        ({"whitening_examples": 9, "codec": "2-bit"}, "the existing index has codec '1-bit'"),
+        ({"codec": "float16"}, "the existing index has coordinates 'whitened'"),
+        ({"whitening_examples": 9, "seed": 1}, "was requested"),
     ):
         with pytest.raises(IndexMismatchError, match=expected):
             build(tiny_model_folder, tmp_path / "index", **options)
@@ -133,7 +133,7 @@ def test_a_whitened_index_is_not_begun_over_an_unfinished_projected_one(
         with pytest.raises(KeyboardInterrupt):
             build(tiny_model_folder, out, codec="float16")
     computed.clear()
-    with pytest.raises(IndexMismatchError, match="made with coordinates 'projected', but 'whitened'"):
+    with pytest.raises(IndexMismatchError, match="the existing index has coordinates 'projected', but 'whitened'"):
         build(tiny_model_folder, out, codec="1-bit")
     assert not computed
     assert not (out / PART_FOLDER).exists()
@@ -144,9 +144,9 @@ def test_a_whitened_index_is_not_begun_over_an_unfinished_projected_one(
 def test_a_damping_that_cannot_be_is_refused_before_anything_is_computed(
     damping: float, computed: list[str], tiny_model_folder: Path, tmp_path: Path
 ):
-    with pytest.raises(OptionError, match=f"--damping {damping}: expected 0 or more"):
+    with pytest.raises(OptionError, match=f"`damping`: expected 0 or more, .*, found {damping}"):
         build(tiny_model_folder, tmp_path / "index", damping=damping)
-    with pytest.raises(OptionError, match=r"--damping 0.1: goes with whitened coordinates"):
+    with pytest.raises(OptionError, match=r"`damping`: applies to whitened coordinates, found 0.1"):
         build(tiny_model_folder, tmp_path / "index", damping=0.1, codec="float32")
     assert not computed
     assert not (tmp_path / "index").exists()

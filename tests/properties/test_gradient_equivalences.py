@@ -1,4 +1,4 @@
-"""What a projected gradient must not depend on: batches, padding, order, neighbours; and how losses and targets add."""
+"""Projected gradients do not depend on batches, padding, order or neighbours, and add up over targets."""
 
 import dataclasses
 
@@ -18,32 +18,32 @@ from trackstar.model.batching import Batch, make_batch, plan_batches
 from trackstar.model.language_model import wrap_model
 
 LENGTHS = [14, 3, 25, 9, 9, 2, 17]
-# float32 sums taken in another order: the stated tolerance of everything that only batches differently.
+# Tolerance of results that differ only in the order of float32 sums.
 TOLERANCE = 2e-5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_projected_gradient_does_not_depend_on_batch_size(architecture: str):
     model, examples = language_model(architecture), random_examples(LENGTHS)
-    alone = package_phi(model, examples, token_budget=1)
-    assert_rows_close(package_phi(model, examples, token_budget=10_000), alone, tolerance=TOLERANCE)
+    alone = package_phi(model, examples, batch_tokens=1)
+    assert_rows_close(package_phi(model, examples, batch_tokens=10_000), alone, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_projected_gradient_does_not_depend_on_the_amount_of_padding(architecture: str):
     model, examples = language_model(architecture), random_examples(LENGTHS)
     padded = package_phi(model, examples, pad_to=40)
-    assert_rows_close(padded, package_phi(model, examples, token_budget=1), tolerance=TOLERANCE)
+    assert_rows_close(padded, package_phi(model, examples, batch_tokens=1), tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_projected_gradient_does_not_depend_on_what_padding_holds(architecture: str):
+def test_projected_gradient_does_not_depend_on_the_tokens_of_padding(architecture: str):
     model, examples = language_model(architecture), random_examples([6, 11])
     batch = make_batch(examples, [0, 1], pad_to=20)
     noise = torch.randint(0, 300, batch.token_ids.shape, generator=torch.Generator().manual_seed(0))
     is_padding = torch.arange(20) >= torch.tensor([[6], [11]])
     other = Batch(
-        token_ids=torch.where(is_padding, noise, batch.token_ids), target_mask=batch.target_mask, places=batch.places
+        token_ids=torch.where(is_padding, noise, batch.token_ids), target_mask=batch.target_mask, indices=batch.indices
     )
     consumer = ProjectedGradients(model, NO_SECOND_MOMENT, side=4)
     with gradient_pass(model, consumer) as run:
@@ -54,11 +54,11 @@ def test_projected_gradient_does_not_depend_on_what_padding_holds(architecture: 
 
 
 @hypothesis.settings(max_examples=8)
-@hypothesis.given(order=st.permutations(range(len(LENGTHS))), token_budget=st.sampled_from([1, 20, 60, 1000]))
-def test_projected_gradient_does_not_depend_on_order_or_neighbours(order: list[int], token_budget: int):
+@hypothesis.given(order=st.permutations(range(len(LENGTHS))), batch_tokens=st.sampled_from([1, 20, 60, 1000]))
+def test_projected_gradient_does_not_depend_on_order_or_neighbours(order: list[int], batch_tokens: int):
     model, examples = language_model("llama"), random_examples(LENGTHS)
-    found = package_phi(model, [examples[place] for place in order], token_budget=token_budget)
-    expected = package_phi(model, examples, token_budget=1)
+    found = package_phi(model, [examples[place] for place in order], batch_tokens=batch_tokens)
+    expected = package_phi(model, examples, batch_tokens=1)
     assert_rows_close(found, expected[list(order)], tolerance=TOLERANCE)
 
 
@@ -68,7 +68,7 @@ def test_tokens_after_the_last_target_do_not_matter(architecture: str):
     (example,) = random_examples([16])
     early = with_targets(example, [1 <= t < 9 for t in range(16)])
     cut = dataclasses.replace(early, token_ids=early.token_ids[:9], target_mask=early.target_mask[:9])
-    phi = package_phi(model, [early, cut], token_budget=1)
+    phi = package_phi(model, [early, cut], batch_tokens=1)
     assert_rows_close(phi[:1], phi[1:], tolerance=TOLERANCE)
 
 
@@ -122,7 +122,7 @@ def test_second_moment_of_a_ninth_triples_the_projected_gradient(architecture: s
     assert_rows_close(ninth, 3 * whole, tolerance=TOLERANCE)
 
 
-def test_coverage_counts_matrices_alone_neither_biases_nor_norms_nor_embeddings():
+def test_coverage_counts_matrices_but_no_biases_norms_or_embeddings():
     module = tiny_model("qwen2")
     model = wrap_model(module, tiny_tokenizer(), layer_blocks=2)
     assert {module.get_parameter(matrix.parameter).ndim for matrix in model.matrices} == {2}
@@ -132,13 +132,13 @@ def test_coverage_counts_matrices_alone_neither_biases_nor_norms_nor_embeddings(
     assert model.coverage.left_out == ("model.embed_tokens.weight",)
 
 
-@hypothesis.given(lengths=st.lists(st.integers(2, 50), max_size=30), token_budget=st.integers(1, 120))
-def test_planned_batches_hold_every_example_once_within_the_budget(lengths: list[int], token_budget: int):
-    batches = plan_batches(lengths, token_budget)
+@hypothesis.given(lengths=st.lists(st.integers(2, 50), max_size=30), batch_tokens=st.integers(1, 120))
+def test_planned_batches_hold_every_example_once_within_the_budget(lengths: list[int], batch_tokens: int):
+    batches = plan_batches(lengths, batch_tokens)
     assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
     for batch in batches:
         widest = max(lengths[place] for place in batch)
-        assert len(batch) == 1 or len(batch) * widest <= token_budget
+        assert len(batch) == 1 or len(batch) * widest <= batch_tokens
     widths = [lengths[batch[0]] for batch in batches]
     assert widths == sorted(widths, reverse=True)
 
@@ -147,7 +147,7 @@ def test_batch_pads_on_the_right_and_never_makes_padding_a_target():
     examples = random_examples([2, 5, 3])
     batch = make_batch(examples, [2, 0, 1])
     assert batch.token_ids.shape == (3, 5)
-    for row, place in enumerate(batch.places):
+    for row, place in enumerate(batch.indices):
         length = len(examples[place].token_ids)
         assert batch.token_ids[row, :length].tolist() == examples[place].token_ids.tolist()
         assert batch.target_mask[row].tolist() == [*examples[place].target_mask.tolist(), *[False] * (5 - length)]

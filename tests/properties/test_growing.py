@@ -1,4 +1,4 @@
-"""Indexes that grow, shrink, merge and change codec are those that would have been made at once."""
+"""Indexes that are extended, reduced, merged and converted equal those built from the corpus."""
 
 import dataclasses
 from pathlib import Path
@@ -8,14 +8,14 @@ import torch
 
 from capitals import QUERIES, TEXTS
 from trackstar.attribution.answering import answer_queries
-from trackstar.choices import CodecName
+from trackstar.choices import CODECS, CodecName
 from trackstar.corpus import TokenizedExample
-from trackstar.editing import converting, rewriting
+from trackstar.editing import rewriting
 from trackstar.editing.adding import add_examples
 from trackstar.editing.converting import convert_index
 from trackstar.editing.merging import merge_indexes
 from trackstar.editing.removing import remove_examples
-from trackstar.errors import DamagedIndexError, IndexMismatchError, OptionError
+from trackstar.errors import DamagedIndexError, IndexMismatchError, OptionError, check_choice
 from trackstar.indexing.build import build_index
 from trackstar.indexing.train_whitening import TrainWhitening
 from trackstar.retrieval.scoring import Scorer
@@ -45,13 +45,13 @@ def values(index: Index) -> torch.Tensor:
 def check_whole(index: Index) -> None:
     report = verify(index.path)
     assert report.ok, report.problems
-    assert not [note for note in report.notes if "kept to answer sooner" not in note]
+    assert not [note for note in report.notes if "cached files" not in note]
     assert [shard.rows for shard in index.shards[:-1]] == [5] * (len(index.shards) - 1)
 
 
 @pytest.fixture(scope="module")
 def parts(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Index, Index]:
-    """Both parts of a corpus, and all of it, indexed alike."""
+    """Both parts of a corpus, and the whole corpus, indexed with the same settings."""
     folder = tmp_path_factory.mktemp("parts")
     made = zip(("first", "second", "all"), (FIRST, SECOND, [*FIRST, *SECOND]), strict=True)
     first, second, whole = (build(tiny_model_folder, texts, folder / name) for name, texts in made)
@@ -76,15 +76,15 @@ def test_merged_indexes_are_the_index_of_both_corpora(parts: tuple[Index, Index,
         assert [ranked.text for ranked in one.proponents] == [ranked.text for ranked in other.proponents]
 
 
-def test_removed_examples_are_gone_and_the_rest_is_as_it_was(parts: tuple[Index, Index, Index], tmp_path: Path):
+def test_removing_examples_leaves_the_others_unchanged(parts: tuple[Index, Index, Index], tmp_path: Path):
     whole = parts[2]
     names = [stored.example.example_id for stored in whole.examples()]
     gone = {names[0], names[6], names[7], names[-1]}
     left = remove_examples(whole, gone, tmp_path / "left", progress=False)
     check_whole(left)
-    kept = [row for row, name in zip(rows_of(whole), names, strict=True) if name not in gone]
-    assert rows_of(left) == kept
-    phi = values(whole)[[row for row, name in enumerate(names) if name not in gone]].reshape(len(kept), -1, 64)
+    remaining = [row for row, name in zip(rows_of(whole), names, strict=True) if name not in gone]
+    assert rows_of(left) == remaining
+    phi = values(whole)[[row for row, name in enumerate(names) if name not in gone]].reshape(len(remaining), -1, 64)
     expected = torch.einsum("nbi,nbj->bij", phi, phi) / len(phi)
     found = left.tensors("autocorrelation")["autocorrelation"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
@@ -95,24 +95,22 @@ def test_removed_examples_are_gone_and_the_rest_is_as_it_was(parts: tuple[Index,
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(["nothing of the kind"], "1 names that are not examples of it, such as 'nothing of"), ([], "found no name")],
+    [(["nothing of the kind"], "found 1 other names, such as 'nothing of"), ([], "found no name")],
 )
-def test_names_that_are_not_there_are_refused(
-    names: list[str], expected: str, parts: tuple[Index, Index, Index], tmp_path: Path
-):
+def test_unknown_names_are_refused(names: list[str], expected: str, parts: tuple[Index, Index, Index], tmp_path: Path):
     with pytest.raises(OptionError, match=expected):
         remove_examples(parts[0], names, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     everything = [stored.example.example_id for stored in parts[0].examples()]
-    with pytest.raises(OptionError, match="all of its 14 examples would be removed"):
+    with pytest.raises(OptionError, match=r"all 14 examples of .* would be removed"):
         remove_examples(parts[0], everything, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("codec", ["int8", "4-bit", "2-bit", "1-bit"])
-def test_a_converted_index_is_the_one_made_with_the_codec(
+def test_a_converted_index_is_the_one_built_with_the_codec(
     codec: CodecName, parts: tuple[Index, Index, Index], tiny_model_folder: Path, tmp_path: Path
 ):
-    """But for the rounding of the float16 that it was converted from, which turns a code here and there."""
+    """Except for rounding to float16 before conversion, which changes a few codes."""
     converted = convert_index(parts[2], tmp_path / "converted", codec=codec, progress=False)
     check_whole(converted)
     made = build(tiny_model_folder, [*FIRST, *SECOND], tmp_path / "made", codec)
@@ -130,32 +128,34 @@ def test_a_converted_index_is_the_one_made_with_the_codec(
         assert [ranked.row for ranked in a.proponents] == [ranked.row for ranked in b.proponents]
 
 
-def test_bits_that_are_gone_cannot_be_asked_for(parts: tuple[Index, Index, Index], tmp_path: Path):
+def test_converting_to_more_bits_is_refused(parts: tuple[Index, Index, Index], tmp_path: Path):
     small = convert_index(parts[0], tmp_path / "small", codec="1-bit", progress=False)
-    with pytest.raises(OptionError, match=r"--codec 4-bit: .* keeps 1-bit, which does not hold what 4-bit would"):
+    with pytest.raises(
+        OptionError, match=r"`codec`: expected no more bits than 1-bit, the codec of .*small, found 4-bit"
+    ):
         convert_index(small, tmp_path / "large", codec="4-bit", progress=False)
-    with pytest.raises(OptionError, match="is not whitened anew"):
+    with pytest.raises(OptionError, match=r"`damping`: found 0.1, but .*small is whitened already"):
         convert_index(small, tmp_path / "damped", codec="1-bit", damping=0.1, progress=False)
-    with pytest.raises(OptionError, match="--codec 3-bit: expected one of"):
-        converting.check_codec("3-bit")
+    with pytest.raises(OptionError, match=r"`codec`: expected one of .*, found 3-bit"):
+        check_choice("codec", "3-bit", CODECS)
 
 
-def test_indexes_that_were_made_otherwise_are_not_merged(
+def test_indexes_with_different_settings_are_not_merged(
     parts: tuple[Index, Index, Index], tiny_model_folder: Path, tmp_path: Path
 ):
     other = build(tiny_model_folder, SECOND, tmp_path / "other", seed=1)
-    with pytest.raises(IndexMismatchError, match=r"other: made with projection.seed 1, but .* with 0; only indexes"):
+    with pytest.raises(IndexMismatchError, match=r"other: projection.seed is 1, but 0 in .*; only indexes"):
         merge_indexes([parts[0], other], tmp_path / "out", progress=False)
     small = [convert_index(part, tmp_path / name, codec="1-bit", progress=False) for part, name in zip(parts, "ab")]  # noqa: B905
     with pytest.raises(IndexMismatchError, match=r"whitening.d"):
         merge_indexes(small, tmp_path / "out", progress=False)
-    with pytest.raises(OptionError, match="found 1 index, expected two or more"):
+    with pytest.raises(OptionError, match="`indexes`: expected two or more, found 1"):
         merge_indexes([parts[0]], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("codec", ["float16", "1-bit"])
-def test_added_examples_cost_their_own_gradients_alone(
+def test_adding_computes_gradients_of_new_examples_only(
     codec: CodecName, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first = build(tiny_model_folder, FIRST, tmp_path / "first", codec)
@@ -181,13 +181,13 @@ def test_added_examples_cost_their_own_gradients_alone(
     assert rows_of(grown)[: len(FIRST)] == rows_of(first)
     assert first.rows == len(FIRST)
     assert grown.manifest.whitening == first.manifest.whitening
-    # Done already: opened, nothing computed; and another corpus does not fit.
+    # A finished index is opened without computation; another corpus is refused.
     again = add_examples(tmp_path / "first", SECOND, tmp_path / "grown", progress=False)
     assert again.manifest == grown.manifest
     assert len(computed) == len(SECOND) - 1
-    with pytest.raises(IndexMismatchError, match=r"grown: the index was made with corpora\[1\]\.digest"):
+    with pytest.raises(IndexMismatchError, match=r"grown: the existing index has corpora\[1\]\.digest"):
         add_examples(first, TEXTS[:3], tmp_path / "grown", progress=False)
-    with pytest.raises(OptionError, match="has been made of this corpus, whose examples would count twice"):
+    with pytest.raises(OptionError, match=r"already contains .*, whose examples would count twice"):
         add_examples(grown, SECOND, tmp_path / "twice", progress=False)
     assert not (tmp_path / "twice").exists()
     with pytest.raises(OptionError, match="is the index itself or lies in it"):
@@ -196,10 +196,10 @@ def test_added_examples_cost_their_own_gradients_alone(
     assert {ranked.text for ranked in report.results[0].proponents} == set(TEXTS)
 
 
-def test_every_way_of_growing_goes_on_after_an_interruption(
+def test_every_edit_resumes_after_an_interruption(
     parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Stopped after each shard in turn, and run again: the bytes are those of a run that was not."""
+    """Runs stopped after each shard in turn write the same bytes as one uninterrupted run."""
     first, second, whole = parts
     names = [stored.example.example_id for stored in whole.examples()][3:9]
     ways = {
@@ -240,9 +240,7 @@ def test_every_way_of_growing_goes_on_after_an_interruption(
 
 
 @pytest.mark.parametrize("other", ["removed", "converted"])
-def test_what_was_grown_from_another_index_is_not_taken_for_this_one(
-    other: str, parts: tuple[Index, Index, Index], tmp_path: Path
-):
+def test_a_folder_extended_from_another_index_is_refused(other: str, parts: tuple[Index, Index, Index], tmp_path: Path):
     first = parts[0]
     name = first.example(2).example.example_id
     made = (
@@ -251,11 +249,11 @@ def test_what_was_grown_from_another_index_is_not_taken_for_this_one(
         else convert_index(first, tmp_path / other, codec="1-bit", progress=False)
     )
     add_examples(first, SECOND, tmp_path / "grown", progress=False)
-    with pytest.raises(IndexMismatchError, match=r"grown: the index was made with (removed|coordinates)"):
+    with pytest.raises(IndexMismatchError, match=r"grown: the existing index has (removed|coordinates)"):
         add_examples(made, SECOND, tmp_path / "grown", progress=False)
 
 
-def test_a_grown_index_that_was_killed_late_or_damaged_is_made_whole(
+def test_an_extended_index_killed_late_or_damaged_is_completed(
     parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     grown = add_examples(parts[0], SECOND, tmp_path / "grown", progress=False)
@@ -264,7 +262,7 @@ def test_a_grown_index_that_was_killed_late_or_damaged_is_made_whole(
     def killed(_folder: Path) -> None:
         raise KeyboardInterrupt
 
-    # Killed after the manifest says that it is finished, before what it was made from is gone.
+    # Killed after the manifest is marked as finished, before the part's folder is removed.
     with monkeypatch.context() as patch:
         patch.setattr("trackstar.store.writer.remove_folder", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -283,7 +281,7 @@ def test_a_grown_index_that_was_killed_late_or_damaged_is_made_whole(
 def test_an_example_is_not_merged_with_itself(parts: tuple[Index, Index, Index], tmp_path: Path):
     first, second, whole = parts
     names = [stored.example.example_id for stored in whole.examples()]
-    with pytest.raises(OptionError, match=r"first: 14 of its examples are those of .*first too \(corpus"):
+    with pytest.raises(OptionError, match=r"first and .*first share 14 examples \(corpus"):
         merge_indexes([first, second, first], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     # Two halves of one corpus have no example in common, until one of them has too many.
@@ -293,31 +291,31 @@ def test_an_example_is_not_merged_with_itself(parts: tuple[Index, Index, Index],
     ]
     merged = merge_indexes(halves[:2], tmp_path / "merged", progress=False)
     assert [row[0] for row in rows_of(merged)] == [row[0] for row in rows_of(whole)]
-    with pytest.raises(OptionError, match="much: 1 of its examples"):
+    with pytest.raises(OptionError, match=r"much and .* share 1 examples"):
         merge_indexes([halves[0], halves[2]], tmp_path / "out", progress=False)
 
 
-def test_a_corpus_read_with_another_limit_is_the_same_corpus(
+def test_a_corpus_read_with_another_limit_is_detected(
     parts: tuple[Index, Index, Index], tiny_model_folder: Path, tmp_path: Path
 ):
-    """Its digest is another, and yet its first examples are those that are there."""
+    """Its digest differs, but its first examples are the same."""
     first, second, _whole = parts
     some = build(tiny_model_folder, FIRST, tmp_path / "some", limit=6)
-    with pytest.raises(OptionError, match="has been made of this corpus, whose examples would count twice"):
+    with pytest.raises(OptionError, match=r"already contains .*, whose examples would count twice"):
         add_examples(some, FIRST, tmp_path / "out", progress=False)
-    with pytest.raises(OptionError, match="has been made of this corpus, whose examples would count twice"):
+    with pytest.raises(OptionError, match=r"already contains .*, whose examples would count twice"):
         add_examples(first, FIRST, tmp_path / "out", limit=6, progress=False)
-    with pytest.raises(OptionError, match=r"some: 6 or more of its examples are those of .*first too"):
+    with pytest.raises(OptionError, match=r"some and .*first share 6 or more examples"):
         merge_indexes([first, some], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
-    # Lists are all called alike; another's examples are others in the same places.
+    # Lists have the same source; the examples of another list differ at the same numbers.
     merged = merge_indexes([some, second], tmp_path / "merged", progress=False)
     assert merged.rows == 6 + second.rows
     assert add_examples(some, SECOND, tmp_path / "added", progress=False).rows == merged.rows
 
 
-def test_norms_outlive_every_conversion(tiny_model_folder: Path, tmp_path: Path):
-    """They are those of the rows before they were coded at all, whatever codes have made of these since."""
+def test_norms_are_unchanged_by_conversions(tiny_model_folder: Path, tmp_path: Path):
+    """They are those of the rows before their first encoding."""
     int8 = build(tiny_model_folder, TEXTS, tmp_path / "int8", codec="int8")
     norms = torch.cat([shard.stored.norms for shard in int8.shards])
     index = int8
@@ -329,16 +327,16 @@ def test_norms_outlive_every_conversion(tiny_model_folder: Path, tmp_path: Path)
         assert not same or [row[-1] for row in rows_of(index)] == before
 
 
-def test_no_conversion_whitens_by_nothing(parts: tuple[Index, Index, Index], tmp_path: Path):
+def test_excessive_damping_is_refused_in_converting(parts: tuple[Index, Index, Index], tmp_path: Path):
     for damping, message in ((float("inf"), "expected 0 or more"), (1e300, "nothing is left of R")):
         with pytest.raises(OptionError, match=message):
             convert_index(parts[2], tmp_path / "out", codec="1-bit", damping=damping, progress=False)
 
 
-def test_an_interrupted_conversion_whitens_by_what_it_kept(
+def test_an_interrupted_conversion_resumes_with_its_saved_whitening(
     parts: tuple[Index, Index, Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Made again, factors could differ in their last bit: the shards that are there would be of another index."""
+    """Recomputed factors could differ in their last bit, so that earlier shards would not fit."""
     original = rewriting.IndexWriter.write_shard
     written = 0
 
@@ -364,7 +362,7 @@ def test_an_interrupted_conversion_whitens_by_what_it_kept(
     assert [shard.digest for shard in found.shards] == [shard.digest for shard in expected.shards]
 
 
-def test_damping_can_be_chosen_in_converting(parts: tuple[Index, Index, Index], tmp_path: Path):
+def test_damping_can_be_passed_to_convert_index(parts: tuple[Index, Index, Index], tmp_path: Path):
     converted = convert_index(parts[0], tmp_path / "out", codec="int8", damping=0.7, progress=False)
     assert converted.manifest.whitening is not None
     assert converted.manifest.whitening.damping == 0.7
@@ -388,12 +386,14 @@ def test_no_index_is_written_over_or_into_its_source(parts: tuple[Index, Index, 
     assert sorted(first.path.rglob("*")) == before
 
 
-def test_a_damaged_number_is_told_and_not_ranked(parts: tuple[Index, Index, Index], monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_number_raises_and_is_not_ranked(parts: tuple[Index, Index, Index], monkeypatch: pytest.MonkeyPatch):
     index = Index.open(parts[0].path)
     found = index.shards[0].stored.codes.clone()
     found[0, 0] = float("nan")
     monkeypatch.setattr(Index, "_codes", lambda _index, shard, _rows: iter([found[: shard.rows]]))
     for queries in (1, 8):
         scorer = Scorer(vectors=torch.ones(queries, index.dimensions), multipliers=torch.ones(index.rows))
-        with pytest.raises(DamagedIndexError, match="row 0 has a score that is not finite; `trackstar verify`"):
+        with pytest.raises(
+            DamagedIndexError, match="expected finite scores, found NaN or infinity for row 0; `verify`"
+        ):
             top_candidates(index, scorer, 2)

@@ -30,28 +30,30 @@ def out_of_memory() -> Exception:
     fits=st.integers(1, 6),
     error=st.sampled_from([out_of_memory, lambda: torch.OutOfMemoryError("CUDA out of memory"), MemoryError]),
 )
-def test_every_example_runs_once_whatever_fits(lengths: list[int], fits: int, error: Callable[[], Exception]):
-    def run(places: list[int]) -> list[int]:
-        if len(places) > fits:
+def test_every_example_runs_once_for_any_batch_size_that_fits(
+    lengths: list[int], fits: int, error: Callable[[], Exception]
+):
+    def run(indices: list[int]) -> list[int]:
+        if len(indices) > fits:
             raise error()
-        return places
+        return indices
 
     notes: list[str] = []
     ran = [result for _, result in run_adaptively(plan_batches(lengths, 100), run, notes.append)]
-    assert sorted(place for places in ran for place in places) == list(range(len(lengths)))
+    assert sorted(index for indices in ran for index in indices) == list(range(len(lengths)))
     assert all("memory ran out at" in note for note in notes)
-    assert len(notes) <= 6  # halved, not lowered by one
+    assert len(notes) <= 6  # halved, not reduced by one
 
 
 def test_one_example_that_does_not_fit_is_refused_in_one_line():
     def run(_: list[int]) -> None:
         raise out_of_memory()
 
-    with pytest.raises(OptionError, match=r"one example alone does not fit in memory; .*--window-tokens"):
+    with pytest.raises(OptionError, match=r"one example alone does not fit in memory; .*`window_tokens`"):
         list(run_adaptively([[0, 1]], run, lambda _: None))
 
 
-def test_other_errors_are_not_taken_for_memory():
+def test_other_errors_are_not_mistaken_for_memory_running_out():
     def run(_: list[int]) -> None:
         raise RuntimeError("shapes do not match")
 
@@ -60,11 +62,11 @@ def test_other_errors_are_not_taken_for_memory():
 
 
 def failing_above(monkeypatch: pytest.MonkeyPatch, consumer: type, examples: int) -> None:
-    """The consumer's `add` runs out of memory at the last matrix of a batch of more examples than that."""
+    """Let the consumer's `add` run out of memory at the last matrix of a batch of more than `examples`."""
     original: Any = consumer.add  # pyright: ignore[reportAttributeAccessIssue]
 
-    def add(self: Any, matrix: WeightMatrix, kept: Any, gradients: Tensor) -> None:
-        original(self, matrix, kept, gradients)
+    def add(self: Any, matrix: WeightMatrix, saved: Tensor, gradients: Tensor) -> None:
+        original(self, matrix, saved, gradients)
         if len(gradients) > examples and matrix.name.endswith("layers.0.self_attn.q_proj"):
             raise out_of_memory()
 
@@ -80,17 +82,17 @@ def test_projected_gradients_are_the_same_when_memory_runs_out_in_the_middle(mon
     with GradientProjector(
         model, NO_SECOND_MOMENT, seed=0, side=SIDE, batch_tokens=128, note=notes.append
     ) as projector:
-        for places, phi, _ in projector.batches(examples):
-            found[places] = phi
+        for indices, phi, _ in projector.batches(examples):
+            found[indices] = phi
     assert_rows_close(found, expected, tolerance=1e-5)
     assert "memory ran out" in notes[0]
 
 
 def test_estimated_second_moment_counts_no_batch_twice_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch):
     model, examples = language_model("llama"), random_examples(LENGTHS)
-    expected = estimate_second_moment(model, examples, token_budget=128)
+    expected = estimate_second_moment(model, examples, batch_tokens=128)
     failing_above(monkeypatch, FactoredSquares, 2)
-    found = estimate_second_moment(model, examples, token_budget=128)
+    found = estimate_second_moment(model, examples, batch_tokens=128)
     for name, moment in expected.moments.items():
         other = found.moments[name]
         assert isinstance(moment, FactoredMoment)

@@ -1,4 +1,4 @@
-"""A narrowed index is the one that indexing with the smaller side makes, without computing a gradient again."""
+"""A narrowed index equals the one built with the smaller side, without computing a gradient."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from trackstar.indexing.build import build_index
 from trackstar.store import Index, verify
 
 TEXTS = [f"Trains to {city} leave when it rains in {land}." for city in ("Rome", "Lima") for land in "abcdefgh"]
-TEXTS.insert(3, "")  # has no token to score, and stays counted
+TEXTS.insert(3, "")  # has no token to score, but counts as a record
 QUERIES = [Query(query_id=f"q{n}", prompt="Trains to", completion=city) for n, city in enumerate(("Rome", "Lima"))]
 
 
@@ -26,7 +26,7 @@ def phi_of(index: Index) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "output"), [("factored", "loss"), ("elementwise", "loss"), ("none", "margin")])
-def test_narrowed_index_is_the_one_that_indexing_with_the_smaller_side_makes(
+def test_narrowed_index_equals_one_built_with_the_smaller_side(
     kind: str, output: str, tiny_model_folders: TinyModelFolder, tmp_path: Path
 ):
     model = str(tiny_model_folders("llama", "bos"))
@@ -61,7 +61,7 @@ def test_projections_of_a_smaller_side_are_the_first_columns_of_a_larger_ones():
     torch.testing.assert_close(small, large[:, :4] * 2)
 
 
-def test_narrowing_goes_on_after_an_interruption_and_opens_what_is_finished(
+def test_narrowing_resumes_after_an_interruption_and_opens_a_finished_index(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     wide = build_index(
@@ -77,7 +77,7 @@ def test_narrowing_goes_on_after_an_interruption_and_opens_what_is_finished(
 
 
 def narrow_half(wide: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop it after two shards, as a kill would."""
+    """Interrupt narrowing after two shards."""
     from trackstar.editing import narrowing
 
     calls = []
@@ -95,26 +95,26 @@ def narrow_half(wide: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
             narrow_index(wide, out, side=3, progress=False)
 
 
-def test_damaged_number_does_not_get_a_digest_of_its_own(tiny_model_folder: Path, tmp_path: Path):
+def test_damaged_number_is_not_copied_with_a_valid_digest(tiny_model_folder: Path, tmp_path: Path):
     wide = build_index(str(tiny_model_folder), TEXTS, tmp_path / "wide", side=6, codec="float16", progress=False)
     path = wide.shards[0].path
     content = bytearray(path.read_bytes())
-    content[wide.shards[0].file.places["codes"].start + 40] ^= 64
+    content[wide.shards[0].file.tensors["codes"].start + 40] ^= 64
     path.write_bytes(content)
     with pytest.raises(DamagedIndexError, match=path.name):
         narrow_index(tmp_path / "wide", tmp_path / "out", side=3, progress=False)
 
 
 @pytest.mark.parametrize("side", [4.0, "4", None, True])
-def test_side_that_is_no_whole_number_is_refused(side: Any, tiny_model_folder: Path, tmp_path: Path):
+def test_side_must_be_a_whole_number(side: Any, tiny_model_folder: Path, tmp_path: Path):
     wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, codec="float16", progress=False)
     with pytest.raises((OptionError, TypeCheckError), match="side"):
         narrow_index(wide, tmp_path / "out", side=side, progress=False)
 
 
 @pytest.mark.parametrize("side", [0, 7])
-def test_side_that_is_no_smaller_one_is_refused(side: int, tiny_model_folder: Path, tmp_path: Path):
+def test_side_must_not_be_larger(side: int, tiny_model_folder: Path, tmp_path: Path):
     wide = build_index(str(tiny_model_folder), TEXTS[:2], tmp_path / "wide", side=6, codec="float16", progress=False)
-    with pytest.raises(OptionError, match=f"side {side}: .* has side 6, expected 1 to that"):
+    with pytest.raises(OptionError, match=f"`side`: expected 1 to 6, the side of .*, found {side}"):
         narrow_index(wide, tmp_path / "out", side=side, progress=False)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A pool of workers on a made-up cluster: nodes where a worker cannot be used are tried more and more seldom."""
+"""A pool of workers on a simulated cluster: workers that are lost while they start are replaced with backoff."""
 
 import dataclasses
 import itertools
@@ -10,12 +10,12 @@ import pytest
 
 from trackstar.errors import ClusterError
 from trackstar.workers import ray_pool as pools
-from trackstar.workers.ray_actor import Done, ScanOrder
+from trackstar.workers.ray_actor import PartResult, ScanJob
 from trackstar.workers.ray_pool import Pool
 
 
 class _RayError(Exception):
-    """What Ray's errors are made of."""
+    """Base of Ray's errors."""
 
 
 class _LostError(_RayError):
@@ -31,7 +31,7 @@ class _Call:
 
 
 class _Cluster:
-    """Ray, as far as a pool sees it: two cores, on one of which workers are lost for a while as they get ready."""
+    """Ray's interface to a pool: two cores; on one, the first `lost` workers are lost while they are prepared."""
 
     def __init__(self, *, lost: int) -> None:
         self.exceptions = types.SimpleNamespace(RayError=_RayError, RayTaskError=type("RayTaskError", (_RayError,), {}))
@@ -46,8 +46,8 @@ class _Cluster:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def put(self, order: object) -> object:
-        return order
+    def put(self, job: object) -> object:
+        return job
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
@@ -71,9 +71,9 @@ class _Cluster:
                 raise _LostError("its node is gone")
             return "a worker"
 
-        done = Done(result=1, advanced=0, notes=())
+        result = PartResult(result=1, advanced=0, notes=())
         actor = types.SimpleNamespace(
-            prepare=_Call(prepared), do=types.SimpleNamespace(remote=lambda _: _Call(lambda: done))
+            prepare=_Call(prepared), compute=types.SimpleNamespace(remote=lambda _: _Call(lambda: result))
         )
         self.alive.append(actor)
         return actor
@@ -98,10 +98,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], tuple[_Cluster, Poo
 
 
 def test_workers_come_back_however_many_were_lost(made: Callable[[int], tuple[_Cluster, Pool]]) -> None:
-    """Twelve are lost one after the other while a long order goes on; the thirteenth stays."""
+    """Twelve are lost one after the other during a long job; the thirteenth stays."""
     cluster, pool = made(12)
-    order = ScanOrder.__new__(ScanOrder)
-    results = pool.do(order, itertools.repeat(0), advance=lambda _: None, note=lambda _: None)
+    job = ScanJob.__new__(ScanJob)
+    results = pool.run(job, itertools.repeat(0), advance=lambda _: None, note=lambda _: None)
     while cluster.lost:
         assert next(results) == 1
         assert cluster.now < 4000
@@ -119,38 +119,38 @@ def test_a_cluster_where_no_worker_stays_is_an_error(made: Callable[[int], tuple
     cluster.begun.append(0.0)  # none is the first, which is never lost
     pool.close()
     with pytest.raises(ClusterError, match="workers were lost while they loaded the model"):
-        list(pool.do(ScanOrder.__new__(ScanOrder), [1, 2], advance=lambda _: None, note=lambda _: None))
+        list(pool.run(ScanJob.__new__(ScanJob), [1, 2], advance=lambda _: None, note=lambda _: None))
     assert cluster.now < 60
 
 
-def test_nobody_has_two_parts_while_another_has_none(made: Callable[[int], tuple[_Cluster, Pool]]) -> None:
-    """Also where that one is not ready yet."""
+def test_no_worker_has_two_parts_while_another_has_none(made: Callable[[int], tuple[_Cluster, Pool]]) -> None:
+    """Even if the other is not ready yet."""
     cluster, pool = made(0)
     first, second = pool._members
-    given: list[list[int]] = [[], []]
+    assigned: list[list[int]] = [[], []]
     for number, member in enumerate((first, second)):
-        doing = types.SimpleNamespace(remote=lambda part, at=number: given[at].append(part) or _Call(lambda: part))
-        member.actor = types.SimpleNamespace(prepare=member.actor.prepare, do=doing)
+        compute = types.SimpleNamespace(remote=lambda part, at=number: assigned[at].append(part) or _Call(lambda: part))
+        member.actor = types.SimpleNamespace(prepare=member.actor.prepare, compute=compute)
         cluster.alive[number] = member.actor
     slow = iter([False] * 3)
 
     def wait(calls: list[_Call], **_: object) -> tuple[list[_Call], list[_Call]]:
         late = [call for call in calls if call is second.preparing and not next(slow, True)]
-        if sum(map(len, given)) < 2:  # a part takes longer than getting ready
+        if sum(map(len, assigned)) < 2:  # a part takes longer than a preparation
             late += [call for call in calls if call not in (first.preparing, second.preparing)]
         return [call for call in calls if call not in late], late
 
     cluster.wait = wait  # pyright: ignore[reportAttributeAccessIssue]
-    done = [Done(result=number, advanced=0, notes=()) for number in range(2)]
-    order = ScanOrder.__new__(ScanOrder)
-    assert list(pool.do(order, done, advance=lambda _: None, note=lambda _: None)) == [0, 1]
-    assert given == [[done[0]], [done[1]]]
+    results = [PartResult(result=number, advanced=0, notes=()) for number in range(2)]
+    job = ScanJob.__new__(ScanJob)
+    assert list(pool.run(job, results, advance=lambda _: None, note=lambda _: None)) == [0, 1]
+    assert assigned == [[results[0]], [results[1]]]
 
 
-def test_an_end_that_a_signal_asks_for_while_ray_waits_is_that_end(
+def test_an_exception_of_a_signal_handler_while_ray_waits_is_raised_unchanged(
     made: Callable[[int], tuple[_Cluster, Pool]],
 ) -> None:
-    """Ray's compiled code turns what a signal's handler raises into an error of its own."""
+    """Ray's compiled code turns the handler's exception into a `SystemError`."""
     cluster, pool = made(0)
 
     def wait(_calls: list[_Call], **_: object) -> None:
@@ -158,4 +158,4 @@ def test_an_end_that_a_signal_asks_for_while_ray_waits_is_that_end(
 
     cluster.wait = wait  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(KeyboardInterrupt):
-        list(pool.do(ScanOrder.__new__(ScanOrder), [1], advance=lambda _: None, note=lambda _: None))
+        list(pool.run(ScanJob.__new__(ScanJob), [1], advance=lambda _: None, note=lambda _: None))

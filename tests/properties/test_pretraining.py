@@ -1,4 +1,4 @@
-"""Pretraining: what a run is a function of, what its checkpoints hold, and what it refuses."""
+"""Pretraining: reproducible runs, the contents of checkpoints, and errors."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run; do not change its files."""
+    """An uninterrupted run; do not change its files."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("run")
     pretrain(SENTENCES, out, CONFIG)
@@ -77,11 +77,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Stands for a kill, since nothing catches it."""
 
 
 def _killed_at(step: int, monkeypatch: pytest.MonkeyPatch, out: Path, config: PretrainingConfig) -> None:
-    """Run until the gradients of `step` are there, then stop without a word."""
+    """Run until the gradients of `step` are computed, then stop without cleaning up."""
     import trackstar.pretraining.training as training
 
     original = training.apply_gradients
@@ -105,27 +105,27 @@ def _same_tensors(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, ADAMW], ids=["adafactor", "adamw"])
-def test_resumed_run_equals_the_undisturbed_one(config: PretrainingConfig, tmp_path, monkeypatch, capsys) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(config: PretrainingConfig, tmp_path, monkeypatch, capsys) -> None:
     expected = pretrain(SENTENCES, tmp_path / "undisturbed", config)
     out = tmp_path / "disturbed"
     for step in (1, 5, 10):
         _killed_at(step, monkeypatch, out, config)
         (out / "checkpoint-000009.partial").mkdir(exist_ok=True)
-        torch.rand(3)  # random numbers drawn elsewhere do not matter
+        torch.rand(3)  # other random numbers have no influence
     found = pretrain(SENTENCES, out, config)
-    assert "goes on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     names = sorted(path.name for path in expected.iterdir())
     assert sorted(path.name for path in found.iterdir()) == names
     _same_tensors(found / "model.safetensors", expected / "model.safetensors")
     _same_tensors(found / "optimizer.safetensors", expected / "optimizer.safetensors")
     for name in names:
-        if name == "tokenizer_config.json":  # Transformers adds to it that the tokenizer was loaded from a folder
+        if name == "tokenizer_config.json":  # Transformers records in it that the tokenizer was loaded from a folder
             continue
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
     assert not list(out.glob("*.partial"))
 
 
-def test_run_killed_at_any_moment_equals_the_undisturbed_one(run_folder: Path, tmp_path: Path) -> None:
+def test_run_killed_at_any_moment_equals_the_uninterrupted_one(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     program = (
         "import json, sys, torch; torch.set_num_threads(1)\n"
@@ -153,7 +153,7 @@ def test_run_killed_at_any_moment_equals_the_undisturbed_one(run_folder: Path, t
         assert (found / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def test_raising_steps_goes_on_as_if_they_had_been_asked_for_at_once(run_folder: Path, tmp_path: Path) -> None:
+def test_run_resumed_with_more_steps_equals_a_longer_run(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(SENTENCES, out, dataclasses.replace(CONFIG, steps=6, checkpoint_steps=2))
     longer = pretrain(SENTENCES, out, CONFIG)
@@ -164,16 +164,16 @@ def test_raising_steps_goes_on_as_if_they_had_been_asked_for_at_once(run_folder:
 def test_optimizer_file_holds_the_optimizers_own_state(config, states, tmp_path, monkeypatch) -> None:
     import trackstar.pretraining.training as training
 
-    kept = []
+    made = []
     original = training.make_optimizer
 
     def make(module, settings):
-        kept.append((module, original(module, settings)))
-        return kept[-1][1]
+        made.append((module, original(module, settings)))
+        return made[-1][1]
 
     monkeypatch.setattr(training, "make_optimizer", make)
     saved = load_file(pretrain(SENTENCES, tmp_path / "run", config) / "optimizer.safetensors")
-    module, optimizer = kept[0]
+    module, optimizer = made[0]
     expected = {}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -193,7 +193,7 @@ def test_optimizer_file_holds_the_optimizers_own_state(config, states, tmp_path,
 
 
 def test_adafactor_state_is_the_papers_recurrence_over_the_gradients(tmp_path, monkeypatch) -> None:
-    """Rows of V after t steps: v_t = β_t v_(t-1) + (1 - β_t) mean(g²), β_t = 1 - t^(-0.8)."""
+    """Row means of V after t steps: v_t = β_t v_(t-1) + (1 - β_t) mean(g²), β_t = 1 - t^(-0.8)."""
     import trackstar.pretraining.training as training
 
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -240,7 +240,7 @@ def test_each_step_is_made_with_its_own_learning_rate(tmp_path, monkeypatch) -> 
     assert rates == [learning_rate(step, CONFIG) for step in range(1, CONFIG.steps + 1)]
 
 
-def test_loss_falls_until_the_corpus_is_known_by_heart(tmp_path: Path) -> None:
+def test_loss_falls_until_the_corpus_is_memorized(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, width=32, mlp_width=64, steps=150, warmup_steps=10, checkpoint_steps=1000)
     last = pretrain(SENTENCES, tmp_path / "run", config)
 
@@ -297,7 +297,7 @@ def test_tokenizer_is_a_function_of_the_texts_and_reads_any_text() -> None:
         assert str(first.decode(first(text, add_special_tokens=False).input_ids)).strip() == text
 
 
-def test_given_tokenizer_is_used_and_saved(tiny_tokenizer, tmp_path: Path) -> None:
+def test_existing_tokenizer_is_used_and_saved(tiny_tokenizer, tmp_path: Path) -> None:
     last = pretrain(SENTENCES, tmp_path / "run", dataclasses.replace(CONFIG, steps=1), tokenizer=tiny_tokenizer)
     saved = AutoTokenizer.from_pretrained(last)
     assert saved.backend_tokenizer.to_str() == tiny_tokenizer.backend_tokenizer.to_str()
@@ -314,25 +314,25 @@ def test_given_tokenizer_is_used_and_saved(tiny_tokenizer, tmp_path: Path) -> No
 def test_epoch_holds_every_window_once_within_the_budget(lengths, budget, pool, seed) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     batches = epoch_batches(sizes, batch_tokens=budget, pool_examples=pool, seed=seed, epoch=0)
-    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or max(lengths[place] for place in batch) * len(batch) <= budget
+        assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= budget
 
 
-def test_order_of_the_data_goes_on_from_any_place_and_differs_between_epochs_and_seeds() -> None:
+def test_data_order_resumes_from_any_batch_and_differs_between_epochs_and_seeds() -> None:
     lengths = np.arange(2, 42, dtype=np.int64)
 
-    def places(epoch: int, batch: int, seed: int, count: int) -> list[tuple[int, int, list[int]]]:
+    def batches(epoch: int, batch: int, seed: int, count: int) -> list[tuple[int, int, list[int]]]:
         order = batches_from(lengths, epoch, batch, batch_tokens=80, pool_examples=10, seed=seed)
         return [next(order) for _ in range(count)]
 
-    whole = places(0, 0, 3, 60)
+    whole = batches(0, 0, 3, 60)
     for start in (1, 17, 40):
         epoch, number, _ = whole[start]
-        assert places(epoch, number, 3, 60 - start) == whole[start:]
+        assert batches(epoch, number, 3, 60 - start) == whole[start:]
     epochs = [[batch for number, _, batch in whole if number == epoch] for epoch in (0, 1)]
     assert epochs[0] != epochs[1]
-    assert places(0, 0, 4, 60) != whole
+    assert batches(0, 0, 4, 60) != whole
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone(tiny_tokenizer) -> None:
@@ -349,12 +349,12 @@ def test_initial_weights_are_a_function_of_the_seed_alone(tiny_tokenizer) -> Non
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 8}, "seed 7, expected 8"),
-        ({"base_learning_rate": 0.4}, "base_learning_rate 0.3, expected 0.4"),
-        ({"width": 32}, "width 16, expected 32"),
-        ({"optimizer": "adamw"}, "optimizer adafactor, expected adamw"),
-        ({"batch_tokens": 97}, "batch_tokens 96, expected 97"),
-        ({"steps": 9}, "10 steps are made, expected at most steps = 9"),
+        ({"seed": 8}, "`seed` 7, expected 8"),
+        ({"base_learning_rate": 0.4}, "`base_learning_rate` 0.3, expected 0.4"),
+        ({"width": 32}, "`width` 16, expected 32"),
+        ({"optimizer": "adamw"}, "`optimizer` adafactor, expected adamw"),
+        ({"batch_tokens": 97}, "`batch_tokens` 96, expected 97"),
+        ({"steps": 9}, "10 steps are made, expected at most 9"),
     ],
 )
 def test_other_settings_are_refused_by_name(change: dict, named: str, run_folder: Path) -> None:
@@ -369,7 +369,7 @@ def test_another_corpus_or_tokenizer_is_refused(run_folder: Path, tiny_tokenizer
         pretrain(SENTENCES, run_folder, CONFIG, tokenizer=tiny_tokenizer)
 
 
-def test_finished_run_is_left_as_it_is(run_folder: Path) -> None:
+def test_finished_run_is_not_changed(run_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*") if path.name != LOCK_FILE}
     assert pretrain(SENTENCES, run_folder, CONFIG) == run_folder / "checkpoint-000010"
     assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("*") if path.name != LOCK_FILE} == before
@@ -383,7 +383,7 @@ def test_second_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         pretrain(SENTENCES, tmp_path, CONFIG)
 
 
-def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(PretrainingError, match=r"holds thesis\.txt, expected an empty folder"):
         pretrain(SENTENCES, tmp_path, CONFIG)
@@ -426,11 +426,11 @@ def _damage_optimizer(folder: Path) -> None:
     ],
     ids=["state", "weights", "optimizer", "no-optimizer"],
 )
-def test_damaged_checkpoint_is_named_and_the_one_before_it_serves(damage, named: str, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_the_previous_one_can_be_used(damage, named: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(SENTENCES, out, dataclasses.replace(CONFIG, steps=2, checkpoint_steps=1))
     damage(out / "checkpoint-000002")
-    with pytest.raises(PretrainingError, match=f"{named}.*delete its folder to go on") as error:
+    with pytest.raises(PretrainingError, match=f"{named}.*delete its folder to resume") as error:
         pretrain(SENTENCES, out, dataclasses.replace(CONFIG, steps=3))
     assert "\n" not in str(error.value)
 
@@ -468,6 +468,6 @@ def test_full_disk_is_one_line_and_keeps_earlier_checkpoints(tmp_path, monkeypat
         {"seed": -1},
     ],
 )
-def test_settings_that_cannot_be_used_are_named(change: dict) -> None:
+def test_invalid_settings_are_named(change: dict) -> None:
     with pytest.raises(OptionError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change)

@@ -1,7 +1,8 @@
-"""What the projections must do whatever the matrices: unbiased, independent, the same everywhere, weightless in shape.
+"""Projections are unbiased, independent, the same on all machines, and of equal weight for every shape.
 
-A peer's projections were once scaled by the matrix's shape, and its tests, which compared the code with its own
-matrices, let it pass. Here projected inner products are compared with those of the *unprojected* gradients.
+Another implementation once scaled its projections by the matrix's shape. Its tests compared the code
+with its own matrices, and passed. Here projected inner products are compared with those of the
+*unprojected* gradients.
 """
 
 import math
@@ -55,10 +56,11 @@ def test_projected_inner_products_are_unbiased_for_unprojected_ones_whatever_the
 
 @pytest.mark.parametrize("layer_blocks", [1, 3])
 def test_a_matrixs_weight_does_not_depend_on_how_many_matrices_share_its_block(layer_blocks: int):
-    # Over seeds, a block's projected inner product is the plain sum of its matrices' unprojected ones, whether it
-    # pools one layer or three, of shapes 24×24, 12×24, 40×24 and 24×40, some of them reading the same input.
+    # In expectation over seeds, a block's projected inner product is the sum of its matrices'
+    # unprojected ones. The block pools one layer or three, of shapes 24×24, 12×24, 40×24 and 24×40,
+    # some of which read the same input.
     model, examples = language_model("llama", layer_blocks=layer_blocks), random_examples([12, 9])
-    examples[1].token_ids[3:] = examples[0].token_ids[6:]  # so that the two gradients have something in common
+    examples[1].token_ids[3:] = examples[0].token_ids[6:]  # so that the two gradients are correlated
     one, two = reference_gradients(model, examples)
     for block in model.blocks:
         names = [matrix.name for matrix in block.matrices]
@@ -126,11 +128,11 @@ def test_flattened_gradients_are_the_dense_projection_of_the_oracles_corrected_g
                 phi += p @ (g if kind == "none" else g / dense[one.name].double().sqrt()).flatten()
             expected.append(phi)
         exact = torch.cat(expected)
-        # An entry sums thousands of products in float32: its error is a share of the vector's size, not of its own.
+        # An entry sums thousands of products in float32: its error is relative to the vector.
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
 
 
-def test_flattened_projection_too_large_for_memory_is_refused_before_anything_is_made():
+def test_flattened_projection_too_large_for_memory_is_refused_before_it_is_drawn():
     with pytest.raises(OptionError, match=r"1,000,000 parameters by 4,096 dimensions need 15.3 GiB, expected at most"):
         check_flattened_size([matrix(1000, 1000)], 64)
     check_flattened_size([matrix(1000, 1000)], 16)
@@ -145,6 +147,6 @@ def test_projections_follow_from_seed_and_name_alone():
     after = projections(matrix(5, 7), seed=3, side=4)
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert [half.shape for half in before] == [(4, 5), (4, 7)]
-    # Pinned: an index made on one machine is asked on another, and by later versions.
+    # Pinned, because an index made on one machine is queried on others and by later versions.
     pinned = torch.tensor([[1.642453, -0.3429157, 0.4010029], [-0.6479173, -0.664452, -0.311699]])
     torch.testing.assert_close(random_projection(0, "model.layers.0.mlp.up_proj left", 2, 3), pinned, rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Low-bit codes: packed as said, unbiased in inner products, with the error that theory gives a normal number."""
+"""Low-bit codes: packed as specified, unbiased, with the theoretical error for normal numbers."""
 
 import math
 
@@ -21,13 +21,13 @@ def normal(rows: int, blocks: int, dim: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", ALL)
-def test_codes_take_the_bytes_that_they_say(bits: Bits):
+def test_codes_have_the_specified_size(bits: Bits):
     codes, factors = quantize(normal(3, 2, 64), bits)
     assert codes.shape == (3, 128 * bits // 8)
     assert factors.shape == (3, 2)
 
 
-def test_levels_are_max_1960s():
+def test_levels_are_those_of_max_1960():
     assert levels(2).tolist() == pytest.approx([-1.5104, -0.4528, 0.4528, 1.5104], abs=2e-3)
     # Rounded to 46ths.
     assert levels(4)[8:].tolist() == pytest.approx(
@@ -75,7 +75,7 @@ def test_a_rows_product_with_itself_is_exact(bits: Bits):
 
 @pytest.mark.parametrize("bits", ALL)
 def test_inner_products_are_unbiased(bits: Bits):
-    """Pairs of a known cosine in random directions: the estimates' mean is the true product, not a shrunken one."""
+    """For pairs with a given cosine in random directions, the mean estimate is the true product."""
     generator = torch.Generator().manual_seed(3)
     u, rest = torch.randn(2, 4000, 1, 256, generator=generator)
     q = 0.5 * u + math.sqrt(0.75) * rest
@@ -98,7 +98,9 @@ def test_zero_blocks_stay_zero(bits: Bits):
 
 
 def test_blocks_that_do_not_fill_bytes_are_refused():
-    with pytest.raises(OptionError, match="blocks of 9 dimensions, expected a multiple of 8"):
+    with pytest.raises(
+        OptionError, match="`side`: expected a multiple of 8 for low-bit codecs, found blocks of 9 dimensions"
+    ):
         quantize(normal(1, 1, 9), 1)
 
 

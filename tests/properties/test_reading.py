@@ -1,4 +1,4 @@
-"""A corpus's examples do not depend on how it is stored; its digest depends on every byte; its sample is uniform."""
+"""A corpus's examples do not depend on its storage; its digest depends on every byte; its sample is uniform."""
 
 import gzip
 import json
@@ -68,7 +68,7 @@ def _saved_dataset(folder: Path) -> Path:
 
 
 def _folder(folder: Path) -> Path:
-    """Files at two depths, one of them the release's kind of shard, with others beside them."""
+    """Files at two depths, one named like the release's shards, and files that are not read."""
     (folder / "b").mkdir()
     (folder / "a.jsonl-00000-of-00002").write_bytes(_json_lines(RECORDS[:3]))
     (folder / "b" / "c.jsonl.gz").write_bytes(gzip.compress(_json_lines(RECORDS[3:])))
@@ -131,7 +131,7 @@ STORED: list[Callable[[Path], object]] = [
 
 @pytest.fixture(params=STORED, ids=lambda build: build.__name__.strip("_<>"))
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> object:
-    """The same records in one of the ways in which they can be stored."""
+    """The same records in one of the storage formats."""
     return request.param(tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_each_line_of_plain_text_that_is_not_blank_is_an_example(tmp_path: Path)
     ]
 
 
-def test_names_come_from_the_field_asked_for_or_the_first_known_one_or_the_place(tmp_path: Path) -> None:
+def test_names_come_from_the_id_field_or_the_first_default_field_or_the_record_number(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
 
     def names(record: dict[str, object], **options: Any) -> list[str]:
@@ -242,7 +242,7 @@ def test_fallback_names_do_not_repeat_across_files(tmp_path: Path) -> None:
     assert names == ["c:0", "c:1", "c:2", "c:3"]
 
 
-def test_text_is_read_from_the_field_asked_for(tmp_path: Path) -> None:
+def test_text_is_read_from_the_text_field(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"body": "x", "text": "y"}')
     assert next(open_corpus(path, text_field="body").examples()).text == "x"
@@ -284,7 +284,7 @@ def test_digest_depends_on_the_choice_of_fields_and_limit(tmp_path: Path) -> Non
     assert len({open_corpus(tmp_path / "c.jsonl", **each).digest() for each in options}) == len(options)
 
 
-def test_digest_depends_on_file_names_only_where_examples_are_named_after_them(tmp_path: Path) -> None:
+def test_digest_depends_on_file_names_only_if_examples_are_named_after_them(tmp_path: Path) -> None:
     def digest(name: str, content: str) -> str:
         (tmp_path / name).write_text(content)
         return open_corpus(tmp_path / name).digest()
@@ -312,7 +312,8 @@ def test_sample_is_deterministic_ordered_and_without_repetition(records: int, co
 def test_sample_is_uniform() -> None:
     corpus, draws = _numbered(20), 800
     counts = Counter(example.record for seed in range(draws) for example in corpus.sample(5, seed))
-    # Each record is in a sample with probability 1/4; chi-square of 20 cells, scaled as draws within one are apart.
+    # A record is in a sample with probability 1/4. χ² over 20 cells, scaled by (1 - 1/4)⁻¹·19/20, as a sample
+    # does not repeat a record.
     expected = draws / 4
     statistic = sum((counts[record] - expected) ** 2 for record in range(20)) / (expected * 0.75) * 19 / 20
     assert statistic < 50  # 1.3e-4 beyond it with 19 degrees of freedom
@@ -335,7 +336,7 @@ def test_limit_bounds_the_sample(tmp_path: Path) -> None:
     assert [e.record for e in open_corpus(RECORDS, limit=3).sample(10, seed=0)] == [0, 1, 2]
 
 
-def test_description_tells_what_is_read_and_what_lies_beside_it(tmp_path: Path) -> None:
+def test_description_names_the_files_read_and_not_read(tmp_path: Path) -> None:
     assert open_corpus(_folder(tmp_path), limit=5).description == {
         "source": str(tmp_path),
         "format": "JSON lines, 2 files; not read: README.md",
@@ -374,7 +375,7 @@ def test_results_of_the_release_are_read_as_queries(tmp_path: Path) -> None:
     assert (query.query_id, query.prompt, query.completion) == ("x1", "The capital of France is", "Paris")
 
 
-def test_plain_queries_are_named_by_their_field_or_their_place(tmp_path: Path) -> None:
+def test_plain_queries_are_named_by_their_field_or_their_line_number(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "completion": "b"}, {"id": 4, "prompt": "a", "completion": "c"}]
     (tmp_path / "q.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     assert [query.query_id for query in read_queries(tmp_path / "q.jsonl")] == ["q:0", "4"]

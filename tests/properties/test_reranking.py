@@ -9,12 +9,13 @@ import torch
 from capitals import QUERIES, TEXTS
 from trackstar import Attributor, load_model
 from trackstar.attribution.answering import answer_queries
+from trackstar.choices import CODECS
 from trackstar.curvature.task import TaskCorrection
 from trackstar.errors import OptionError
 from trackstar.indexing.build import build_index
 from trackstar.retrieval import reranking
 from trackstar.retrieval.reranking import RERANKED, calibration, missed_chance
-from trackstar.store import CODECS, Index
+from trackstar.store import Index
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,9 @@ def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.Mon
 
 
 def test_fewer_ranked_again_than_asked_for_is_refused(index: Index):
-    with pytest.raises(OptionError, match="--rerank 2: expected at least as many as --top 5"):
+    with pytest.raises(OptionError, match="`reranked`: expected at least `k=5`, or 0 to skip re-ranking, found 2"):
         answer_queries(index, QUERIES[:1], k=5, reranked=2, progress=False)
-    with pytest.raises(OptionError, match="--rerank 20: --exact ranks every candidate from its gradient"):
+    with pytest.raises(OptionError, match="`reranked`: expected none with `exact=True`, .*, found 20"):
         answer_queries(index, QUERIES[:1], k=5, reranked=20, exact=True, progress=False)
 
 

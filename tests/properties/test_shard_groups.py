@@ -13,7 +13,7 @@ from hypothesis import strategies
 from small_index import small_manifest
 from trackstar.corpus import Example, TokenizedExample
 from trackstar.indexing import groups as shard_groups
-from trackstar.indexing.groups import CorpusPosition, Group, Present, ShardGroups
+from trackstar.indexing.groups import CorpusPosition, FinishedShard, Group, ShardGroups
 from trackstar.model.language_model import LanguageModel
 from trackstar.store import ResumePoint
 
@@ -76,20 +76,20 @@ def shard_ends(windows: Sequence[int], shard_examples: int) -> list[tuple[list[t
     data=strategies.data(),
 )
 @hypothesis.settings(max_examples=300)
-def test_groups_and_shards_that_are_there_are_all_windows_in_their_order(
+def test_groups_and_finished_shards_are_all_windows_in_order(
     windows: list[int], shard_examples: int, group_examples: int, data: Any
 ) -> None:
     shards = shard_ends(windows, shard_examples)
     numbers = range(len(shards))
-    there = data.draw(strategies.sets(strategies.sampled_from(numbers))) if shards else set()
+    finished = data.draw(strategies.sets(strategies.sampled_from(numbers))) if shards else set()
     wanted = data.draw(strategies.sets(strategies.sampled_from(numbers))) if shards else set()
     first = data.draw(strategies.integers(0, sum(end.row % shard_examples == 0 for _, end in shards)))
     start = shards[first - 1][1] if first else ResumePoint(row=0, record=0, window=0, skipped=0)
-    asked: list[int] = []
+    queried: list[int] = []
 
-    def found(number: int) -> ResumePoint | None:
-        asked.append(number)
-        return shards[number][1] if number in there else None
+    def finished_end(number: int) -> ResumePoint | None:
+        queried.append(number)
+        return shards[number][1] if number in finished else None
 
     with (
         mock.patch.object(shard_groups, "GROUP_EXAMPLES", group_examples),
@@ -100,26 +100,26 @@ def test_groups_and_shards_that_are_there_are_all_windows_in_their_order(
             mock.Mock(spec=LanguageModel, tokenizer=None),
             dataclasses.replace(small_manifest(), shard_examples=shard_examples),
             start,
-            there=found,
+            finished=finished_end,
             wanted=wanted.__contains__,
         )
         given = list(groups)
 
     numbers_given = [item.shard for item in given]
     assert numbers_given == sorted(numbers_given)
-    assert {item.shard for item in given if isinstance(item, Present)} == {n for n in there if n >= first}
+    assert {item.shard for item in given if isinstance(item, FinishedShard)} == {n for n in finished if n >= first}
     made = {
         shard: [item for item in items if isinstance(item, Group)]
         for shard, items in itertools.groupby(given, lambda item: item.shard)
-        if shard not in there
+        if shard not in finished
     }
-    assert made.keys() == {n for n in wanted - there if n >= first}
+    assert made.keys() == {n for n in wanted - finished if n >= first}
     for shard, parts in made.items():
         expected, end = shards[shard]
         assert [(example.record, example.window) for part in parts for example in part.examples] == expected
         assert all(len(part.examples) <= group_examples for part in parts)
         assert parts[-1].after == CorpusPosition(record=end.record, window=end.window, skipped=end.skipped)
-    assert len(asked) == len(set(asked)), "a shard is looked at once"
+    assert len(queried) == len(set(queried)), "each shard is looked up once"
     assert groups.shards == len(shards)
     assert groups.rows == sum(windows)
     assert groups.end == CorpusPosition(record=len(windows), window=0, skipped=windows.count(0))

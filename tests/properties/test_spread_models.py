@@ -1,7 +1,7 @@
-"""A model spread over several devices: where its tensors go, on two devices that are only imagined.
+"""A model spread over several devices: the devices of its tensors, tested without GPUs.
 
-There is no second GPU in the tests. `FakeTensorMode` computes on tensors without values, and refuses, as GPUs do,
-products of tensors on two devices; `cpu` and `meta` stand for two GPUs.
+`FakeTensorMode` computes on tensors without values and, like GPUs, refuses products of tensors on two
+devices; `cpu` and `meta` stand for two GPUs.
 """
 
 import copy
@@ -20,6 +20,7 @@ from trackstar.gradients.estimated_moment import FactoredSquares
 from trackstar.gradients.per_example import gradient_pass
 from trackstar.gradients.projection import ProjectedGradients
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT
+from trackstar.model.batching import Batch
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.loading import spread_over_gpus
 
@@ -32,7 +33,7 @@ def layer_places(module: nn.Module, first: str, second: str) -> dict[str, str]:
 
 
 def spread(model: LanguageModel, first: str, second: str) -> LanguageModel:
-    """The model with its parts on their devices."""
+    """The model with its modules moved to two devices."""
     places = layer_places(model.module, first, second)
     for name, place in places.items():
         model.module.get_submodule(name).to(place)
@@ -43,7 +44,7 @@ def spread(model: LanguageModel, first: str, second: str) -> LanguageModel:
 
         return hook
 
-    # What dispatch_model adds: each part takes what it is given to its own device.
+    # As `accelerate.dispatch_model` does: each module moves its arguments to its device.
     for name, place in places.items():
         model.module.get_submodule(name).register_forward_pre_hook(moved(place), with_kwargs=True)  # pyright: ignore[reportArgumentType]
     head = model.module.get_output_embeddings()
@@ -53,14 +54,15 @@ def spread(model: LanguageModel, first: str, second: str) -> LanguageModel:
 
 def test_every_product_is_of_tensors_on_one_device():
     model = language_model("llama")
-    model = dataclasses.replace(model, module=copy.deepcopy(model.module))  # others use it too
+    model = dataclasses.replace(model, module=copy.deepcopy(model.module))  # the cached model is shared
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = spread(model, "cpu", "meta")
         assert model.device == torch.device("meta")
         for consumer in (ProjectedGradients(model, NO_SECOND_MOMENT, side=4), FactoredSquares(model)):
-            consumer.start(2)
+            token_ids = torch.ones(2, 5, dtype=torch.int64, device="cpu")
+            consumer.start(Batch(token_ids=token_ids, target_mask=token_ids.bool(), indices=(0, 1)))
             with gradient_pass(model, consumer):
-                hidden = model.hidden_states(model.embeddings(torch.ones(2, 5, dtype=torch.int64, device="cpu")))
+                hidden = model.hidden_states(model.embeddings(token_ids))
                 assert hidden.device == torch.device("meta")
                 hidden.backward(torch.ones_like(hidden))
             if isinstance(consumer, ProjectedGradients):
@@ -79,11 +81,11 @@ def test_a_model_too_large_for_all_gpus_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(accelerate.utils, "get_balanced_memory", lambda *_, **__: {0: 1000, 1: 1000, "cpu": 10**9})
-    with pytest.raises(ModelError, match=r"tiny: does not fit on this machine's 2 GPUs; .*--dtype bfloat16"):
+    with pytest.raises(ModelError, match=r'tiny: does not fit on this machine.s 2 GPUs; .*`dtype="bfloat16"`'):
         spread_over_gpus(model.module, "tiny")
 
 
-def test_without_a_gpu_a_model_stays_where_it_is():
+def test_without_a_gpu_a_model_is_not_moved():
     model = language_model("llama")
     spread_over_gpus(model.module, "tiny")
     assert model.device == torch.device("cpu")

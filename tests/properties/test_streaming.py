@@ -33,7 +33,7 @@ def test_it_ranks_as_an_index_does(tiny_model_folder: Path, tmp_path: Path):
 
 def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streaming, "_EXAMPLES_AT_ONCE", 5)
-    monkeypatch.setattr(streaming, "_KEEP_EVERY", -1.0)
+    monkeypatch.setattr(streaming, "_SAVE_EVERY", -1.0)
     kept = tmp_path / "results.unfinished"
 
     def ask() -> object:
@@ -74,16 +74,16 @@ def test_a_kept_file_that_is_not_ours_is_passed_over(content: str, tiny_model_fo
 
 def test_what_cannot_be_asked_is_refused(tiny_model_folder: Path):
     ask = {"progress": False, "side": 4}
-    with pytest.raises(OptionError, match="queries: found none"):
+    with pytest.raises(OptionError, match="`queries`: expected one or more, found none"):
         stream_queries(str(tiny_model_folder), TEXTS, [], **ask)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(OptionError, match="--top 0: expected 1 or more"):
+    with pytest.raises(OptionError, match="`k`: expected 1 or more, found 0"):
         stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=0, **ask)  # pyright: ignore[reportArgumentType]
     for name, value, expected in (
-        ("side", 0, "--side 0: expected 1 or more"),
-        ("batch_tokens", 0, "--batch-tokens 0: expected 1 or more"),
-        ("whitening_examples", -1, "--whitening-examples -1: expected 1 or more"),
-        ("second_moment_examples", 0, "--second-moment-examples 0: expected 1 or more"),
-        ("window_tokens", 10**6, "--window-tokens 1000000: the model reads at most"),
+        ("side", 0, "`side`: expected 1 or more, found 0"),
+        ("batch_tokens", 0, "`batch_tokens`: expected 1 or more, found 0"),
+        ("whitening_examples", -1, "`whitening_examples`: expected 1 or more, found -1"),
+        ("second_moment_examples", 0, "`second_moment_examples`: expected 1 or more, found 0"),
+        ("window_tokens", 10**6, "`window_tokens`: expected at most the [0-9]+ tokens that the model reads, found 10"),
     ):
         with pytest.raises(OptionError, match=expected):
             stream_queries(str(tiny_model_folder), TEXTS, QUERIES, **{**ask, name: value})  # pyright: ignore[reportArgumentType]

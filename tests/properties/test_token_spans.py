@@ -1,4 +1,4 @@
-"""Where an example's tokens stand in its text: spans in order, whole, and the document's own in windows."""
+"""Spans of tokens in the text: in order, complete, and in windows the same as in the whole text."""
 
 import functools
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ LETTERS = st.text("abé日本🦜 \n.\ufffdT<s>", max_size=40)
 @pytest.mark.parametrize("special_tokens", ["plain", "bos", "bos_eos"])
 @hypothesis.given(text=LETTERS, window_tokens=st.integers(5, 20), overlap=st.integers(1, 2))
 @hypothesis.settings(max_examples=100)
-def test_spans_of_windows_are_those_of_the_document(special_tokens: Any, text: str, window_tokens: int, overlap: int):
+def test_spans_of_windows_are_those_of_the_whole_text(special_tokens: Any, text: str, window_tokens: int, overlap: int):
     tokenizer = tiny_tokenizer(special_tokens)
     example = Example(example_id="e", text=text, record=0)
     windows = tokenize_example(example, tokenizer, window_tokens=window_tokens, overlap=overlap)
@@ -105,7 +105,7 @@ def test_spans_of_any_tokens_beside_any_text_stay_in_order(text: str, token_ids:
 
 @functools.cache
 def space_letter_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama's first: a letter for the space, put before the text too, and bytes spelled out for unknown letters."""
+    """As Llama 1's: a letter for the space, also put before the text, and byte tokens for unknown letters."""
     letters = ["<unk>", "<s>", "▁", "a", "b", "c", "▁a", "▁b", "ab", "▁ab"]
     vocabulary = {token: place for place, token in enumerate([*letters, *(f"<0x{byte:02X}>" for byte in range(256))])}
     merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b")]
@@ -118,7 +118,7 @@ def space_letter_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
-def test_a_tokenizer_that_spells_spaces_and_bytes_out_gives_spans_of_whole_documents_and_windows():
+def test_a_tokenizer_with_space_letters_and_byte_fallback_gives_spans_of_texts_and_windows():
     tokenizer = space_letter_tokenizer()
     text = "ab c 日a b ab c日 a"
     assert pieces(whole(text, tokenizer), tokenizer) == [

@@ -1,4 +1,4 @@
-"""Windows of long documents, and the targets of training examples and queries."""
+"""Windows of long examples, and the targets of training examples and queries."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +36,12 @@ def _example(text: str) -> Example:
 
 
 def _whole(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
-    """What the tokenizer makes of a training text by itself."""
+    """Token ids of a training text by the tokenizer's default call."""
     return tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def _unwindowed(windows: list[TokenizedExample], prefix: int, overlap: int) -> list[int]:
-    """The document's tokens put together again from its windows, each repeated token left out."""
+    """The text's token ids, joined from its windows without the repeated tokens."""
     parts = [window.token_ids[prefix + overlap if window.window else 0 :] for window in windows]
     return np.concatenate(parts).tolist()
 
@@ -80,7 +80,7 @@ def test_windows_keep_to_their_length_and_to_the_tokenizers_special_tokens(
 
 
 @given(text=texts, special=st.sampled_from(SPECIAL_TOKENS))
-def test_document_that_fits_one_window_is_tokenized_as_if_unwindowed(text: str, special: SpecialTokens) -> None:
+def test_text_that_fits_one_window_is_tokenized_as_by_default(text: str, special: SpecialTokens) -> None:
     tokenizer = tiny_tokenizer(special)
     whole = _whole(tokenizer, text)
     tokens = max(len(whole), 8)
@@ -99,7 +99,7 @@ def test_document_that_fits_one_window_is_tokenized_as_if_unwindowed(text: str, 
 @given(
     text=st.lists(st.sampled_from(SENTENCES), min_size=2, max_size=6).map(" ".join), window_tokens=st.integers(8, 40)
 )
-def test_texts_of_windows_cover_the_document_and_hold_their_tokens(text: str, window_tokens: int) -> None:
+def test_texts_of_windows_cover_the_whole_text_and_contain_their_tokens(text: str, window_tokens: int) -> None:
     tokenizer = tiny_tokenizer("bos_eos")
     windows = tokenize_example(_example(text), tokenizer, window_tokens=window_tokens, overlap=2)
     assert text.startswith(windows[0].text)
@@ -107,10 +107,10 @@ def test_texts_of_windows_cover_the_document_and_hold_their_tokens(text: str, wi
     reached = 0
     for window in windows:
         at = text.rfind(window.text, 0, reached + len(window.text))
-        assert 0 <= at <= reached, "a stretch of the document is in no window's text"
+        assert 0 <= at <= reached, "a part of the text is in no window's text"
         reached = max(reached, at + len(window.text))
-        own = window.token_ids[1 : -1 if window.window == len(windows) - 1 else None]
-        assert str(tokenizer.decode(own)).strip("� ") in window.text
+        text_tokens = window.token_ids[1 : -1 if window.window == len(windows) - 1 else None]
+        assert str(tokenizer.decode(text_tokens)).strip("� ") in window.text
     assert reached == len(text)
 
 
@@ -143,7 +143,7 @@ def test_tokenizer_set_to_truncate_and_pad_neither_truncates_nor_pads() -> None:
     assert window.token_ids.tolist() == _whole(tiny_tokenizer("bos"), text)
 
 
-def test_special_tokens_spelled_out_in_a_text_are_read_as_the_tokenizer_reads_them() -> None:
+def test_special_tokens_spelled_out_in_a_text_are_tokenized_as_the_tokenizer_is_set() -> None:
     tokenizer = tiny_tokenizer.__wrapped__("bos")
     for split in (False, True):
         tokenizer.split_special_tokens = split
@@ -166,7 +166,7 @@ def test_targets_of_a_query_are_the_tokens_with_a_character_of_the_completion(
     whole = _whole(tokenizer, text)
     assert tokenized.token_ids.tolist() == (whole[:-1] if special == "bos_eos" else whole)
     assert tokenized.text == text
-    # This tokenizer trims no white space from its tokens' places, so they are the characters that a token has.
+    # This tokenizer trims no white space from its offsets, so they cover all characters of a token.
     spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     expected = [stop > len(prompt) for _, stop in spans[: len(tokenized.token_ids)]]  # pyright: ignore[reportGeneralTypeIssues]
     assert tokenized.target_mask.tolist() == expected
@@ -195,7 +195,7 @@ def test_query_targets_do_not_depend_on_how_the_tokenizer_trims_white_space(trim
 
 @pytest.mark.parametrize("prompt", ["", "The capital is"])
 @pytest.mark.parametrize("special", SPECIAL_TOKENS)
-def test_prompt_to_go_on_from_is_the_beginning_of_the_same_training_text(prompt: str, special: SpecialTokens) -> None:
+def test_prompt_tokens_are_the_beginning_of_the_same_training_text(prompt: str, special: SpecialTokens) -> None:
     tokenizer = tiny_tokenizer(special)
     longer = _whole(tokenizer, f"{prompt}\n")
     prefix = prompt_tokens(prompt, tokenizer)
@@ -205,7 +205,7 @@ def test_prompt_to_go_on_from_is_the_beginning_of_the_same_training_text(prompt:
     assert EOS not in prefix
 
 
-def test_prompt_and_completion_are_joined_by_one_space_where_there_is_none() -> None:
+def test_prompt_and_completion_are_joined_by_one_space_if_there_is_none() -> None:
     def joined(prompt: str, completion: str) -> str:
         return query_text(Query(query_id="q", prompt=prompt, completion=completion))
 
@@ -227,16 +227,16 @@ def test_query_too_long_for_its_window_loses_the_beginning_of_its_prompt_only(
     prefix = int(special != "plain")
     assert len(cut.token_ids) == min(len(full.token_ids), window_tokens)
     assert cut.token_ids[:prefix].tolist() == full.token_ids[:prefix].tolist()
-    kept = len(cut.token_ids) - prefix
-    assert cut.token_ids[prefix:].tolist() == full.token_ids[-kept:].tolist()
-    assert cut.target_mask[prefix:].tolist() == full.target_mask[-kept:].tolist()
+    length = len(cut.token_ids) - prefix
+    assert cut.token_ids[prefix:].tolist() == full.token_ids[-length:].tolist()
+    assert cut.target_mask[prefix:].tolist() == full.target_mask[-length:].tolist()
     assert cut.target_mask.sum() == full.target_mask.sum()
     assert full.text.endswith(cut.text)
     assert tokenizer.decode(cut.token_ids[prefix:]) == cut.text
 
 
 def _plain(windows: list[list[TokenizedExample]]) -> list[Any]:
-    """Windows as values that can be compared."""
+    """Windows as values that compare by content."""
     return [
         [(w.example_id, w.record, w.window, w.text, w.token_ids.tolist(), w.target_mask.tolist()) for w in each]
         for each in windows

@@ -1,10 +1,10 @@
-// The typed client: one function for each endpoint, and errors as one line for people.
+// The typed client: one function per endpoint; errors are one line for the user.
 import type {
   Details,
   Answer, ExportFormat, Groups, Insight, Job, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
 } from "./types";
 
-/** An answer other than success; status 0 means that the server did not answer at all. */
+/** A response other than success; status 0 means that the server did not answer. */
 export class ApiError extends Error {
   constructor(readonly status: number, message: string) {
     super(message);
@@ -12,10 +12,10 @@ export class ApiError extends Error {
   }
 }
 
-/** Which queries of a run are asked for. */
+/** Which queries of a run to list, and in which order. */
 export interface QueryFilter {
   search: string;
-  passages: boolean;
+  search_candidates: boolean;
   relation: string[];
   bucket: string[];
   model_correct: "yes" | "no" | null;
@@ -54,24 +54,24 @@ async function detail(response: Response): Promise<string> {
   try {
     const body: unknown = await response.json();
     if (typeof body === "object" && body !== null && "detail" in body) {
-      const said = (body as { detail: unknown }).detail;
-      if (typeof said === "string") return said;
-      if (Array.isArray(said)) {
-        const first: unknown = said[0];
+      const { detail } = body as { detail: unknown };
+      if (typeof detail === "string") return detail;
+      if (Array.isArray(detail)) {
+        const first: unknown = detail[0];
         if (typeof first === "object" && first !== null && "msg" in first) return String((first as { msg: unknown }).msg);
       }
     }
   } catch {
-    // Not JSON: the status says what there is to say.
+    // Not JSON: only the status is shown.
   }
   return response.status === 429 ? "The server is busy. Try again in a moment." : `The server answered ${response.status}.`;
 }
 
-/** The filter and sort as the API's parameters; what is at its default is left out. */
+/** The filter and sort as the API's parameters; defaults are left out. */
 export function filterParameters(filter: QueryFilter): URLSearchParams {
   const parameters = new URLSearchParams();
   if (filter.search) parameters.set("search", filter.search);
-  if (filter.search && filter.passages) parameters.set("passages", "true");
+  if (filter.search && filter.search_candidates) parameters.set("search_candidates", "true");
   for (const value of filter.relation) parameters.append("relation", value);
   for (const value of filter.bucket) parameters.append("bucket", value);
   if (filter.model_correct) parameters.set("model_correct", filter.model_correct);
@@ -98,14 +98,14 @@ export const api = {
     call<QueryRecord>("GET", `/api/runs/${run}/queries/${place}`, undefined, signal),
   raw: (run: number, place: number, signal?: AbortSignal) =>
     call<TextPart>("GET", `/api/runs/${run}/queries/${place}/raw`, undefined, signal),
-  passageOfRun: (run: number, place: number, side: Side, rank: number, start: number, signal?: AbortSignal) =>
+  candidateOfRun: (run: number, place: number, side: Side, rank: number, start: number, signal?: AbortSignal) =>
     call<TextPart>("GET", `/api/runs/${run}/queries/${place}/${side}/${rank}/text?start=${start}`, undefined, signal),
-  passageOfIndex: (row: number, start: number, signal?: AbortSignal) =>
-    call<TextPart>("GET", `/api/passages/${row}/text?start=${start}`, undefined, signal),
+  candidateOfIndex: (row: number, start: number, signal?: AbortSignal) =>
+    call<TextPart>("GET", `/api/candidates/${row}/text?start=${start}`, undefined, signal),
 
   generate: (prompt: string, max_new_tokens: number) => call<Job>("POST", "/api/generate", { prompt, max_new_tokens }),
-  attribute: (asked: { prompt: string; completion: string; methods: string[]; top: number }) =>
-    call<Job>("POST", "/api/answers", asked),
+  attribute: (question: { prompt: string; completion: string; methods: string[]; top: number }) =>
+    call<Job>("POST", "/api/answers", question),
   answer: (name: string, signal?: AbortSignal) => call<Answer>("GET", `/api/answers/${key(name)}`, undefined, signal),
   tokens: (name: string, row: number, over: "candidate" | "query") =>
     call<Job>("POST", `/api/answers/${key(name)}/tokens`, { row, over }),
@@ -123,7 +123,7 @@ export const api = {
   cancel: (job: number) => call<Job>("DELETE", `/api/jobs/${job}`),
 };
 
-/** Where downloads come from. */
+/** Addresses of downloads. */
 export const downloads = {
   run(run: number, filter: QueryFilter, format: ExportFormat): string {
     const parameters = filterParameters(filter);

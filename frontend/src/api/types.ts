@@ -1,4 +1,4 @@
-// The API's data, as the server's explorer/schemas.py has it.
+// Types of the API's responses, as in the server's explorer/schemas.py.
 
 export type JobState = "queued" | "running" | "done" | "failed" | "cancelled";
 export type Side = "proponents" | "opponents";
@@ -100,7 +100,7 @@ export interface Mark {
   entity: "subject" | "object";
 }
 
-export interface Passage {
+export interface Candidate {
   rank: number;
   row: number | null;
   example_id: string;
@@ -129,8 +129,8 @@ export interface QueryRecord {
   subject: string[];
   object: string[];
   groundtruth: string | null;
-  proponents: Passage[];
-  opponents: Passage[];
+  proponents: Candidate[];
+  opponents: Candidate[];
 }
 
 export interface TextPart {
@@ -155,8 +155,8 @@ export interface Generation {
 export interface Ranking {
   method: string;
   score: string;
-  proponents: Passage[];
-  opponents: Passage[];
+  proponents: Candidate[];
+  opponents: Candidate[];
 }
 
 export interface Answer {

@@ -1,36 +1,46 @@
-// The answer: the completion's probability, λ, a column a method, and what all candidates look like.
+// The answer: the completion's probability, λ, one column per method, and the overview of all candidates.
 import { api, downloads } from "../api/client";
-import type { Answer, IndexSummary } from "../api/types";
+import type { Answer, IndexSummary, Ranking } from "../api/types";
 import { count, percent, score } from "../format";
 import { useRequest } from "../hooks";
-import { EntityLegend, HighlightBar } from "../passages/selection";
-import { brief, plain } from "../passages/visible";
+import { TaskWeight, taskWeightInWords } from "../charts/spectrum";
+import { EntityLegend, HighlightBar } from "../candidates/selection";
+import { brief, plain } from "../candidates/visible";
 import { change, type View } from "../state";
 import { ExportMenu, Segmented } from "../ui/parts";
+import { Term } from "../ui/term";
 import { Plain } from "../ui/text";
-import { Candidate } from "./candidate";
+import type { TermName } from "../glossary";
+import { LiveCandidate } from "./candidate";
 import { InsightPanel } from "./insight";
 
 const LONGEST_HEADING = 400;
 
-/** A long prompt's end, which the completion goes on from. */
+/** The end of a long prompt, which the completion follows. */
 function ending(prompt: string): string {
   return prompt.length > LONGEST_HEADING ? `…${prompt.slice(-LONGEST_HEADING)}` : prompt;
 }
 
-/** A completion with the spaces at its beginning shown, where they are not the one that the spacing rule puts there. */
+/** A completion with its leading spaces shown, except the one space that the spacing rule inserts. */
 function spaced(completion: string): string {
   return completion.replace(/^ {2,}/, (spaces) => "␣".repeat(spaces.length)).replace(/^ /, "");
 }
 
+const SCORE_TERMS: Record<string, TermName> = { TrackStar: "influence", BM25: "bm25", embeddings: "embeddings" };
+
+function ScoreName({ ranking }: { ranking: Ranking }) {
+  const name = SCORE_TERMS[ranking.method];
+  return name ? <Term name={name}>{plain(ranking.score)}</Term> : <span>{plain(ranking.score)}</span>;
+}
+
 export function AnswerView({ answer, index, view }: { answer: Answer; index: IndexSummary; view: View }) {
-  // What was split and measured before, here or by whom a link comes from.
+  // Token splits and effects that were computed before, here or by the sender of a link.
   const details = useRequest(answer.key, (signal) => api.details(answer.key, signal)).data;
-  const earlier = view.prompt !== answer.prompt || view.asked !== answer.completion;
+  const earlier = view.prompt !== answer.prompt || view.completion !== answer.completion;
   const columns = answer.rankings.length;
   const opponents = answer.rankings.some((ranking) => ranking.opponents.length > 0);
   const side = opponents ? view.side : "proponents";
-  const marked = answer.rankings.some((ranking) => ranking[side].some((passage) => passage.marks.length > 0));
+  const marked = answer.rankings.some((ranking) => ranking[side].some((candidate) => candidate.marks.length > 0));
   return (
     <section class="answer" aria-label="Answer">
       <div class="query-head">
@@ -40,11 +50,11 @@ export function AnswerView({ answer, index, view }: { answer: Answer; index: Ind
         <div class="tools"><ExportMenu what="answer" address={(format) => downloads.answer(answer.key, format)} /></div>
       </div>
       <p class="answer-facts">
-        <span><b>P({brief(spaced(answer.completion), 40)}) = {percent(answer.probability)}</b> loss {score(answer.loss)} nats</span>
-        <span><b>λ = {answer.mixing.value.toPrecision(3)}</b> {plain(answer.mixing.rule)}</span>
-        <span>top {count(answer.top)} of {count(index.candidates)}</span>
+        <span title="The model's probability of the completion after the prompt"><b>P({brief(spaced(answer.completion), 40)}) = {percent(answer.probability)}</b> loss {score(answer.loss)} nats</span>
+        <span><TaskWeight mixing={answer.mixing} /> {taskWeightInWords(answer.mixing)}</span>
+        <span>top {count(answer.top)} of {count(index.candidates)} candidates</span>
       </p>
-      {earlier && <p class="note" role="status">This answers an earlier question; press Attribute for the one above.</p>}
+      {earlier && <p class="note" role="status">This answers an earlier question. Press Attribute to answer the one above.</p>}
       {answer.notes.map((note) => <p class="note" key={note}><Plain text={note} /></p>)}
       <div class="row tools-row">
         {opponents && (
@@ -60,15 +70,15 @@ export function AnswerView({ answer, index, view }: { answer: Answer; index: Ind
       </div>
       <div class={columns >= 3 ? "columns three" : columns === 2 ? "columns two" : "columns"}>
         {answer.rankings.map((ranking) => {
-          const most = ranking[side].reduce((value, passage) => Math.max(value, Math.abs(passage.score)), 0);
+          const most = ranking[side].reduce((value, candidate) => Math.max(value, Math.abs(candidate.score)), 0);
           return (
             <section class="column" key={ranking.method} aria-label={plain(ranking.method)}>
-              <h2 class="column-name"><strong>{plain(ranking.method)}</strong> {plain(ranking.score)}</h2>
-              {ranking[side].length === 0 && <p class="note">{side === "opponents" ? "This method has no opponents." : "No candidate was found."}</p>}
-              {ranking[side].map((passage) => (
-                <Candidate
-                  key={`${side}/${passage.rank}`} passage={passage} most={most} answer={answer} index={index} view={view} details={details}
-                  id={`a-${answer.rankings.indexOf(ranking)}-${side}-${passage.rank}`}
+              <div class="column-head"><h2 class="column-name"><strong>{plain(ranking.method)}</strong></h2><ScoreName ranking={ranking} /></div>
+              {ranking[side].length === 0 && <p class="note">{side === "opponents" ? "This method has no opponents." : "No candidate has a positive score."}</p>}
+              {ranking[side].map((candidate) => (
+                <LiveCandidate
+                  key={`${side}/${candidate.rank}`} candidate={candidate} most={most} answer={answer} index={index} view={view} details={details}
+                  id={`a-${answer.rankings.indexOf(ranking)}-${side}-${candidate.rank}`}
                 />
               ))}
             </section>

@@ -1,10 +1,10 @@
-// The live question: the form, the work that goes on, and the answer.
+// The live question: the form, running jobs, and the answer.
 import { useEffect, useState } from "preact/hooks";
 import { api } from "../api/client";
 import type { Answer, Generation, IndexSummary, Session } from "../api/types";
 import { count } from "../format";
 import { asError, useJob, useRequest } from "../hooks";
-import { plain } from "../passages/visible";
+import { plain } from "../candidates/visible";
 import { change, currentView, useView } from "../state";
 import { Empty, Problem, Waiting } from "../ui/parts";
 import { AnswerView } from "./answer";
@@ -13,7 +13,7 @@ import { Generated } from "./generated";
 import { partOf } from "./join";
 import { JobLine } from "./job";
 
-async function known(key: string, signal: AbortSignal): Promise<Answer | null> {
+async function cachedAnswer(key: string, signal: AbortSignal): Promise<Answer | null> {
   try {
     return await api.answer(key, signal);
   } catch (error) {
@@ -30,13 +30,13 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
   const [fresh, setFresh] = useState<Answer | null>(null);
   const methods = view.methods.filter((method) => index.methods.includes(method));
   const chosen = methods.length > 0 ? methods : index.methods;
-  // A link names an answer; it is shown where the server has it, and never computed anew.
-  const have = fresh?.key === view.key;
-  const found = useRequest(view.key === null || have ? null : view.key, (signal) => known(view.key ?? "", signal));
-  const answer = have ? fresh : !found.stale ? found.data : null;
+  // A link names an answer. It is shown if the server still has it, and never computed again.
+  const current = fresh?.key === view.key;
+  const linked = useRequest(view.key === null || current ? null : view.key, (signal) => cachedAnswer(view.key ?? "", signal));
+  const answer = current ? fresh : !linked.stale ? linked.data : null;
   useEffect(() => {
-    // A link may name an answer only: then the form says what was asked.
-    if (answer && !view.prompt && !view.asked) change({ prompt: answer.prompt, asked: answer.completion }, false);
+    // A link may name only an answer; then the form shows its question.
+    if (answer && !view.prompt && !view.completion) change({ prompt: answer.prompt, completion: answer.completion }, false);
   }, [answer]);
 
   const generate = () =>
@@ -47,8 +47,8 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
   const attribute = () =>
     attributing.start(
       () => {
-        const { prompt, asked, top } = currentView();
-        return api.attribute({ prompt, completion: asked, methods: chosen, top });
+        const { prompt, completion, top } = currentView();
+        return api.attribute({ prompt, completion, methods: chosen, top });
       },
       (result) => {
         if (result.kind !== "answer") return;
@@ -60,7 +60,7 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
     <main class="ask" id="main" aria-label="Ask">
       <div class="ask-inner">
         <p class="index-line">
-          <span><b>{plain(index.name)}</b> {count(index.candidates)} candidates × {count(index.dimensions)}, {plain(index.codec)}</span>
+          <span><b>{plain(index.name)}</b> {count(index.candidates)} candidates × {count(index.dimensions)} dimensions, {plain(index.codec)}</span>
           <span>{plain(index.architecture)}, {plain(index.model)}</span>
           <span>corpus {plain(index.corpus)}</span>
           <span>{plain(index.coverage)}</span>
@@ -73,7 +73,7 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
               generation={generation}
               choose={(first, last) => {
                 const part = partOf(generation, first, last);
-                change({ prompt: part.prompt, asked: part.completion });
+                change({ prompt: part.prompt, completion: part.completion });
               }}
               close={() => setGeneration(null)}
             />
@@ -81,15 +81,15 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
           {attributing.running && <JobLine work={attributing} />}
           {attributing.error && <div class="wide-row"><Problem error={attributing.error} retry={attribute} /></div>}
         </Form>
-        {found.error && <Problem error={found.error} retry={found.retry} />}
-        {view.key !== null && !answer && found.loading && <Waiting what="Looking for the answer" />}
-        {view.key !== null && !answer && !found.loading && !found.error && !found.stale && (
-          <Empty title="The server no longer has this answer">Press Attribute to compute it.</Empty>
+        {linked.error && <Problem error={linked.error} retry={linked.retry} />}
+        {view.key !== null && !answer && linked.loading && <Waiting what="Loading the answer" />}
+        {view.key !== null && !answer && !linked.loading && !linked.error && !linked.stale && (
+          <Empty title="The server no longer has this answer">Press Attribute to compute it again.</Empty>
         )}
         {answer && <AnswerView key={answer.key} answer={answer} index={index} view={view} />}
         {view.key === null && !attributing.running && !generation && (
-          <Empty title="Ask why">
-            Give a prompt and what the model says after it, or let the model answer. Attribute ranks the training examples that made it say that.
+          <Empty title="Ask a question">
+            Enter a prompt and a completion, or let the model answer. Attribute then ranks the training examples that moved the model towards the completion.
           </Empty>
         )}
       </div>

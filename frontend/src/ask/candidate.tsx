@@ -1,11 +1,11 @@
-// A ranked candidate with what can be computed on it: the split over tokens, and the effect of training on it.
+// A candidate of a live answer, with its split over tokens and its measured effect.
 import { useEffect, useState } from "preact/hooks";
 import { api } from "../api/client";
-import type { Answer, Details, Effect, IndexSummary, Passage, TokenSplit } from "../api/types";
+import type { Answer, Details, Effect, IndexSummary, Candidate, TokenSplit } from "../api/types";
 import { percent, points } from "../format";
 import { useJob } from "../hooks";
-import { PassageCard } from "../passages/passage";
-import { brief } from "../passages/visible";
+import { CandidateCard } from "../candidates/card";
+import { brief } from "../candidates/visible";
 import { change, type View } from "../state";
 import { Problem } from "../ui/parts";
 import { JobLine } from "./job";
@@ -13,22 +13,22 @@ import { SplitView } from "./split";
 
 type Over = "candidate" | "query";
 
-export function Candidate(props: { passage: Passage; id: string; most: number; answer: Answer; index: IndexSummary; view: View; details: Details | null }) {
-  const { passage, answer, index, view } = props;
+export function LiveCandidate(props: { candidate: Candidate; id: string; most: number; answer: Answer; index: IndexSummary; view: View; details: Details | null }) {
+  const { candidate, answer, index, view } = props;
   const [splits, keep] = useState<Partial<Record<Over, TokenSplit>>>({});
   const [over, turn] = useState<Over | null>(null);
   const [effect, measured] = useState<Effect | null>(null);
   const splitting = useJob();
   const measuring = useJob();
-  const row = passage.row;
-  const known = props.details;
+  const row = candidate.row;
+  const { details } = props;
   useEffect(() => {
-    if (!known || row === null) return;
-    const found = known.splits.filter((one) => one.row === row);
-    keep((before) => ({ ...Object.fromEntries(found.map((one) => [one.over, one])), ...before }));
-    measured((before) => before ?? known.effects.find((one) => one.row === row) ?? null);
-    if (view.row === row && found.some((one) => one.over === view.over)) turn(view.over);
-  }, [known]);
+    if (!details || row === null) return;
+    const earlier = details.splits.filter((split) => split.row === row);
+    keep((before) => ({ ...Object.fromEntries(earlier.map((split) => [split.over, split])), ...before }));
+    measured((before) => before ?? details.effects.find((measurement) => measurement.row === row) ?? null);
+    if (view.row === row && earlier.some((split) => split.over === view.over)) turn(view.over);
+  }, [details]);
   const show = (side: Over) => {
     if (row === null) return;
     turn(side);
@@ -51,12 +51,12 @@ export function Candidate(props: { passage: Passage; id: string; most: number; a
       </button>
       {over && (
         <button type="button" class="small" aria-pressed={over === "query"} disabled={splitting.running} onClick={() => show(over === "query" ? "candidate" : "query")}>
-          Query's side
+          Over the query
         </button>
       )}
       <button
         type="button" class="small" disabled={index.step === null || measuring.running}
-        title={index.step === null ? (index.no_step ?? "No step can be made") : `One training step on this passage: ${index.step}`}
+        title={index.step === null ? (index.no_step ?? "No training step can be made") : `Measure the effect of one training step on this candidate (tail-patch): ${index.step}`}
         onClick={measure}
       >
         Measure
@@ -69,10 +69,10 @@ export function Candidate(props: { passage: Passage; id: string; most: number; a
     </>
   );
   return (
-    <PassageCard
-      passage={passage} id={props.id} most={props.most} highlights={view.highlights} chosen={row !== null && view.row === row}
-      more={(start) => api.passageOfIndex(row ?? 0, start)} actions={actions}
-      instead={split && <SplitView split={split} marks={split.text.startsWith(passage.text) ? passage.marks : []} highlights={view.highlights} />}
+    <CandidateCard
+      candidate={candidate} id={props.id} most={props.most} highlights={view.highlights} chosen={row !== null && view.row === row}
+      more={(start) => api.candidateOfIndex(row ?? 0, start)} actions={actions}
+      instead={split && <SplitView split={split} marks={split.text.startsWith(candidate.text) ? candidate.marks : []} highlights={view.highlights} />}
     />
   );
 }

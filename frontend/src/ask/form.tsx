@@ -1,9 +1,9 @@
-// The question's form: prompt, completion, methods, how many.
+// The question's form: prompt, completion, methods, number of candidates.
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { IndexSummary } from "../api/types";
 import { useDebounced } from "../hooks";
-import { plain } from "../passages/visible";
+import { plain } from "../candidates/visible";
 import { LONGEST_PROMPT, MOST_TOP, change, currentView, type View } from "../state";
 
 export function Form(props: {
@@ -13,11 +13,11 @@ export function Form(props: {
   return (
     <form class="ask-form" aria-label="Question" onSubmit={(event) => {
       event.preventDefault();
-      // The fields' latest words are in the view already, but not in what was drawn last.
-      if (!props.busy && currentView().asked.trim()) props.attribute();
+      // The view already has the latest input; the props may still be those of the last rendering.
+      if (!props.busy && currentView().completion.trim()) props.attribute();
     }}>
       <Area label="Prompt" value={view.prompt} placeholder="The Eiffel Tower is in" set={(prompt) => change({ prompt }, false)} />
-      <Area label="Completion" value={view.asked} placeholder="Paris" set={(asked) => change({ asked }, false)} />
+      <Area label="Completion" value={view.completion} placeholder="Paris" set={(completion) => change({ completion }, false)} />
       <div class="wide-row">
         <button type="button" disabled={props.busy} onClick={props.generate}>Let the model answer</button>
         <fieldset aria-label="Methods">
@@ -40,7 +40,7 @@ export function Form(props: {
         <label class="inline">
           <span>Top</span>
           <input
-            type="number" class="top-number" aria-label="How many" min={1} max={MOST_TOP} value={String(view.top)}
+            type="number" class="top-number" aria-label="Number of candidates" min={1} max={MOST_TOP} value={String(view.top)}
             onChange={(event) => {
               const top = Math.round(Number(event.currentTarget.value));
               if (top >= 1 && top <= MOST_TOP) change({ top }, false);
@@ -49,7 +49,7 @@ export function Form(props: {
           />
         </label>
         <span class="grow" />
-        <button type="submit" class="primary" disabled={props.busy || !view.asked.trim()}>Attribute</button>
+        <button type="submit" class="primary" disabled={props.busy || !view.completion.trim()}>Attribute</button>
       </div>
       {props.children}
     </form>

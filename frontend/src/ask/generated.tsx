@@ -1,9 +1,9 @@
-// What the model said as tokens with probabilities: a click, a drag or shift-click chooses the part to attribute.
+// The model's answer as tokens with probabilities; a click, drag or shift-click selects the part to attribute.
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { Generation } from "../api/types";
 import { percent } from "../format";
-import { toUnits } from "../passages/codepoints";
-import { brief, plain } from "../passages/visible";
+import { toUnits } from "../candidates/codepoints";
+import { brief, plain } from "../candidates/visible";
 import { Plain } from "../ui/text";
 import { wordStart } from "./join";
 
@@ -35,7 +35,7 @@ export function Generated(props: { generation: Generation; choose: (first: numbe
   return (
     <section class="generation" aria-label="The model's answer">
       <div class="row spread">
-        <span class="note">Click a token, or drag over several, to choose what to attribute; a part begins with a word.</span>
+        <span class="note">Click a token, or drag over several, to select the part to attribute. A part always begins at a word.</span>
         <button type="button" class="quiet small" aria-label="Close the model's answer" onClick={props.close}>✕</button>
       </div>
       <div class="gen-tokens" role="group" aria-label="Tokens of the answer">

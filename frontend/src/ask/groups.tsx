@@ -1,9 +1,9 @@
-// The top candidates by a field of the corpus: how many, how much influence, against the field's share in the corpus.
+// The top candidates grouped by a field of the corpus: number, influence, and share of the corpus.
 import { api } from "../api/client";
 import type { Answer, IndexSummary } from "../api/types";
 import { count, percent, signed } from "../format";
 import { useRequest } from "../hooks";
-import { plain } from "../passages/visible";
+import { plain } from "../candidates/visible";
 import { MOST_TOP, change, type View } from "../state";
 import { Problem, Waiting } from "../ui/parts";
 import { Outside } from "../ui/text";
@@ -45,7 +45,7 @@ export function GroupsPanel({ answer, index, view }: { answer: Answer; index: In
       {groups.data && (
         <div class="table-scroll" tabIndex={0} role="region" aria-label="Groups">
           <table class="data">
-            <caption>Bar: share of the positive influence; stroke: share in the corpus</caption>
+            <caption>Bar: share of the positive influence. Line: share of the corpus.</caption>
             <thead>
               <tr><th scope="col">value</th><th scope="col" class="n">count</th><th scope="col" class="n">influence</th><th scope="col">share</th><th scope="col" class="n">share</th><th scope="col" class="n">in corpus</th></tr>
             </thead>

@@ -1,4 +1,4 @@
-// All candidates of an answer at a glance: distribution, scatter, spectra, groups.
+// Overview of all candidates: distribution, scatter, spectra, groups.
 import { api } from "../api/client";
 import type { Answer, IndexSummary } from "../api/types";
 import { Histogram } from "../charts/histogram";
@@ -13,7 +13,7 @@ import { GroupsPanel } from "./groups";
 export function InsightPanel({ answer, index, view }: { answer: Answer; index: IndexSummary; view: View }) {
   return (
     <details class="insight" open={view.insight} onToggle={(event) => event.currentTarget.open !== view.insight && change({ insight: event.currentTarget.open }, false)}>
-      <summary><h2>Insight</h2><span class="note">all {count(index.candidates)} candidates, spectra, groups</span></summary>
+      <summary><h2>Insight</h2><span class="note">all {count(index.candidates)} candidates, the correction, groups</span></summary>
       {view.insight && <Inside answer={answer} index={index} view={view} />}
     </details>
   );
@@ -24,14 +24,14 @@ function Inside({ answer, index, view }: { answer: Answer; index: IndexSummary; 
   return (
     <div class="charts">
       {insight.error && <Problem error={insight.error} retry={insight.retry} />}
-      {insight.loading && <Waiting what="Looking at all candidates" />}
+      {insight.loading && <Waiting what="Loading the overview" />}
       {insight.data && (
         <>
           <section><h3>Distribution of influence</h3><Histogram insight={insight.data} /></section>
           {insight.data.points.length > 0 && <section><h3>Influence and lexical overlap</h3><Scatter insight={insight.data} /></section>}
         </>
       )}
-      <section><h3>Mixing</h3><SpectrumPanel mixing={answer.mixing} /></section>
+      <section><h3>Correction for the task</h3><SpectrumPanel mixing={answer.mixing} /></section>
       {index.metadata.length > 0 && <section><h3>Groups</h3><GroupsPanel answer={answer} index={index} view={view} /></section>}
     </div>
   );

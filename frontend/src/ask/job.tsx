@@ -1,7 +1,7 @@
-// Work that goes on: what, how far, how fast, how long still, and Cancel.
+// A running job: stage, progress, rate, time left, and Cancel.
 import type { Work } from "../hooks";
 import { count, duration } from "../format";
-import { plain } from "../passages/visible";
+import { plain } from "../candidates/visible";
 
 export function JobLine({ work }: { work: Work }) {
   const { job, left, rate } = work;
@@ -9,7 +9,7 @@ export function JobLine({ work }: { work: Work }) {
   return (
     <div class="job">
       <progress aria-label="Progress" max={total && total > 0 ? total : 1} value={total && total > 0 && job ? Math.min(job.done, total) : undefined} />
-      <span role="status" aria-live="polite">{job ? (job.state === "queued" ? "Waiting for its turn" : plain(job.title)) : "Starting"}</span>
+      <span role="status" aria-live="polite">{job ? (job.state === "queued" ? "Queued" : plain(job.title)) : "Starting"}</span>
       {job && total !== null && total > 0 && <span>{count(job.done)} / {count(total)} {plain(job.unit)}</span>}
       {rate !== null && job && <span class="note">{rate >= 10 ? count(rate) : rate.toFixed(1)} {plain(job.unit)}/s</span>}
       {left !== null && <span class="note">{duration(left)} left</span>}

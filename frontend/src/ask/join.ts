@@ -1,13 +1,13 @@
-// Prompt and completion as the model reads them, and the part of a generation that is to be attributed.
+// Prompt and completion as the model reads them, and the part of a generation to attribute.
 import type { Generation } from "../api/types";
-import { toUnits } from "../passages/codepoints";
+import { toUnits } from "../candidates/codepoints";
 
-/** What stands between two texts: one space, unless either has white space there or is empty. */
+/** The text between prompt and completion: one space, unless either has white space there or is empty. */
 export function between(before: string, after: string): string {
   return !before || !after || /\s$/.test(before) || /^\s/.test(after) ? "" : " ";
 }
 
-/** The token that the word of a token begins with: a prompt and a completion meet between words alone. */
+/** The first token of a token's word, because a prompt and a completion can only meet between words. */
 export function wordStart(generation: Generation, token: number): number {
   const units = toUnits(generation.text);
   const begins = (at: number) => {
@@ -19,7 +19,7 @@ export function wordStart(generation: Generation, token: number): number {
   return first;
 }
 
-/** Prompt and completion, where tokens [first, last] of the generation are the completion. */
+/** Prompt and completion if tokens [first, last] of the generation are the completion. */
 export function partOf(generation: Generation, first: number, last: number): { prompt: string; completion: string } {
   const { prompt, text, tokens } = generation;
   const units = toUnits(text);
@@ -28,7 +28,7 @@ export function partOf(generation: Generation, first: number, last: number): { p
   const before = text.slice(0, start);
   const lead = prompt + (before ? between(prompt, before) : "") + before;
   let completion = text.slice(start, stop);
-  // The space that the rule puts there anyway need not be in the form.
+  // `between` inserts this space anyway.
   if (completion.startsWith(" ") && lead && !/\s$/.test(lead) && /^\S/.test(completion.slice(1))) {
     completion = completion.slice(1);
   }

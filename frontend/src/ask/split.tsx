@@ -1,12 +1,12 @@
-// An influence split over tokens: a diverging heat map in the text, opened where the influence is densest.
+// An influence split over tokens: a diverging heat map in the text, scrolled to the densest influence.
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { Mark, TokenSplit } from "../api/types";
 import { score, signed } from "../format";
-import { toUnits } from "../passages/codepoints";
-import { STEPS, densest, limit, step, tokensOf } from "../passages/heat";
-import { cut, findAll } from "../passages/segments";
-import { className, entitySpans } from "../passages/text";
-import { brief } from "../passages/visible";
+import { toUnits } from "../candidates/codepoints";
+import { STEPS, densest, limit, step, tokensOf } from "../candidates/heat";
+import { cut, findAll } from "../candidates/segments";
+import { className, entitySpans } from "../candidates/text";
+import { brief } from "../candidates/visible";
 import { Plain } from "../ui/text";
 import { tipAt, tipAway } from "../ui/tip";
 
@@ -36,9 +36,9 @@ export function SplitView({ split, marks, highlights }: { split: TokenSplit; mar
   }, [tokens]);
   const drawn = useMemo(() => {
     const entities = entitySpans(text, marks);
-    const own = findAll(text, highlights);
+    const found = findAll(text, highlights);
     const inside = (from: number, to: number) =>
-      cut(from, to, entities, own).map((piece) => {
+      cut(from, to, entities, found).map((piece) => {
         const kind = className(piece);
         const part = <Plain text={text.slice(piece.start, piece.stop)} />;
         return kind ? <span key={piece.start} class={`o ${kind}`}>{part}</span> : part;
@@ -85,10 +85,10 @@ export function SplitView({ split, marks, highlights }: { split: TokenSplit; mar
           <span>{STEPS_SHOWN.map((level) => <i key={level} class={heatClass(level).trim()} />)}</span>
           {signed(most)}
         </span>
-        <span>{split.over === "query" ? "query's tokens" : "passage's tokens"} sum to {signed(split.total)} (ranked {signed(split.influence)})</span>
+        <span>The {split.over === "query" ? "query's tokens" : "candidate's tokens"} sum to {signed(split.total)} (ranked by {signed(split.influence)})</span>
       </div>
       <div
-        class="heat" ref={box} tabIndex={0} role="listbox" aria-label={split.over === "query" ? "Influence by the query's token" : "Influence by the passage's token"}
+        class="heat" ref={box} tabIndex={0} role="listbox" aria-label={split.over === "query" ? "Influence per token of the query" : "Influence per token of the candidate"}
         aria-activedescendant={at === null ? undefined : name(at)}
         onPointerOver={(event) => hover(event.target)} onPointerLeave={tipAway} onBlur={tipAway}
         onKeyDown={(event) => {
@@ -98,7 +98,7 @@ export function SplitView({ split, marks, highlights }: { split: TokenSplit; mar
           focusOn((at ?? densest(tokens)[0] - by) + by);
         }}
       >
-        <div class="passage-text" dir="auto" role="presentation">{drawn}</div>
+        <div class="candidate-text" dir="auto" role="presentation">{drawn}</div>
       </div>
     </div>
   );

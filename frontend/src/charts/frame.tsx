@@ -1,4 +1,4 @@
-// What charts share: the frame with axes, and the table that says the same in words.
+// Parts of every chart: the frame with axes, and the same data as a table.
 import type { ComponentChildren } from "preact";
 
 export interface Tick {

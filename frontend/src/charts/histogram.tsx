@@ -1,4 +1,4 @@
-// How the influences of all candidates are distributed, on a logarithmic count axis; the shown ones are marked.
+// Histogram of all candidates' influences, on a logarithmic count axis; shown candidates are marked.
 import { max } from "d3-array";
 import { scaleLinear, scaleLog } from "d3-scale";
 import type { Insight } from "../api/types";
@@ -30,7 +30,7 @@ export function Histogram({ insight }: { insight: Insight }) {
         {insight.shown.map((value, index) => <line key={index} class="rug" x1={x(value)} x2={x(value)} y1={floor - 14} y2={floor} />)}
       </Frame>
       <figcaption class="chart-key">
-        <span>mean {score(insight.mean)} ± {score(insight.deviation)}</span><span><svg width="8" height="12" aria-hidden="true"><line class="rug" x1="4" x2="4" y1="0" y2="12" /></svg>shown in the ranking</span>
+        <span>mean {score(insight.mean)} ± {score(insight.deviation)}</span><span><svg width="8" height="12" aria-hidden="true"><line class="rug" x1="4" x2="4" y1="0" y2="12" /></svg>shown above</span>
       </figcaption>
       <TableOf caption="Candidates by influence" head={["from", "to", "candidates"]} rows={counts.map((number, bin) => [score(edges[bin] ?? 0), score(edges[bin + 1] ?? 0), count(number)])} />
     </figure>

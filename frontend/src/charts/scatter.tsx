@@ -1,10 +1,10 @@
-// Influence against lexical overlap: what the ranking finds beyond shared words. Pointer or arrow keys show a text.
+// Scatter of influence against lexical overlap; the pointer or arrow keys show a candidate's text.
 import { extent } from "d3-array";
 import { scaleLinear } from "d3-scale";
 import { useState } from "preact/hooks";
 import type { Insight } from "../api/types";
 import { score } from "../format";
-import { brief } from "../passages/visible";
+import { brief } from "../candidates/visible";
 import { Frame, TableOf, type Area } from "./frame";
 
 const AREA: Area = { width: 460, height: 260, left: 46, right: 12, top: 20, bottom: 34 };
@@ -35,7 +35,7 @@ export function Scatter({ insight }: { insight: Insight }) {
   return (
     <figure>
       <div
-        class="chart-keys" role="group" tabIndex={0} aria-label="Influence and overlap: arrow keys go through the shown passages"
+        class="chart-keys" role="group" tabIndex={0} aria-label="Influence and overlap: arrow keys select the next shown candidate"
         onPointerMove={nearest}
         onKeyDown={(event) => {
           const by = event.key === "ArrowRight" ? 1 : event.key === "ArrowLeft" ? -1 : 0;
@@ -55,9 +55,9 @@ export function Scatter({ insight }: { insight: Insight }) {
         </Frame>
       </div>
       <figcaption>
-        <p class="chart-key"><span>{insight.correlation === null ? "No overlap to correlate with" : `Spearman's ρ = ${insight.correlation.toFixed(3)} over all candidates`}</span></p>
+        <p class="chart-key"><span>{insight.correlation === null ? "No rank correlation: influence or overlap is constant" : `Rank correlation (Spearman's ρ) over all candidates: ${insight.correlation.toFixed(3)}`}</span></p>
         <p class="point-text" role="status">
-          {chosen ? <><b>{score(chosen.influence)}</b> overlap {score(chosen.overlap)} · <bdi>{brief(chosen.text, 220)}</bdi></> : "Point at a candidate to read it."}
+          {chosen ? <><b>{score(chosen.influence)}</b> overlap {score(chosen.overlap)} · <bdi>{brief(chosen.text, 220)}</bdi></> : "Point at a candidate to read its text."}
         </p>
       </figcaption>
       <TableOf caption="Shown candidates" head={["row", "influence", "overlap", "text"]} rows={shown.map((index) => points[index]).flatMap((point) => (point ? [[point.row, score(point.influence), score(point.overlap), brief(point.text, 120)]] : []))} />

@@ -24,13 +24,13 @@ export function Filters({ view, run, page }: { view: View; run: RunSummary; page
         <MultiSelect label="Bucket" facets={page?.buckets ?? []} chosen={view.bucket} choose={(bucket) => refilter({ bucket })} />
       )}
       {(has("model_correct") || view.model_correct !== null) && (
-        <Either label="Model" yes="right" no="wrong" value={view.model_correct} choose={(model_correct) => refilter({ model_correct })} />
+        <Either label="Model" yes="correct" no="incorrect" value={view.model_correct} choose={(model_correct) => refilter({ model_correct })} />
       )}
       {(has("proponent_correct") || has("gold") || has("entailment") || view.proponent_correct !== null) && (
         <Either
           label="Proponents"
-          yes="some right"
-          no="none right"
+          yes="some correct"
+          no="none correct"
           value={view.proponent_correct}
           choose={(proponent_correct) => refilter({ proponent_correct })}
         />
@@ -87,14 +87,14 @@ function ScoreRange({ view }: { view: View }) {
 function Limit(props: { label: string; placeholder: string; value: number | null; choose: (value: number | null) => void }) {
   const [typed, type] = useState(props.value === null ? "" : String(props.value));
   useEffect(() => type(props.value === null ? "" : String(props.value)), [props.value]);
-  const wrong = typed.trim() !== "" && !Number.isFinite(Number(typed));
+  const invalid = typed.trim() !== "" && !Number.isFinite(Number(typed));
   return (
     <input
       type="text"
       inputMode="decimal"
       class="limit"
       aria-label={props.label}
-      aria-invalid={wrong}
+      aria-invalid={invalid}
       placeholder={props.placeholder}
       maxLength={20}
       value={typed}

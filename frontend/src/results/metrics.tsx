@@ -1,7 +1,7 @@
-// The metrics over the queries that match: a column a run, each value with its 95% interval as a small bar.
+// Metrics over the matching queries: one column per run, each value with its 95% interval as a small bar.
 import type { Metric, RunSummary } from "../api/types";
 import { count, figure } from "../format";
-import { brief, plain } from "../passages/visible";
+import { brief, plain } from "../candidates/visible";
 
 interface Line {
   name: string;
@@ -34,7 +34,7 @@ export function Metrics(props: { metrics: Metric[][]; runs: RunSummary[]; shown:
     <details class="metrics" open>
       <summary>
         <h2>Metrics</h2>
-        <span class="note">over {over}, with 95% bootstrap intervals</span>
+        <span class="note">over {over}, with 95% intervals</span>
       </summary>
       <div class={props.stale ? "metric-tables stale" : "metric-tables"}>
         <Table {...props} lines={all.slice(0, half)} />

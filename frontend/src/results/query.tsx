@@ -1,13 +1,13 @@
-// The chosen query and its passages, a column a run.
+// The chosen query and its candidates, one column per run.
 import { useState } from "preact/hooks";
 import { api, downloads } from "../api/client";
-import type { Passage, QueryRecord, RunSummary, Side } from "../api/types";
+import type { Candidate, QueryRecord, RunSummary, Side } from "../api/types";
 import { SpectrumPanel } from "../charts/spectrum";
 import { count, plural } from "../format";
 import { useRequest, type Loaded } from "../hooks";
-import { PassageCard } from "../passages/passage";
-import { EntityLegend, HighlightBar } from "../passages/selection";
-import { brief, plain } from "../passages/visible";
+import { CandidateCard } from "../candidates/card";
+import { EntityLegend, HighlightBar } from "../candidates/selection";
+import { brief, plain } from "../candidates/visible";
 import { change, type View } from "../state";
 import { Chip, Dialog, Empty, ExportMenu, Problem, Segmented, Waiting } from "../ui/parts";
 import { Outside, Plain } from "../ui/text";
@@ -20,7 +20,7 @@ interface Props {
   places: (number | null)[];
   first: Loaded<QueryRecord>;
   second: Loaded<QueryRecord>;
-  /** Whether an index is open, too. */
+  /** Whether an index is open as well. */
   index: boolean;
 }
 
@@ -42,7 +42,7 @@ export function QueryView(props: Props) {
           {props.index && (
             <button
               type="button" class="small" title="Ask the index about this query"
-              onClick={() => change({ tab: "ask", prompt: record.prompt, asked: record.completion, key: null })}
+              onClick={() => change({ tab: "ask", prompt: record.prompt, completion: record.completion, key: null })}
             >
               Ask this
             </button>
@@ -64,7 +64,7 @@ export function QueryView(props: Props) {
         {record.subject.length + record.object.length > 0 && <EntityLegend />}
         <HighlightBar />
       </div>
-      <PassageColumns {...props} both={both} />
+      <CandidateColumns {...props} both={both} />
       {runs.some((summary) => summary.mixing) && <SpectraOfRuns view={view} runs={both && other !== null ? [runs[run], runs[other]] : [runs[run]]} />}
       {raw && <RawRecord run={run} place={places[run] ?? record.place} close={() => showRaw(false)} />}
     </section>
@@ -77,17 +77,17 @@ function Facts({ record }: { record: QueryRecord }) {
       {record.model_correct !== null && (
         <div>
           <dt>model</dt>
-          <dd>{record.model_correct ? <Chip kind="good">✓ right</Chip> : <Chip kind="bad">✗ wrong</Chip>}</dd>
+          <dd>{record.model_correct ? <Chip kind="good">✓ correct</Chip> : <Chip kind="bad">✗ incorrect</Chip>}</dd>
         </div>
       )}
       <Fact name="relation" value={record.relation} />
       <Fact name="subject" value={record.subject.join(" · ")} />
       <Fact name="object" value={record.object.join(" · ")} />
-      <Fact name="truth" value={record.groundtruth} />
+      <Fact name="correct answer" value={record.groundtruth} />
       <Fact name="bucket" value={record.bucket} />
       <Fact name="frequency" value={record.frequency === null ? null : count(record.frequency)} />
       <Fact name="id" value={record.example_id} />
-      <Fact name="set" value={record.query_set} />
+      <Fact name="query set" value={record.query_set} />
     </dl>
   );
 }
@@ -134,41 +134,41 @@ function Columns({ view, runs, run, other }: { view: View; runs: RunSummary[]; r
 
 function Overlap({ a, b }: { a: QueryRecord | null; b: QueryRecord | null }) {
   if (!a || !b) return null;
-  const ids = new Set(a.proponents.map((passage) => passage.example_id));
-  const shared = b.proponents.filter((passage) => ids.has(passage.example_id)).length;
+  const ids = new Set(a.proponents.map((candidate) => candidate.example_id));
+  const shared = b.proponents.filter((candidate) => ids.has(candidate.example_id)).length;
   const of = Math.min(a.proponents.length, b.proponents.length);
   if (of === 0) return null;
   return <span class="overlap" title="Proponents that both columns show"><b>{shared} of {of}</b> shared</span>;
 }
 
-function PassageColumns(props: Props & { both: boolean }) {
+function CandidateColumns(props: Props & { both: boolean }) {
   const { view, runs, run, other, first, second, both } = props;
   const [hovered, hover] = useState<string | null>(null);
   const columns: [number, Loaded<QueryRecord>, Loaded<QueryRecord>, number | null][] =
     both && other !== null ? [[run, first, second, other], [other, second, first, run]] : [[run, first, second, null]];
   return (
     <div class={both ? "columns two" : "columns"}>
-      {columns.map(([number, own, twin, twinRun]) => (
+      {columns.map(([number, loaded, twin, twinRun]) => (
         <section class="column" key={number} aria-label={`Run ${plain(runs[number]?.name ?? "")}`}>
           {(both || runs.length > 1) && (
             <h2 class="column-name" title={plain(runs[number]?.name ?? "")}>
               <bdi>{brief(runs[number]?.name ?? "", 60)}</bdi>
             </h2>
           )}
-          {own.error ? (
-            <Problem error={own.error} retry={own.retry} />
-          ) : own.data ? (
+          {loaded.error ? (
+            <Problem error={loaded.error} retry={loaded.retry} />
+          ) : loaded.data ? (
             (["proponents", "opponents"] as Side[]).map((side) => (
-              <PassageList
-                key={side} record={own.data as QueryRecord} side={side} highlights={view.highlights} hovered={hovered} hover={hover}
+              <CandidateList
+                key={side} record={loaded.data as QueryRecord} side={side} highlights={view.highlights} hovered={hovered} hover={hover}
                 twins={twinRun === null ? null : twin.data} twinName={twinRun === null ? "" : (runs[twinRun]?.name ?? "")}
                 offered={side === "proponents" || (runs[number]?.has.includes("opponents") ?? false)}
               />
             ))
-          ) : own.loading ? (
+          ) : loaded.loading ? (
             <Waiting what="Loading the query" />
           ) : (
-            <Empty title="Not in this run">This file has no line for the query.</Empty>
+            <Empty title="Not in this run">This file does not have the query.</Empty>
           )}
         </section>
       ))}
@@ -176,41 +176,41 @@ function PassageColumns(props: Props & { both: boolean }) {
   );
 }
 
-function PassageList(props: {
+function CandidateList(props: {
   record: QueryRecord; side: Side; highlights: string[]; hovered: string | null; hover: (id: string | null) => void;
   twins: QueryRecord | null; twinName: string; offered: boolean;
 }) {
   const { record, side } = props;
-  const passages = record[side];
-  if (!props.offered && passages.length === 0) return null;
-  const most = passages.reduce((value, passage) => Math.max(value, Math.abs(passage.score)), 0);
-  const right = passages.filter((passage) => passage.correct).length;
+  const candidates = record[side];
+  if (!props.offered && candidates.length === 0) return null;
+  const most = candidates.reduce((value, candidate) => Math.max(value, Math.abs(candidate.score)), 0);
+  const correct = candidates.filter((candidate) => candidate.correct).length;
   const id = (number: number, rank: number) => `p-${number}-${side}-${rank}`;
-  const twinOf = (passage: Passage) => {
-    const found = props.twins?.[side].find((other) => other.example_id === passage.example_id);
+  const twinOf = (candidate: Candidate) => {
+    const match = props.twins?.[side].find((other) => other.example_id === candidate.example_id);
     const number = props.twins?.run;
-    if (!found || number === undefined) return null;
+    if (!match || number === undefined) return null;
     return {
-      rank: found.rank, column: brief(props.twinName, 24),
-      go: () => document.getElementById(id(number, found.rank))?.scrollIntoView({ block: "center" }),
+      rank: match.rank, column: brief(props.twinName, 24),
+      go: () => document.getElementById(id(number, match.rank))?.scrollIntoView({ block: "center" }),
     };
   };
   return (
     <section aria-label={`${side === "proponents" ? "Proponents" : "Opponents"}${props.twinName ? ` of run ${record.run + 1}` : ""}`}>
       <h3 class="list-name">
         {side === "proponents" ? "Proponents" : "Opponents"}
-        <span class="note">{plural(passages.length, "passage")}{right > 0 ? `, ${right} right` : ""}</span>
+        <span class="note">{plural(candidates.length, "candidate")}{correct > 0 ? `, ${correct} correct` : ""}</span>
       </h3>
-      {passages.length === 0 && <p class="note">None in the file.</p>}
-      {passages.map((passage) => {
-        const twin = twinOf(passage);
+      {candidates.length === 0 && <p class="note">None in the file.</p>}
+      {candidates.map((candidate) => {
+        const twin = twinOf(candidate);
         return (
-          <PassageCard
-            key={`${record.run}/${record.place}/${side}/${passage.rank}`}
-            id={id(record.run, passage.rank)}
-            passage={passage} most={most} highlights={props.highlights} twin={twin}
-            linked={twin !== null && props.hovered === passage.example_id} hover={props.twins ? props.hover : undefined}
-            more={(start) => api.passageOfRun(record.run, record.place, side, passage.rank, start)}
+          <CandidateCard
+            key={`${record.run}/${record.place}/${side}/${candidate.rank}`}
+            id={id(record.run, candidate.rank)}
+            candidate={candidate} most={most} highlights={props.highlights} twin={twin}
+            linked={twin !== null && props.hovered === candidate.example_id} hover={props.twins ? props.hover : undefined}
+            more={(start) => api.candidateOfRun(record.run, record.place, side, candidate.rank, start)}
           />
         );
       })}
@@ -221,7 +221,7 @@ function PassageList(props: {
 function SpectraOfRuns({ view, runs }: { view: View; runs: (RunSummary | undefined)[] }) {
   return (
     <details class="panel" open={view.spectra} onToggle={(event) => event.currentTarget.open !== view.spectra && change({ spectra: event.currentTarget.open }, false)}>
-      <summary><h2>Mixing</h2><span class="note">λ and the two spectra that give it</span></summary>
+      <summary><h2>Correction for the task</h2><span class="note">how much the task's own queries shape it (λ)</span></summary>
       {view.spectra && (
         <div class="columns two">
           {runs.map((summary) => summary?.mixing && (
@@ -246,7 +246,7 @@ function RawRecord({ run, place, close }: { run: number; place: number; close: (
         <>
           <pre class="raw"><Plain text={raw.data.text} /></pre>
           {raw.data.text.length < raw.data.characters && (
-            <p class="note">The record's beginning; it has {count(raw.data.characters)} characters. The export has all.</p>
+            <p class="note">The beginning of {count(raw.data.characters)} characters. The export has the whole record.</p>
           )}
         </>
       )}

@@ -1,4 +1,4 @@
-// The results of files: the list at the side, metrics above, the chosen query beside them.
+// Result files: the list of queries at the side, metrics above, the chosen query below them.
 import { useEffect } from "preact/hooks";
 import { api, filterParameters } from "../api/client";
 import type { QueryPage, QueryRecord, RunSummary, Session } from "../api/types";
@@ -13,7 +13,7 @@ import { Sidebar } from "./sidebar";
 const pages = remembered<QueryPage>(30);
 const records = remembered<QueryRecord>(40);
 
-/** The runs that are shown: the listed one, and the one beside it. */
+/** The shown runs: the run whose queries are listed, and the run beside it. */
 export function shownRuns(view: View, runs: RunSummary[]): { run: number; other: number | null } {
   const run = view.run < runs.length ? view.run : 0;
   if (runs.length < 2) return { run, other: null };
@@ -59,7 +59,7 @@ export function Results({ session }: { session: Session }) {
     "/": () => document.getElementById("search-queries")?.focus(),
     c: () => other !== null && change({ alone: !view.alone }),
   });
-  // The neighbour's record is fetched ahead, so that going on is instant.
+  // Prefetch the next query, so that it is shown at once.
   useEffect(() => {
     const at = items.findIndex((row) => row.places[run] === place);
     const next = items[at + 1]?.places[run];
@@ -74,7 +74,7 @@ export function Results({ session }: { session: Session }) {
     };
   }, [place, page.data, first.loading]);
 
-  // A link may name a page that there is not, as when it is opened with a shorter file.
+  // A link may name a page beyond the last, for example with a shorter file.
   useEffect(() => {
     const last = page.data ? Math.max(0, Math.ceil(page.data.matching / PAGE_SIZE) - 1) : null;
     if (!page.stale && last !== null && view.page > last) change({ page: last, at: [] }, false);
@@ -98,7 +98,7 @@ export function Results({ session }: { session: Session }) {
           />
         )}
         {nothing ? (
-          <Empty title="No query matches">Shorten the search or take a filter away.</Empty>
+          <Empty title="No query matches">Shorten the search or remove a filter.</Empty>
         ) : place === null && !page.data ? (
           !page.error && <Waiting what="Loading" />
         ) : (

@@ -1,16 +1,16 @@
-// The sidebar: search, filters, order, and a page of the queries that match.
+// The sidebar: search, filters, sort order, and one page of the matching queries.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { downloads } from "../api/client";
 import type { QueryPage, QueryRow, RunSummary, Sort } from "../api/types";
 import { count, plural, score } from "../format";
 import { useDebounced, type Loaded } from "../hooks";
-import { brief } from "../passages/visible";
+import { brief } from "../candidates/visible";
 import { PAGE_SIZE, change, refilter, type View } from "../state";
 import { Empty, ExportMenu, Problem, Waiting } from "../ui/parts";
 import { Filters } from "./filters";
 
 const SORT_NAMES: Record<Sort, string> = {
-  file: "File order", prompt: "Prompt", relation: "Relation", frequency: "Frequency", score: "Top score", rank: "Rank of first right",
+  file: "File order", prompt: "Prompt", relation: "Relation", frequency: "Frequency", score: "Top score", rank: "Rank of first correct",
 };
 
 export function Sidebar(props: {
@@ -124,8 +124,8 @@ function SearchBox({ view }: { view: View }) {
         }}
       />
       <label class="check">
-        <input type="checkbox" checked={view.passages} onChange={(event) => refilter({ passages: event.currentTarget.checked })} />
-        In passages too
+        <input type="checkbox" checked={view.search_candidates} onChange={(event) => refilter({ search_candidates: event.currentTarget.checked })} />
+        In candidates' texts too
       </label>
     </div>
   );
@@ -141,7 +141,7 @@ function Rows({ view, page, chosen, run }: { view: View; page: Loaded<QueryPage>
     return page.data.total === 0 ? (
       <Empty title="No queries">This file has no lines.</Empty>
     ) : (
-      <Empty title="No query matches">Shorten the search or take a filter away.</Empty>
+      <Empty title="No query matches">Shorten the search or remove a filter.</Empty>
     );
   }
   return (
@@ -162,25 +162,25 @@ function Row({ row, current, sort }: { row: QueryRow; current: boolean; sort: So
         {brief(row.prompt, 110)} <b>{brief(row.completion, 50)}</b>
       </span>
       <span class="query-facts">
-        <Right right={row.model_correct} />
+        <ModelMark correct={row.model_correct} />
         {row.relation && <span class="clip">{brief(row.relation, 60)}</span>}
         {sort === "frequency" && row.frequency !== null ? <span class="number">×{count(row.frequency)}</span> : row.bucket && <span>{brief(row.bucket, 20)}</span>}
         <span class="grow" />
-        {row.rank !== null && <span class="number" title="Rank of the first proponent that is right">✓ at {row.rank}</span>}
+        {row.rank !== null && <span class="number" title="Rank of the first correct proponent">✓ at {row.rank}</span>}
         {row.score !== null && <span class="number">{score(row.score)}</span>}
       </span>
     </button>
   );
 }
 
-export function Right({ right }: { right: boolean | null }) {
-  if (right === null) return null;
-  return right ? (
-    <span class="right" role="img" title="The model answers right" aria-label="model right">
+function ModelMark({ correct }: { correct: boolean | null }) {
+  if (correct === null) return null;
+  return correct ? (
+    <span class="right" role="img" title="The model answers correctly" aria-label="model correct">
       ●
     </span>
   ) : (
-    <span class="wrong" role="img" title="The model answers wrong" aria-label="model wrong">
+    <span class="wrong" role="img" title="The model answers incorrectly" aria-label="model incorrect">
       ○
     </span>
   );

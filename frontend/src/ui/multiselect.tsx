@@ -1,8 +1,8 @@
-// A filter by several values of a field, with how many queries have each.
+// A filter by several values of a field, with the number of queries for each value.
 import { useState } from "preact/hooks";
 import type { Facet } from "../api/types";
 import { count } from "../format";
-import { plain } from "../passages/visible";
+import { plain } from "../candidates/visible";
 import { Outside } from "./text";
 import { useOpen } from "./parts";
 
@@ -10,12 +10,12 @@ export function MultiSelect(props: { label: string; facets: Facet[]; chosen: str
   const { box, open, set } = useOpen<HTMLDivElement>();
   const [typed, type] = useState("");
   const chosen = new Set(props.chosen);
-  const known = new Set(props.facets.map((facet) => facet.value));
-  const all = [...props.chosen.filter((value) => !known.has(value)).map((value) => ({ value, queries: 0 })), ...props.facets];
+  const offered = new Set(props.facets.map((facet) => facet.value));
+  const all = [...props.chosen.filter((value) => !offered.has(value)).map((value) => ({ value, queries: 0 })), ...props.facets];
   const shown = all.filter((facet) => facet.value.toLowerCase().includes(typed.toLowerCase()));
   const toggle = (value: string) =>
     props.choose(chosen.has(value) ? props.chosen.filter((other) => other !== value) : [...props.chosen, value]);
-  const says = props.chosen.length === 0 ? "any" : props.chosen.length === 1 ? plain(props.chosen[0] ?? "") : `${props.chosen.length} chosen`;
+  const summary = props.chosen.length === 0 ? "any" : props.chosen.length === 1 ? plain(props.chosen[0] ?? "") : `${props.chosen.length} chosen`;
   return (
     <div class="menu multi" ref={box}>
       <button
@@ -25,7 +25,7 @@ export function MultiSelect(props: { label: string; facets: Facet[]; chosen: str
         onClick={() => set(!open)}
       >
         <span class="field-name">{props.label}</span>{" "}
-        <span class="field-value">{says}</span>
+        <span class="field-value">{summary}</span>
         <span aria-hidden="true">▾</span>
       </button>
       {open && (

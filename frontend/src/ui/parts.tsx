@@ -1,4 +1,4 @@
-// Small parts that every view uses: states, dialogs, menus, toggles.
+// Small parts that all views use: states, dialogs, menus, toggles.
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import type { ApiError } from "../api/client";
@@ -7,7 +7,7 @@ import type { ExportFormat } from "../api/types";
 export function Problem({ error, retry }: { error: ApiError; retry?: () => void }) {
   return (
     <div class={error.status === 0 ? "state gone" : "state problem"} role="alert">
-      <strong>{error.status === 0 ? "No answer" : error.status === 429 ? "Busy" : "That did not work"}</strong>
+      <strong>{error.status === 0 ? "No answer" : error.status === 429 ? "Busy" : "Error"}</strong>
       <span>{error.message}</span>
       {retry && (
         <button type="button" class="small" onClick={retry}>
@@ -67,7 +67,7 @@ export function Dialog(props: { title: string; close: () => void; wide?: boolean
   );
 }
 
-/** Closes when Escape is pressed or when the focus or a click goes elsewhere. */
+/** State of a popover, which closes on Escape and when the focus or a click goes elsewhere. */
 export function useOpen<T extends HTMLElement>() {
   const box = useRef<T>(null);
   const [open, set] = useState(false);
@@ -122,7 +122,7 @@ export interface Choice<T extends string> {
   title?: string;
 }
 
-/** A row of choices of which one holds. */
+/** A row of buttons that choose one value. */
 export function Segmented<T extends string>(props: {
   label: string;
   value: T;
@@ -154,7 +154,7 @@ export function Chip(props: { kind?: string; title?: string; children: Component
   );
 }
 
-/** A score as a bar from the middle of what the column's scores span. */
+/** The size of a score as a bar, relative to the column's largest. */
 export function Bar({ value, most }: { value: number; most: number }) {
   const part = most > 0 && Number.isFinite(value) ? Math.min(1, Math.abs(value) / most) : 0;
   return (

@@ -1,5 +1,5 @@
-// Text from outside on the page: hidden characters become chips, nothing in it takes effect.
-import { parts } from "../passages/visible";
+// Untrusted text on the page: hidden characters become chips, and nothing in it is interpreted.
+import { parts } from "../candidates/visible";
 
 export function Plain({ text, most }: { text: string; most?: number }) {
   const found = parts(text, most);
@@ -20,7 +20,7 @@ export function Plain({ text, most }: { text: string; most?: number }) {
   );
 }
 
-/** A short text from outside, isolated from what stands around it. */
+/** A short untrusted text, isolated from the direction of the text around it. */
 export function Outside({ text, class: name }: { text: string; class?: string }) {
   return (
     <bdi class={name}>

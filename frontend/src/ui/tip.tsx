@@ -1,4 +1,4 @@
-// One small label that follows what the pointer or the focus is on.
+// A tooltip at the element under the pointer or focus.
 import { useEffect, useState } from "preact/hooks";
 
 interface Tip {

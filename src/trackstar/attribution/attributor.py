@@ -1,8 +1,10 @@
-"""An index held ready with its model and a task's R, so that each question costs a gradient and one pass (Eq. 1-2).
+"""Attributor: an index with its model and a task's R in memory, so that a question costs one
+gradient and one pass.
 
-`answer_queries` answers a file of queries at once and keeps nothing. Here a person asks one question after the other,
-and asks on about an answer: how all candidates' influences are spread, which tokens a candidate's influence comes from,
-and what a training step on it does (tail-patch).
+`answer_queries` answers a set of queries at once and keeps nothing in memory. An attributor answers
+one question after another, and further questions about an answer: the influences of all candidates,
+the split of a candidate's influence over tokens, and the effect of a training step on a candidate
+(tail-patch).
 """
 
 import dataclasses
@@ -13,42 +15,49 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trackstar.attribution.answering import query_gradients
+from trackstar.attribution.answering import gradient_setup, query_gradients
 from trackstar.attribution.markup import heat_map
 from trackstar.corpus import Query, TokenizedExample, tokenize_query
 from trackstar.corpus.token_spans import TextSpan, token_spans
 from trackstar.curvature.task import TaskCorrection, task_correction
 from trackstar.errors import OptionError
 from trackstar.gradients.projector import projected
-from trackstar.gradients.token_split import split_over_tokens
+from trackstar.gradients.token_split import ProjectionSettings, split_over_tokens
 from trackstar.model.language_model import LanguageModel
 from trackstar.pretraining.checkpoints import STATE_FILE
 from trackstar.progress import Progress
-from trackstar.retrieval.reranking import RERANKED, ExactScores, calibration, missed_chance
+from trackstar.retrieval.reranking import RERANKED, CoarseRanking, ExactScores, calibration, rerank
 from trackstar.retrieval.scoring import Scorer, scores, trackstar_scorer
 from trackstar.store import Index, quantized_bits
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
-from trackstar.workers.made_with import second_moment_of_index
-from trackstar.workers.setups import GradientSetup, projector_of
+from trackstar.workers.index_model import second_moment_of_index
+from trackstar.workers.setups import projector_of
 
 RELATIVE_LEARNING_RATE = 0.01
-"""Of tail-patch's step, relative to each matrix's root mean square, for a model without optimizer state."""
+"""Learning rate of the tail-patch for a model without optimizer state, relative to each matrix's
+root mean square.
+"""
+
+# The miss estimate is of the first ten proponents.
+_MISS_ESTIMATE_TOP = 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Attribution:
-    """What one query's completion owes to every candidate.
+    """Every candidate's influence on one query's completion.
 
     Attributes:
-        query: What was asked.
+        query: The query.
         example: Its tokens.
-        loss: The sum of the completion's tokens' cross-entropies, in nats.
-        scorer: How candidates are scored: one vector, and every candidate's multiplier.
+        loss: Sum of the cross-entropies of the completion's tokens, in nats.
+        scorer: The query's vector, and every candidate's multiplier.
         query_norm: ‖Wφ_q‖.
-        influences: Eq. 1's value of every candidate. Over an index of few bits that of the `reranked` candidates is
-            from recomputed gradients, that of the others what is to be expected of them, given their codes.
-        reranked: Rows of the candidates whose gradients were computed again.
-        missed: The estimated chance that one of the true first ten is not among them; see `reranking.py`.
+        influences: Every candidate's influence (Eq. 1). For a low-bit index, those of the
+            `reranked` candidates come from recomputed gradients; the others are expected values,
+            given their codes.
+        reranked: Rows of the candidates whose gradients were recomputed.
+        missed: Estimated chance that one of the true first ten was not re-ranked; see
+            `reranking.py`.
     """
 
     query: Query
@@ -61,9 +70,10 @@ class Attribution:
     missed: float | None
 
     def top(self, k: int) -> tuple[Int64[Tensor, "k"], Int64[Tensor, "k"]]:
-        """Rows of the k most positive candidates, descending, and of the k most negative, ascending.
+        """Rows of the k most positive candidates, descending, and of the k most negative,
+        ascending.
 
-        Of candidates with equal influence the one that comes first in the index ranks first.
+        Among candidates with equal influence the first in the index ranks first.
         """
         best = self.influences.sort(descending=True, stable=True).indices[:k]
         worst = self.influences.sort(stable=True).indices[:k]
@@ -72,13 +82,13 @@ class Attribution:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenInfluence:
-    """An influence split over the tokens of a text; the parts sum to it.
+    """A candidate's influence, split over the tokens of a text.
 
     Attributes:
         text: The text.
-        spans: Where each token stands in it; empty spans are special tokens.
-        parts: Each token's part.
-        influence: The influence as ranked. The parts' sum differs from it by the store's rounding.
+        spans: Each token's place in the text; special tokens have empty spans.
+        parts: Each token's part of the influence.
+        influence: The influence as ranked. The parts sum to it, but for the store's rounding.
     """
 
     text: str
@@ -88,7 +98,9 @@ class TokenInfluence:
 
     @property
     def pieces(self) -> list[tuple[str, float]]:
-        """The text cut at its tokens, each piece with its part; tokens that share a character share a piece."""
+        """The text cut at its tokens, each piece with its part. Tokens that share a character share
+        a piece.
+        """
         pieces: list[tuple[str, float]] = []
         end = 0
         for span, part in zip(self.spans, self.parts.tolist(), strict=True):
@@ -105,17 +117,17 @@ class TokenInfluence:
 
 
 class Attributor:
-    """An index with its model, ready to be asked.
+    """An index and its model, for one question after another.
 
     Args:
         index: The index.
-        model: The model that was indexed; see `trackstar.workers.made_with.model_of_index`.
-        task: The queries that R_eval and λ are taken from; none is R_train alone.
+        model: The model that was indexed; see `model_of_index`.
+        task: The queries that R_eval and λ are computed from; none is R_train alone.
         mixing: λ; None follows the paper's rule.
-        damping: See `task_correction`.
-        reranked: How many of the best and of the worst candidates' gradients are computed again; None is the codec's
-            `RERANKED`.
-        batch_tokens: Most tokens of a batch, padding included.
+        damping: See `answer_queries`.
+        reranked: Candidates at each end of the store's ranking that are re-ranked by recomputed
+            gradients; None is the codec's `RERANKED`.
+        batch_tokens: Most tokens per batch, padding included.
     """
 
     def __init__(
@@ -141,14 +153,14 @@ class Attributor:
 
     @property
     def correction(self) -> TaskCorrection:
-        """R for the task, inverted; made at the first use, which takes a while at 65,536 dimensions."""
+        """R for the task, inverted. The first use computes it, which takes a while at 65,536 dimensions."""
         if self._correction is None:
             phi = torch.empty(0, self.index.dimensions)
             if self._task:
                 phi, _ = query_gradients(
                     self.index, self.model, self._task, batch_tokens=self._batch_tokens, progress=False
                 )
-            with Progress("R for the task", unit="inverses", shown=False):
+            with Progress("Whitening for the task", unit="inverses", shown=False):
                 self._correction = task_correction(self.index, phi, mixing=self._mixing, damping=self._damping)
         return self._correction
 
@@ -162,8 +174,8 @@ class Attributor:
         example = tokenize_query(query, self.model.tokenizer, window_tokens=self.model.context_tokens)
         correction = self.correction
         phi, losses = query_gradients(self.index, self.model, [query], batch_tokens=self._batch_tokens, progress=False)
-        asked = correction.coordinates(phi)
-        scorer = trackstar_scorer(self.index, asked, correction.whitening, key=correction.key)
+        coordinates = correction.coordinates(phi)
+        scorer = trackstar_scorer(self.index, coordinates, correction.whitening, key=correction.key)
         influences = torch.empty(self.index.rows)
         with Progress("Scan", unit="examples", total=self.index.rows, shown=False) as bar:
             for first, part in scores(self.index, scorer):
@@ -171,56 +183,52 @@ class Attributor:
                 bar.advance(part.shape[1])
         rows, missed = torch.empty(0, dtype=torch.int64), None
         if self._reranked:
-            rows, influences, missed = self._again(scorer, influences)
+            rows, influences, missed = self._reranked_influences(scorer, influences)
         return Attribution(
             query=query,
             example=example,
             loss=float(losses[0]),
             scorer=scorer,
-            query_norm=float(correction.whitening.norms(asked)),
+            query_norm=float(correction.whitening.norms(coordinates)),
             influences=influences,
             reranked=rows,
             missed=missed,
         )
 
-    def _again(self, scorer: Scorer, coarse: Tensor) -> tuple[Tensor, Tensor, float | None]:
-        """The best and worst candidates' influences from new gradients, the others' as expected of their codes."""
-        order = coarse.sort(descending=True, stable=True).indices
-        best = order[: self._reranked]
-        rows = torch.cat([best, order[-self._reranked :]]).unique()
-        exact = ExactScores(self.index, self.model, self._setup(), self.correction, scorer.vectors).of(rows.tolist())[0]
+    def _reranked_influences(self, scorer: Scorer, coarse: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """Rows re-ranked, every candidate's influence, and the estimated chance of a miss.
+
+        The best and worst candidates' influences come from recomputed gradients. The others' are
+        the values to be expected of their codes.
+        """
+        setup = gradient_setup(self.index, self._batch_tokens)
+        scores = ExactScores(self.index, self.model, setup, self.correction, scorer.vectors)
+        k = min(_MISS_ESTIMATE_TOP, self._reranked)
+        ranking = rerank(CoarseRanking.of_scores(coarse[None]), scores, k, reranked=self._reranked)
+        rows = ranking.rows[0].unique()
+        exact = ranking.scores[0][torch.searchsorted(ranking.rows[0], rows)]
         influences = calibration(coarse[rows], exact).expected(coarse)
         influences[rows] = exact
-        left = torch.ones(len(coarse), dtype=torch.bool)
-        left[rows] = False
-        threshold = float(influences[best].topk(min(10, len(best))).values[-1])
-        missed = missed_chance(coarse[best], influences[best], coarse[left], threshold=threshold)
-        return rows, influences, missed
-
-    def _setup(self) -> GradientSetup:
-        return GradientSetup(
-            manifest=self.index.manifest,
-            second_moment=second_moment_of_index(self.index),
-            batch_tokens=self._batch_tokens,
-        )
+        return rows, influences, ranking.missed[0]
 
     def over_candidate(self, attribution: Attribution, row: int) -> TokenInfluence:
-        """A candidate's influence split over the candidate's own tokens.
+        """A candidate's influence, split over the candidate's tokens.
 
         Raises:
-            OptionError: There is no such row.
+            OptionError: The index has no such row.
         """
         example = self._example(row)
         norm = float(self.correction.whitening.norms(self._coordinates(row)))
         return self._split(attribution, row, example, attribution.scorer.vectors * _inverse(norm))
 
     def over_query(self, attribution: Attribution, row: int) -> TokenInfluence:
-        """A candidate's influence split over the tokens of the query's prompt and completion.
+        """A candidate's influence, split over the tokens of the query's prompt and completion.
 
-        Eq. 1 is symmetric: here the candidate's R⁻¹φ_m/‖Wφ_m‖ meets the query's gradient, position by position.
+        Eq. 1 is symmetric: R⁻¹φ_m/‖Wφ_m‖ of the candidate is multiplied by the query's gradient,
+        position by position.
 
         Raises:
-            OptionError: There is no such row.
+            OptionError: The index has no such row.
         """
         self._example(row)
         coordinates = self._coordinates(row)
@@ -229,10 +237,12 @@ class Attributor:
         return self._split(attribution, row, attribution.example, corrected * factor)
 
     def _coordinates(self, row: int) -> Float[Tensor, "1 dimensions"]:
-        """A candidate in the index's coordinates: as stored, or of few bits, from its gradient computed again."""
+        """A candidate in the index's coordinates: as stored, or for a low-bit index from its
+        recomputed gradient.
+        """
         if quantized_bits(self.index.manifest.codec) is None:
             return self.index.some_rows([row]).decode()
-        setup = self._setup()
+        setup = gradient_setup(self.index, self._batch_tokens)
         with projector_of(
             setup.manifest, self.model, setup.second_moment, batch_tokens=setup.batch_tokens
         ) as projector:
@@ -249,10 +259,12 @@ class Attributor:
                 second_moment_of_index(self.index),
                 [example],
                 self.correction.gradient_vectors(vectors),
-                seed=manifest.projection.seed,
-                side=manifest.projection.side,
-                output=manifest.output,
-                kind=manifest.projection.kind,
+                ProjectionSettings(
+                    seed=manifest.projection.seed,
+                    side=manifest.projection.side,
+                    output=manifest.output,
+                    kind=manifest.projection.kind,
+                ),
                 batch_tokens=self._batch_tokens,
                 advance=bar.advance,
             )
@@ -264,21 +276,22 @@ class Attributor:
         )
 
     def training_step(self) -> TrainingStep:
-        """The step that tail-patch makes; made at the first use.
+        """The training step of the tail-patch. The first use prepares it.
 
         Raises:
-            TrackstarError: None can be made; the message says why.
+            TrackstarError: The model has neither optimizer state nor a factored V.
         """
         if self._step is None:
             self._step = training_step(self.model, self.index)
         return self._step
 
     def measure(self, attribution: Attribution, row: int) -> tuple[float, float]:
-        """Tail-patch: the completion's probability before and after one training step on a candidate (paper, §5.2).
+        """Tail-patch: the completion's probability before and after one training step on a
+        candidate (paper, §5.2).
 
         Raises:
-            OptionError: There is no such row.
-            TrackstarError: No step can be made.
+            OptionError: The index has no such row.
+            TrackstarError: The model has neither optimizer state nor a factored V.
         """
         result = tail_patch(
             self.model,
@@ -293,7 +306,7 @@ class Attributor:
 
     def _example(self, row: int) -> TokenizedExample:
         if not 0 <= row < self.index.rows:
-            raise OptionError(f"row {row}: expected a candidate of the index, 0 to {self.index.rows - 1}")
+            raise OptionError(f"`row`: expected a candidate of the index, 0 to {self.index.rows - 1}, found {row}")
         return self.index.example(row).example
 
 
@@ -301,26 +314,28 @@ def _inverse(norm: float) -> float:
     return 1 / norm if norm > 0 else 0.0
 
 
-def has_own_training(model: LanguageModel) -> bool:
-    """Whether the model is a checkpoint of `trackstar pretrain`, whose optimizer state is known."""
+def has_training_state(model: LanguageModel) -> bool:
+    """Whether the model is a checkpoint of `pretrain`, which holds its optimizer state."""
     return model.folder is not None and (Path(model.folder) / STATE_FILE).exists()
 
 
 def training_step(model: LanguageModel, index: Index, learning_rate: float | None = None) -> TrainingStep:
-    """The step that continues the model's own training where its state is there, else a relative step with V.
+    """The next step of the model's own training if its optimizer state is saved, else a relative
+    step with V.
 
     Args:
         model: The model.
-        index: Whose V the relative step takes.
-        learning_rate: Of the relative step; None is `RELATIVE_LEARNING_RATE`.
+        index: The index, for its V.
+        learning_rate: Learning rate of the relative step; None is `RELATIVE_LEARNING_RATE`.
 
     Raises:
-        OptionError: There is neither a training state nor a factored V.
+        OptionError: There is neither optimizer state nor a factored V.
     """
-    if model.folder is not None and has_own_training(model):
+    if model.folder is not None and has_training_state(model):
         return TrainingStep.from_checkpoint(model.folder, model)
     moment = second_moment_of_index(index)
-    # An estimate is of summed losses; an optimizer's V is of the mean losses that a run is trained with.
+    # An estimated V is of summed losses, an optimizer's V of the mean losses that a run is trained
+    # with.
     loss = "sum" if moment.source.startswith("estimated") else "mean"
     return TrainingStep.from_second_moment(
         moment, model, learning_rate=learning_rate or RELATIVE_LEARNING_RATE, loss=loss

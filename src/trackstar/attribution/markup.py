@@ -1,4 +1,6 @@
-"""Untrusted text in HTML, for notebooks and exported pages: nothing in it is markup, what cannot be seen is named."""
+"""Untrusted text in HTML, for notebooks and exported pages: markup is escaped, invisible characters
+are named.
+"""
 
 import html
 import re
@@ -6,22 +8,22 @@ from collections.abc import Sequence
 
 from trackstar.text import shortened
 
-# Characters that move a cursor, turn writing around or cannot be seen.
+# Characters that move a cursor, reverse the writing direction or are invisible.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 def plain(text: str) -> str:
-    """The text as HTML shows it letter by letter, also inside an attribute in quotes."""
-    named = _INVISIBLE.sub(lambda found: f"⟨U+{ord(found.group()):04X}⟩", text)
+    """The text, escaped for HTML and for quoted attributes."""
+    named = _INVISIBLE.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", text)
     return html.escape(named, quote=True)
 
 
-def passages_table(rows: Sequence[tuple[str, float, str, str]], *, most_characters: int = 1000) -> str:
-    """A table of passages for a notebook.
+def candidates_table(rows: Sequence[tuple[str, float, str, str]], *, most_characters: int = 1000) -> str:
+    """A table of candidates for a notebook.
 
     Args:
-        rows: Role, influence, name and text of each.
-        most_characters: Longer texts are cut.
+        rows: Role, influence, name and text of each candidate.
+        most_characters: Length to which longer texts are cut.
     """
     cells = "".join(
         f"<tr><td>{plain(role)}</td><td style='text-align:right;font-variant-numeric:tabular-nums'>{influence:+.4f}"
@@ -33,10 +35,10 @@ def passages_table(rows: Sequence[tuple[str, float, str, str]], *, most_characte
 
 
 def heat_map(pieces: Sequence[tuple[str, float]]) -> str:
-    """A text whose pieces are coloured by influence, blue above zero and orange below, for a notebook.
+    """A text for a notebook, its pieces coloured by influence: blue above zero, orange below.
 
     Args:
-        pieces: Each piece of the text with its influence; pieces without text are left out.
+        pieces: Pieces of the text with their influences; pieces without text are left out.
     """
     strongest = max((abs(influence) for text, influence in pieces if text), default=0.0) or 1.0
     spans = []

@@ -1,18 +1,20 @@
-"""What an answer was asked of: queries, index or stream, task and settings, with digests."""
+"""The question behind an answer, as an audit records it: queries, task, options, and index or
+stream, with digests.
+"""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from trackstar.corpus import Query
+from trackstar.corpus.digests import digest_of_bytes, digest_of_json, digest_of_parts
 from trackstar.store import Index, Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QueriesEntry:
-    """A set of queries: how many, and `queries_digest` of them."""
+    """A set of queries: their number, and their `queries_digest`."""
 
     count: int
     digest: str
@@ -20,17 +22,17 @@ class QueriesEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionEntry:
-    """The options of the question; None is what a rule decided.
+    """The options of a question; None if a rule decided.
 
     Attributes:
-        top: How many proponents and opponents were asked for.
+        top: Number of proponents and of opponents per query (`k`).
         mixing: λ as given.
         damping: Damping as given.
-        reranked: How many were to be ranked again from recomputed gradients.
-        exact: Whether every candidate's gradient was computed.
-        batch_tokens: Most tokens of a batch.
-        task: The queries that R_eval comes from; None where it comes from those that are asked.
-        prompt_field: The field of the queries' file that held the prompt.
+        reranked: Candidates to re-rank by recomputed gradients, as given.
+        exact: Whether every candidate's gradient was recomputed.
+        batch_tokens: Most tokens per batch.
+        task: The queries that R_eval comes from; None if they are the question's own queries.
+        prompt_field: Field of the queries' file that held the prompt.
     """
 
     top: int
@@ -54,7 +56,7 @@ class QuestionEntry:
         reranked: int | None = None,
         exact: bool = False,
     ) -> "QuestionEntry":
-        """The options as they were given."""
+        """The options as given."""
         return cls(
             top=top,
             mixing=None if mixing is None else float(mixing),
@@ -69,14 +71,15 @@ class QuestionEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class IndexEntry:
-    """The index that was asked.
+    """The queried index.
 
     Attributes:
         path: Its folder (descriptive).
-        identity: Its manifest's identity digest, which every shard carries.
-        content: BLAKE2b-256 of its manifest's `completion`: the digests of every shard and of R_train.
-        manifest_file: BLAKE2b-256 of manifest.json's bytes, as `b2sum -l 256` gives it; these say where the model lay,
-            too (descriptive).
+        identity: Identity digest of its manifest, which every shard carries.
+        content: BLAKE2b-256 of its manifest's `completion`: the digests of every shard and of
+            R_train.
+        manifest_file: BLAKE2b-256 of manifest.json's bytes, as `b2sum -l 256` gives it; these say
+            where the model lay, too (descriptive).
         r_train: `tensors_digest` of R_train; None where it is in `made_with.whitening`.
     """
 
@@ -89,13 +92,13 @@ class IndexEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StreamEntry:
-    """A corpus that was gone through without an index.
+    """A corpus that was streamed through the model without an index.
 
     Attributes:
-        second_moment: How V was asked for.
-        second_moment_examples: How many examples V is estimated from, where it is.
-        whitening_examples: How many records R_train was to come from.
-        r_train_examples: How many examples it is the mean of.
+        second_moment: How V was requested.
+        second_moment_examples: Number of examples that V is estimated from, if it is.
+        whitening_examples: Requested number of records for R_train.
+        r_train_examples: Number of examples that R_train is the mean of.
         r_train: `tensors_digest` of R_train under the name `autocorrelation`.
     """
 
@@ -107,16 +110,17 @@ class StreamEntry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What a report's scores were asked for and made with; a report carries it until an audit is written.
+class Provenance:
+    """The question behind a report, and what its scores were computed with. `write_audit` writes it
+    down.
 
     Attributes:
         question: The options.
-        made_with: The index's manifest without its completion. Without an index, that of the float32 index of projected
-            gradients whose scores a pass over the corpus gives.
-        index: The index.
-        stream: The pass over the corpus; exactly one of both is there.
-        device: Where gradients were computed.
+        made_with: The index's manifest without its completion. For a streamed corpus, the manifest
+            of the float32 index of projected gradients that has the same scores.
+        index: The index; None for a streamed corpus.
+        stream: The pass over the corpus; None for an index.
+        device: Device that computed gradients.
     """
 
     question: QuestionEntry
@@ -126,8 +130,10 @@ class Asked:
     device: str
 
     @classmethod
-    def of_index(cls, index: Index, question: QuestionEntry, *, device: str) -> "Asked | None":
-        """A question to an index; None where it is unfinished, and so has no digests yet."""
+    def of_index(cls, index: Index, question: QuestionEntry, *, device: str) -> "Provenance | None":
+        """The provenance of a question to an index; None for an unfinished index, which has no
+        digests yet.
+        """
         manifest = index.manifest
         if manifest.completion is None:
             return None
@@ -138,7 +144,7 @@ class Asked:
                 path=str(index.path),
                 identity=manifest.identity_digest(),
                 content=content_digest(manifest),
-                manifest_file=digest_of_bytes(manifest.to_json().encode("ascii")),
+                manifest_file=digest_of_bytes(manifest.to_json().encode("ascii"), bits=256),
                 r_train=manifest.completion.autocorrelation_digest,
             ),
             stream=None,
@@ -147,25 +153,21 @@ class Asked:
 
 
 def queries_entry(queries: Sequence[Query]) -> QueriesEntry:
-    """How many they are, and their digest."""
+    """Number and digest of queries."""
     return QueriesEntry(count=len(queries), digest=queries_digest(queries))
 
 
 def queries_digest(queries: Iterable[Query]) -> str:
-    """BLAKE2b-256 of one line a query: the JSON list of its name, prompt and completion, in ASCII without spaces."""
-    digest = hashlib.blake2b(digest_size=32)
-    for query in queries:
-        line = json.dumps([query.query_id, query.prompt, query.completion], separators=(",", ":"))
-        digest.update(f"{line}\n".encode("ascii"))
-    return digest.hexdigest()
+    """BLAKE2b-256 of one line per query: the JSON list of its name, prompt and completion, in ASCII
+    without spaces.
+    """
+    lines = (json.dumps([query.query_id, query.prompt, query.completion], separators=(",", ":")) for query in queries)
+    return digest_of_parts((f"{line}\n".encode("ascii") for line in lines), bits=256)
 
 
 def content_digest(manifest: Manifest) -> str:
-    """BLAKE2b-256 of a finished index's `completion` as JSON without spaces: it has the digests of all its files."""
-    assert manifest.completion is not None, "only a finished index is asked"
-    return digest_of_bytes(json.dumps(dataclasses.asdict(manifest.completion), separators=(",", ":")).encode("ascii"))
-
-
-def digest_of_bytes(content: bytes) -> str:
-    """BLAKE2b-256, in hexadecimal."""
-    return hashlib.blake2b(content, digest_size=32).hexdigest()
+    """BLAKE2b-256 of a finished index's `completion`, which holds the digests of its files, as JSON
+    without spaces.
+    """
+    assert manifest.completion is not None, "only a finished index has a content digest"
+    return digest_of_json(dataclasses.asdict(manifest.completion), compact=True, bits=256)

@@ -1,7 +1,8 @@
-"""What a question to an index gives, as data: ranked training examples, and how R was made; as a table and as files.
+"""Results: ranked candidates and the settings behind the scores, as data, as a table and as files.
 
-Results are written as the JSON lines of the paper's public release, so that its viewer reads ours. What the release
-has no field for (λ and both spectra, damping, coverage) goes into one JSON report beside them.
+Result files are the JSON lines of the paper's public release, so that its viewer reads them. One
+JSON report beside them holds what the release has no field for: λ and both spectra, damping,
+coverage.
 """
 
 import contextlib
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trackstar.attribution.markup import passages_table, plain
-from trackstar.attribution.question import Asked
+from trackstar.attribution.markup import candidates_table, plain
+from trackstar.attribution.question import Provenance
 from trackstar.corpus import Query
 from trackstar.curvature.mixing import Mixing
 from trackstar.errors import OptionError
@@ -24,7 +25,7 @@ from trackstar.store import is_url
 if TYPE_CHECKING:
     import pandas as pd
 
-# Fields of a query's own line that the release's results carry on (design.md, §5).
+# Fields of a query's line that the release's result lines repeat.
 _CARRIED_FIELDS = (
     "fact_id",
     "relation",
@@ -49,9 +50,9 @@ class Ranked:
 
     Attributes:
         row: Its row in the index.
-        example_id: Its name; that of a window of a long document.
+        example_id: Its name; for a window of a long document, the window's name.
         parent_id: The document's name.
-        influence: Eq. 1's value, from -1 to 1.
+        influence: Its influence (Eq. 1), from -1 to 1.
         text: Its text.
     """
 
@@ -64,15 +65,15 @@ class Ranked:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QueryResult:
-    """A query and the training examples that moved the model towards its completion, or away from it.
+    """A query, and the candidates that moved the model towards its completion or away from it.
 
     Attributes:
         query: The query.
-        loss: The sum of the completion's tokens' cross-entropies, in nats.
+        loss: Sum of the cross-entropies of the completion's tokens, in nats.
         proponents: The most positive candidates, descending.
         opponents: The most negative candidates, ascending.
-        missed: Where candidates were ranked again from recomputed gradients, the estimated chance that one of the true
-            proponents is not among them; None where nothing can be said, or nothing was ranked again.
+        missed: Estimated chance that a true proponent was not re-ranked; None if there is no
+            estimate, or nothing was re-ranked.
     """
 
     query: Query
@@ -87,14 +88,18 @@ class QueryResult:
         return math.exp(-self.loss)
 
     def _repr_html_(self) -> str:
-        """The result as a notebook shows it; texts are untrusted, and shown as text."""
+        """The result for a notebook. Texts are untrusted and shown as text."""
         lists = (("proponent", self.proponents), ("opponent", self.opponents))
-        rows = [(role, one.influence, one.example_id, one.text) for role, ranking in lists for one in ranking]
-        asked = f"{plain(self.query.prompt)} <b>{plain(self.query.completion)}</b>"
-        return f"<p dir='auto'>{asked} &emsp; P = {self.probability:.2%}</p>{passages_table(rows)}"
+        rows = [
+            (role, candidate.influence, candidate.example_id, candidate.text)
+            for role, ranking in lists
+            for candidate in ranking
+        ]
+        question = f"{plain(self.query.prompt)} <b>{plain(self.query.completion)}</b>"
+        return f"<p dir='auto'>{question} &emsp; P = {self.probability:.2%}</p>{candidates_table(rows)}"
 
     def to_release(self, query_set: str) -> dict[str, object]:
-        """One line of the public release's result files, field for field; a query's own further fields follow."""
+        """One line of the release's result files, field for field, and the query's further fields."""
         record = self.query.record
         return {
             "example_id": self.query.query_id,
@@ -113,23 +118,23 @@ class QueryResult:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QueryReport:
-    """Every query's result, and what the scores were made with.
+    """Every query's result, and the settings behind the scores.
 
     Attributes:
-        results: One a query, in the queries' order.
+        results: One per query, in the queries' order.
         mixing: λ, the rule that gave it, both spectra and their ranks.
-        damping: Fraction of each block's mean eigenvalue that was added to R.
-        damping_rule: In words, where the damping comes from.
-        candidates: How many training examples were ranked.
-        codec: How the index stores them; `none` where no index was asked.
-        reranked: How many of each query's best and worst candidates were ranked again from recomputed gradients; all
-            of them in an exact pass.
-        recomputed: How many candidates' gradients that took, over all queries.
-        index: The index's folder, or the corpus that was gone through without one.
-        model: Where the model was loaded from.
-        coverage: Which weight matrices the gradients are of, and what share of the parameters they are.
-        second_moment: Where V comes from.
-        asked: The options and digests that an audit is written from; None where nobody kept them.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block.
+        damping_rule: The source of the damping, in words.
+        candidates: Number of candidates.
+        codec: The index's codec; `none` for a streamed corpus.
+        reranked: Candidates per query, at each end of the store's ranking, that were re-ranked; all
+            candidates in an exact pass.
+        recomputed: Number of candidates whose gradients were recomputed, over all queries.
+        index: The index's folder, or the streamed corpus.
+        model: Path or name that the model was loaded from.
+        coverage: The weight matrices that gradients are of, and their share of the parameters.
+        second_moment: The source of V.
+        provenance: The options and digests that `write_audit` writes; None for an unfinished index.
     """
 
     results: tuple[QueryResult, ...]
@@ -144,17 +149,19 @@ class QueryReport:
     model: str
     coverage: str
     second_moment: str
-    asked: Asked | None = None
+    provenance: Provenance | None = None
 
     def _repr_html_(self) -> str:
-        """What the scores were made with and the first ten results, as a notebook shows them."""
-        made = "<br>".join(plain(line) for line in self.summary())
+        """The settings and the first ten results, for a notebook."""
+        settings = "<br>".join(plain(line) for line in self.summary())
         shown = "".join(result._repr_html_() for result in self.results[:10])
         more = f"<p>and {len(self.results) - 10:,} more</p>" if len(self.results) > 10 else ""
-        return f"<details><summary>{len(self.results):,} queries</summary>{made}</details>{shown}{more}"
+        return f"<details><summary>{len(self.results):,} queries</summary>{settings}</details>{shown}{more}"
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a ranked candidate: query, role (`proponent` or `opponent`), rank from 1, influence, text."""
+        """One row per ranked candidate: query, role (`proponent` or `opponent`), rank from 1,
+        influence, text.
+        """
         import pandas as pd
 
         queries = ["query_id", "prompt", "completion", "loss", "probability"]
@@ -181,46 +188,49 @@ class QueryReport:
         return pd.DataFrame(rows, columns=[*queries, *candidates])
 
     def summary(self) -> list[str]:
-        """What the scores were made with, in lines for people."""
+        """The settings behind the scores, one per line."""
         mixing = self.mixing
         lines = [
             f"{'corpus' if self.codec == 'none' else 'index'}: {self.index}, {self.candidates:,} candidates",
             self._ranking(),
             f"gradients of {self.coverage}",
             f"V: {self.second_moment}",
-            f"λ = {mixing.value:.4f} ({mixing.rule})",
+            f"weight of the task's queries in the correction: λ = {mixing.value:.4f} ({mixing.rule})",
         ]
         if mixing.rank:
             lines.append(
-                f"  R_eval of {mixing.queries:,} queries: rank over all blocks {mixing.evaluation_rank:,}, singular "
+                f"  R_eval, from {mixing.queries:,} queries: rank {mixing.evaluation_rank:,} over all blocks, singular "
                 f"values {_spread(mixing.evaluation_spectrum)}, {mixing.evaluation_value:.3g} at rank {mixing.rank:,}"
             )
             lines.append(
-                f"  R_train: rank over all blocks {mixing.train_rank:,}, singular values "
+                f"  R_train: rank {mixing.train_rank:,} over all blocks, singular values "
                 f"{_spread(mixing.train_spectrum)}, {mixing.train_value:.3g} at rank {mixing.rank:,}"
             )
         lines.append(f"damping {self.damping:.4g} ({self.damping_rule})")
         return lines
 
     def _ranking(self) -> str:
-        """How the ranking came about, and how likely it is not to be the exact one."""
+        """How candidates were ranked, and the chance that the ranking misses a true proponent."""
         if self.reranked == self.candidates:
-            return "ranking: exact, from every candidate's gradient computed for it"
+            return "ranking: exact, by the recomputed gradient of every candidate"
         if not self.reranked:
             return f"ranking: by the {self.codec} store"
         line = (
-            f"ranking: the {self.reranked:,} best and worst by the {self.codec} store, again from recomputed gradients "
-            f"(of {self.recomputed:,} examples)"
+            f"ranking: the {self.reranked:,} best and worst by the {self.codec} store, re-ranked by recomputed "
+            f"gradients (of {self.recomputed:,} examples)"
         )
-        known = sorted(result.missed for result in self.results if result.missed is not None)
-        if known:
-            middle, most = known[len(known) // 2], known[-1]
-            line += f"; estimated chance that a true proponent is missing {middle:.2g}"
-            line += f" (median; at most {most:.2g}); --exact checks it" if len(known) > 1 else "; --exact checks it"
+        chances = sorted(result.missed for result in self.results if result.missed is not None)
+        if chances:
+            median, most = chances[len(chances) // 2], chances[-1]
+            line += f"; estimated chance that a true proponent is missing: {median:.2g}"
+            line += f" (median; at most {most:.2g})" if len(chances) > 1 else ""
+            line += "; `exact=True` ranks without misses"
         return line
 
     def to_json(self) -> dict[str, Any]:
-        """All that the release's lines do not say: λ and both spectra, ranks, damping, coverage, losses."""
+        """What the release's lines have no field for: λ and both spectra, ranks, damping, coverage,
+        losses.
+        """
         return {
             "index": self.index,
             "model": self.model,
@@ -241,15 +251,16 @@ class QueryReport:
 
 
 def release_lines(report: QueryReport, *, query_set: str) -> list[str]:
-    """Every result as a line of JSON in the release's format."""
+    """Each result as one JSON line in the release's format."""
     return [json.dumps(result.to_release(query_set), ensure_ascii=False) for result in report.results]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """See before long work whether its results can be written there; what is there is left alone.
+    """Raise if results cannot be written to a path, before long work. An existing file is left as
+    it is.
 
     Raises:
-        OptionError: They cannot.
+        OptionError: The path is not writable.
     """
     _refuse_url(path)
     target = Path(path)
@@ -263,20 +274,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def write_results(
     report: QueryReport, path: str | os.PathLike[str], *, query_set: str = "queries"
 ) -> tuple[Path, Path]:
-    """Write results as the release's JSON lines, and beside them the report that says how they were made.
+    """Write results as the release's JSON lines, and beside them a report of the settings.
 
-    Both files are there whole or not at all.
+    Each file appears whole or not at all.
 
     Args:
-        report: What `answer_queries` gave.
-        path: Where the lines go; the report goes beside it as `STEM.report.json`.
+        report: A report of `answer_queries` or `stream_queries`.
+        path: File of the result lines; the report is written beside it as `STEM.report.json`.
         query_set: The release's name for the set of queries.
 
     Returns:
-        The paths of both.
+        The paths of the result lines and of the report.
 
     Raises:
-        OptionError: They cannot be written.
+        OptionError: The files cannot be written.
     """
     _refuse_url(path)
     lines = Path(path)
@@ -288,14 +299,14 @@ def write_results(
 
 def _refuse_url(path: object) -> None:
     if is_url(path):
-        raise OptionError(f"{path}: a URL, expected a file of this machine: only indexes can be written elsewhere")
+        raise OptionError(f"{path}: expected a file of this machine, found a URL; only indexes can be remote")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; the folders above it are made.
+    """Write a file, which appears whole or not at all, and create the folders above it.
 
     Raises:
-        OptionError: It cannot be written; what was there before is kept.
+        OptionError: The file cannot be written; an earlier file of that name is kept.
     """
     with _writing(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -304,7 +315,7 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """A name beside `path`, of which nothing is left if the block fails."""
+    """A partial file beside `path`, removed if the block fails."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,10 +324,11 @@ def _writing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise OptionError(
-            f"{path}: results cannot be written ({error.strerror or error}); make the place writable, or choose another"
+            f"{path}: results cannot be written ({error.strerror or error}); make the folder writable, or choose "
+            "another"
         ) from error
 
 
 def _spread(spectrum: tuple[float, ...]) -> str:
-    """The largest and smallest value kept."""
+    """The largest and the smallest singular value listed."""
     return f"{spectrum[0]:.3g} to {spectrum[-1]:.3g}" if spectrum else "not computed"

@@ -1,44 +1,54 @@
-"""Queries answered without any index: the corpus goes through the model once, against all queries at the same time.
+"""Answers without an index: the corpus streams through the model once, against all queries at the
+same time.
 
-R_train comes from a sample of the corpus. Nothing is stored of a candidate but what is among the first k of some query;
-that and the place reached are kept beside the results now and then, so that an interrupted run goes on from there.
+R_train comes from a sample of the corpus. Of the candidates only those among the first k of some
+query are kept. They and the position in the corpus are saved beside the results about once a
+minute, so that an interrupted run resumes.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trackstar.attribution.question import Asked, QuestionEntry, StreamEntry
+from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked, replace_text
-from trackstar.choices import Output
+from trackstar.choices import Dtype, Output, SecondMomentKind
 from trackstar.corpus import Corpus, Query, TokenizedExample, open_corpus, tokenize_examples, tokenize_query
+from trackstar.corpus.digests import digest_of_fields
 from trackstar.curvature.autocorrelation import Autocorrelation, check_autocorrelation_size
 from trackstar.curvature.mixing import spectrum_of_autocorrelation
-from trackstar.curvature.task import choose_mixing, mixed_correction
-from trackstar.errors import CorpusError, OptionError
+from trackstar.curvature.task import TaskCorrection, choose_mixing, mixed_correction
+from trackstar.errors import CorpusError, OptionError, check_at_least, check_damping, check_mixing
 from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.groups import CorpusPosition, tokenized_windows
-from trackstar.indexing.provenance import make_manifest
-from trackstar.indexing.settings import check_positive, chosen_second_moment, chosen_windows
+from trackstar.indexing.provenance import make_manifest, windows_entry
+from trackstar.indexing.second_moment import second_moment_for
+from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.retrieval.reranking import influences
 from trackstar.retrieval.scoring import unit_queries
-from trackstar.retrieval.top_candidates import best_of
-from trackstar.store import Manifest, WindowsEntry, tensors_digest
+from trackstar.retrieval.top_candidates import RunningTop, TopCandidates
+from trackstar.store import WindowsEntry, tensors_digest
+from trackstar.workers.setups import GradientSetup
 
 _EXAMPLES_AT_ONCE = 256
-_KEEP_EVERY = 60.0
+_SAVE_EVERY = 60.0
+
+WHITENING_EXAMPLES = 4096
+"""Records that R_train is computed from by default; their gradients are computed twice."""
+
+_DEFAULT = IndexSettings()
 
 
 def stream_queries(
@@ -53,135 +63,146 @@ def stream_queries(
     text_field: str = "text",
     id_field: str | None = None,
     limit: int | None = None,
-    window_tokens: int | None = None,
-    overlap: int = 1,
-    second_moment: str | Path | SecondMoment = "auto",
-    second_moment_kind: Literal["factored", "elementwise"] = "factored",
-    second_moment_examples: int = 256,
-    whitening_examples: int = 4096,
-    side: int = 64,
-    seed: int = 0,
-    output: Output = "loss",
-    dtype: str = "float32",
+    window_tokens: int | None = _DEFAULT.window_tokens,
+    overlap: int = _DEFAULT.overlap,
+    second_moment: str | Path | SecondMoment = _DEFAULT.second_moment,
+    second_moment_kind: SecondMomentKind = _DEFAULT.second_moment_kind,
+    second_moment_examples: int = _DEFAULT.second_moment_examples,
+    whitening_examples: int = WHITENING_EXAMPLES,
+    side: int = _DEFAULT.side,
+    seed: int = _DEFAULT.seed,
+    output: Output = _DEFAULT.output,
+    dtype: Dtype = "float32",
     device: str = "cpu",
-    batch_tokens: int = 2048,
+    batch_tokens: int = _DEFAULT.batch_tokens,
     kept: str | Path | None = None,
     progress: bool = True,
 ) -> QueryReport:
-    """Rank a corpus's examples by their influence on each query (Eq. 1-3), exactly and without an index.
+    """Rank a corpus's examples by their influence on each query, exactly and without an index (Eq.
+    1-3).
 
     Args:
-        model: A loaded model, or where to load one from.
+        model: A loaded model, or the folder, hub name or `.gguf` file to load one from.
         data: The corpus; see `open_corpus`.
-        queries: What to explain.
-        k: How many proponents and opponents to give.
+        queries: The prompts and completions to attribute.
+        k: Number of proponents and of opponents per query.
         mixing: See `answer_queries`.
         damping: See `answer_queries`.
         task: See `answer_queries`.
-        text_field: The field that holds the text.
-        id_field: The field that names an example; None finds it.
+        text_field: Field that holds the text.
+        id_field: Field that names an example; None searches for one.
         limit: Most records to read.
-        window_tokens: See `build_index`.
-        overlap: See `build_index`.
-        second_moment: V; see `build_index`.
-        second_moment_kind: See `build_index`.
-        second_moment_examples: See `build_index`.
-        whitening_examples: How many records R_train comes from, drawn with `seed`; their gradients are computed twice.
-        side: √d, rows and columns of a block of φ.
-        seed: Of the projections and samples.
-        output: What is differentiated.
-        dtype: Of the gradients' computation.
-        device: Where gradients are computed.
-        batch_tokens: Most tokens of a batch, padding included.
-        kept: A file that what has been found is kept in, so that the same call goes on from there; it stays, also at
-            the end, for the caller to remove once the results are safe. None keeps nothing.
-        progress: Whether progress is shown where stderr is a terminal.
+        window_tokens: See `IndexSettings`.
+        overlap: See `IndexSettings`.
+        second_moment: See `IndexSettings`.
+        second_moment_kind: See `IndexSettings`.
+        second_moment_examples: See `IndexSettings`.
+        whitening_examples: Records that R_train is computed from, drawn with `seed`; their
+            gradients are computed twice.
+        side: See `IndexSettings`.
+        seed: See `IndexSettings`.
+        output: See `IndexSettings`.
+        dtype: Number format of the gradient computation, `float32` or `bfloat16`.
+        device: Device that computes gradients.
+        batch_tokens: See `IndexSettings`.
+        kept: File for partial results, from which the same call resumes. It is left in place at the
+            end, for the caller to remove once the results are safe. None saves nothing.
+        progress: Whether progress is shown if stderr is a terminal.
 
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
     if not queries:
-        raise OptionError("queries: found none, expected one or more")
-    for option, value in (
-        ("--top", k),
-        ("--side", side),
-        ("--whitening-examples", whitening_examples),
-        ("--second-moment-examples", second_moment_examples),
-    ):
-        check_positive(option, value)
-    if not isinstance(model, LanguageModel):
-        model = load_model(model, dtype=dtype, device=device)
-    check_autocorrelation_size(len(model.blocks), side, model.device)
-    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
-    windows = chosen_windows(model, window_tokens=window_tokens, overlap=overlap, batch_tokens=batch_tokens)
-    with Progress("R_train", unit="examples", shown=progress) as bar:
-        moment = chosen_second_moment(
-            second_moment, model, corpus, windows, kind=second_moment_kind, examples=second_moment_examples, seed=seed,
-            batch_tokens=batch_tokens, out=None, note=bar.note,
-        )  # fmt: skip
-        with GradientProjector(
-            model, moment, seed=seed, side=side, batch_tokens=batch_tokens, note=bar.note, output=output
-        ) as projector:
-            sample = tokenize_examples(
-                corpus.sample(whitening_examples, seed), model.tokenizer, window_tokens=windows.tokens, overlap=overlap
-            )
-            r_train, examples = _autocorrelation(projector, model, side, itertools.chain.from_iterable(sample), bar)
-            asked, losses = projected(projector, _tokenized(queries, model))
-            about = asked if task is None else projected(projector, _tokenized(task, model))[0]
-    if not examples:
-        raise CorpusError(f"{corpus.name}: no record of it has a token to score, expected texts of two tokens or more")
-    blocks = len(model.blocks)
-    chosen = choose_mixing(about, lambda: spectrum_of_autocorrelation(r_train), blocks=blocks, given=mixing)
-    names = [block.name for block in model.blocks]
-    correction = mixed_correction(r_train, examples, about, chosen, damping=damping, names=names, made_of="")
-    vectors = unit_queries(asked, correction.whitening)
-    made_with = make_manifest(
-        model, corpus, windows, moment, seed=seed, side=side, codec="float32", shard_examples=1, output=output
-    )
-    found = _Found(k, None if kept is None else Path(kept), _digest(vectors, made_with, k))
-    with (
-        Progress("Streaming", unit="examples", shown=progress) as bar,
-        GradientProjector(
-            model, moment, seed=seed, side=side, batch_tokens=batch_tokens, note=bar.note, output=output
-        ) as projector,
-    ):
-        bar.advance(found.rows)
-        for part, position in _parts(corpus, model, found.position, windows):
-            phi, _ = projected(projector, part, bar.advance)
-            found.add(influences(correction, vectors, phi), part, position)
-        found.keep()
-    results = tuple(
-        QueryResult(query=query, loss=float(losses[number]), proponents=proponents, opponents=opponents)
-        for number, query in enumerate(queries)
-        for proponents, opponents in [found.ranking(number)]
-    )
-    stream = StreamEntry(
-        second_moment=_how(second_moment),
+        raise OptionError("`queries`: expected one or more, found none")
+    check_at_least("k", k)
+    check_mixing(mixing)
+    check_damping(damping)
+    settings = IndexSettings(
+        window_tokens=window_tokens,
+        overlap=overlap,
+        second_moment=second_moment,
+        second_moment_kind=second_moment_kind,
         second_moment_examples=second_moment_examples,
         whitening_examples=whitening_examples,
-        r_train_examples=examples,
-        r_train=tensors_digest({"autocorrelation": r_train}),
+        side=side,
+        seed=seed,
+        output=output,
+        batch_tokens=batch_tokens,
+        codec="float32",
+        shard_examples=1,
     )
-    return QueryReport(
-        results=results,
-        mixing=correction.mixing,
-        damping=correction.damping,
-        damping_rule=correction.damping_rule,
-        candidates=found.rows,
-        codec="none",
-        reranked=found.rows,
-        recomputed=found.rows,
-        index=corpus.name,
-        model=model.source,
-        coverage=str(model.coverage),
-        second_moment=f"{moment.kind}, {moment.source}",
-        asked=Asked(
-            question=QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens),
-            made_with=made_with,
-            index=None,
-            stream=stream,
-            device=str(model.device),
-        ),
+    if not isinstance(model, LanguageModel):
+        model = load_model(model, dtype=dtype, device=device)
+    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
+    question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
+    stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
+    ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
+    _pass_over(corpus, model, stream, ranking, progress=progress)
+    return _report(stream, model, corpus, queries, ranking, settings, question)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Stream:
+    """What the pass over a corpus is computed with.
+
+    Attributes:
+        setup: How φ is computed.
+        correction: The correction for the task.
+        vectors: The queries' vectors.
+        losses: Losses of the queries' completions, in nats.
+        r_train_examples: Number of examples that R_train is the mean of.
+        r_train_digest: `tensors_digest` of R_train.
+    """
+
+    setup: GradientSetup
+    correction: TaskCorrection
+    vectors: Float[Tensor, "queries dimensions"]
+    losses: tuple[float, ...]
+    r_train_examples: int
+    r_train_digest: str
+
+    def digest(self, k: int) -> str:
+        """Digest of the question; a run resumes from the partial results of the same question only."""
+        manifest = self.setup.manifest
+        source = f"{manifest.corpora[0].digest} {manifest.model.digest} {k}"
+        return digest_of_fields(self.vectors.contiguous().numpy().tobytes(), source.encode())
+
+
+def _prepared(
+    model: LanguageModel,
+    corpus: Corpus,
+    queries: Sequence[Query],
+    task: Sequence[Query] | None,
+    settings: IndexSettings,
+    question: QuestionEntry,
+    *,
+    progress: bool,
+) -> _Stream:
+    """Compute V, R_train, the queries' gradients and the correction for the task."""
+    check_autocorrelation_size(len(model.blocks), settings.side, model.device)
+    windows = windows_entry(model, settings)
+    with Progress("R_train", unit="examples", shown=progress) as bar:
+        moment = second_moment_for(settings, model, corpus, windows, out=None, note=bar.note)
+        manifest = make_manifest(model, corpus, moment, settings)
+        setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=settings.batch_tokens)
+        with setup.opened(model, bar.note) as projector:
+            r_train, examples = _autocorrelation(projector, model, corpus, windows, settings, bar)
+            phi, losses = projected(projector, _tokenized(queries, model))
+            task_phi = phi if task is None else projected(projector, _tokenized(task, model))[0]
+    mixing = choose_mixing(
+        task_phi, lambda: spectrum_of_autocorrelation(r_train), blocks=len(model.blocks), given=question.mixing
+    )
+    correction = mixed_correction(
+        r_train, examples, task_phi, mixing,
+        damping=question.damping, names=[block.name for block in model.blocks], source="",
+    )  # fmt: skip
+    return _Stream(
+        setup=setup,
+        correction=correction,
+        vectors=unit_queries(phi, correction.whitening),
+        losses=tuple(losses.tolist()),
+        r_train_examples=examples,
+        r_train_digest=tensors_digest({"autocorrelation": r_train}),
     )
 
 
@@ -190,119 +211,194 @@ def _tokenized(queries: Sequence[Query], model: LanguageModel) -> list[Tokenized
 
 
 def _autocorrelation(
-    projector: GradientProjector, model: LanguageModel, side: int, examples: Iterator[TokenizedExample], bar: Progress
+    projector: GradientProjector,
+    model: LanguageModel,
+    corpus: Corpus,
+    windows: WindowsEntry,
+    settings: IndexSettings,
+    bar: Progress,
 ) -> tuple[Float[Tensor, "blocks dim dim"], int]:
-    """R_train of the examples, and how many they are."""
-    sums = Autocorrelation(len(model.blocks), side**2, device=model.device)
+    """R_train of a sample of the corpus, and the number of its examples.
+
+    Raises:
+        CorpusError: No record of the sample has a token to score.
+    """
+    drawn = corpus.sample(settings.whitening_examples, settings.seed)
+    sample = tokenize_examples(drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap)
+    examples = itertools.chain.from_iterable(sample)
+    sums = Autocorrelation(len(model.blocks), settings.side**2, device=model.device)
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
         sums.add(projected(projector, part, bar.advance)[0])
-    return (sums.mean().cpu() if sums.examples else torch.zeros(0, side**2, side**2)), sums.examples
+    if not sums.examples:
+        raise CorpusError(f"{corpus.name}: no record of it has a token to score, expected texts of two tokens or more")
+    return sums.mean().cpu(), sums.examples
+
+
+def _pass_over(
+    corpus: Corpus, model: LanguageModel, stream: _Stream, ranking: "_PartialRanking", *, progress: bool
+) -> None:
+    """Add the influences of all candidates that the ranking does not hold yet."""
+    with (
+        Progress("Streaming", unit="examples", shown=progress) as bar,
+        stream.setup.opened(model, bar.note) as projector,
+    ):
+        bar.advance(ranking.rows)
+        for part, position in _parts(corpus, model, ranking.position, stream.setup.manifest.windows):
+            phi, _ = projected(projector, part, bar.advance)
+            ranking.add(influences(stream.correction, stream.vectors, phi), part, position)
+        ranking.save()
 
 
 def _parts(
     corpus: Corpus, model: LanguageModel, start: CorpusPosition, windows: WindowsEntry
 ) -> Iterator[tuple[list[TokenizedExample], CorpusPosition]]:
-    """Some hundred windows at a time, with the place after them."""
-    held: list[TokenizedExample] = []
+    """Some hundred windows at a time, with the position after them."""
+    part: list[TokenizedExample] = []
     position = start
     for window, position in tokenized_windows(
         corpus, model, start, window_tokens=windows.tokens, overlap=windows.overlap
     ):
         if window is not None:
-            held.append(window)
-        if len(held) == _EXAMPLES_AT_ONCE:
-            yield held, position
-            held = []
-    if held:
-        yield held, position
+            part.append(window)
+        if len(part) == _EXAMPLES_AT_ONCE:
+            yield part, position
+            part = []
+    if part:
+        yield part, position
 
 
-def _how(second_moment: str | Path | SecondMoment) -> Literal["auto", "estimate", "none", "given"]:
-    """How V was asked for."""
+def _report(
+    stream: _Stream,
+    model: LanguageModel,
+    corpus: Corpus,
+    queries: Sequence[Query],
+    ranking: "_PartialRanking",
+    settings: IndexSettings,
+    question: QuestionEntry,
+) -> QueryReport:
+    """The report on queries to a streamed corpus."""
+    results = tuple(
+        QueryResult(query=query, loss=stream.losses[number], proponents=proponents, opponents=opponents)
+        for number, query in enumerate(queries)
+        for proponents, opponents in [ranking.ranked(number)]
+    )
+    entry = StreamEntry(
+        second_moment=_requested_moment(settings.second_moment),
+        second_moment_examples=settings.second_moment_examples,
+        whitening_examples=settings.whitening_examples,
+        r_train_examples=stream.r_train_examples,
+        r_train=stream.r_train_digest,
+    )
+    moment = stream.setup.second_moment
+    return QueryReport(
+        results=results,
+        mixing=stream.correction.mixing,
+        damping=stream.correction.damping,
+        damping_rule=stream.correction.damping_rule,
+        candidates=ranking.rows,
+        codec="none",
+        reranked=ranking.rows,
+        recomputed=ranking.rows,
+        index=corpus.name,
+        model=model.source,
+        coverage=str(model.coverage),
+        second_moment=f"{moment.kind}, {moment.source}",
+        provenance=Provenance(
+            question=question,
+            made_with=stream.setup.manifest,
+            index=None,
+            stream=entry,
+            device=str(model.device),
+        ),
+    )
+
+
+def _requested_moment(second_moment: str | Path | SecondMoment) -> Literal["auto", "estimate", "none", "given"]:
+    """How V was requested, for an audit."""
     return second_moment if second_moment in ("auto", "estimate", "none") else "given"  # pyright: ignore[reportReturnType]
 
 
-def _digest(vectors: Tensor, made_with: Manifest, k: int) -> str:
-    """Names a question: two runs of the same go on from one another."""
-    of = f"{made_with.corpora[0].digest} {made_with.model.digest} {k}"
-    parts = [vectors.contiguous().numpy().tobytes(), of.encode()]
-    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
+@final
+class _PartialRanking:
+    """The first k and last k so far, their texts, and the position in the corpus; saved about once
+    a minute.
 
-
-class _Found:
-    """The first k and last k so far, with their texts, and the place reached; kept in a file now and then."""
+    Args:
+        k: Candidates per query at each end.
+        file: The file; None saves nothing.
+        digest: Digest of the question. A file with another digest is not read.
+    """
 
     def __init__(self, k: int, file: Path | None, digest: str) -> None:
-        self._k = k
         self._file = file
         self._digest = digest
-        self._best: tuple[Tensor, Tensor] | None = None
-        self._worst: tuple[Tensor, Tensor] | None = None
+        self._running = RunningTop(k)
         self._texts: dict[int, tuple[str, str, str]] = {}
         self._saved = time.monotonic()
         self.rows = 0
         self.position = CorpusPosition(record=0, window=0, skipped=0)
-        self._take_up()
+        if file is not None and file.exists():
+            # A file that is incomplete, or of another question, is ignored.
+            with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+                self._load(k, json.loads(file.read_text(encoding="utf-8")))
 
     def add(
         self, scores: Float[Tensor, "queries rows"], examples: Sequence[TokenizedExample], position: CorpusPosition
     ) -> None:
-        """Take in the next candidates."""
+        """Add the next candidates."""
         rows = torch.arange(self.rows, self.rows + len(examples))
-        self._best = best_of(scores, rows, self._k, before=self._best)
-        self._worst = best_of(-scores, rows, self._k, before=self._worst)
+        self._running.add(scores, rows)
         for row, example in zip(rows.tolist(), examples, strict=True):
             self._texts[row] = (example.example_id, example.parent_id, example.text)
-        shown = {row for part in (self._best, self._worst) for row in part[1].flatten().tolist()}
-        self._texts = {row: self._texts[row] for row in self._texts if row in shown}
+        top = self._running.top
+        ranked = {row for ends in (top.proponents, top.opponents) for row in ends.flatten().tolist()}
+        self._texts = {row: self._texts[row] for row in self._texts if row in ranked}
         self.rows += len(examples)
         self.position = position
-        if time.monotonic() - self._saved > _KEEP_EVERY:
-            self.keep()
+        if time.monotonic() - self._saved > _SAVE_EVERY:
+            self.save()
 
-    def ranking(self, query: int) -> tuple[tuple[Ranked, ...], tuple[Ranked, ...]]:
+    def ranked(self, query: int) -> tuple[tuple[Ranked, ...], tuple[Ranked, ...]]:
         """A query's proponents and opponents."""
-        assert self._best is not None, "a corpus has at least one example"
-        assert self._worst is not None, "a corpus has at least one example"
-        return self._ranked(self._best, query, 1.0), self._ranked(self._worst, query, -1.0)
+        top = self._running.top
+        return (
+            self._ranked(top.proponents[query], top.proponent_scores[query]),
+            self._ranked(top.opponents[query], top.opponent_scores[query]),
+        )
 
-    def _ranked(self, part: tuple[Tensor, Tensor], query: int, sign: float) -> tuple[Ranked, ...]:
+    def _ranked(self, rows: Tensor, scores: Tensor) -> tuple[Ranked, ...]:
         ranked = []
-        for score, row in zip(part[0][query].tolist(), part[1][query].tolist(), strict=True):
+        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
             name, parent, text = self._texts[row]
-            ranked.append(Ranked(row=row, example_id=name, parent_id=parent, influence=sign * score, text=text))
+            ranked.append(Ranked(row=row, example_id=name, parent_id=parent, influence=score, text=text))
         return tuple(ranked)
 
-    def keep(self) -> None:
-        """Write the file, where there is to be one."""
+    def save(self) -> None:
+        """Write the file, if there is one."""
         if self._file is None:
             return
-        assert self._best is not None, "kept after something was added"
-        assert self._worst is not None, "kept after something was added"
+        top = self._running.top
         content = {
             "question": self._digest,
             "rows": self.rows,
             "position": dataclasses.asdict(self.position),
-            "best": [part.tolist() for part in self._best],
-            "worst": [part.tolist() for part in self._worst],
-            "texts": {str(row): said for row, said in self._texts.items()},
+            "best": [top.proponent_scores.tolist(), top.proponents.tolist()],
+            "worst": [(-top.opponent_scores).tolist(), top.opponents.tolist()],
+            "texts": {str(row): text for row, text in self._texts.items()},
         }
         replace_text(self._file, json.dumps(content))
         self._saved = time.monotonic()
 
-    def _take_up(self) -> None:
-        if self._file is None or not self._file.exists():
+    def _load(self, k: int, content: dict[str, object]) -> None:
+        saved: dict = content  # pyright: ignore[reportMissingTypeArgument] - checked by use; any error ignores the file
+        if saved["question"] != self._digest:
             return
-        try:
-            content = json.loads(self._file.read_text(encoding="utf-8"))
-            if content["question"] != self._digest:
-                return
-            best, worst = (
-                (torch.tensor(content[name][0]), torch.tensor(content[name][1])) for name in ("best", "worst")
-            )
-            texts = {int(row): (said[0], said[1], said[2]) for row, said in content["texts"].items()}
-            position = CorpusPosition(**content["position"])
-            rows = int(content["rows"])
-        except (ValueError, LookupError, TypeError, OSError):
-            return  # not whole, or not ours: begin anew
-        self._best, self._worst, self._texts, self.position, self.rows = best, worst, texts, position, rows
+        top = TopCandidates(
+            proponents=torch.tensor(saved["best"][1]),
+            proponent_scores=torch.tensor(saved["best"][0]),
+            opponents=torch.tensor(saved["worst"][1]),
+            opponent_scores=-torch.tensor(saved["worst"][0]),
+        )
+        texts = {int(row): (text[0], text[1], text[2]) for row, text in saved["texts"].items()}
+        position, rows = CorpusPosition(**saved["position"]), int(saved["rows"])
+        self._running, self._texts, self.position, self.rows = RunningTop(k, top), texts, position, rows

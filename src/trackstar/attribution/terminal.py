@@ -1,4 +1,4 @@
-"""Results for people at a terminal. Corpora are untrusted text: what could steer a terminal is shown as spaces."""
+"""Results for a terminal. Corpora are untrusted text: control characters are shown as spaces."""
 
 import sys
 from collections.abc import Collection, Sequence
@@ -11,19 +11,19 @@ from rich.text import Text
 from trackstar.attribution.results import QueryResult, Ranked
 from trackstar.progress import printable
 
-# Where stdout is no terminal nothing says how wide lines may be.
+# Line width if stdout is not a terminal.
 _WIDTH_WITHOUT_TERMINAL = 120
 _LONGEST_TEXT = 400
 
 
 def print_line(line: str) -> None:
-    """One line of plain text on stdout."""
+    """Print one line of plain text to stdout."""
     sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table, its first column on the left and all others on the right."""
+    """Print a table with its first column aligned left and all others right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(header):
         table.add_column(Text(printable(title)), justify="right" if number else "left", no_wrap=True)
@@ -33,12 +33,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title: str = "") -> None:
-    """A query with its proponents and opponents: rank, influence, name and text, gold ones marked with a star.
+    """Print a query with its proponents and opponents: influence, name and text; a star marks gold
+    examples.
 
     Args:
-        result: What to show.
-        gold: Names of the training examples that are known to state the fact.
-        title: What to say of the query, behind it.
+        result: The query's result.
+        gold: Names of the training examples that state the fact.
+        title: Remark on the query, printed after it.
     """
     query = result.query
     console = _console()
@@ -54,24 +55,24 @@ def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title
         table.add_column(justify=justify, no_wrap=justify == "right")
     for name, ranking in (("proponents", result.proponents), ("opponents", result.opponents)):
         table.add_row("", "", Text(name, style="italic"), "")
-        for ranked in ranking:
+        for candidate in ranking:
             table.add_row(
-                f"{ranked.influence:+.4f}",
-                "★" if ranked.example_id in gold else " ",
-                Text(_name(ranked)),
-                _text(ranked),
+                f"{candidate.influence:+.4f}",
+                "★" if candidate.example_id in gold else " ",
+                Text(_name(candidate)),
+                _text(candidate),
             )
     console.print(table)
     console.print()
 
 
-def _name(ranked: Ranked) -> str:
-    name = printable(ranked.example_id)
+def _name(candidate: Ranked) -> str:
+    name = printable(candidate.example_id)
     return name if len(name) <= 32 else name[:31] + "…"
 
 
-def _text(ranked: Ranked) -> Text:
-    text = printable(ranked.text).strip()
+def _text(candidate: Ranked) -> Text:
+    text = printable(candidate.text).strip()
     return Text(text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "…")
 
 

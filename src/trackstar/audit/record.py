@@ -1,7 +1,8 @@
-"""What another person needs to verify an answer, as data and as the file `STEM.audit.json` beside its results.
+"""The audit record of an answer, as data and as the file `STEM.audit.json` beside the result file.
 
-Everything that decides the answer is there by digest or value. Fields listed under `descriptive` say where things lay
-and what they were computed on: they may differ between equal runs, and nothing else may. `digest` covers the rest.
+The record holds everything that decides the answer, by value or by digest. Fields listed under
+`descriptive` hold paths and hardware; only these may differ between equal runs. `digest` covers all
+other fields.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry, digest_of_bytes
+from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry
+from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import AuditError
 from trackstar.store import Manifest
-from trackstar.store.manifest import DESCRIPTIVE_FIELDS
+from trackstar.store.manifest_entries import DESCRIPTIVE_FIELDS
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 
 AUDIT_VERSION = 1
@@ -28,18 +30,18 @@ DESCRIPTIVE = tuple(
         | {f"made_with.{name}" for name in DESCRIPTIVE_FIELDS}
     )
 )
-_LARGEST_SIDE = 4096  # R of this side would be 10¹⁵ bytes a block
+_LARGEST_SIDE = 4096  # with this side, R would have 10¹⁵ bytes per block
 _LARGEST_COUNT = 10**9
-_LONGEST_NAME = 255  # bytes that file systems take
+_LONGEST_NAME = 255  # bytes that file systems accept
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationEntry:
-    """Completions that the model itself gave.
+    """Completions that the model generated.
 
     Attributes:
-        max_new_tokens: Most tokens of each.
-        prompts: The queries without completions, also those after which the model said nothing.
+        max_new_tokens: Most tokens of a completion.
+        prompts: The queries without completions, including those whose completion is empty.
     """
 
     max_new_tokens: int
@@ -48,12 +50,12 @@ class GenerationEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResultsEntry:
-    """The file of results.
+    """The result file.
 
     Attributes:
-        file: Its name (descriptive).
+        file: Name of the file (descriptive).
         digest: BLAKE2b-256 of its bytes.
-        query_set: The name of the set of queries in it.
+        query_set: Name of the set of queries in it.
     """
 
     file: str
@@ -63,14 +65,14 @@ class ResultsEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerEntry:
-    """What the rules decided.
+    """The settings that rules decided, and the size of the ranking.
 
     Attributes:
         mixing: λ.
-        damping: Fraction of each block's mean eigenvalue that was added to R.
-        candidates: How many training examples were ranked.
-        codec: How the index stores them; `none` without an index.
-        reranked: How many were ranked again from recomputed gradients.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block.
+        candidates: Number of candidates that were ranked.
+        codec: Codec of the index; `none` without an index.
+        reranked: Number of candidates re-ranked from recomputed gradients.
     """
 
     mixing: float
@@ -82,7 +84,7 @@ class AnswerEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VersionsEntry:
-    """What computed the answer."""
+    """Versions of the software that computed the answer."""
 
     python: str
     trackstar: str
@@ -90,8 +92,8 @@ class VersionsEntry:
     transformers: str
 
     @classmethod
-    def here(cls) -> "VersionsEntry":
-        """What would compute it now."""
+    def installed(cls) -> "VersionsEntry":
+        """The installed versions."""
         return cls(
             python=python_version(),
             trackstar=version("trackstar-tda"),
@@ -102,21 +104,22 @@ class VersionsEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """The file: an answer, what it was asked and what it was made with.
+    """The audit file: a question, its answer, and what the answer was computed with.
 
     Attributes:
-        audit_version: The version of the file's format, `AUDIT_VERSION`.
-        results: The results' file.
-        queries: What was asked, completions included.
-        generation: How the completions came about, where the model gave them.
-        question: The options.
-        answer: What the rules decided.
-        made_with: See `Asked`.
-        index: The index, or None.
-        stream: The pass over the corpus, or None.
-        versions: What computed it.
-        device: Where gradients were computed (descriptive).
-        threads: On how many CPU threads (descriptive).
+        audit_version: Version of the file's format, `AUDIT_VERSION`.
+        results: The result file.
+        queries: The queries, completions included.
+        generation: How the model generated the completions; None if it did not.
+        question: The settings as the caller passed them.
+        answer: The settings that rules decided.
+        made_with: Manifest, without completion, of the index or of the index that the pass over the
+            corpus amounts to.
+        index: The index; None for a pass over the corpus.
+        stream: The pass over the corpus; None for an index.
+        versions: Versions of the software.
+        device: Device that gradients were computed on (descriptive).
+        threads: Number of CPU threads (descriptive).
     """
 
     audit_version: int
@@ -133,42 +136,41 @@ class Audit:
     threads: int
 
     def digest(self) -> str:
-        """BLAKE2b-256 of all fields that are not descriptive: one number that equal runs share."""
+        """BLAKE2b-256 of all fields that are not descriptive; equal runs have equal digests."""
         return _digest_of_fields(dataclasses.asdict(self))
 
     def to_json(self) -> str:
-        """The file's text."""
+        """The text of the audit file."""
         fields = dataclasses.asdict(self) | {"descriptive": DESCRIPTIVE, "digest": self.digest()}
         return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
     def check(self) -> None:
-        """Check what types alone do not say.
+        """Raise if a value is out of range or two fields contradict each other.
 
         Raises:
-            FieldError: A value cannot be that of an audit.
+            FieldError: A value is not one of an audit; the message names the field.
         """
         self.made_with.check()
         _expect("made_with.completion", self.made_with.completion, self.made_with.completion is None, "null")
         side = self.made_with.projection.side
         _expect("made_with.projection.side", side, side <= _LARGEST_SIDE, f"at most {_LARGEST_SIDE}")
-        one = (self.index is None) != (self.stream is None)
-        _expect("index", self.index, one, "an index, or null beside a stream")
+        exactly_one = (self.index is None) != (self.stream is None)
+        _expect("index", self.index, exactly_one, "an index if stream is null, else null")
         if self.index is not None:
             identity = self.made_with.identity_digest()
             _expect(
                 "index.identity", self.index.identity, self.index.identity == identity, f"that of made_with, {identity}"
             )
-        _expect(
-            "results.file", self.results.file, _plain_name(self.results.file), "the name of a file, without folders"
-        )
+        _expect("results.file", self.results.file, _plain_name(self.results.file), "a file name without folders")
         for name, value in (("mixing", self.question.mixing), ("answer.mixing", self.answer.mixing)):
             _expect(name, value, value is None or 0 <= value <= 1, "a number from 0 to 1")
         for name, value in (("damping", self.question.damping), ("answer.damping", self.answer.damping)):
             _expect(name, value, value is None or (math.isfinite(value) and value >= 0), "a finite number, at least 0")
         for name, value in self._counts():
             _expect(name, value, 1 <= value <= _LARGEST_COUNT, f"1 to {_LARGEST_COUNT}")
-        again = self.question.reranked
-        _expect("question.reranked", again, again is None or 0 <= again <= _LARGEST_COUNT, f"0 to {_LARGEST_COUNT}")
+        reranked = self.question.reranked
+        in_range = reranked is None or 0 <= reranked <= _LARGEST_COUNT
+        _expect("question.reranked", reranked, in_range, f"0 to {_LARGEST_COUNT}")
 
     def _counts(self) -> Iterable[tuple[str, int]]:
         yield "queries.count", self.queries.count
@@ -182,41 +184,46 @@ class Audit:
 
 
 def read_audit(path: str | os.PathLike[str]) -> Audit:
-    """The audit that `write_audit` wrote.
+    """Read an audit file that `write_audit` wrote.
 
     Raises:
-        AuditError: It cannot be read, or is not as it was written; the message names the field.
+        AuditError: The file cannot be read, or was changed after it was written; the message names
+            the field.
     """
     file = Path(path)
     try:
         size = file.stat().st_size
         if size > LARGEST_AUDIT:
-            raise AuditError(f"{file}: {size} bytes, expected an audit of at most {LARGEST_AUDIT}; is it another file?")
+            raise AuditError(
+                f"{file}: expected an audit of at most {LARGEST_AUDIT} bytes, found {size}; check the path"
+            )
         text = file.read_bytes().decode("utf-8")
     except OSError as error:
         raise AuditError(
-            f"{file}: cannot be read ({error.strerror}); give the STEM.audit.json that trackstar query --out wrote"
+            f"{file}: cannot be read ({error.strerror}); pass the STEM.audit.json beside the result file"
         ) from error
     except UnicodeDecodeError as error:
-        raise AuditError(f"{file}: byte {error.start} is not UTF-8, expected JSON; is it another file?") from error
+        raise AuditError(
+            f"{file}: expected JSON, found a byte that is not UTF-8 at {error.start}; check the path"
+        ) from error
     try:
         fields = read_strictly(text)
         _check_version(fields)
         descriptive, digest = fields.pop("descriptive", None), fields.pop("digest", None)
-        _expect("descriptive", descriptive, descriptive == list(DESCRIPTIVE), "the fields that are descriptive")
+        _expect("descriptive", descriptive, descriptive == list(DESCRIPTIVE), "the list of descriptive fields")
         audit = parse_object(Audit, fields)
         audit.check()
         _expect(
             "digest", digest, digest == audit.digest(), f"{audit.digest()}: the file was changed after it was written"
         )
     except FieldError as error:
-        raise AuditError(f"{file}: {error}; ask for the file as trackstar query wrote it") from error
+        raise AuditError(f"{file}: {error}; get the file as it was written") from error
     return audit
 
 
 def _digest_of_fields(fields: dict[str, Any]) -> str:
-    kept = json.dumps(_without_descriptive(fields), separators=(",", ":"), sort_keys=True, allow_nan=False)
-    return digest_of_bytes(kept.encode("ascii"))
+    text = json.dumps(_without_descriptive(fields), separators=(",", ":"), sort_keys=True, allow_nan=False)
+    return digest_of_bytes(text.encode("ascii"), bits=256)
 
 
 def _without_descriptive(value: Any, name: str = "") -> Any:
@@ -233,14 +240,16 @@ def _without_descriptive(value: Any, name: str = "") -> Any:
 def _check_version(fields: dict[str, Any]) -> None:
     found = fields.get("audit_version")
     newer = type(found) is int and found > AUDIT_VERSION
-    _expect("audit_version", found, not newer, f"at most {AUDIT_VERSION}: it is of a newer trackstar, install that")
+    _expect(
+        "audit_version", found, not newer, f"at most {AUDIT_VERSION}: a newer trackstar wrote the file, install that"
+    )
     _expect("audit_version", found, type(found) is int and found == AUDIT_VERSION, str(AUDIT_VERSION))
 
 
 def _plain_name(name: str) -> bool:
     try:
         encoded = os.fsencode(name)
-    except ValueError:  # half of a surrogate pair
+    except ValueError:  # half a surrogate pair
         return False
     return len(encoded) <= _LONGEST_NAME and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 

@@ -1,4 +1,4 @@
-"""Write the audit of an answer."""
+"""Write the audit of an answer beside its result file."""
 
 import dataclasses
 import os
@@ -24,35 +24,39 @@ def write_audit(
     prompts: Sequence[Query] | None = None,
     max_new_tokens: int = 16,
 ) -> Path:
-    """Write what another person needs to verify results, beside them.
+    """Write the record from which another person can verify results.
 
     Args:
-        report: What `answer_queries` or `stream_queries` gave.
-        path: Where `write_results` wrote it; the audit goes beside it as `STEM.audit.json`.
-        query_set: As given to `write_results`.
-        prompt_field: As given to `read_queries`.
-        prompts: Where the model itself gave the completions, the queries without them.
-        max_new_tokens: Where it did, the most tokens of each.
+        report: The report of `answer_queries` or `stream_queries`.
+        path: The result file that `write_results` wrote; the audit is written beside it as
+            `STEM.audit.json`.
+        query_set: The value passed to `write_results`.
+        prompt_field: The value passed to `read_queries`.
+        prompts: If the model generated the completions, the queries without them.
+        max_new_tokens: Most tokens of a generated completion.
 
     Returns:
-        The audit's path.
+        Path of the audit file.
 
     Raises:
-        AuditError: The results are not there, or the report does not say how it was asked for.
+        AuditError: The result file cannot be read, or the report does not record its question.
         OptionError: The audit cannot be written.
     """
-    lines = Path(path)
-    if report.asked is None:
-        raise AuditError(f"{lines}: its report does not say how it was asked for; expected what answer_queries gave")
-    asked = report.asked
+    results = Path(path)
+    if report.provenance is None:
+        raise AuditError(
+            f"{results}: the report does not record how it was computed; pass the report of `answer_queries` or "
+            "`stream_queries`"
+        )
+    provenance = report.provenance
     audit = Audit(
         audit_version=AUDIT_VERSION,
-        results=ResultsEntry(file=lines.name, digest=file_digest(lines), query_set=query_set),
+        results=ResultsEntry(file=results.name, digest=file_digest(results), query_set=query_set),
         queries=queries_entry([result.query for result in report.results]),
         generation=None
         if prompts is None
         else GenerationEntry(max_new_tokens=max_new_tokens, prompts=queries_entry(without_completions(prompts))),
-        question=dataclasses.replace(asked.question, prompt_field=prompt_field),
+        question=dataclasses.replace(provenance.question, prompt_field=prompt_field),
         answer=AnswerEntry(
             mixing=float(report.mixing.value),
             damping=float(report.damping),
@@ -60,13 +64,13 @@ def write_audit(
             codec=report.codec,
             reranked=report.reranked,
         ),
-        made_with=asked.made_with,
-        index=asked.index,
-        stream=asked.stream,
-        versions=VersionsEntry.here(),
-        device=asked.device,
+        made_with=provenance.made_with,
+        index=provenance.index,
+        stream=provenance.stream,
+        versions=VersionsEntry.installed(),
+        device=provenance.device,
         threads=torch.get_num_threads(),
     )
-    beside = lines.with_name(f"{lines.stem}.audit.json")
-    replace_text(beside, audit.to_json())
-    return beside
+    audit_file = results.with_name(f"{results.stem}.audit.json")
+    replace_text(audit_file, audit.to_json())
+    return audit_file

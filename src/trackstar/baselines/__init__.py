@@ -1,4 +1,9 @@
-"""Methods to compare with: each ranks the candidates of a pool for queries, whatever it ranks them by."""
+"""Rank candidates by the methods that TrackStar is compared with (paper, §5.1, Tables 1 and 2).
+
+In: a pool of candidates, or an index, and queries. Out: a score of every candidate for every query.
+No gradients: BM25, sentence embeddings, gold examples, a random order; from an index of gradients:
+TrackStar without its parts, and TRAK.
+"""
 
 from trackstar.baselines.bm25 import BM25Retriever
 from trackstar.baselines.embeddings import EmbeddingRetriever, Encoder, load_encoder

@@ -18,31 +18,35 @@ if TYPE_CHECKING:
 
 
 class BM25Retriever:
-    """BM25 as Lucene defines it, with exact document lengths ("Lucene accurate" in Kamphuis et al., ECIR 2020).
+    """BM25 as Lucene defines it, with exact document lengths.
 
-    The score of a candidate d on a query q, with N candidates, n_t of them holding t, tf times in d:
+    This is "Lucene (accurate)" of Kamphuis et al., ECIR 2020. The score of a candidate d for a
+    query q, with N candidates, n_t of which contain the word t, tf times in d:
 
         Σ_(t in q) ln(1 + (N - n_t + ½)/(n_t + ½)) · tf / (tf + k1·(1 - b + b·|d|/mean |d|))
 
-    The query is prompt and completion. Words are runs of two or more letters, digits and underscores in lower case,
-    without Lucene's 33 English stop words and without stemming; |d| counts what is left. A word that a query
-    repeats counts each time.
+    The query is prompt and completion. Words are runs of two or more letters, digits and
+    underscores in lower case, without Lucene's 33 English stop words and without stemming; |d|
+    counts the remaining words. A word that a query repeats counts each time.
 
     Args:
         pool: The candidates.
-        k1: How slowly a repeated word stops to count; the library's (bm25s) default, 1.5.
-        b: How much long texts are held back, from 0 to 1; the library's default, 0.75.
-        progress: Whether there may be bars, drawn where stderr is a terminal.
+        k1: Saturation of repeated words: the higher, the more a repetition counts; the default of
+            bm25s, 1.5.
+        b: Strength of the length normalization, from 0 to 1; the default of bm25s, 0.75.
+        progress: Whether to show progress bars if stderr is a terminal.
 
     Raises:
-        OptionError: `k1` is negative or `b` is not between 0 and 1.
+        OptionError: `k1` is negative, or `b` is not between 0 and 1.
     """
 
     name = "BM25"
 
     def __init__(self, pool: Pool, *, k1: float = 1.5, b: float = 0.75, progress: bool = True) -> None:
-        if k1 < 0 or not 0 <= b <= 1:
-            raise OptionError(f"k1 = {k1}, b = {b}: expected k1 of 0 or more, and b from 0 to 1")
+        if k1 < 0:
+            raise OptionError(f"`k1`: expected 0 or more, found {k1}")
+        if not 0 <= b <= 1:
+            raise OptionError(f"`b`: expected 0 to 1, found {b}")
         self._candidates = len(pool)
         self._index: bm25s.BM25 | None = None
         shown = progress and sys.stderr.isatty()
@@ -54,11 +58,11 @@ class BM25Retriever:
         """See `Retriever.scores`; a candidate that shares no word with the query scores 0."""
         scores = np.zeros((len(queries), self._candidates), dtype=np.float32)
         if self._index is not None and queries:
-            asked: Any = _words([query_text(query) for query in queries], False)
-            spelled = list(asked.vocab)
-            for row, ids in enumerate(asked.ids):
-                known = self._index.get_tokens_ids([spelled[number] for number in ids])
-                scores[row] = self._index.get_scores_from_ids(known)
+            query_words: Any = _words([query_text(query) for query in queries], False)
+            vocabulary = list(query_words.vocab)
+            for row, ids in enumerate(query_words.ids):
+                index_ids = self._index.get_tokens_ids([vocabulary[number] for number in ids])
+                scores[row] = self._index.get_scores_from_ids(index_ids)
         return torch.from_numpy(scores)
 
 

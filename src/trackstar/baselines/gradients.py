@@ -1,13 +1,13 @@
-"""Methods that rank by gradients kept in an index: TrackStar and what is left of it without its parts (paper, Table 1).
+"""Rank by the gradients of an index: TrackStar, and TrackStar without some of its parts (paper, Table 1).
 
-| method       | V | R              | unit norm | known as                                                           |
-|--------------|---|----------------|-----------|--------------------------------------------------------------------|
-| experiment 1 |   |                |           | gradient dot product, TracIn (Pruthi et al. 2020), one checkpoint   |
-| experiment 2 |   |                | yes       | gradient cosine                                                    |
-| experiment 3 |   | R_train        | yes       | LoGra (Choe et al. 2024) with unit norm                            |
-| experiment 4 | V |                | yes       | LESS (Xia et al. 2024), Akyürek et al. 2022                         |
-| experiment 5 | V | R_train        | yes       |                                                                    |
-| TrackStar    | V | R_eval, R_train | yes      | this paper                                                         |
+| method       | V | R               | unit norm | also known as                                  |
+|--------------|---|-----------------|-----------|------------------------------------------------|
+| experiment 1 |   |                 |           | TracIn (Pruthi et al. 2020) of one checkpoint  |
+| experiment 2 |   |                 | yes       | gradient cosine                                |
+| experiment 3 |   | R_train         | yes       | LoGra (Choe et al. 2024) with unit norm        |
+| experiment 4 | V |                 | yes       | LESS (Xia et al. 2024), Akyürek et al. 2022    |
+| experiment 5 | V | R_train         | yes       |                                                |
+| TrackStar    | V | R_eval, R_train | yes       | this paper                                     |
 """
 
 import dataclasses
@@ -31,15 +31,17 @@ from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GradientMethod:
-    """A way to rank by inner products of projected gradients.
+    """A method that ranks by inner products of projected gradients.
 
     Attributes:
-        name: Its name in tables.
-        second_moment: Whether gradients are divided by √V: which of two indexes serves it.
-        correction: Which R both sides are whitened by: none, R_train alone, or mixed with the task's (Eq. 3).
-        unit_norm: Whether both sides are normalised.
-        output: What is differentiated.
-        projection: Whether P is two-sided, or dense for flattened gradients.
+        name: Name in tables.
+        second_moment: Whether gradients are divided by √V, and so whether the index must be made
+            with V.
+        correction: The R that both sides are whitened by: `none`, `train` (R_train) or `task`
+            (mixed with R_eval, Eq. 3).
+        unit_norm: Whether both sides are scaled to unit norm.
+        output: The function that is differentiated.
+        projection: `two-sided` (Eq. 4), or `one-sided`: dense, of flattened gradients.
     """
 
     name: str
@@ -65,22 +67,21 @@ OTHER_OUTPUTS = (
     GradientMethod(name="TrackStar, margin", second_moment=True, correction="task", output="margin"),
     GradientMethod(name="TrackStar, logit", second_moment=True, correction="task", output="logit"),
 )
-"""Table A.3: TrackStar with other output functions than the loss."""
-
+"""TrackStar with output functions other than the loss (Table A.3)."""
 
 ONE_SIDED = GradientMethod(name="TrackStar, one-sided", second_moment=True, correction="task", projection="one-sided")
-"""TrackStar with one dense projection of flattened gradients for every two-sided one: a reference, for small models."""
+"""TrackStar with a dense projection of flattened gradients: a reference for small models."""
 
 
 class IndexedGradients:
-    """An index with its model: φ of the candidates is there, φ of queries is computed once for all methods.
+    """An index and its model. The index holds φ of candidates; φ of queries is computed once for all methods.
 
     Args:
-        index: The candidates.
-        model: The model that was indexed.
-        batch_tokens: Most tokens of a batch of queries, padding included.
-        workers: Who computes queries' gradients.
-        progress: Whether passes are shown at a terminal.
+        index: The index.
+        model: The indexed model.
+        batch_tokens: Most tokens per batch of queries, padding included.
+        workers: The workers that compute gradients of queries.
+        progress: Whether to show progress bars if stderr is a terminal.
     """
 
     def __init__(
@@ -97,14 +98,14 @@ class IndexedGradients:
         self.progress = progress
         self._batch_tokens = batch_tokens
         self._workers = workers
-        self._kept: dict[tuple[tuple[str, str, str], ...], Tensor] = {}
+        self._cache: dict[tuple[tuple[str, str, str], ...], Tensor] = {}
 
-    def of(self, queries: Sequence[Query]) -> Float[Tensor, "queries dimensions"]:
-        """φ of each query; that of the last few sets of queries is kept."""
+    def phi_of(self, queries: Sequence[Query]) -> Float[Tensor, "queries dimensions"]:
+        """φ of each query; the φ of the last two sets of queries are cached."""
         key = tuple((query.query_id, query.prompt, query.completion) for query in queries)
-        if key not in self._kept:
-            while len(self._kept) >= 2:
-                self._kept.pop(next(iter(self._kept)))
+        if key not in self._cache:
+            while len(self._cache) >= 2:
+                self._cache.pop(next(iter(self._cache)))
             phi, _ = query_gradients(
                 self.index,
                 self.model,
@@ -113,23 +114,25 @@ class IndexedGradients:
                 workers=self._workers,
                 progress=self.progress,
             )
-            self._kept[key] = phi
-        return self._kept[key]
+            self._cache[key] = phi
+        return self._cache[key]
 
 
 class GradientRetriever:
-    """A gradient method over an index.
+    """A gradient method on an index.
 
     Args:
-        method: How candidates are scored.
-        gradients: The index that serves it.
-        task: The queries that R_eval and λ are taken from; None is the queries themselves. Only for methods whose
-            correction is the task's.
+        method: The method.
+        gradients: An index made for the method, with its model.
+        task: The queries that R_eval and λ come from; None takes the queries themselves. Used if
+            the method's correction is `task`.
         mixing: λ; None follows the paper's rule.
-        damping: Fraction of a block's mean eigenvalue added to R; None is chosen by shrinkage.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
+            chosen by `shrinkage_damping`.
 
     Raises:
-        IndexMismatchError: The index was made with V or an output function other than the method's.
+        IndexMismatchError: The index was made with another V, output function or projection than
+            the method's.
     """
 
     def __init__(
@@ -154,53 +157,53 @@ class GradientRetriever:
         return self._method.name
 
     def scores(self, queries: Sequence[Query]) -> Float[Tensor, "queries candidates"]:
-        """See `Retriever.scores`; where no task was given, R_eval and λ depend on all the queries."""
+        """See `Retriever.scores`; if no task was given, R_eval and λ depend on all the queries."""
         return all_scores(self._gradients.index, self._scorer(queries))
 
-    def _scorer(self, asked: Sequence[Query]) -> Scorer:
-        index, phi = self._gradients.index, self._gradients.of(asked)
+    def _scorer(self, queries: Sequence[Query]) -> Scorer:
+        index, phi = self._gradients.index, self._gradients.phi_of(queries)
         if self._method.correction == "none":
             if self._method.unit_norm:
                 return cosine_scorer(index, phi)
             return dot_product_scorer(index, phi)
-        task = phi if self._task is None else self._gradients.of(self._task)
+        task_phi = phi if self._task is None else self._gradients.phi_of(self._task)
         mixing = 0.0 if self._method.correction == "train" else self._mixing
-        correction = task_correction(index, task, mixing=mixing, damping=self._damping)
-        queries = correction.coordinates(phi)
+        correction = task_correction(index, task_phi, mixing=mixing, damping=self._damping)
+        vectors = correction.coordinates(phi)
         if self._method.unit_norm:
             return trackstar_scorer(
-                index, queries, correction.whitening, key=correction.key, progress=self._gradients.progress
+                index, vectors, correction.whitening, key=correction.key, progress=self._gradients.progress
             )
-        return Scorer(vectors=correction.whitening.apply_inverse(queries), multipliers=torch.ones(index.rows))
+        return Scorer(vectors=correction.whitening.apply_inverse(vectors), multipliers=torch.ones(index.rows))
 
 
 def check_index(index: Index, method: GradientMethod) -> None:
-    """See that an index was made for the method.
+    """Raise if an index was not made for a method.
 
     Raises:
-        IndexMismatchError: It was made with or without V, for another output function, with another projection, or
-            whitened for a method without R.
+        IndexMismatchError: Its V, output function or projection is not the method's, or its rows
+            are whitened and the method has no R.
     """
     manifest = index.manifest
     if manifest.coordinates == "whitened" and method.correction == "none":
         raise IndexMismatchError(
-            f"{index.path}: rows are whitened by R_train, which {method.name} does not want; index again with "
-            "--coordinates projected --codec float16"
+            f"{index.path}: expected projected coordinates for {method.name}, found whitened ones; call `build_index` "
+            'again with `coordinates="projected", codec="float16"`'
         )
     if manifest.projection.kind != method.projection:
         raise IndexMismatchError(
-            f"{index.path}: was made with a {manifest.projection.kind} projection, expected a {method.projection} one "
-            f"for {method.name}; index again with --projection {method.projection}"
+            f"{index.path}: expected a {method.projection} projection for {method.name}, found a "
+            f'{manifest.projection.kind} one; call `build_index` again with `projection="{method.projection}"`'
         )
     if manifest.output != method.output:
         raise IndexMismatchError(
-            f"{index.path}: holds gradients of the {manifest.output}, expected the {method.output} for "
-            f"{method.name}; index again with --output {method.output}"
+            f"{index.path}: expected gradients of the {method.output} for {method.name}, found those of the "
+            f'{manifest.output}; call `build_index` again with `output="{method.output}"`'
         )
     has_second_moment = manifest.second_moment.kind != "none"
     if has_second_moment != method.second_moment:
-        found, option = ("none", "auto") if method.second_moment else ("one", "none")
+        expected, found, value = ("V", "none", "auto") if method.second_moment else ("no V", "one", "none")
         raise IndexMismatchError(
-            f"{index.path}: was made with {found} second moment, which {method.name} does not want; index again with "
-            f"--second-moment {option}"
+            f"{index.path}: expected {expected} for {method.name}, found {found}; call `build_index` again with "
+            f'`second_moment="{value}"`'
         )

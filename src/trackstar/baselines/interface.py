@@ -1,4 +1,4 @@
-"""What every baseline is: a pool of candidates, and a score for each of them on each query."""
+"""The interface of all baselines: a pool of candidates, and a score of each of them for each query."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +22,11 @@ class Retriever(Protocol):
         ...
 
     def scores(self, queries: Sequence[Query]) -> Float[Tensor, "queries candidates"]:
-        """A score of every candidate on every query, float32 on the CPU; the higher, the better the rank.
+        """Score every candidate for every query, float32 on the CPU; higher scores rank first.
 
-        Candidates stand in the pool's order. A query's scores do not depend on the other queries. Memory is four
-        bytes a pair: ask a few hundred queries at a time where there are many candidates.
+        Candidates are in the pool's order. A query's scores do not depend on the other queries,
+        except where a method says so. The result has four bytes per score: with many candidates,
+        pass a few hundred queries at a time.
 
         Raises:
             CorpusError: A query cannot be scored; the message names it.
@@ -38,12 +39,13 @@ class Pool:
     """The candidates that are ranked, in order.
 
     Attributes:
-        example_ids: Their names, each once.
+        example_ids: Their ids, each once.
         texts: Their texts.
-        row_of: Each candidate's place, from 0, by name.
+        row_of: Example id to the candidate's row, from 0.
 
     Raises:
-        CorpusError: There is no candidate, two have one name, or a text is none; the message names it.
+        CorpusError: There is no candidate, two have the same id, or a text holds half a surrogate
+            pair; the message names the example.
     """
 
     example_ids: tuple[str, ...]
@@ -53,8 +55,8 @@ class Pool:
     def __post_init__(self) -> None:
         if len(self.example_ids) != len(self.texts):
             raise CorpusError(
-                f"the pool has {len(self.example_ids)} names and {len(self.texts)} texts; expected one of each a "
-                "candidate"
+                f"the pool has {len(self.example_ids)} ids and {len(self.texts)} texts; expected one id and one text "
+                "per candidate"
             )
         if not self.texts:
             raise CorpusError("the pool holds no candidate; expected at least one example to rank")
@@ -63,17 +65,17 @@ class Pool:
             first = row_of.setdefault(example_id, row)
             if first != row:
                 raise CorpusError(
-                    f"example {example_id}: names candidates {first} and {row} of the pool; expected each name once"
+                    f"example {example_id}: two candidates have this id, {first} and {row}; expected each id once"
                 )
             encodable(text, f"example {example_id}: the text")
         object.__setattr__(self, "row_of", row_of)
 
     @classmethod
     def from_examples(cls, examples: Iterable[Example]) -> "Pool":
-        """A pool of examples in their order; they are read once.
+        """A pool of examples in their order; the examples are read once.
 
         Raises:
-            CorpusError: There is none, two have one name, or one cannot be read.
+            CorpusError: There is no example, two have the same id, or one cannot be read.
         """
         pairs = [(example.example_id, example.text) for example in examples]
         return cls(example_ids=tuple(name for name, _ in pairs), texts=tuple(text for _, text in pairs))

@@ -1,6 +1,5 @@
-"""A random ranking: what a method must beat."""
+"""A random ranking: the lower bound that a method must beat."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,14 +9,15 @@ from torch import Tensor
 
 from trackstar.baselines.interface import Pool
 from trackstar.corpus import Query
+from trackstar.corpus.digests import draw_bytes
 
 
 class RandomRetriever:
-    """A random order of the candidates, a function of the seed and the query's name alone.
+    """A random order of the candidates; it depends on the seed and the query's id only.
 
     Args:
         pool: The candidates.
-        seed: Of the orders; another one gives others.
+        seed: Seed of the orders.
     """
 
     name = "random"
@@ -27,11 +27,10 @@ class RandomRetriever:
         self._seed = seed
 
     def scores(self, queries: Sequence[Query]) -> Float[Tensor, "queries candidates"]:
-        """See `Retriever.scores`; the scores are the numbers from 0, in random order."""
+        """See `Retriever.scores`; the scores are the whole numbers from 0, in random order."""
         rows = [self._order(query.query_id) for query in queries]
         return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(queries), self._candidates))
 
     def _order(self, query_id: str) -> np.ndarray:
-        key = f"trackstar random {self._seed}".encode()
-        digest = hashlib.blake2b(query_id.encode("utf-8", "surrogatepass"), digest_size=16, key=key)
-        return np.random.default_rng(int.from_bytes(digest.digest(), "big")).permutation(self._candidates)
+        drawn = draw_bytes(query_id.encode("utf-8", "surrogatepass"), key=f"trackstar random {self._seed}")
+        return np.random.default_rng(int.from_bytes(drawn, "big")).permutation(self._candidates)

@@ -1,18 +1,19 @@
 """TRAK (Park et al. 2023) with one model, as published and with R over tokens (paper, Table 2 and §5.3).
 
-With φ the projected gradients of the multi-class margin f = log(p/(1-p)), one row a candidate,
+With φ the projected gradients of the multi-class margin f = log(p/(1-p)), and Φ their matrix with
+one row per candidate,
 
     score(q, m) = φ_q (ΦᵀΦ)⁻¹ φ_m · (1 - p̄_m)
 
-where p̄_m is the mean probability of the candidate's target tokens: Q of the original, the derivative of the loss by
-the margin. There is no V, no unit norm and no mixing. (ΦᵀΦ)⁻¹ over candidates is R_train⁻¹ up to a factor.
+where p̄_m is the mean probability of the candidate's target tokens. The factor 1 - p̄_m is Q in the
+TRAK paper: the derivative of the loss with respect to the margin. There is no V, no unit norm and
+no mixing. Over candidates, (ΦᵀΦ)⁻¹ is R_train⁻¹ up to a factor.
 
-Over tokens, R is the mean of φφᵀ of single target tokens' margins: the Gauss-Newton matrix of a language model, whose
-loss is a sum over tokens. Each candidate lends one token, drawn at random.
+With R over tokens, R is the mean of φφᵀ over single target tokens: the Gauss-Newton matrix of a
+language model, whose loss is a sum over tokens. One target token is drawn per candidate.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from trackstar.baselines.gradients import GradientMethod, IndexedGradients, check_index
 from trackstar.corpus import Query, TokenizedExample
+from trackstar.corpus.digests import draw_bytes
 from trackstar.curvature.autocorrelation import Autocorrelation
 from trackstar.curvature.task import stored_matrices
 from trackstar.curvature.whitening import shrinkage_damping, whitening
@@ -38,14 +40,15 @@ TRAK = GradientMethod(name="TRAK", second_moment=False, correction="train", unit
 
 
 class TRAKRetriever:
-    """TRAK over an index of margin gradients without V.
+    """TRAK on an index of margin gradients without V.
 
     Args:
-        gradients: The index with its model.
-        per: Whether R is over `examples`, as published, or over single `tokens`.
-        damping: Fraction of a block's mean eigenvalue added to R; None is chosen by shrinkage.
-        seed: Of the tokens that are drawn.
-        batch_tokens: Most tokens of a batch, padding included.
+        gradients: The index, with its model.
+        per: Whether R is a mean over `examples`, as published, or over single `tokens`.
+        damping: Ridge added to R, as a fraction of its mean eigenvalue per block; None is chosen by
+            `shrinkage_damping`.
+        seed: Seed of the drawn tokens.
+        batch_tokens: Most tokens per batch, padding included.
 
     Raises:
         IndexMismatchError: The index does not hold margin gradients without V.
@@ -75,7 +78,7 @@ class TRAKRetriever:
     def scores(self, queries: Sequence[Query]) -> Float[Tensor, "queries candidates"]:
         """See `Retriever.scores`."""
         index, model, progress = self._gradients.index, self._gradients.model, self._gradients.progress
-        phi = self._gradients.of(queries)
+        phi = self._gradients.phi_of(queries)
         if self._per == "examples":
             r, count = stored_matrices(index, "autocorrelation"), index.rows
         else:
@@ -93,50 +96,52 @@ class TRAKRetriever:
 def mean_target_probabilities(
     index: Index, model: LanguageModel, *, batch_tokens: int = 2048, progress: bool = False
 ) -> Float[Tensor, "candidates"]:
-    """p̄: the mean probability of each candidate's target tokens; one forward pass, kept with the index."""
-    kept = index.load_derived("mean-target-probabilities")
-    if have_shapes(kept, probabilities=(index.rows,)):
-        return kept["probabilities"]
+    """p̄: mean probability of each candidate's target tokens; one forward pass, saved with the index."""
+    saved = index.load_derived("mean-target-probabilities")
+    if have_shapes(saved, probabilities=(index.rows,)):
+        return saved["probabilities"]
     examples = [stored.example for stored in index.examples()]
     probabilities = torch.empty(len(examples))
 
-    def run(places: list[int]) -> Tensor:
-        return _mean_probabilities(model, make_batch(examples, places, device=model.device))
+    def run(rows: list[int]) -> Tensor:
+        return _mean_probabilities(model, make_batch(examples, rows, device=model.device))
 
-    with Progress("Candidates' probabilities", unit="examples", total=len(examples), shown=progress) as bar:
+    with Progress("Probabilities of candidates", unit="examples", total=len(examples), shown=progress) as bar:
         plan = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
-        for places, found in run_adaptively(plan, run, bar.note):
-            probabilities[torch.tensor(places)] = found.cpu()
-            bar.advance(len(places))
+        for rows, means in run_adaptively(plan, run, bar.note):
+            probabilities[torch.tensor(rows)] = means.cpu()
+            bar.advance(len(rows))
     index.save_derived("mean-target-probabilities", {"probabilities": probabilities})
     return probabilities
 
 
 def _mean_probabilities(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch"]:
-    hidden = model.hidden_states(model.embeddings(batch.token_ids))
+    hidden = model.hidden_states(model.embeddings(batch.token_ids))  # (batch, tokens, width)
+    # The hidden state at a position predicts the next token.
     example, position = batch.target_mask[:, 1:].nonzero(as_tuple=True)
     targets = batch.token_ids[example, position + 1]
-    sums = torch.zeros(len(batch.places), device=hidden.device)
+    sums = torch.zeros(len(batch.indices), device=hidden.device)
     for part in torch.arange(len(targets), device=hidden.device).split(256):
         log_probabilities = torch.log_softmax(model.head.logits(hidden[example[part], position[part]]).float(), dim=-1)
-        chosen = log_probabilities.gather(1, targets[part, None])[:, 0].exp()
-        sums.index_add_(0, example[part], chosen)
+        target_probabilities = log_probabilities.gather(1, targets[part, None])[:, 0].exp()
+        sums.index_add_(0, example[part], target_probabilities)
     return sums / batch.target_mask.sum(dim=1)
 
 
 def token_autocorrelation(
     index: Index, model: LanguageModel, *, seed: int = 0, batch_tokens: int = 2048, progress: bool = False
 ) -> tuple[Float[Tensor, "blocks dim dim"], int]:
-    """R over single tokens: the mean of φφᵀ of one target token's margin of every candidate, and how many they are.
+    """R over single tokens, and their number.
 
-    It costs about half a pass over the corpus, and is kept with the index.
+    R is the mean of φφᵀ, with φ the gradient of the margin of one target token per candidate. It
+    costs about half a pass over the corpus and is saved with the index.
     """
     name = f"token-autocorrelation-{seed}"
-    kept = index.load_derived(name)
+    saved = index.load_derived(name)
     manifest = index.manifest
     dim = manifest.projection.side**2
-    if have_shapes(kept, autocorrelation=(len(manifest.layer_blocks), dim, dim)):
-        return kept["autocorrelation"], index.rows
+    if have_shapes(saved, autocorrelation=(len(manifest.layer_blocks), dim, dim)):
+        return saved["autocorrelation"], index.rows
     examples = [_with_one_target(stored.example, seed) for stored in index.examples()]
     sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=model.device)
     with (
@@ -152,25 +157,25 @@ def token_autocorrelation(
             kind=manifest.projection.kind,
         ) as projector,
     ):
-        held: list[Tensor] = []
-        for places, phi, _ in projector.batches(examples):
-            held.append(phi)
-            if sum(map(len, held)) >= 256:  # adding a few rows costs as much as adding many
-                sums.add(torch.cat(held))
-                held = []
-            bar.advance(len(places))
-        if held:
-            sums.add(torch.cat(held))
+        pending: list[Tensor] = []
+        for rows, phi, _ in projector.batches(examples):
+            pending.append(phi)
+            if sum(map(len, pending)) >= 256:  # adding a few rows costs as much as adding many
+                sums.add(torch.cat(pending))
+                pending = []
+            bar.advance(len(rows))
+        if pending:
+            sums.add(torch.cat(pending))
     mean = sums.mean().cpu()
     index.save_derived(name, {"autocorrelation": mean})
     return mean, len(examples)
 
 
 def _with_one_target(example: TokenizedExample, seed: int) -> TokenizedExample:
-    """The same tokens with one of the targets, drawn by seed and name, and nothing after it."""
+    """The example up to one of its targets, drawn by seed and id, which becomes its only target."""
     targets = np.flatnonzero(example.target_mask)
-    digest = hashlib.blake2b(f"{seed} {example.example_id}".encode(), digest_size=8).digest()
-    chosen = int(targets[int.from_bytes(digest, "little") % len(targets)])
+    drawn = draw_bytes(f"{seed} {example.example_id}".encode(), bits=64)
+    chosen = int(targets[int.from_bytes(drawn, "little") % len(targets)])
     target_mask = np.zeros(chosen + 1, dtype=bool)
     target_mask[chosen] = True
     return dataclasses.replace(example, token_ids=example.token_ids[: chosen + 1], target_mask=target_mask)

@@ -1,42 +1,48 @@
-"""The command `trackstar audit`: what an answer's audit says, compared with what its auditor has, a line a thing."""
+"""The command `trackstar audit`: compare an answer's audit with the user's own files, one line per item."""
 
 from typing import Any
 
 import click
 
 from trackstar.cli.framework import ERROR, Command, RareOption, prepare
+from trackstar.cli.options import threads_option
+from trackstar.progress import reworded_line
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="trackstar query demo-out/index --queries demo-out/queries.jsonl --out demo-out/answers.jsonl\n"
+    "trackstar audit demo-out/answers.audit.json --index demo-out/index",
+)
 @click.argument("audit", metavar="AUDIT")
-@click.option("--results", metavar="FILE", help="The results.  [beside the audit]")
-@click.option("--index", metavar="IDX", help="The index; every byte of it is read.")
-@click.option("--model", metavar="M", help="The model, wherever it is now.")
-@click.option("--data", multiple=True, metavar="D", help="The corpus; once for each of several.")
-@click.option("--queries", metavar="FILE", help="The queries, where they came from a file.")
-@click.option("--task", metavar="FILE", help="The queries that R_eval comes from.")
-@click.option("--again", is_flag=True, help="Answer again; compare rankings and scores.")
-@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.  [cpu]")
-@click.option("--second-moment", cls=RareOption, metavar="FILE", help="Optimizer's state, where V came from one.")
-@click.option("--threads", cls=RareOption, type=int, metavar="N", help="CPU threads.  [as torch chooses]")
-def audit(*, audit: str, again: bool, threads: int | None, **hand: Any) -> int:
-    """Verify an answer by its .audit.json and what is at hand.
+@click.option("--results", metavar="FILE", show_default="beside AUDIT", help="The results.")
+@click.option("--index", metavar="INDEX", help="The index; every byte of it is read.")
+@click.option("--model", metavar="MODEL", help="The model.")
+@click.option("--data", multiple=True, metavar="DATA", help="The corpus; repeat the option for several.")
+@click.option("--queries", metavar="FILE", help="The queries, if they came from a file.")
+@click.option("--task", metavar="FILE", help="The queries that R_eval was computed from.")
+@click.option("--again", is_flag=True, help="Answer the queries again and compare rankings and scores.")
+@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.")
+@click.option("--second-moment", cls=RareOption, metavar="FILE", help="The optimizer's state, if V came from one.")
+@threads_option
+def audit(*, audit: str, again: bool, threads: int | None, **files: Any) -> int:
+    """Verify an answer of another person.
 
-    Exit status 0: all that was given is the same.
+    Compares the file AUDIT (.audit.json) with the files that you give, one line per item. Exit status
+    0 if all of them are the same.
     """
     prepare(threads)
-    from trackstar.audit.again import check_audit
     from trackstar.audit.checks import AtHand
-    from trackstar.text import printable
+    from trackstar.audit.recomputation import check_audit
 
-    report = check_audit(audit, AtHand(**hand), again=again)
+    report = check_audit(audit, AtHand(**files), again=again)
     for check in report.checks:
-        click.echo(printable(f"{check.outcome:<13}{check.name:<20}{check.said}").rstrip())
+        click.echo(reworded_line(f"{check.outcome:<13}{check.name:<20}{check.said}").rstrip())
     same, differing, unchecked = (report.named(outcome) for outcome in ("same", "differs", "not checked"))
     rest = f"; not checked: {', '.join(unchecked)}" if unchecked else ""
     if report.ok:
-        click.echo(printable(f"{audit}: all {len(same)} that were checked are the same{rest}"))
+        click.echo(reworded_line(f"{audit}: all {len(same)} checked items are the same{rest}"))
         return 0
     count = f"{len(differing)} of {len(same) + len(differing)} differ"
-    click.echo(printable(f"{audit}: {count}: {', '.join(differing)}{rest}"), err=True)
+    click.echo(reworded_line(f"{audit}: {count}: {', '.join(differing)}{rest}"), err=True)
     return ERROR

@@ -1,6 +1,6 @@
-"""The commands: each turns options into one call of the Python interface and prints what that gives.
+"""The group of all commands, and those that neither make, query nor audit an index.
 
-Those of indexes, of queries and of audits have files of their own; here are the others, and the list of all.
+Each command turns its options into one call of the Python interface and prints the result.
 """
 
 import importlib.util
@@ -11,54 +11,87 @@ from typing import Any
 
 import click
 
+from trackstar.choices import OPTIMIZERS
 from trackstar.cli.audit_command import audit
 from trackstar.cli.framework import INTERRUPTED, Command, Group, prepare, run
 from trackstar.cli.index_commands import add, convert, finish, index, merge, remove, verify
-from trackstar.cli.options import chosen_workers, clustered, note, on_this_machine, one_of, rare, shared
+from trackstar.cli.options import (
+    BATCH_HELP,
+    CORPUS_HELP,
+    DAMPING_HELP,
+    check_local,
+    choice,
+    chosen_workers,
+    cluster_options,
+    default,
+    device_options,
+    note,
+    rare,
+    threads_option,
+)
 from trackstar.cli.query_command import query
 from trackstar.errors import OptionError
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, example='trackstar query demo-out/index --prompt "The capital of France is" --completion Paris')
 @click.version_option(package_name="trackstar-tda", prog_name="trackstar", message="%(prog)s %(version)s")
-def trackstar() -> None:
-    """Which training examples made this language model say that?"""
+@click.pass_context
+def trackstar(context: click.Context) -> None:
+    """Find the training examples that moved a language model towards what it says.
+
+    `trackstar COMMAND --help` explains a command. `trackstar demo` makes the files of the examples.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, example="trackstar explore demo-out/index demo-out/results.jsonl")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--port", type=int, default=0, metavar="N", help="On 127.0.0.1.  [any that is free]")
-@click.option("--no-browser", is_flag=True, help="Print the address only.")
-@click.option("--task", metavar="FILE", help="Queries that R_eval and λ come from.  [R_train alone]")
-@click.option("--embedding-model", metavar="E", help="Folder of a sentence-embedding model.")
-@shared
-@rare("--model", metavar="M", help="The model, where it is not where the index says.")
-@rare("--data", metavar="D", help="The corpus, likewise; its fields are shown.")
-@rare("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
-@rare("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
-@rare("--rerank", "reranked", type=int, metavar="N", help="Rank N again from gradients.  [by codec, at most 100]")
-@rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
+@click.option("--port", type=int, default=0, metavar="N", show_default="any free one", help="Port on 127.0.0.1.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option("--task", metavar="FILE", show_default="R_train alone", help="Queries to compute R_eval and λ from.")
+@click.option("--embedding-model", metavar="MODEL", help="Folder of a sentence-embedding model.")
+@device_options
+@rare("--model", metavar="MODEL", show_default="the index's", help="Path to the model, if it has moved.")
+@rare("--data", metavar="DATA", show_default="the index's", help="Path to the corpus, if it has moved.")
+@rare("--mixing", type=float, metavar="X", show_default="the paper's rule", help="λ, the weight of R_eval, 0 to 1.")
+@rare("--damping", type=float, metavar="C", show_default="shrinkage", help=DAMPING_HELP)
+@rare(
+    "--rerank",
+    "reranked",
+    type=int,
+    metavar="N",
+    show_default="by codec, at most 100",
+    help="Re-rank the best N candidates from recomputed gradients.",
+)
+@rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int | None, **options: Any) -> int:
-    """See results and an index in the browser: PATH is an index or a file of results."""
+    """Explore results and an index in the browser.
+
+    Each PATH is a file of results or an index, of which there can be one.
+    """
     prepare(threads)
-    for package in ("fastapi", "uvicorn", "bm25s", "ahocorasick_rs"):
-        if importlib.util.find_spec(package) is None:
-            raise OptionError(f"{package} is not installed; explore needs it: pip install 'trackstar-tda[explore]'")
+    _require("explore", ("fastapi", "uvicorn", "bm25s", "ahocorasick_rs"))
     from trackstar.explorer.server import IndexOptions, serve
 
     try:
-        serve(paths, IndexOptions(**options), port=port, browser=not no_browser, say=note)
+        serve(paths, IndexOptions(**options), port=port, browser=not no_browser, note=note)
     except KeyboardInterrupt:
-        note("explorer: ended")
+        note("explorer: stopped")
         return INTERRUPTED
     return 0
 
 
-@click.command(cls=Command)
+@click.command(
+    cls=Command,
+    example="printf '%s\\n' 'model = \"model/checkpoint-000450\"' 'corpus = \"corpus.jsonl\"' \\\n"
+    "    'facts = \"queries.jsonl\"' 'side = 32' > demo-out/facts.toml\n"
+    "trackstar evaluate --config demo-out/facts.toml --out demo-out/report",
+)
 @click.option("--config", required=True, metavar="FILE", help="Settings of the report (.toml).")
-@click.option("--out", required=True, metavar="FOLDER", help="The report's folder.")
-@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
-@clustered
+@click.option("--out", required=True, metavar="FOLDER", help="Folder of the report.")
+@threads_option
+@cluster_options
 def evaluate(
     *,
     config: str,
@@ -69,46 +102,58 @@ def evaluate(
     ray_cpus: int | None,
     ray_gpus: float | None,
 ) -> None:
-    """The paper's tables on facts whose examples are known; resumable."""
+    """Compute the paper's tables for a model and a set of facts.
+
+    The facts name the examples that state them. If a run is interrupted, run the same command again
+    to resume.
+    """
     prepare(threads)
-    for package in ("bm25s", "ahocorasick_rs", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise OptionError(f"{package} is not installed; evaluate needs it: pip install 'trackstar-tda[evaluate]'")
-    on_this_machine(out)
+    _require("evaluate", ("bm25s", "ahocorasick_rs", "matplotlib"))
+    check_local(out)
     from trackstar.evaluation.config import read_config
+    from trackstar.evaluation.report_files import write_report
     from trackstar.evaluation.run import run_evaluation
-    from trackstar.evaluation.written import write_report
 
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         report = run_evaluation(read_config(config), out, workers=workers)
     click.echo(f"{write_report(report, Path(out))}: {len(report.facts):,} queries, {report.candidates:,} candidates")
 
 
-@click.command(cls=Command)
-@click.option("--data", required=True, metavar="D", help="Corpus: .jsonl, .txt, .parquet, a folder.")
-@click.option("--out", required=True, metavar="RUN", help="Folder of the run's checkpoints.")
-@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
-@click.option("--steps", type=int, default=10_000, metavar="N", help="Optimizer steps.  [10000]")
-@click.option("--batch-tokens", type=int, default=4096, metavar="N", help="Most tokens of a batch.  [4096]")
-@click.option("--width", type=int, default=256, metavar="N", help="Size of the hidden states.  [256]")
-@click.option("--layers", type=int, default=6, metavar="N", help="Transformer layers.  [6]")
-@click.option("--heads", type=int, default=4, metavar="N", help="Attention heads.  [4]")
-@click.option("--mlp-width", type=int, default=1024, metavar="N", help="Size of the MLPs' hidden layer.  [1024]")
-@click.option("--vocabulary", type=int, default=8192, metavar="N", help="Most tokens of a new tokenizer.  [8192]")
-@click.option("--optimizer", default="adafactor", metavar="NAME", help="adafactor or adamw.  [adafactor]")
-@click.option("--checkpoint-steps", type=int, default=1000, metavar="N", help="Steps between checkpoints.  [1000]")
-@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.  [cpu]")
-@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
-@rare("--limit", type=int, metavar="N", help="Read the first N records only.")
-@rare("--tokenizer", metavar="T", help="Folder or hub name of a tokenizer.  [a new one]")
-@rare("--key-value-heads", type=int, metavar="N", help="Heads of keys and values.  [--heads]")
-@rare("--context-tokens", type=int, default=512, metavar="N", help="Most tokens read at once.  [512]")
-@rare("--tied-embeddings/--untied-embeddings", default=True, help="Whether the head is the embedding.  [tied]")
-@rare("--initial-spread", type=float, default=0.02, metavar="X", help="Of the initial weights.  [0.02]")
-@rare("--base-learning-rate", type=float, default=1.0, metavar="X", help="Over √max(step, warm-up).  [1]")
-@rare("--warmup-steps", type=int, default=10_000, metavar="N", help="Steps before the rate falls.  [10000]")
-@rare("--pool-examples", type=int, default=2048, metavar="N", help="Sort lengths within so many.  [2048]")
-@rare("--seed", type=int, default=0, metavar="N", help="Of weights and data order.  [0]")
+@click.command(
+    cls=Command,
+    example="trackstar pretrain --data demo-out/corpus.jsonl --out demo-out/other-model --steps 100 \\\n"
+    "    --width 128 --layers 4 --mlp-width 512 --vocabulary 2048",
+)
+@click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
+@click.option("--out", required=True, metavar="RUN", help="Folder of the checkpoints.")
+@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.")
+@click.option("--steps", type=int, default=10_000, metavar="N", help="Optimizer steps.")
+@click.option("--batch-tokens", type=int, default=4096, metavar="N", help=BATCH_HELP)
+@click.option("--width", type=int, default=256, metavar="N", help="Size of the hidden states.")
+@click.option("--layers", type=int, default=6, metavar="N", help="Transformer layers.")
+@click.option("--heads", type=int, default=4, metavar="N", help="Attention heads.")
+@click.option("--mlp-width", type=int, default=1024, metavar="N", help="Size of the MLPs' hidden layer.")
+@click.option("--vocabulary", type=int, default=8192, metavar="N", help="Most tokens of a new tokenizer.")
+@choice("--optimizer", OPTIMIZERS, default="adafactor", help="The optimizer.")
+@click.option("--checkpoint-steps", type=int, default=1000, metavar="N", help="Steps between checkpoints.")
+@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.")
+@threads_option
+@rare("--limit", type=int, metavar="N", help="Read only the first N records.")
+@rare("--tokenizer", metavar="NAME", show_default="a new one", help="Folder or hub name of a tokenizer.")
+@rare("--key-value-heads", type=int, metavar="N", show_default="--heads", help="Heads of keys and values.")
+@rare("--context-tokens", type=int, default=512, metavar="N", help="Most tokens that the model reads at once.")
+@rare("--tied-embeddings/--untied-embeddings", default=True, help="Whether the output head is the embedding.")
+@rare(
+    "--initial-spread",
+    type=float,
+    default=0.02,
+    metavar="X",
+    help="Standard deviation of the initial weights.",
+)
+@rare("--base-learning-rate", type=float, default=1.0, metavar="X", help="Divided by √max(step, warm-up steps).")
+@rare("--warmup-steps", type=int, default=10_000, metavar="N", help="Steps before the learning rate falls.")
+@rare("--pool-examples", type=int, default=2048, metavar="N", help="Examples per pool that is sorted by length.")
+@rare("--seed", type=int, default=0, metavar="N", help="Seed of the weights and of the order of the data.")
 def pretrain(
     *,
     data: str,
@@ -120,10 +165,13 @@ def pretrain(
     threads: int | None,
     **settings: Any,
 ) -> None:
-    """Train a small Llama from scratch, keeping the optimizer's state."""
-    one_of("--optimizer", settings["optimizer"], ("adafactor", "adamw"))
+    """Train a small Llama from scratch.
+
+    Checkpoints in RUN keep the optimizer's state, which `trackstar index` reads V from. If a run is
+    interrupted, run the same command again to resume.
+    """
     prepare(threads)
-    on_this_machine(out)
+    check_local(out)
     from trackstar.corpus import open_corpus
     from trackstar.pretraining import PretrainingConfig
     from trackstar.pretraining import pretrain as train
@@ -131,27 +179,48 @@ def pretrain(
     config = PretrainingConfig(**settings)
     corpus = open_corpus(data, text_field=text_field, limit=limit)
     checkpoint = train(corpus, out, config, tokenizer=tokenizer, device=device)
-    click.echo(f"{checkpoint}: index its corpus with trackstar index --model {checkpoint} --data {data} --out IDX")
+    click.echo(f"{checkpoint}: index its corpus with: trackstar index --model {checkpoint} --data {data} --out INDEX")
 
 
-@click.command(cls=Command)
-@click.option("--out", default="demo-out", metavar="FOLDER", help="Where everything goes.  [demo-out]")
-@click.option("--seed", type=int, default=0, metavar="N", help="Of the demo's corpus.  [0]")
+@click.command(cls=Command, example="trackstar demo --out demo-out")
+@click.option("--out", default="demo-out", metavar="FOLDER", help="Folder of everything that the demo makes.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Seed of the demo's corpus.")
 def demo(*, out: str, seed: int) -> None:
-    """Train on real facts and show what moved the answers."""
+    """Train a model on real facts and explain its answers.
+
+    Makes a corpus, a model, indexes and results in a few minutes on two cores. If a run is
+    interrupted, run the same command again to resume.
+    """
     prepare(None)
-    on_this_machine(out)
+    check_local(out)
+    from trackstar.attribution.terminal import print_line
     from trackstar.demo.runner import run_demo
 
-    run_demo(Path(out), seed=seed)
+    files = run_demo(Path(out), seed=seed).files
+    command = ".venv/bin/trackstar"
+    print_line(f"Everything is in {out}. Ask your own questions:")
+    print_line(f'   {command} query {files.index} --prompt "{files.prompt}" --generate')
+    print_line(f"   {command} query {files.index} --queries {files.queries} --out answers.jsonl")
+    print_line(f"   {command} explore {files.index} {files.results}")
 
 
-for _command in (
-    index, finish, add, merge, remove, convert, query, explore, evaluate, pretrain, verify, audit, demo,
-):  # fmt: skip
-    trackstar.add_command(_command)
+trackstar.add_section("Make and change indexes", [index, finish, add, merge, remove, convert, verify])
+trackstar.add_section("Query", [query, explore, audit])
+trackstar.add_section("Evaluate", [evaluate, demo])
+trackstar.add_section("Train", [pretrain])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `trackstar`."""
+    """Run the command `trackstar` and exit with its status."""
     sys.exit(run(trackstar, arguments))
+
+
+def _require(extra: str, packages: Sequence[str]) -> None:
+    """Raise if a package of an extra is not installed.
+
+    Raises:
+        OptionError: A package is missing; the message names it and the extra.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise OptionError(f"{package} is not installed; {extra} needs it: pip install 'trackstar-tda[{extra}]'")

@@ -1,54 +1,111 @@
-"""The commands that make an index and look after it: index, finish, add, merge, remove, convert, verify."""
+"""The commands that make, change and check indexes: index, finish, add, merge, remove, convert, verify."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from trackstar.choices import CODECS, COORDINATES, DTYPES, OUTPUTS, PROJECTIONS, SECOND_MOMENT_KINDS
 from trackstar.cli.framework import ERROR, Command, prepare
-from trackstar.cli.options import chosen_workers, clustered, note, one_of, rare, shared
+from trackstar.cli.options import (
+    BATCH_HELP,
+    CORPUS_HELP,
+    DAMPING_HELP,
+    choice,
+    chosen_workers,
+    cluster_options,
+    corpus_options,
+    default,
+    device_options,
+    index_argument,
+    note,
+    rare,
+    threads_option,
+)
+from trackstar.indexing.settings import IndexSettings
 
 if TYPE_CHECKING:
     from trackstar.store import Index
 
-CODECS = ("float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", "1-bit")
+_MODEL_OPTIONS = ("dtype", "device", "layer_blocks", "attention_pattern", "mlp_pattern", "revision", "gguf_file")
+_CORPUS_OPTIONS = ("text_field", "id_field", "limit")
 
 
-@click.command(cls=Command)
-@click.option("--model", required=True, metavar="M", help="Model folder, .gguf file or hub name.")
-@click.option("--data", required=True, metavar="D", help="Corpus: .jsonl, .txt, .parquet, a folder.")
-@click.option("--out", required=True, metavar="IDX", help="The index's folder.")
-@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
-@click.option("--id-field", metavar="NAME", help="Field that names an example.  [found]")
-@click.option("--limit", type=int, metavar="N", help="Read the first N records only.")
-@click.option("--second-moment", default="auto", metavar="V", help="auto, estimate, none, or optimizer state.  [auto]")
-@click.option("--dtype", default="float32", metavar="TYPE", help="float32 or bfloat16 computation.  [float32]")
-@click.option("--codec", default="1-bit", metavar="TYPE", help="float32 to 1-bit; see below.  [1-bit]")
-@click.option("--side", type=int, default=64, metavar="N", help="φ has 16 blocks of side² numbers.  [64]")
-@click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
-@shared
-@rare("--window-tokens", type=int, metavar="N", help="Split longer documents.  [context or batch]")
-@rare("--overlap", type=int, default=1, metavar="N", help="Tokens a window repeats as context.  [1]")
-@rare("--layer-blocks", type=int, default=8, metavar="N", help="Blocks for attention, and for MLPs.  [8]")
-@rare("--attention-pattern", metavar="REGEX", help="Attention matrices; group 1: layer.")
-@rare("--mlp-pattern", metavar="REGEX", help="The same for MLP matrices.")
-@rare("--second-moment-kind", default="factored", metavar="KIND", help="factored or elementwise.  [factored]")
-@rare("--second-moment-examples", type=int, default=256, metavar="N", help="Estimate V from so many.  [256]")
-@rare("--output", default="loss", metavar="F", help="What is differentiated: loss, margin, logit.  [loss]")
-@rare("--projection", default="two-sided", metavar="P", help="two-sided or one-sided (small models).  [two-sided]")
-@rare("--coordinates", metavar="C", help="projected or whitened.  [whitened for int8 and fewer bits]")
-@rare("--whitening-examples", type=int, default=16_384, metavar="N", help="R_train for it from so many.  [16384]")
-@rare("--damping", type=float, metavar="X", help="Added to it, of its mean eigenvalue.  [shrinkage]")
-@rare("--seed", type=int, default=0, metavar="N", help="Of projections and samples.  [0]")
-@rare("--shard-examples", type=int, metavar="N", help="Examples a shard.  [64 MiB]")
-@rare("--shard", "share", metavar="I/N", help="As the I-th of N runs that make one index; then finish.")
-@rare("--revision", metavar="NAME", help="Revision of a hub's model.")
-@rare("--gguf-file", metavar="NAME", help="Which file of the folder holds GGUF weights.")
-@clustered
+@click.command(
+    cls=Command,
+    example="trackstar index --model demo-out/model/checkpoint-000450 --data demo-out/corpus.jsonl \\\n"
+    "    --out demo-out/new-index --side 32",
+)
+@click.option("--model", required=True, metavar="MODEL", help="Model folder, .gguf file or hub name.")
+@click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
+@click.option("--out", required=True, metavar="INDEX", help="Folder or URL of the new index.")
+@corpus_options
+@click.option(
+    "--second-moment",
+    default=default("second_moment"),
+    metavar="V",
+    help="auto, estimate, none, or a file or folder of the optimizer's state.",
+)
+@choice("--dtype", DTYPES, default="float32", help="Number format of the computation.")
+@choice("--codec", CODECS, default=default("codec"), help=f"How a row is stored: {', '.join(CODECS)}.")
+@click.option(
+    "--side", type=int, default=default("side"), metavar="N", help="Each of 16 layer blocks has N×N dimensions."
+)
+@click.option("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
+@device_options
+@rare("--window-tokens", type=int, metavar="N", show_default="context or batch", help="Split longer documents.")
+@rare("--overlap", type=int, default=default("overlap"), metavar="N", help="Tokens that a window repeats as context.")
+@rare("--layer-blocks", type=int, default=8, metavar="N", help="Blocks for each of attention and MLP.")
+@rare("--attention-pattern", metavar="REGEX", help="Names of the attention matrices; group 1 is the layer.")
+@rare("--mlp-pattern", metavar="REGEX", help="Names of the MLP matrices; group 1 is the layer.")
+@choice(
+    "--second-moment-kind",
+    SECOND_MOMENT_KINDS,
+    rare=True,
+    default=default("second_moment_kind"),
+    help="V as row and column factors, or one number per weight.",
+)
+@rare(
+    "--second-moment-examples",
+    type=int,
+    default=default("second_moment_examples"),
+    metavar="N",
+    help="Examples that V is estimated from.",
+)
+@choice("--output", OUTPUTS, rare=True, default=default("output"), help="The function of the model to differentiate.")
+@choice(
+    "--projection",
+    PROJECTIONS,
+    rare=True,
+    default=default("projection"),
+    help="Eq. 4, or one dense matrix (small models only).",
+)
+@choice(
+    "--coordinates",
+    COORDINATES,
+    rare=True,
+    show_default="whitened for int8 and fewer bits",
+    help="Store φ, or φ whitened by R_train.",
+)
+@rare(
+    "--whitening-examples",
+    type=int,
+    default=default("whitening_examples"),
+    metavar="N",
+    help="Examples for R_train if rows are whitened.",
+)
+@rare("--damping", type=float, metavar="C", show_default="shrinkage", help=f"{DAMPING_HELP} For whitened rows.")
+@rare("--seed", type=int, default=default("seed"), metavar="N", help="Seed of projections and samples.")
+@rare("--shard-examples", type=int, metavar="N", show_default="64 MiB", help="Examples per shard.")
+@rare("--shard", "share", metavar="I/N", help="Make the I-th of N parts; `trackstar finish` completes the index.")
+@rare("--revision", metavar="NAME", help="Revision of a model on the hub.")
+@rare("--gguf-file", metavar="NAME", help="The GGUF file in the model folder.")
+@cluster_options
 def index(
     *,
     model: str,
     data: str,
     out: str,
+    share: str | None,
     threads: int | None,
     ray: str | None,
     ray_workers: int | None,
@@ -56,118 +113,146 @@ def index(
     ray_gpus: float | None,
     **options: Any,
 ) -> None:
-    """Index a corpus for a model; run again to resume.
+    """Index a corpus for a model.
 
-    Codecs: float32, bfloat16, float16, int8, 4-bit, 2-bit, 1-bit.
+    Stores the projected gradient of every training example in DATA. If a run is interrupted, run the
+    same command again to resume.
     """
-    one_of("--second-moment-kind", options["second_moment_kind"], ("factored", "elementwise"))
-    one_of("--output", options["output"], ("loss", "margin", "logit"))
-    one_of("--projection", options["projection"], ("two-sided", "one-sided"))
-    one_of("--codec", options["codec"], CODECS)
-    if options["coordinates"] is not None:
-        one_of("--coordinates", options["coordinates"], ("projected", "whitened"))
+    of_model = {name: options.pop(name) for name in _MODEL_OPTIONS}
+    of_corpus = {name: options.pop(name) for name in _CORPUS_OPTIONS}
+    settings = IndexSettings(**options)
     prepare(threads)
-    from trackstar.indexing.build import build_index
+    from trackstar.corpus import open_corpus
+    from trackstar.indexing.array_tasks import Share
+    from trackstar.indexing.build import index_corpus
+    from trackstar.model.language_model import load_model
 
+    part = Share.parsed(share) if share is not None else None
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
-        made = build_index(model, data, out, workers=workers, **options)
-    if options["share"] is None or made.manifest.completion is not None:
-        _tell(made)
+        loaded = load_model(model, **of_model)
+        made = index_corpus(loaded, open_corpus(data, **of_corpus), out, settings, share=part, workers=workers)
+    if part is None or made.manifest.completion is not None:
+        _report(made)
 
 
-@click.command(cls=Command)
-@click.argument("index", metavar="IDX")
-@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+@click.command(cls=Command, example="trackstar finish demo-out/index")
+@click.argument("index", metavar="INDEX")
+@threads_option
 def finish(*, index: str, threads: int | None) -> None:
-    """Complete an index that index --shard I/N made."""
+    """Complete an index made in parts.
+
+    Run it once after all runs of `trackstar index --shard I/N`.
+    """
     prepare(threads)
     from trackstar.indexing.array_tasks import finish_index
 
-    _tell(finish_index(index))
+    _report(finish_index(index))
 
 
-@click.command(cls=Command)
-@click.option("--index", required=True, metavar="IDX", help="The index; it is left as it is.")
-@click.option("--data", required=True, metavar="D", help="Further corpus: .jsonl, .txt, .parquet, a folder.")
-@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
-@click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text.  [text]")
-@click.option("--id-field", metavar="NAME", help="Field that names an example.  [found]")
-@click.option("--limit", type=int, metavar="N", help="Read the first N records only.")
-@click.option("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
-@shared
-@rare("--model", metavar="M", help="The model, where it is not where the index says.")
+@click.command(
+    cls=Command,
+    example="trackstar add demo-out/index --data demo-out/queries.jsonl --text-field prompt \\\n"
+    "    --out demo-out/larger-index",
+)
+@index_argument()
+@click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
+@click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")
+@corpus_options
+@click.option("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
+@device_options
+@rare("--model", metavar="MODEL", help="Path to the model, if it has moved.")
 def add(*, index: str, data: str, out: str, threads: int | None, **options: Any) -> None:
-    """An index with further examples; only theirs are computed."""
+    """Add examples to an index.
+
+    Writes a new index with the rows of INDEX, which stays as it is, and of the examples in DATA.
+    """
     prepare(threads)
     from trackstar.editing.adding import add_examples
 
-    _tell(add_examples(index, data, out, **options))
+    _report(add_examples(index, data, out, **options))
 
 
-@click.command(cls=Command)
-@click.argument("indexes", nargs=-1, required=True, metavar="IDX IDX...")
-@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
-@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+@click.command(
+    cls=Command,
+    example="trackstar index --model demo-out/model/checkpoint-000450 --data demo-out/queries.jsonl \\\n"
+    "    --text-field prompt --out demo-out/other-index --side 32 --codec float16\n"
+    "trackstar merge demo-out/index demo-out/other-index --out demo-out/merged-index",
+)
+@click.argument("indexes", nargs=-1, required=True, metavar="INDEX INDEX...")
+@click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")
+@threads_option
 def merge(*, indexes: tuple[str, ...], out: str, threads: int | None) -> None:
-    """One index of several that were made alike."""
+    """Merge indexes built with the same settings.
+
+    Writes a new index; the given ones stay as they are.
+    """
     prepare(threads)
     from trackstar.editing.merging import merge_indexes
 
-    _tell(merge_indexes(indexes, out))
+    _report(merge_indexes(indexes, out))
 
 
-@click.command(cls=Command)
-@click.option("--index", required=True, metavar="IDX", help="The index; it is left as it is.")
-@click.option("--names", required=True, metavar="FILE", help="Names of examples or documents, one a line.")
-@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
-@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+@click.command(
+    cls=Command,
+    example="echo capital-FR-0 > demo-out/names.txt\n"
+    "trackstar remove demo-out/index --names demo-out/names.txt --out demo-out/smaller-index",
+)
+@index_argument()
+@click.option("--names", required=True, metavar="FILE", help="Names of examples or documents, one per line.")
+@click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")
+@threads_option
 def remove(*, index: str, names: str, out: str, threads: int | None) -> None:
-    """An index without some of its examples."""
+    """Remove examples from an index.
+
+    Writes a new index; INDEX stays as it is.
+    """
     prepare(threads)
     from trackstar.corpus import read_names
     from trackstar.editing.removing import remove_examples
 
-    _tell(remove_examples(index, read_names(names), out))
+    _report(remove_examples(index, read_names(names), out))
 
 
-@click.command(cls=Command)
-@click.option("--index", required=True, metavar="IDX", help="The index; it is left as it is.")
-@click.option("--codec", required=True, metavar="TYPE", help="Of no more bits: float16, int8, 4-bit, 2-bit, 1-bit.")
-@click.option("--out", required=True, metavar="NEW", help="The new index's folder.")
-@click.option("--damping", type=float, metavar="X", help="Added to R_train in whitening.  [shrinkage]")
-@rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
+@click.command(cls=Command, example="trackstar convert demo-out/index --codec 4-bit --out demo-out/index-4-bit")
+@index_argument()
+@choice("--codec", CODECS, required=True, help=f"Codec of the new index: {', '.join(CODECS)}.")
+@click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")
+@click.option("--damping", type=float, metavar="C", show_default="shrinkage", help=DAMPING_HELP)
+@threads_option
 def convert(*, index: str, codec: Any, out: str, damping: float | None, threads: int | None) -> None:
-    """The same index stored in fewer bits."""
-    one_of("--codec", codec, CODECS)
+    """Store an index in fewer bits.
+
+    Writes a new index; INDEX stays as it is.
+    """
     prepare(threads)
     from trackstar.editing.converting import convert_index
 
-    _tell(convert_index(index, out, codec=codec, damping=damping))
+    _report(convert_index(index, out, codec=codec, damping=damping))
 
 
-@click.command(cls=Command)
-@click.argument("index")
+@click.command(cls=Command, example="trackstar verify demo-out/index")
+@click.argument("index", metavar="INDEX")
 def verify(index: str) -> int:
-    """Read every byte of an index and compare it with its checksums."""
+    """Check every byte of an index against its checksums.
+
+    Exit status 0 if the index is undamaged.
+    """
     from trackstar.store import verify as check
 
     report = check(index)
-    for line in report.notes:
-        note(line)
-    for line in report.problems:
+    for line in (*report.notes, *report.problems):
         note(line)
     amount = f"{len(report.good_shards)} shards with {report.rows:,} examples, {report.checked_bytes / 1e6:,.1f} MB"
     if report.ok:
-        click.echo(f"{index}: {'whole' if report.completed else 'whole as far as it goes'}, {amount}")
+        click.echo(f"{index}: {'undamaged' if report.completed else 'undamaged so far, unfinished'}, {amount}")
         return 0
-    click.echo(f"{index}: damaged in {len(report.problems)} places; good are {amount}", err=True)
+    click.echo(f"{index}: {len(report.problems)} faults; undamaged: {amount}", err=True)
     return ERROR
 
 
-def _tell(index: "Index") -> None:
-    """What has been made, and how to ask it."""
-    manifest = index.manifest
+def _report(index: "Index") -> None:
+    """Print what has been made and how to query it."""
     click.echo(
-        f"{index.path}: {index.rows:,} examples, {index.dimensions:,} dimensions, {manifest.codec}; ask it with "
-        f"trackstar query --index {index.path}"
+        f"{index.path}: {index.rows:,} examples, {index.dimensions:,} dimensions, {index.manifest.codec}; query it "
+        f"with: trackstar query {index.path} --prompt TEXT --completion TEXT"
     )

@@ -1,6 +1,7 @@
-"""What commands share: options of all that compute, of clusters, and how a value or a place is checked."""
+"""Options and arguments that several commands share, and checks of their values."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -8,49 +9,126 @@ import click
 
 from trackstar.cli.framework import RareOption
 from trackstar.errors import OptionError
+from trackstar.indexing.settings import IndexSettings
+from trackstar.progress import reworded_line
 
 if TYPE_CHECKING:
     from trackstar.workers.protocol import Workers
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+CORPUS_HELP = "Corpus: JSON lines, Parquet, plain text or a folder saved by `datasets`."
+BATCH_HELP = "Most tokens per batch, padding included; peak memory follows it."
+DAMPING_HELP = "Ridge added to R_train, as a fraction of its mean eigenvalue per block."
+
+
+class Choice(click.Choice):  # pyright: ignore[reportMissingTypeArgument]
+    """One of a few values; the error for any other value names the flag and all choices."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value, or raise if it is not one of the choices."""
+        if value not in self.choices:
+            flag = param.opts[0] if param is not None else "value"
+            raise OptionError(f"{flag}: expected one of {', '.join(map(str, self.choices))}, found {value}")
+        return value
+
+
+def choice(flag: str, choices: Sequence[str], *, rare: bool = False, **settings: Any) -> Callable[[Function], Function]:
+    """Add an option with a few possible values, which its metavar shows."""
+    shown = choices if len(choices) <= 4 else (choices[0], "...", choices[-1])
+    return click.option(
+        flag,
+        cls=RareOption if rare else click.Option,
+        type=Choice(choices),
+        metavar=f"[{'|'.join(shown)}]",
+        **settings,
+    )
+
 
 def rare(*names: str, **settings: Any) -> Callable[[Function], Function]:
-    """An option that only `--help-all` shows."""
+    """Add an option that only `--help-all` shows."""
     return click.option(*names, cls=RareOption, **settings)
 
 
-def shared(function: Function) -> Function:
-    """Options of every command that computes."""
-    device = click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1; auto: all GPUs.  [cpu]")
-    threads = rare("--threads", type=int, metavar="N", help="CPU threads.  [as torch chooses]")
-    return device(threads(function))
+def threads_option(function: Function) -> Function:
+    """Add `--threads`."""
+    return rare("--threads", type=int, metavar="N", show_default="torch's choice", help="Number of CPU threads.")(
+        function
+    )
 
 
-def clustered(function: Function) -> Function:
-    """Options of the commands that a cluster can do."""
+def device_options(function: Function) -> Function:
+    """Add `--device` and `--threads`, for commands that compute."""
+    return click.option(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, or auto to split the model over all GPUs.",
+    )(threads_option(function))
+
+
+def corpus_options(function: Function) -> Function:
+    """Add options that say how records of a corpus are read."""
     for option in (
-        rare("--ray-gpus", type=float, metavar="N", help="GPUs of a worker.  [1 where there are any]"),
-        rare("--ray-cpus", type=int, metavar="N", help="CPU cores of a worker.  [1]"),
-        rare("--ray-workers", type=int, metavar="N", help="Most workers.  [all that have room]"),
-        rare("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: auto, local, HOST:PORT."),
+        click.option("--limit", type=int, metavar="N", help="Read only the first N records."),
+        click.option(
+            "--id-field", metavar="NAME", show_default="found in the records", help="Field that names an example."
+        ),
+        click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text."),
     ):
         function = option(function)
     return function
+
+
+def cluster_options(function: Function) -> Function:
+    """Add the options of a Ray cluster."""
+    for option in (
+        rare("--ray-gpus", type=float, metavar="N", show_default="1 if there is one", help="GPUs per worker."),
+        rare("--ray-cpus", type=int, metavar="N", show_default="1", help="CPU cores per worker."),
+        rare("--ray-workers", type=int, metavar="N", show_default="as fit", help="Most workers."),
+        rare("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: auto, local or HOST:PORT."),
+    ):
+        function = option(function)
+    return function
+
+
+def index_argument(*, required: bool = True) -> Callable[[Function], Function]:
+    """Add the argument INDEX; `--index INDEX` means the same.
+
+    Raises:
+        OptionError: Both are given.
+        click.UsageError: INDEX is required and neither is given.
+    """
+
+    def decorated(function: Function) -> Function:
+        @functools.wraps(function)
+        def command(*, index: str | None, index_option: str | None, **options: Any) -> Any:
+            if index is not None and index_option is not None:
+                raise OptionError(f"found both INDEX {index} and --index {index_option}; give one of them")
+            path = index if index is not None else index_option
+            if path is None and required:
+                raise click.UsageError("Missing argument 'INDEX'.", click.get_current_context())
+            return function(index=path, **options)
+
+        argument = click.argument("index", required=False, metavar="INDEX" if required else "[INDEX]")
+        option = rare("--index", "index_option", metavar="INDEX", help="The same as the argument INDEX.")
+        return argument(option(command))  # pyright: ignore[reportReturnType]
+
+    return decorated
 
 
 @contextlib.contextmanager
 def chosen_workers(
     ray: str | None, ray_workers: int | None, ray_cpus: int | None, ray_gpus: float | None
 ) -> "Iterator[Workers]":
-    """Who computes: this process, or a cluster's workers.
+    """The workers that compute: this process, or those of a cluster.
 
     Raises:
-        OptionError: Options of a cluster without one, or a cluster that cannot be had.
+        OptionError: Options of a cluster are given without one, or the cluster cannot be reached.
     """
     if ray is None:
         if any(value is not None for value in (ray_workers, ray_cpus, ray_gpus)):
-            raise OptionError("--ray-workers, --ray-cpus, --ray-gpus: belong to a cluster; say which with --ray")
+            raise OptionError("--ray-workers, --ray-cpus, --ray-gpus: need a cluster; name one with --ray ADDRESS")
         from trackstar.workers.protocol import THIS_PROCESS
 
         yield THIS_PROCESS
@@ -61,8 +139,8 @@ def chosen_workers(
         yield workers
 
 
-def on_this_machine(out: str) -> None:
-    """Refuse a URL where a folder is to be written.
+def check_local(out: str) -> None:
+    """Raise if the output folder is a URL.
 
     Raises:
         OptionError: `out` is a URL.
@@ -70,21 +148,14 @@ def on_this_machine(out: str) -> None:
     from trackstar.store import is_url
 
     if is_url(out):
-        raise OptionError(f"--out {out}: a URL, expected a folder of this machine: only indexes can be elsewhere")
-
-
-def one_of(option: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices.
-
-    Raises:
-        OptionError: It is none.
-    """
-    if value not in choices:
-        raise OptionError(f"{option} {value}: expected one of {', '.join(choices)}")
+        raise OptionError(f"--out: expected a folder on this machine, found {out}; only indexes can be at a URL")
 
 
 def note(line: str) -> None:
-    """Print a line beside the results, on stderr, whatever it quotes."""
-    from trackstar.progress import printable
+    """Print a line on stderr, with flags and commands in place of parameters and functions."""
+    click.echo(reworded_line(line), err=True)
 
-    click.echo(printable(line), err=True)
+
+def default(name: str) -> Any:
+    """The default of a setting of an index."""
+    return IndexSettings.default(name)

@@ -1,4 +1,4 @@
-"""The command `trackstar query`: what is asked, of which index or corpus, and how the answer is shown and kept."""
+"""The command `trackstar query`: queries, their source of answers, and how the answers are shown."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,183 +6,320 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from trackstar.cli.framework import Command, prepare
-from trackstar.cli.options import chosen_workers, clustered, note, rare, shared
-from trackstar.errors import OptionError
+from trackstar.cli.options import (
+    BATCH_HELP,
+    DAMPING_HELP,
+    chosen_workers,
+    cluster_options,
+    default,
+    device_options,
+    index_argument,
+    note,
+    rare,
+)
+from trackstar.errors import OptionError, check_at_least
 
 if TYPE_CHECKING:
+    from trackstar.attribution.results import QueryReport
     from trackstar.corpus import Query
     from trackstar.model.language_model import LanguageModel
 
-# Options that say how gradients are made where there is no index that says it.
 _STREAMING = (
     "text_field", "id_field", "limit", "window_tokens", "second_moment", "whitening_examples", "side", "seed",
 )  # fmt: skip
+"""Options of a streamed corpus; an index has settings of its own."""
 
 
-@click.command(cls=Command)
-@click.option("--index", metavar="IDX", help="Folder made by trackstar index.")
-@click.option("--prompt", metavar="TEXT", help="What the model reads.")
-@click.option("--completion", metavar="TEXT", help="What it says, to be explained.")
-@click.option("--generate", is_flag=True, help="Explain what the model itself says.")
-@click.option("--queries", metavar="FILE", help="JSON lines of prompts and completions.")
-@click.option("--task", metavar="FILE", help="Queries that R_eval and λ come from.  [--queries]")
-@click.option("--top", type=int, default=10, metavar="K", help="Proponents and opponents to show.  [10]")
-@click.option("--out", metavar="FILE", help="Write results (.jsonl) and a report, no table.")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout, no table.")
-@click.option("--mixing", type=float, metavar="X", help="λ, share of R_eval, 0 to 1.  [the paper's rule]")
-@click.option("--damping", type=float, metavar="X", help="Added to R, of its mean eigenvalue.  [shrinkage]")
-@click.option("--rerank", "reranked", type=int, metavar="N", help="Rank N again from gradients.  [by codec]")
-@click.option("--exact", is_flag=True, help="Compute every candidate's gradient.")
-@click.option("--data", metavar="D", help="Without --index: stream this corpus through --model.")
-@shared
-@click.option("--model", metavar="M", help="The model, where it is not where the index says.")
-@rare("--prompt-field", metavar="NAME", help="Field of --queries that holds the prompt.  [found]")
-@rare("--query-set", metavar="NAME", help="Name of the set of queries in results.  [the file's]")
-@rare("--max-new-tokens", type=int, default=16, metavar="N", help="Most tokens to generate.  [16]")
-@rare("--batch-tokens", type=int, default=2048, metavar="N", help="Most tokens of a batch.  [2048]")
-@rare("--text-field", metavar="NAME", help="Of --data: field that holds the text.  [text]")
-@rare("--id-field", metavar="NAME", help="Of --data: field that names an example.  [found]")
-@rare("--limit", type=int, metavar="N", help="Of --data: read the first N records only.")
-@rare("--window-tokens", type=int, metavar="N", help="Of --data: split longer documents.  [context or batch]")
-@rare("--second-moment", metavar="V", help="With --data, as in index.  [auto]")
-@rare("--whitening-examples", type=int, metavar="N", help="With --data: R_train from so many.  [4096]")
-@rare("--side", type=int, metavar="N", help="With --data, as in index.  [64]")
-@rare("--seed", type=int, metavar="N", help="With --data: of projections and samples.  [0]")
-@clustered
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What the queries are answered from: an index, or a corpus without one.
+
+    Attributes:
+        index: Folder or URL of the index.
+        data: The corpus.
+        model: The model; None is the index's own.
+        device: Where the model computes.
+        reranked: Number of candidates to re-rank; None is chosen by the codec.
+        exact: Whether every candidate's gradient is computed.
+        scoring: λ, damping and batch size.
+        streaming: Settings of the gradients of a streamed corpus, as given.
+        cluster: Address and limits of a Ray cluster.
+    """
+
+    index: str | None
+    data: str | None
+    model: str | None
+    device: str
+    reranked: int | None
+    exact: bool
+    scoring: Mapping[str, Any]
+    streaming: Mapping[str, Any]
+    cluster: Mapping[str, Any]
+
+    def check(self, top: int) -> None:
+        """Raise if options contradict each other.
+
+        Raises:
+            OptionError: Both an index and a corpus are given, or neither, or an option of the other one.
+        """
+        if self.index is not None and self.data is not None:
+            raise OptionError("found both INDEX and --data; query an index, or stream a corpus without one")
+        if self.index is None and (self.data is None or self.model is None):
+            raise OptionError("expected INDEX, or --data and --model to stream a corpus without an index")
+        if self.index is not None and self.streaming:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in self.streaming)
+            raise OptionError(f"{flags}: only with --data; an index was built with its own settings")
+        if self.data is not None and (self.exact or self.reranked is not None):
+            raise OptionError("--exact, --rerank: only with INDEX; --data is always ranked exactly")
+        if self.data is not None and self.cluster["ray"] is not None:
+            raise OptionError("--ray: only with INDEX; one process streams --data")
+        if self.exact and self.reranked is not None:
+            raise OptionError("found both --exact and --rerank; --exact re-ranks every candidate")
+        if self.reranked is not None and not (self.reranked == 0 or self.reranked >= max(top, 1)):
+            raise OptionError(f"--rerank: expected at least --top {top}, or 0 for no re-ranking, found {self.reranked}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Prompts and completions, from the command line or from a file.
+
+    Attributes:
+        prompt: The prompt of a single query.
+        completion: Its completion.
+        generate: Whether the model's own completions are explained.
+        queries: File of queries.
+        prompt_field: The field of the file that holds the prompt; None finds it.
+        max_new_tokens: Most tokens to generate.
+        query_set: Name of the set in results; None is the file's name.
+    """
+
+    prompt: str | None
+    completion: str | None
+    generate: bool
+    queries: str | None
+    prompt_field: str | None
+    max_new_tokens: int
+    query_set: str | None
+
+    @property
+    def name(self) -> str:
+        """The name of the set of queries in results."""
+        return self.query_set or (Path(self.queries).name.split(".")[0] if self.queries is not None else "prompt")
+
+    def check(self) -> None:
+        """Raise if options contradict each other.
+
+        Raises:
+            OptionError: There is no query, or two sources of queries or completions, or no room to generate.
+        """
+        if (self.prompt is None) == (self.queries is None):
+            found = "neither" if self.prompt is None else "both"
+            raise OptionError(f"found {found} of --prompt and --queries; give one of them")
+        if self.completion is not None and self.generate:
+            raise OptionError("found both --completion and --generate; give one of them")
+        if self.prompt is not None and self.completion is None and not self.generate:
+            raise OptionError(
+                "--prompt: found no completion to explain; give --completion TEXT, or --generate to explain what the "
+                "model says"
+            )
+        if self.queries is not None and self.completion is not None:
+            raise OptionError(
+                "--completion: only with --prompt; each line of --queries has its own, or give --generate"
+            )
+        check_at_least("max_new_tokens", self.max_new_tokens)
+
+    def read(self) -> "list[Query]":
+        """Read the queries, with empty completions if they are to be generated."""
+        from trackstar.corpus import Query, read_queries
+
+        if self.queries is not None:
+            return read_queries(self.queries, prompt_field=self.prompt_field, needs_completion=not self.generate)
+        return [Query(query_id="prompt", prompt=self.prompt or "", completion=self.completion or "")]
+
+
+@click.command(
+    cls=Command,
+    example='trackstar query demo-out/index --prompt "The capital of France is" --generate --top 3',
+)
+@index_argument(required=False)
+@click.option("--prompt", metavar="TEXT", help="Text before the completion.")
+@click.option("--completion", metavar="TEXT", help="The completion to explain.")
+@click.option("--generate", is_flag=True, help="Explain what the model itself says after the prompt.")
+@click.option("--queries", metavar="FILE", help="Prompts and completions, one JSON object per line.")
+@click.option("--task", metavar="FILE", show_default="--queries", help="Queries to compute R_eval and λ from.")
+@click.option("--top", type=int, default=10, metavar="K", help="Number of proponents and of opponents.")
+@click.option("--out", metavar="FILE", help="Write results (.jsonl), a report and an audit; print no table.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, no table.")
+@click.option(
+    "--mixing", type=float, metavar="X", show_default="the paper's rule", help="λ, the weight of R_eval, from 0 to 1."
+)
+@click.option("--damping", type=float, metavar="C", show_default="shrinkage", help=DAMPING_HELP)
+@click.option(
+    "--rerank",
+    "reranked",
+    type=int,
+    metavar="N",
+    show_default="by codec",
+    help="Re-rank the best N candidates from recomputed gradients.",
+)
+@click.option("--exact", is_flag=True, help="Recompute every candidate's gradient.")
+@click.option("--data", metavar="DATA", help="Stream this corpus through --model, without an index.")
+@device_options
+@click.option("--model", metavar="MODEL", show_default="the index's", help="Path to the model, if it has moved.")
+@rare("--prompt-field", metavar="NAME", show_default="found", help="Field of --queries that holds the prompt.")
+@rare("--query-set", metavar="NAME", show_default="the file's", help="Name of the set of queries in results.")
+@rare("--max-new-tokens", type=int, default=16, metavar="N", help="Most tokens to generate.")
+@rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
+@rare("--text-field", default="text", metavar="NAME", help="With --data: field that holds the text.")
+@rare("--id-field", metavar="NAME", show_default="found", help="With --data: field that names an example.")
+@rare("--limit", type=int, metavar="N", help="With --data: read only the first N records.")
+@rare(
+    "--window-tokens",
+    type=int,
+    metavar="N",
+    show_default="context or batch",
+    help="With --data: split longer documents.",
+)
+@rare(
+    "--second-moment",
+    default=default("second_moment"),
+    metavar="V",
+    help="With --data: auto, estimate, none, or a file.",
+)
+@rare(
+    "--whitening-examples",
+    type=int,
+    default=4096,
+    metavar="N",
+    help="With --data: examples for R_train.",
+)
+@rare(
+    "--side",
+    type=int,
+    default=default("side"),
+    metavar="N",
+    help="With --data: each layer block has N×N dimensions.",
+)
+@rare("--seed", type=int, default=default("seed"), metavar="N", help="With --data: seed of projections and samples.")
+@cluster_options
+@click.pass_context
 def query(
+    context: click.Context,
+    /,
     *,
-    index: str | None,
-    prompt: str | None,
-    completion: str | None,
-    generate: bool,
-    queries: str | None,
+    top: int,
     task: str | None,
     out: str | None,
     as_json: bool,
-    model: str | None,
-    prompt_field: str | None,
-    query_set: str | None,
-    max_new_tokens: int,
-    device: str,
     threads: int | None,
-    top: int,
-    data: str | None,
-    reranked: int | None,
-    exact: bool,
-    ray: str | None,
-    ray_workers: int | None,
-    ray_cpus: int | None,
-    ray_gpus: float | None,
     **options: Any,
 ) -> None:
-    """Which training examples moved the model towards a completion?"""
-    _check_query_options(prompt, completion, generate, queries)
-    given = {name: options.pop(name) for name in _STREAMING}
-    streaming = {name: value for name, value in given.items() if value is not None}
-    _check_source(index, data, model, streaming)
-    if data is not None and (exact or reranked is not None):
-        raise OptionError("--exact, --rerank: belong to an index; --data is gone through exactly")
-    if data is not None and ray is not None:
-        raise OptionError(f"--ray {ray}: goes with --index; --data is gone through by one process")
-    if exact and reranked is not None:
-        raise OptionError(f"--rerank {reranked}: --exact ranks every candidate from its gradient; give one of them")
-    if (reranked is not None and 0 < reranked < top) or (reranked or 0) < 0:
-        raise OptionError(f"--rerank {reranked}: expected at least as many as --top {top}, or 0 to leave it out")
-    if max_new_tokens < 1:
-        raise OptionError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
+    """Find the training examples that moved a model towards a completion.
+
+    Ranks the examples of INDEX: proponents moved the model towards the completion, opponents away
+    from it.
+    """
+    given = {name for name in _STREAMING if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    source = Source(
+        **{name: options[name] for name in ("index", "data", "model", "device", "reranked", "exact")},
+        scoring={name: options[name] for name in ("mixing", "damping", "batch_tokens")},
+        streaming={name: options[name] for name in _STREAMING if name in given},
+        cluster={name: options[name] for name in ("ray", "ray_workers", "ray_cpus", "ray_gpus")},
+    )
+    question = Question(**{field.name: options[field.name] for field in dataclasses.fields(Question)})
+    question.check()
+    source.check(top)
     prepare(threads)
-    from trackstar.attribution.answering import answer_queries
-    from trackstar.attribution.results import check_writable, release_lines, write_results
-    from trackstar.attribution.streaming import stream_queries
+    from trackstar.attribution.results import check_writable, release_lines
     from trackstar.attribution.terminal import print_query_result
-    from trackstar.audit.writing import write_audit
-    from trackstar.corpus import Query, read_queries
-    from trackstar.model.language_model import load_model
-    from trackstar.store import Index
-    from trackstar.workers.made_with import model_of_index
+    from trackstar.corpus import read_queries
 
     if out is not None:
         check_writable(out)
-    kept = Path(f"{out}.unfinished") if out is not None and data is not None else None
-    asked = (
-        read_queries(queries, prompt_field=prompt_field, needs_completion=not generate)
-        if queries is not None
-        else [Query(query_id="prompt", prompt=prompt or "", completion=completion or "")]
-    )
-    about = read_queries(task, prompt_field=prompt_field) if task is not None else None
-    if index is not None:
-        opened = Index.open(index)
-        used = model_of_index(opened, model, device=device)
-    else:
-        opened, used = None, load_model(str(model), device=device)
-    prompts = asked if generate else None
-    if generate:
-        asked = _with_own_completions(asked, used, max_new_tokens)
-    if opened is not None:
-        with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
-            report = answer_queries(
-                opened, asked, model=used, k=top, task=about, device=device, reranked=reranked, exact=exact,
-                workers=workers, **options,
-            )  # fmt: skip
-    else:
-        report = stream_queries(used, data, asked, k=top, task=about, kept=kept, **options, **streaming)
-    name = query_set or (Path(queries).name.split(".")[0] if queries is not None else "prompt")
+    queries = question.read()
+    task_queries = read_queries(task, prompt_field=question.prompt_field) if task is not None else None
+    unfinished = Path(f"{out}.unfinished") if out is not None and source.data is not None else None
+    prompts = queries if question.generate else None
+    report = _answer(source, question, queries, task_queries, top, unfinished)
     if out is not None:
-        lines, beside = write_results(report, out, query_set=name)
-        audit = write_audit(
-            report, out, query_set=name, prompt_field=prompt_field, prompts=prompts, max_new_tokens=max_new_tokens
-        )
-        if kept is not None:
-            kept.unlink(missing_ok=True)
-        note(f"results: {lines}, how they were made: {beside}")
-        note(f"for others to verify: trackstar audit {audit}")
+        _save(report, out, question, prompts)
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
     for line in report.summary():
         note(line)
     if as_json:
-        for line in release_lines(report, query_set=name):
+        for line in release_lines(report, query_set=question.name):
             click.echo(line)
     elif out is None:
         for result in report.results:
             print_query_result(result)
 
 
-def _check_source(index: str | None, data: str | None, model: str | None, streaming: Mapping[str, Any]) -> None:
-    if index is not None and data is not None:
-        raise OptionError("found both --index and --data; ask an index, or go through a corpus without one")
-    if index is None and (data is None or model is None):
-        raise OptionError("expected --index, or --data and --model to go through a corpus without an index")
-    if index is not None and streaming:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in streaming)
-        raise OptionError(f"{options}: with --data only; with --index it is what the index was made with")
+def _answer(
+    source: Source,
+    question: Question,
+    queries: "Sequence[Query]",
+    task: "Sequence[Query] | None",
+    top: int,
+    unfinished: Path | None,
+) -> "QueryReport":
+    from trackstar.attribution.answering import answer_queries
+    from trackstar.attribution.streaming import stream_queries
+    from trackstar.model.language_model import load_model
+    from trackstar.store import Index
+    from trackstar.workers.index_model import model_of_index
 
-
-def _check_query_options(prompt: str | None, completion: str | None, generate: bool, queries: str | None) -> None:
-    if (prompt is None) == (queries is None):
-        found = "neither" if prompt is None else "both"
-        raise OptionError(f"found {found} of --prompt and --queries; expected one of them")
-    if completion is not None and generate:
-        raise OptionError("found both --completion and --generate; expected one of them")
-    if prompt is not None and completion is None and not generate:
-        raise OptionError(
-            "--prompt: found nothing to explain; give --completion TEXT, or --generate to let the model answer"
+    index = Index.open(source.index) if source.index is not None else None
+    if index is not None:
+        model = model_of_index(index, source.model, device=source.device)
+    else:
+        model = load_model(str(source.model), device=source.device)
+    if question.generate:
+        queries = _with_generated_completions(queries, model, question.max_new_tokens)
+    if index is None:
+        return stream_queries(
+            model, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring, **source.streaming
         )
-    if queries is not None and completion is not None:
-        raise OptionError("--completion: goes with --prompt; with --queries each line has its own, or give --generate")
+    with chosen_workers(**source.cluster) as workers:
+        return answer_queries(
+            index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,
+            exact=source.exact, workers=workers, **source.scoring,
+        )  # fmt: skip
 
 
-def _with_own_completions(queries: "Sequence[Query]", model: "LanguageModel", max_new_tokens: int) -> "list[Query]":
-    """The same prompts with what the model itself says; a prompt after which it says nothing is left out and named."""
+def _save(report: "QueryReport", out: str, question: Question, prompts: "Sequence[Query] | None") -> None:
+    """Write results, report and audit, and say where they are."""
+    from trackstar.attribution.results import write_results
+    from trackstar.audit.writing import write_audit
+
+    results, settings = write_results(report, out, query_set=question.name)
+    audit = write_audit(
+        report, out, query_set=question.name, prompt_field=question.prompt_field, prompts=prompts,
+        max_new_tokens=question.max_new_tokens,
+    )  # fmt: skip
+    note(f"results: {results}; report: {settings}")
+    note(f"others can verify the results with: trackstar audit {audit}")
+
+
+def _with_generated_completions(
+    queries: "Sequence[Query]", model: "LanguageModel", max_new_tokens: int
+) -> "list[Query]":
+    """Return the queries with the model's own completions, without prompts that it does not complete.
+
+    Each prompt that is left out is named in a note.
+    """
     from trackstar.model.generation import generate
 
     answered = []
     for query in queries:
-        answer = generate(model, query.prompt, max_new_tokens=max_new_tokens)
-        if answer:
-            answered.append(dataclasses.replace(query, completion=answer))
+        completion = generate(model, query.prompt, max_new_tokens=max_new_tokens)
+        if completion:
+            answered.append(dataclasses.replace(query, completion=completion))
         else:
-            note(f"query {query.query_id}: the model says nothing after the prompt, so it is left out")
+            note(f"query {query.query_id}: left out, because the model says nothing after the prompt")
     if not answered:
         raise OptionError("--generate: the model says nothing after the prompt; give --completion TEXT")
     return answered

@@ -1,4 +1,8 @@
-"""Training examples and queries: what they are, how they are read, and how they become tokens."""
+"""Training examples and queries, as text and as tokens.
+
+In: files, a `datasets.Dataset` or a sequence. Out: `Example`s and queries z_q, and their tokens with
+a mask of the targets, whose cross-entropies sum to the loss of Eq. 1.
+"""
 
 from trackstar.corpus.corpus import Corpus, open_corpus
 from trackstar.corpus.names import read_names

@@ -1,7 +1,6 @@
-"""A corpus: training examples in order, read from wherever they lie, with a digest of what they were."""
+"""A corpus: training examples in record order, read from files or memory, with a content digest."""
 
 import dataclasses
-import hashlib
 import heapq
 import itertools
 import json
@@ -12,15 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import cast
 
-from trackstar.corpus.data_files import find_files, one_line
+from trackstar.corpus.data_files import find_files
+from trackstar.corpus.digests import digest_of_json, draw_bytes
 from trackstar.corpus.records import Example
 from trackstar.corpus.sources import DatasetSource, Fields, LineSource, ParquetSource, SequenceSource, Source
-from trackstar.errors import CorpusError, OptionError
+from trackstar.errors import CorpusError, OptionError, check_at_least
+from trackstar.text import one_line
 
 _LONGEST_VALUE = 200
 
 ID_FIELDS = ("example_id", "sentence_id", "id")
-"""Fields that name an example, tried in this order where none is given."""
+"""Fields that name an example, tried in this order if `id_field` is None."""
 
 
 def open_corpus(
@@ -29,29 +30,33 @@ def open_corpus(
     """Open a corpus and check its first record; nothing else is read yet.
 
     Args:
-        data: A path, glob or URL of files (JSON lines: .jsonl, .ndjson, .json; text, one example a line: .txt; either
-            plain, .gz or .zst; .parquet), of a folder of such files, or of a folder saved by `datasets`; or a
-            `datasets.Dataset`; or a sequence of strings, mappings or `Example`s.
-        text_field: The field or column that holds the text; text lines and strings have none.
-        id_field: The field or column that names an example; None is the first of `ID_FIELDS` that the first record
-            has, and where it has none, examples are named `STEM:RECORD` after their file and place.
+        data: A path, glob or URL of files: JSON lines (.jsonl, .ndjson, .json), text with one
+            example per line (.txt), either plain, .gz or .zst; or Parquet (.parquet). Or a folder
+            of such files, a folder saved by `datasets`, a `datasets.Dataset`, or a sequence of
+            strings, mappings or `Example`s.
+        text_field: Field or column that holds the text; text lines and strings have none.
+        id_field: Field or column that names an example. None is the first of `ID_FIELDS` that the
+            first record has; if it has none of them, examples are named `STEM:RECORD` after the
+            file and the record's number.
         limit: Most records to read; None reads all.
 
     Returns:
-        The corpus. Reading it holds one record (or block of 1,024 rows) in memory at a time.
+        The corpus. Reading it holds one record, or a block of 1,024 rows, in memory at a time.
 
     Raises:
-        CorpusError: Nothing is there, it holds nothing, or its first record cannot be read.
+        CorpusError: The data does not exist, holds no record, or its first record cannot be read.
         OptionError: `limit` is below 1, or `id_field` is given for bare text.
     """
-    if limit is not None and limit < 1:
-        raise OptionError(f"--limit {limit}: expected at least 1")
+    check_at_least("limit", limit)
     source = _source(data)
-    found = source.field_names()
-    if id_field is not None and not found:
-        raise OptionError(f"--id-field {id_field}: {source.name} holds bare text, which has no fields; leave it out")
+    field_names = source.field_names()
+    if id_field is not None and not field_names:
+        raise OptionError(
+            f"`id_field`: expected none, as {source.name} holds bare text, which has no fields, found {id_field}; "
+            "leave it out"
+        )
     if id_field is None:
-        id_field = next((name for name in ID_FIELDS if name in found), None)
+        id_field = next((name for name in ID_FIELDS if name in field_names), None)
     corpus = Corpus(source=source, text_field=text_field, id_field=id_field, limit=limit)
     if next(corpus.examples(), None) is None:
         raise CorpusError(f"{source.name}: holds no record; expected at least one")
@@ -60,13 +65,13 @@ def open_corpus(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Training examples in the order of their records; made by `open_corpus`.
+    """Training examples in record order, as opened by `open_corpus`.
 
     Attributes:
-        source: Where the records come from.
-        text_field: The field that holds the text.
-        id_field: The field that names an example; None where names are made from file and place.
-        limit: Most records that are read; None for all.
+        source: Origin of the records.
+        text_field: Field that holds the text.
+        id_field: Field that names an example; None if names come from the file and record number.
+        limit: Most records to read; None for all.
     """
 
     source: Source
@@ -81,7 +86,7 @@ class Corpus:
 
     @property
     def description(self) -> dict[str, str]:
-        """What is read and how, for people: source, format, text_field, id_field, limit."""
+        """Source, format, text_field, id_field and limit, for people to read."""
         return {
             "source": self.source.name,
             "format": self.source.kind,
@@ -91,14 +96,13 @@ class Corpus:
         }
 
     def examples(self, start: int = 0) -> Iterator[Example]:
-        """The examples from record `start` on; the records before it are skipped unread where the format allows it.
+        """The examples from record `start` on. Earlier records are skipped unread if the format allows it.
 
         Raises:
             CorpusError: A record cannot be read; the message names file and line, or row.
             OptionError: `start` is negative.
         """
-        if start < 0:
-            raise OptionError(f"start is {start}; expected a record number, 0 or more")
+        check_at_least("start", start, 0)
         return self._examples(start)
 
     def _examples(self, start: int) -> Iterator[Example]:
@@ -111,27 +115,27 @@ class Corpus:
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
-        """The first record's fields beside its text and name: source, date, licence and the like."""
+        """The first record's fields other than its text and name, such as source, date and licence."""
         return tuple(name for name in self.source.field_names() if name not in (self.text_field, self.id_field))
 
     def metadata(self) -> Iterator[dict[str, str]]:
-        """Each record's fields beside its text and name, as short text, in the records' order.
+        """Each record's fields other than its text and name, as short text, in record order.
 
-        Lists and objects are given as JSON, and what is longer than 200 characters is cut; fields that are null are
-        left out.
+        Lists and objects become JSON, values are cut after 200 characters, and null fields are left
+        out.
 
         Raises:
             CorpusError: A record cannot be read; the message names file and line, or row.
         """
         for record in itertools.islice(self.source.whole_records(), self.limit):
             yield {
-                str(name): _shown(value)
+                str(name): _short_text(value)
                 for name, value in record.items()
                 if value is not None and name not in (self.text_field, self.id_field)
             }
 
     def count(self) -> int:
-        """How many examples there are, at the cost of reading them without their fields, or less.
+        """Number of examples. Counts lines without parsing them, or reads the count from the format.
 
         Raises:
             CorpusError: A file cannot be read.
@@ -140,29 +144,29 @@ class Corpus:
         return records if self.limit is None else min(records, self.limit)
 
     def sample(self, count: int, seed: int) -> list[Example]:
-        """`count` examples drawn uniformly without replacement in one pass, in the order of their records.
+        """`count` examples drawn uniformly without replacement in one pass, in record order.
 
-        Every record has a priority made from the seed and its number alone, and the lowest are kept: the same seed
-        draws the same examples, and a larger sample holds a smaller one. All examples where there are no more.
+        Each record has a pseudorandom priority, a function of the seed and its number alone, and
+        the lowest priorities are drawn. So the same seed draws the same examples, and a larger sample
+        contains a smaller one. A corpus of at most `count` records is returned whole.
 
         Raises:
             CorpusError: A record cannot be read.
             OptionError: `count` is below 1.
         """
-        if count < 1:
-            raise OptionError(f"the sample's size is {count}; expected at least 1")
-        kept = heapq.nsmallest(count, self.examples(), key=lambda example: _priority(seed, example.record))
-        return sorted(kept, key=lambda example: example.record)
+        check_at_least("count", count)
+        drawn = heapq.nsmallest(count, self.examples(), key=lambda example: _priority(seed, example.record))
+        return sorted(drawn, key=lambda example: example.record)
 
     def digest(self) -> str:
-        """BLAKE2b-128 of the content and of what is read from it; reads everything once.
+        """BLAKE2b-128 of the content, the field names and the limit; reads everything once.
 
-        For files it covers their bytes as stored, so that the same records in another format or compression have
-        another digest; for a `datasets.Dataset`, saved or not, and a sequence it covers names and texts. Folder and
-        file names do not matter unless examples are named after them.
+        For files it covers their bytes as stored: the same records in another format or compression
+        have another digest. For a `datasets.Dataset`, saved or not, and for a sequence it covers
+        names and texts. Folder and file names matter only if examples are named after them.
 
         Raises:
-            CorpusError: Something cannot be read.
+            CorpusError: A file or record cannot be read.
         """
         choices = {
             "content": self.source.content_digest(self._fields),
@@ -170,26 +174,26 @@ class Corpus:
             "limit": self.limit,
             "text_field": self.text_field,
         }
-        return hashlib.blake2b(json.dumps(choices, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return digest_of_json(choices, sort_keys=True)
 
     @property
     def _fields(self) -> Fields:
         return Fields(text=self.text_field, identifier=self.id_field)
 
 
-def _shown(value: object) -> str:
+def _short_text(value: object) -> str:
     return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))[:_LONGEST_VALUE]
 
 
 def _priority(seed: int, record: int) -> bytes:
-    """A number as good as random, of the seed and the record's number alone."""
-    return hashlib.blake2b(struct.pack("<q", record), digest_size=16, key=f"trackstar sample {seed}".encode()).digest()
+    """A keyed hash of the record's number, as a pseudorandom sort key."""
+    return draw_bytes(struct.pack("<q", record), key=f"trackstar sample {seed}")
 
 
 def _source(data: object) -> Source:
     if isinstance(data, (str, os.PathLike)):
         return _path_source(os.fspath(data))
-    # A dataset can be handed over only by who has imported the library, so it is not imported here for others.
+    # Only a caller who has imported `datasets` can pass a dataset, so it is not imported here.
     datasets = sys.modules.get("datasets")
     if datasets is not None:
         if isinstance(data, datasets.Dataset):
@@ -201,19 +205,20 @@ def _source(data: object) -> Source:
         return SequenceSource(data)
     raise CorpusError(
         f"a corpus of type {type(data).__name__}; expected a path, a datasets.Dataset, or a list of texts, mappings or "
-        "Examples (turn an iterator into a list)"
+        "Examples (pass an iterator as a list)"
     )
 
 
 def _path_source(path: str | bytes) -> Source:
-    place = find_files(os.fsdecode(path))
-    if not place.dataset:
-        return ParquetSource(place) if place.files[0].format == "parquet" else LineSource(place)
+    data_files = find_files(os.fsdecode(path))
+    name = data_files.name
+    if not data_files.dataset:
+        return ParquetSource(data_files) if data_files.files[0].format == "parquet" else LineSource(data_files)
     import datasets
 
     try:
         dataset = datasets.load_from_disk(os.fsdecode(path))
     except Exception as error:
         reason = one_line(error) or type(error).__name__
-        raise CorpusError(f"{place.name}: a saved dataset that cannot be opened ({reason}); save it again") from error
-    return DatasetSource(dataset, name=place.name, stem=PurePosixPath(os.fsdecode(path)).name)
+        raise CorpusError(f"{name}: a saved dataset that cannot be opened ({reason}); save it again") from error
+    return DatasetSource(dataset, name=name, stem=PurePosixPath(os.fsdecode(path)).name)

@@ -1,11 +1,10 @@
-"""The files of a corpus or of queries: find them, open them, decompress them, read their lines.
+"""The files of a corpus or of queries: find, open and decompress them, and read their lines.
 
-Every failure becomes one line that names the file and, where there is one, the line.
+Every failure is a one-line error that names the file and, if it concerns one, the line.
 """
 
 import dataclasses
 import gzip
-import hashlib
 import io
 import re
 import zlib
@@ -13,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from trackstar.corpus.digests import digest_of_stream
 from trackstar.errors import CorpusError
+from trackstar.text import one_line, without_credentials
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -22,10 +23,10 @@ Format = Literal["jsonl", "text", "parquet"]
 Compression = Literal["gzip", "zstd"]
 
 LONGEST_LINE = 64 * 2**20
-"""Most bytes of one line: what bounds memory when a file has no line ends."""
+"""Most bytes of one line. Bounds memory if a file has no line ends."""
 
 BLOCK_BYTES = 2**20
-_ZSTD_BLOCK_BYTES = 2**13  # zstd can grow 32,000-fold: a small block in keeps the block out below 256 MiB
+_ZSTD_BLOCK_BYTES = 2**13  # zstd expands up to 32,000-fold: 8 KiB read are at most 256 MiB decompressed
 
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -36,9 +37,9 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 EXPECTED_NAMES = ".jsonl, .ndjson, .json or .txt (plain, .gz or .zst), or .parquet"
+_REPLACE = "copy it from its source or write it again"
 
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")  # the public release's `trex_sentences.jsonl-00003-of-00020`
-_CREDENTIALS = re.compile(r"://[^/@]*@")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +47,12 @@ class DataFile:
     """One file to read.
 
     Attributes:
-        filesystem: The fsspec file system that it is on.
-        path: Its path there.
+        filesystem: Its fsspec file system.
+        path: Its path on that file system.
         name: Its name in messages.
-        stem: Its base name without endings, from which example ids are made where records have none.
-        format: What it holds.
-        compression: How it is compressed, or None.
+        stem: Its base name without endings; names the examples whose records have no name.
+        format: Format of its records.
+        compression: Its compression; None for none.
     """
 
     filesystem: "AbstractFileSystem" = dataclasses.field(repr=False)
@@ -64,13 +65,13 @@ class DataFile:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DataFiles:
-    """What a path or URL names.
+    """The files that a path or URL names.
 
     Attributes:
         name: The path as given, without credentials.
         files: The files to read, in the order of their names.
-        left_out: Files beside them whose names end in nothing that can be read.
-        dataset: Whether it is a folder saved by the `datasets` library; it then has no files.
+        left_out: Base names of the files beside them whose endings name no known format.
+        dataset: Whether it is a folder saved by the `datasets` library; `files` is then empty.
     """
 
     name: str
@@ -80,10 +81,10 @@ class DataFiles:
 
 
 def find_files(path: str) -> DataFiles:
-    """Find what a path, glob or URL names: one file, a folder's files at any depth, or a saved dataset.
+    """Find the files of a path, glob or URL: one file, a folder's files at any depth, or a saved dataset.
 
     Raises:
-        CorpusError: Nothing is there, nothing there can be read, or a folder mixes formats.
+        CorpusError: The path does not exist, holds no file of a known format, or mixes formats.
     """
     name = without_credentials(path)
     if not path.strip():
@@ -91,26 +92,21 @@ def find_files(path: str) -> DataFiles:
     filesystem, root = _filesystem(path, name)
     file = _data_file(filesystem, root, name)
     try:
-        # Asked first: to tell whether a web address is a folder, fsspec would load all of it.
+        # Checked first: `isdir` of a web address downloads the whole file.
         if file is not None and filesystem.isfile(root):
             return DataFiles(name=name, files=(file,), left_out=(), dataset=False)
         if filesystem.isdir(root):
             return _folder(filesystem, root, name)
         if not filesystem.exists(root) and any(sign in path for sign in "*?["):
-            found = sorted(cast("list[str]", filesystem.glob(root)))
-            return _several(filesystem, [each for each in found if not filesystem.isdir(each)], name, kind="pattern")
+            matches = sorted(cast("list[str]", filesystem.glob(root)))
+            return _several(filesystem, [each for each in matches if not filesystem.isdir(each)], name, kind="pattern")
         if not filesystem.exists(root):
             raise CorpusError(f"{name}: no such file or folder; check the path")
     except CorpusError:
         raise
-    except Exception as error:  # a remote file system raises whatever its client library does
+    except Exception as error:  # remote file systems raise the errors of their client libraries
         raise _unreadable(name, error) from error
-    raise CorpusError(f"{name}: its name does not tell what it holds; expected an ending {EXPECTED_NAMES}; rename it")
-
-
-def without_credentials(path: str) -> str:
-    """The path or URL with `USER:PASSWORD@` removed, so that neither messages nor manifests tell them."""
-    return _CREDENTIALS.sub("://", path)
+    raise CorpusError(f"{name}: its name has no known ending; expected {EXPECTED_NAMES}; rename it")
 
 
 def _filesystem(path: str, name: str) -> "tuple[AbstractFileSystem, str]":
@@ -131,9 +127,9 @@ def _folder(filesystem: "AbstractFileSystem", root: str, name: str) -> DataFiles
         raise CorpusError(f"{name}: a saved dataset of several splits ({splits}); name one of them: {name}/SPLIT")
     if {"dataset_info.json", "state.json"} <= inside:
         return DataFiles(name=name, files=(), left_out=(), dataset=True)
-    found = sorted(cast("list[str]", filesystem.find(root)))
+    paths = sorted(cast("list[str]", filesystem.find(root)))
     depth = len(PurePosixPath(root).parts)
-    visible = [each for each in found if not any(part[0] in "._" for part in PurePosixPath(each).parts[depth:])]
+    visible = [each for each in paths if not any(part[0] in "._" for part in PurePosixPath(each).parts[depth:])]
     return _several(filesystem, visible, name, kind="folder")
 
 
@@ -149,9 +145,9 @@ def _several(filesystem: "AbstractFileSystem", paths: list[str], name: str, *, k
         raise CorpusError(f"{name}: the {kind} holds no file that can be read; expected endings {EXPECTED_NAMES}")
     formats = {file.format: PurePosixPath(file.path).name for file in files}
     if len(formats) > 1:
-        found = "; ".join(f"{file} ({held})" for held, file in sorted(formats.items()))
+        mixed = "; ".join(f"{file} ({form})" for form, file in sorted(formats.items()))
         raise CorpusError(
-            f"{name}: the {kind} mixes formats: {found}; name the files of one by a pattern such as *.jsonl"
+            f"{name}: the {kind} mixes formats: {mixed}; select the files of one with a pattern such as *.jsonl"
         )
     return DataFiles(name=name, files=tuple(files), left_out=tuple(left_out), dataset=False)
 
@@ -167,20 +163,20 @@ def _is_local(filesystem: "AbstractFileSystem") -> bool:
 
 
 def _data_file(filesystem: "AbstractFileSystem", path: str, name: str) -> DataFile | None:
-    """The file, or None where its name does not tell its format."""
+    """The file, or None if its name ends in no known format."""
     base = PurePosixPath(_SHARD_NUMBER.sub("", path.split("?")[0] if "://" in name else path))
     compression = _COMPRESSIONS.get(base.suffix.lower())
-    held = base.with_suffix("") if compression else base
-    form = _FORMATS.get(held.suffix.lower())
+    uncompressed = base.with_suffix("") if compression else base
+    form = _FORMATS.get(uncompressed.suffix.lower())
     if form is None or (form == "parquet" and compression):
         return None
     return DataFile(
-        filesystem=filesystem, path=path, name=name, stem=held.stem, format=form, compression=compression
-    )  # fmt: skip
+        filesystem=filesystem, path=path, name=name, stem=uncompressed.stem, format=form, compression=compression
+    )
 
 
 def open_raw(file: DataFile) -> io.BufferedReader:
-    """The file's bytes as they are stored."""
+    """Open the file's bytes as stored, without decompression."""
     try:
         return io.BufferedReader(cast("io.RawIOBase", file.filesystem.open(file.path, "rb")), BLOCK_BYTES)
     except Exception as error:
@@ -188,22 +184,20 @@ def open_raw(file: DataFile) -> io.BufferedReader:
 
 
 def content_digest(file: DataFile) -> str:
-    """BLAKE2b-128 of the file's bytes as they are stored."""
-    digest = hashlib.blake2b(digest_size=16)
+    """BLAKE2b-128 of the file's bytes as stored."""
     with open_raw(file) as stream:
         try:
-            while block := stream.read(BLOCK_BYTES):
-                digest.update(block)
+            return digest_of_stream(stream)
         except Exception as error:
             raise _unreadable(file.name, error) from error
-    return digest.hexdigest()
 
 
 def raw_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
-    """The file's lines that are not blank, decompressed, each with its number from 1 and without its line end.
+    """The decompressed lines that are not blank, without line ends, each with its number from 1.
 
     Raises:
-        CorpusError: The file cannot be read or decompressed, ends early, or has a line above `LONGEST_LINE`.
+        CorpusError: The file cannot be read or decompressed, ends early, or has a line longer than
+            `LONGEST_LINE`.
     """
     number = 0
     with open_raw(file) as raw:
@@ -219,7 +213,7 @@ def raw_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
             if len(line) > LONGEST_LINE:
                 raise CorpusError(
                     f"{file.name}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; "
-                    "expected one record a line; is the file binary or without line ends?"
+                    "expected one record per line; is the file binary or without line ends?"
                 )
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -227,25 +221,19 @@ def raw_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
                 yield number, line.rstrip(b"\r\n")
 
 
-def decoded(line: bytes, place: str) -> str:
+def decoded(line: bytes, location: str) -> str:
     """The line as text.
 
     Raises:
-        CorpusError: It is not UTF-8, or holds a NUL byte as binary files do.
+        CorpusError: It is not UTF-8, or holds a NUL byte, as binary files do.
     """
-    if (at := line.find(b"\0")) >= 0:
-        raise CorpusError(f"{place}: byte {at} is NUL; expected UTF-8 text; is the file binary or in UTF-16?")
+    if (position := line.find(b"\0")) >= 0:
+        raise CorpusError(f"{location}: byte {position} is NUL; expected UTF-8 text; is the file binary or in UTF-16?")
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        found = f"byte {error.start} is 0x{line[error.start]:02x}, which is not UTF-8"
-        raise CorpusError(f"{place}: {found}; expected UTF-8 text; convert the file") from None
-
-
-def one_line(message: object, most: int = 200) -> str:
-    """An error's text on one line, shortened and without credentials."""
-    text = without_credentials(" ".join(str(message).split()))
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+        byte = f"byte {error.start} is 0x{line[error.start]:02x}, which is not UTF-8"
+        raise CorpusError(f"{location}: {byte}; expected UTF-8 text; convert the file") from None
 
 
 def _decompressed(raw: io.BufferedReader, compression: Compression | None) -> io.BufferedIOBase:
@@ -257,7 +245,7 @@ def _decompressed(raw: io.BufferedReader, compression: Compression | None) -> io
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of one or more zstd frames; unlike zstandard's own reader it notices a missing end."""
+    """Decompressed bytes of one or more zstd frames; unlike zstandard's reader, raises if the end is missing."""
 
     def __init__(self, raw: io.BufferedReader) -> None:
         import zstandard
@@ -265,22 +253,22 @@ class _ZstdStream(io.RawIOBase):
         self._raw = raw
         self._decompressor = zstandard.ZstdDecompressor()
         self._frame: Any = None
-        self._waiting = memoryview(b"")
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        while not self._waiting:
+        while not self._decompressed:
             if not self._advance():
                 return 0
-        count = min(len(buffer), len(self._waiting))
-        buffer[:count] = self._waiting[:count]
-        self._waiting = self._waiting[count:]
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
     def _advance(self) -> bool:
-        """Decompress one more block; false at the end of the file."""
+        """Decompress the next block; return False at the end of the file."""
         block = self._raw.read(_ZSTD_BLOCK_BYTES)
         if not block:
             if self._frame is not None:
@@ -294,22 +282,22 @@ class _ZstdStream(io.RawIOBase):
             block = b""
             if self._frame.eof:
                 block, self._frame = self._frame.unused_data, None
-        self._waiting = memoryview(b"".join(parts))
+        self._decompressed = memoryview(b"".join(parts))
         return True
 
 
 def _unreadable(name: str, error: Exception, *, after_line: int | None = None) -> CorpusError:
-    """The line that tells why a file cannot be read."""
-    place = name if not after_line else f"{name}: after line {after_line}"
+    """The error for a file that cannot be read."""
+    location = name if not after_line else f"{name}: after line {after_line}"
     reason = one_line(error) or type(error).__name__
     if isinstance(error, FileNotFoundError):
-        return CorpusError(f"{place}: no such file; check the path")
+        return CorpusError(f"{location}: no such file; check the path")
     if isinstance(error, PermissionError):
-        return CorpusError(f"{place}: permission denied; expected a file that this user can read")
+        return CorpusError(f"{location}: permission denied; expected a file that this user can read")
     if isinstance(error, EOFError):
-        return CorpusError(f"{place}: the compressed data end too early; expected a whole file; copy or make it again")
+        return CorpusError(f"{location}: the compressed data ends early; expected a whole file; {_REPLACE}")
     if isinstance(error, (gzip.BadGzipFile, zlib.error)):
-        return CorpusError(f"{place}: damaged gzip data ({reason}); expected a whole gzip file; copy or make it again")
+        return CorpusError(f"{location}: damaged gzip data ({reason}); expected a whole gzip file; {_REPLACE}")
     if type(error).__module__.startswith("zstandard"):
-        return CorpusError(f"{place}: damaged zstd data ({reason}); expected a whole zstd file; copy or make it again")
-    return CorpusError(f"{place}: cannot be read ({reason}); expected a readable file; check it")
+        return CorpusError(f"{location}: damaged zstd data ({reason}); expected a whole zstd file; {_REPLACE}")
+    return CorpusError(f"{location}: cannot be read ({reason}); expected a readable file; check it")

@@ -1,4 +1,4 @@
-"""A list of examples' names: one a line of a text file."""
+"""Read a list of example names from a text file."""
 
 import os
 
@@ -6,10 +6,10 @@ from trackstar.errors import CorpusError
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a file that are not blank, in order, without line ends.
+    """The names in a file, one per line, in order; blank lines are skipped.
 
     Raises:
-        CorpusError: The file cannot be read, is not UTF-8 or has no name; the message names it.
+        CorpusError: The file cannot be read, is not UTF-8 or holds no name; the message names it.
     """
     name = os.fspath(path)
     try:
@@ -17,12 +17,14 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
             content = file.read()
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise CorpusError(f"{name}: cannot be read ({error.strerror}); give a file of names, one a line") from error
+        raise CorpusError(
+            f"{name}: cannot be read ({error.strerror}); expected a file of names, one per line"
+        ) from error
     except UnicodeDecodeError as error:
         raise CorpusError(
-            f"{name}: byte {error.start} is not UTF-8; expected a text file of names, one a line"
+            f"{name}: byte {error.start} is not UTF-8; expected a text file of names, one per line"
         ) from error
     names = [line for line in (line.rstrip("\r") for line in text.split("\n")) if line.strip()]
     if not names:
-        raise CorpusError(f"{name}: holds no name; expected one a line")
+        raise CorpusError(f"{name}: holds no name; expected one per line")
     return names

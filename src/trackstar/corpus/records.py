@@ -1,4 +1,4 @@
-"""What goes into the index and what is asked of it, as data: training examples, queries, and both tokenized."""
+"""Training examples, queries z_q, and both tokenized, as data."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ class Example:
 
     Attributes:
         example_id: Its name in results.
-        text: What the model was trained on.
-        record: Its place in the corpus, counted from 0 over all records.
+        text: Text that the model was trained on.
+        record: Number of its record in the corpus, from 0.
     """
 
     example_id: str
@@ -28,10 +28,10 @@ class Query:
 
     Attributes:
         query_id: Its name in results.
-        prompt: What the model reads.
-        completion: What the model says; only its tokens enter the query's loss.
-        record: The query's whole line as read (the release's `relation`, `entity0` ...), kept for results; empty for a
-            query that did not come from a file.
+        prompt: Context, whose tokens do not enter the loss.
+        completion: Text whose tokens are the targets of the query's loss.
+        record: The query's whole line as read, with fields such as the release's `relation` and
+            `entity0`, for results; empty for a query that was not read from a file.
     """
 
     query_id: str
@@ -42,17 +42,17 @@ class Query:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedExample:
-    """Tokens with the target positions whose cross-entropies are summed: what a gradient is computed from.
+    """Tokens of an example, of one window of a long example, or of a query, with a mask of target positions.
 
     Attributes:
-        example_id: The example's name; window k > 0 of a long document is named `ID#k`.
-        parent_id: The name of the document that it is a window of (itself where there is one window).
-        record: The document's place in the corpus (0 for a query).
-        window: The window's place in the document, from 0.
-        text: The window's own text.
-        token_ids: What the model reads.
-        target_mask: Where true, the token is predicted from those before it and its cross-entropy counts.
-            The first position has nothing before it and is always false.
+        example_id: Name; window k > 0 of a long example is named `ID#k`.
+        parent_id: Name of the example that it is a window of; equal to `example_id` if it is the first.
+        record: Number of the example's record in the corpus; 0 for a query.
+        window: Number of the window in the example, from 0.
+        text: Text of the window.
+        token_ids: The model's input.
+        target_mask: True if the position's token is predicted and its cross-entropy enters the loss.
+            The first position has no context and is always false.
     """
 
     example_id: str

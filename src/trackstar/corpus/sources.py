@@ -1,32 +1,41 @@
-"""Where a corpus's records come from: files, a `datasets.Dataset`, or a sequence in memory.
+"""Sources of a corpus's records: files, a `datasets.Dataset`, or a sequence in memory.
 
-A source gives its records in order, from any record on, and a digest of its content. It knows nothing of limits,
-fallback names or tokens.
+A source yields its records in order, from any record on, and digests its content. Limits, fallback
+names and tokens are left to its users.
 """
 # ruff: noqa: D102 - a method is documented once, where it is abstract.
 
 import abc
-import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from trackstar.corpus.data_files import DataFile, DataFiles, content_digest, decoded, one_line, open_raw, raw_lines
-from trackstar.corpus.fields import Fields, checked_name, checked_text, encodable, json_object, missing_field, picked
+from trackstar.corpus.data_files import DataFile, DataFiles, content_digest, decoded, open_raw, raw_lines
+from trackstar.corpus.digests import digest_of_bytes, running_digest
+from trackstar.corpus.fields import (
+    Fields,
+    checked_name,
+    checked_text,
+    encodable,
+    json_object,
+    missing_field,
+    name_and_text,
+)
 from trackstar.corpus.records import Example
 from trackstar.errors import CorpusError
+from trackstar.text import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 1024
-# What Arrow raises for values and names that Python has no object for.
-_NO_VALUE = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
+# Arrow raises these for values and names that it cannot convert to Python objects.
+_CONVERSION_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
 
 
 class Record(NamedTuple):
-    """One record: its number from 0, the stem of its fallback name, its own name where it has one, its text."""
+    """One record: its number from 0, the stem of its fallback name, its name or None, and its text."""
 
     number: int
     stem: str
@@ -38,8 +47,8 @@ class Source(abc.ABC):
     """Records in order.
 
     Attributes:
-        name: What messages and manifests call it.
-        kind: What it holds, for people.
+        name: Its name in messages and manifests.
+        kind: Description of its format, for people to read.
     """
 
     name: str
@@ -47,15 +56,15 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def field_names(self) -> tuple[str, ...]:
-        """The first record's fields; empty where records are bare text.
+        """The first record's fields; empty if records are bare text.
 
         Raises:
-            CorpusError: There is no first record, or it cannot be read.
+            CorpusError: There is no record, or the first cannot be read.
         """
 
     @abc.abstractmethod
     def records(self, start: int, fields: Fields) -> Iterator[Record]:
-        """The records from number `start` on; what comes before is skipped without being checked.
+        """The records from number `start` on; earlier ones are skipped unchecked.
 
         Raises:
             CorpusError: A record cannot be read; the message names it.
@@ -63,7 +72,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def whole_records(self) -> Iterator[Mapping[str, object]]:
-        """Every record with all its fields, in order; empty ones where records are bare text.
+        """Every record with all its fields, in order; empty mappings if records are bare text.
 
         Raises:
             CorpusError: A record cannot be read; the message names it.
@@ -71,7 +80,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def count(self) -> int:
-        """How many records there are; they are not checked.
+        """Number of records, which are not checked.
 
         Raises:
             CorpusError: A file cannot be read.
@@ -79,17 +88,17 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def content_digest(self, fields: Fields) -> str:
-        """BLAKE2b-128 of everything that the records are made from."""
+        """BLAKE2b-128 of the content that `records` reads."""
 
 
 class LineSource(Source):
     """Files of lines: JSON objects, or bare text."""
 
-    def __init__(self, place: DataFiles) -> None:
-        self.name = place.name
-        self._files = place.files
-        self._json = place.files[0].format == "jsonl"
-        self.kind = f"{'JSON lines' if self._json else 'text lines'}, {described_files(place)}"
+    def __init__(self, data_files: DataFiles) -> None:
+        self.name = data_files.name
+        self._files = data_files.files
+        self._json = data_files.files[0].format == "jsonl"
+        self.kind = f"{'JSON lines' if self._json else 'text lines'}, {files_description(data_files)}"
 
     def field_names(self) -> tuple[str, ...]:
         for file in self._files:
@@ -104,11 +113,11 @@ class LineSource(Source):
                 record += 1
                 if record < start:
                     continue
-                place = f"{file.name}:{number}"
+                location = f"{file.name}:{number}"
                 if self._json:
-                    identifier, text = picked(json_object(line, place), fields, place)
+                    identifier, text = name_and_text(json_object(line, location), fields, location)
                 else:
-                    identifier, text = None, decoded(line, place)
+                    identifier, text = None, decoded(line, location)
                 yield Record(record, file.stem, identifier, text)
 
     def whole_records(self) -> Iterator[Mapping[str, object]]:
@@ -124,12 +133,12 @@ class LineSource(Source):
 
 
 class ParquetSource(Source):
-    """Parquet files; only the columns of the text and the name are read."""
+    """Parquet files; `records` reads only the columns of the text and the name."""
 
-    def __init__(self, place: DataFiles) -> None:
-        self.name = place.name
-        self.kind = f"Parquet, {described_files(place)}"
-        self._files = place.files
+    def __init__(self, data_files: DataFiles) -> None:
+        self.name = data_files.name
+        self.kind = f"Parquet, {files_description(data_files)}"
+        self._files = data_files.files
 
     def field_names(self) -> tuple[str, ...]:
         with open_raw(self._files[0]) as stream:
@@ -141,11 +150,11 @@ class ParquetSource(Source):
             with open_raw(file) as stream:
                 table = _parquet(stream, file)
                 columns = [name for name in fields if name is not None]
-                there = _column_names(table, file)
+                column_names = _column_names(table, file)
                 for name in columns:
-                    if name not in there:
-                        raise missing_field(name, fields, there, file.name)
-                    if there.count(name) > 1:
+                    if name not in column_names:
+                        raise missing_field(name, fields, column_names, file.name)
+                    if column_names.count(name) > 1:
                         raise CorpusError(f"{file.name}: has two columns {one_line(repr(name))}; expected one")
                 first = record
                 for group in range(table.num_row_groups):
@@ -164,8 +173,8 @@ class ParquetSource(Source):
                 for group in range(table.num_row_groups):
                     for batch in _parquet_batches(table, group, names, file):
                         columns = {
-                            name: _values(batch.column(place), f"{file.name}: row", first)
-                            for place, name in enumerate(batch.schema.names)
+                            name: _values(batch.column(number), f"{file.name}: row", first)
+                            for number, name in enumerate(batch.schema.names)
                         }
                         for row in range(batch.num_rows):
                             yield {name: values[row] for name, values in columns.items()}
@@ -183,7 +192,7 @@ class ParquetSource(Source):
 
 
 class DatasetSource(Source):
-    """A `datasets.Dataset`, in memory or mapped from a folder."""
+    """A `datasets.Dataset`, in memory or memory-mapped from a folder."""
 
     def __init__(self, dataset: Any, *, name: str, stem: str) -> None:
         self.name = name
@@ -209,9 +218,9 @@ class DatasetSource(Source):
                 raise CorpusError(f"{self.name}: cannot be read from record {first} on ({one_line(error)})") from error
             texts, identifiers = _columns(rows, fields, f"{self.name}: record", first)
             for row, (text, identifier) in enumerate(zip(texts, identifiers, strict=True), start=first):
-                place = f"{self.name}: record {row}"
+                location = f"{self.name}: record {row}"
                 yield Record(
-                    row, self._stem, checked_name(identifier, fields, place), checked_text(text, fields, place)
+                    row, self._stem, checked_name(identifier, fields, location), checked_text(text, fields, location)
                 )
 
     def whole_records(self) -> Iterator[Mapping[str, object]]:
@@ -243,19 +252,19 @@ class SequenceSource(Source):
 
     def records(self, start: int, fields: Fields) -> Iterator[Record]:
         for number in range(start, len(self._items)):
-            item, place = self._items[number], f"record {number}"
+            item, location = self._items[number], f"record {number}"
             if isinstance(item, Example):
                 identifier, text = (
-                    encodable(item.example_id, f"{place}: the id"),
-                    checked_text(item.text, fields, place),
+                    encodable(item.example_id, f"{location}: the id"),
+                    checked_text(item.text, fields, location),
                 )
             elif isinstance(item, str):
-                identifier, text = None, checked_text(item, fields, place)
+                identifier, text = None, checked_text(item, fields, location)
             elif isinstance(item, Mapping):
-                identifier, text = picked(item, fields, place)
+                identifier, text = name_and_text(item, fields, location)
             else:
-                found = type(item).__name__
-                raise CorpusError(f"{place}: found {found}, expected a string, a mapping or an Example")
+                kind = type(item).__name__
+                raise CorpusError(f"{location}: found {kind}, expected a string, a mapping or an Example")
             yield Record(number, "example", identifier, text)
 
     def whole_records(self) -> Iterator[Mapping[str, object]]:
@@ -269,21 +278,21 @@ class SequenceSource(Source):
         return _records_digest(self.records(0, fields))
 
 
-def described_files(place: DataFiles) -> str:
-    """How many files are read, and which lie beside them unread."""
-    count = f"{len(place.files)} file{'s' if len(place.files) > 1 else ''}"
-    return count if not place.left_out else f"{count}; not read: {', '.join(place.left_out)}"
+def files_description(data_files: DataFiles) -> str:
+    """Number of files that are read, and names of those that are not."""
+    count = f"{len(data_files.files)} file{'s' if len(data_files.files) > 1 else ''}"
+    return count if not data_files.left_out else f"{count}; not read: {', '.join(data_files.left_out)}"
 
 
 def files_digest(files: Sequence[DataFile], *, stems: bool) -> str:
-    """BLAKE2b-128 over the files' digests in order, and over their stems where names are made from them."""
+    """BLAKE2b-128 over the files' digests in order, and over their stems if examples are named after them."""
     lines = [f"{content_digest(file)} {file.format} {file.stem if stems else ''}" for file in files]
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return digest_of_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def _records_digest(records: Iterator[Record]) -> str:
     """BLAKE2b-128 over every record's name and text, each preceded by its length."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = running_digest()
     for record in records:
         name = b"" if record.identifier is None else record.identifier.encode()
         text = record.text.encode()
@@ -301,13 +310,13 @@ def _parquet(stream: Any, file: DataFile) -> "pq.ParquetFile":
     except Exception as error:
         reason = one_line(error)
         raise CorpusError(
-            f"{file.name}: not a Parquet file ({reason}); expected whole Parquet; make it again"
+            f"{file.name}: not a Parquet file ({reason}); expected a whole Parquet file; write it again"
         ) from error
     groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     if min(groups, default=0) < 0 or sum(groups) != table.metadata.num_rows:
         raise CorpusError(
-            f"{file.name}: says that it has {table.metadata.num_rows} rows, but {sum(groups)} in its row groups; make "
-            "it again"
+            f"{file.name}: its footer counts {table.metadata.num_rows} rows, its row groups {sum(groups)}; expected "
+            "equal counts; write the file again"
         )
     return table
 
@@ -320,9 +329,9 @@ def _column_names(table: "pq.ParquetFile", file: DataFile) -> tuple[str, ...]:
     """
     try:
         return tuple(table.schema_arrow.names)
-    except _NO_VALUE as error:  # a type that Arrow does not know, a name that is not UTF-8
+    except _CONVERSION_ERRORS as error:  # a type that Arrow does not know, a name that is not UTF-8
         raise CorpusError(
-            f"{file.name}: its columns cannot be read ({one_line(error)}); make the file again"
+            f"{file.name}: its columns cannot be read ({one_line(error)}); write the file again"
         ) from error
 
 
@@ -336,57 +345,67 @@ def _parquet_batches(
             yield batch
     except Exception as error:
         reason = one_line(error)
-        raise CorpusError(f"{file.name}: row group {group} is damaged ({reason}); make the file again") from error
+        raise CorpusError(f"{file.name}: row group {group} is damaged ({reason}); write the file again") from error
     expected = table.metadata.row_group(group).num_rows
     if rows != expected:
-        raise CorpusError(f"{file.name}: row group {group} holds {rows} rows, expected {expected}; make the file again")
+        raise CorpusError(
+            f"{file.name}: row group {group} holds {rows} rows, expected {expected}; write the file again"
+        )
 
 
 def _rows(
     batches: Iterator["pa.RecordBatch"], fields: Fields, start: int, record: int, file: DataFile, first: int
 ) -> Iterator[Record]:
-    """A row group's records from number `start` on; `record` is its first record's number, `first` the file's."""
+    """A row group's records from number `start` on.
+
+    `record` is the number of the row group's first record, `first` that of the file's first record.
+    """
     for batch in batches:
         skipped = min(max(start - record, 0), batch.num_rows)
         record += skipped
         texts, identifiers = _columns(batch.slice(skipped), fields, f"{file.name}: row", record - first)
         for text, identifier in zip(texts, identifiers, strict=True):
-            place = f"{file.name}: row {record - first}"
-            yield Record(record, file.stem, checked_name(identifier, fields, place), checked_text(text, fields, place))
+            location = f"{file.name}: row {record - first}"
+            yield Record(
+                record, file.stem, checked_name(identifier, fields, location), checked_text(text, fields, location)
+            )
             record += 1
 
 
 def _columns(
-    rows: "pa.RecordBatch | pa.Table", fields: Fields, place: str, first: int
+    rows: "pa.RecordBatch | pa.Table", fields: Fields, location: str, first: int
 ) -> tuple[list[object], list[object]]:
-    """The text and the name of each row as Python objects; names are None where records have none."""
+    """The text and the name of each row as Python objects; names are None if records have none."""
     for name in fields:
-        if name is not None and name not in rows.schema.names:  # a group of a Parquet file that has no member
-            raise CorpusError(f'{place} {first}: field "{name}" holds no values; expected strings')
-    texts = _values(rows.column(fields.text), place, first)
+        if name is not None and name not in rows.schema.names:  # a Parquet group (struct) without members
+            raise CorpusError(f'{location} {first}: field "{name}" holds no values; expected strings')
+    texts = _values(rows.column(fields.text), location, first)
     if fields.identifier is None:
         return texts, [None] * len(texts)
-    return texts, _values(rows.column(fields.identifier), place, first)
+    return texts, _values(rows.column(fields.identifier), location, first)
 
 
-def _values(column: Any, place: str, first: int) -> list[object]:
+def _values(column: Any, location: str, first: int) -> list[object]:
     """A column's values as Python objects.
 
     Raises:
-        CorpusError: One of them is no such object: not UTF-8, a date that no calendar has, of an unknown time zone.
+        CorpusError: A value cannot be converted: text that is not UTF-8, a date out of range, a date
+            of an unknown time zone.
     """
     try:
         return cast("list[object]", column.to_pylist())
-    except _NO_VALUE as error:
+    except _CONVERSION_ERRORS as error:
         for row in range(len(column)):
-            _check_value(column, row, f"{place} {row + first}")
-        raise CorpusError(f"{place} {first} or after it: cannot be read ({one_line(error)}); make it again") from None
+            _check_value(column, row, f"{location} {row + first}")
+        raise CorpusError(
+            f"{location} {first} or a later one: cannot be read ({one_line(error)}); write the file again"
+        ) from None
 
 
-def _check_value(column: Any, row: int, place: str) -> None:
+def _check_value(column: Any, row: int, location: str) -> None:
     try:
         column[row].as_py()
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{place}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
-    except _NO_VALUE as error:
-        raise CorpusError(f"{place}: cannot be read ({one_line(error)}); write it as text") from None
+        raise CorpusError(f"{location}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
+    except _CONVERSION_ERRORS as error:
+        raise CorpusError(f"{location}: cannot be read ({one_line(error)}); write it as text") from None

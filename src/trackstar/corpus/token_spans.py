@@ -1,4 +1,4 @@
-"""Where each token of an example stands in its text."""
+"""Character span of each token of an example in its text."""
 
 import dataclasses
 import re
@@ -8,19 +8,20 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from trackstar.corpus import TokenizedExample, Tokenizer
-from trackstar.corpus.tokenization import encode, fast_backend, special_around
+from trackstar.corpus.tokenization import count_special_tokens, encode, fast_backend
 
-# How far beyond where it is expected a token's text is looked for, in bytes: a window can begin amid a character.
+# A token's text is searched up to this many bytes after its expected position: a window can begin
+# within a character.
 _REACH = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpan:
-    """Where a token stands in its example's text, in characters, half-open.
+    """Half-open range of characters of an example's text.
 
     Attributes:
-        start: Its first character.
-        stop: The character after its last; `start` again for a token that stands for none of the text.
+        start: The first character.
+        stop: The character after the last; equal to `start` for a token without text.
     """
 
     start: int
@@ -28,19 +29,20 @@ class TextSpan:
 
 
 def token_spans(example: TokenizedExample, tokenizer: Tokenizer) -> tuple[TextSpan, ...]:
-    """Where each token of the example stands in `example.text`.
+    """The span of each token of the example in `example.text`.
 
-    The text is tokenized again. Where that gives the example's own tokens, the tokenizer's offsets are used. A window
-    of a long document can begin or end amid what is one token of its text by itself: its tokens are then found one
-    after the other by their own texts, and one that cannot be found gets the empty span where the one before it ends.
+    The text is tokenized once more. If that gives the example's token ids, the tokenizer's offsets
+    are the spans. A window of a long example can begin or end within what its text alone makes one
+    token; its tokens are then searched one after the other by their texts, and a token that is not
+    found gets an empty span at the end of the one before it.
 
-    Spans follow each other: neither `start` nor `stop` ever decreases, or exceeds the text. Tokens that are parts of
-    one character have that character's span each; special tokens that the tokenizer has put around the text have empty
-    ones.
+    Neither `start` nor `stop` decreases from token to token or exceeds the text. Tokens that are
+    parts of one character all have that character's span. Special tokens that the tokenizer put
+    around the text have empty spans.
 
     Args:
-        example: A training example's window, or a query.
-        tokenizer: The one that it was tokenized with.
+        example: A window of a training example, or a query.
+        tokenizer: The tokenizer that it was tokenized with.
 
     Raises:
         CorpusError: The text holds half a surrogate pair.
@@ -48,24 +50,24 @@ def token_spans(example: TokenizedExample, tokenizer: Tokenizer) -> tuple[TextSp
     """
     backend = fast_backend(tokenizer)
     encoding = encode(backend, example.text, f"example {example.example_id}")
-    before, _ = special_around(encoding)
+    before, _ = count_special_tokens(encoding)
     token_ids, count = example.token_ids.tolist(), len(example.token_ids)
-    # A query, or a window with others after it, lacks the special tokens after the text; a window that ends amid a
-    # character, whose text holds all of that, lacks its last bytes.
+    # Only a prefix is compared: a query, and a window that is not the last, lack the special tokens
+    # after the text; a window that ends within a character lacks that character's last bytes.
     if encoding.ids[:count] == token_ids:
-        places = encoding.offsets[:count]
+        offsets = encoding.offsets[:count]
     else:
         if token_ids[:before] != encoding.ids[:before]:
             before = 0
         before = min(before, count)
-        places = [(0, 0)] * before + _found(example.text, [_token_bytes(backend, t) for t in token_ids[before:]])
-    return _in_order(places)
+        offsets = [(0, 0)] * before + _search(example.text, [_token_bytes(backend, t) for t in token_ids[before:]])
+    return _in_order(offsets)
 
 
-def _in_order(places: Iterable[tuple[int, int]]) -> tuple[TextSpan, ...]:
-    """Spans that never decrease; an empty place becomes the empty span where the one before it ends."""
+def _in_order(offsets: Iterable[tuple[int, int]]) -> tuple[TextSpan, ...]:
+    """Spans that never decrease; an empty range becomes an empty span at the end of the one before it."""
     spans, start, stop = [], 0, 0
-    for first, end in places:
+    for first, end in offsets:
         if end > first:
             start, stop = max(start, first), max(stop, end)
         else:
@@ -74,52 +76,52 @@ def _in_order(places: Iterable[tuple[int, int]]) -> tuple[TextSpan, ...]:
     return tuple(spans)
 
 
-def _found(text: str, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Where tokens stand in a text, in characters, each looked for from where the one before it ends.
+def _search(text: str, tokens: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Character ranges of consecutive tokens, each searched from the end of the one before it.
 
-    (0, 0) stands for a token that is not found. White space skipped before a token belongs to it: that in the text and
-    that in the token need not be the same where the tokenizer puts a space before the text, or changes spaces.
+    (0, 0) marks a token that is not found. White space skipped before a token belongs to it: the
+    text's and the token's white space differ if the tokenizer prepends a space or changes spaces.
     """
     data = text.encode()
-    character = [place for place, letter in enumerate(text) for _ in letter.encode()]
-    places = []
-    at = lost = 0
+    characters = [position for position, letter in enumerate(text) for _ in letter.encode()]  # by byte
+    ranges = []
+    end = missed_bytes = 0  # of the last token found; of the tokens missed since
     for token in tokens:
-        # After tokens that were not found, such as normalised ones, the next one stands further on.
-        wanted = token if data.startswith(token, at) else token.lstrip() or token
-        found = data.find(wanted, at, at + len(wanted) + _REACH + 2 * lost) if wanted else -1
-        if found < 0:
-            lost += len(wanted)
-            places.append((0, 0))
+        pattern = token if data.startswith(token, end) else token.lstrip() or token
+        # Missed tokens, such as normalised ones, still take up text: the next one is further on.
+        start = data.find(pattern, end, end + len(pattern) + _REACH + 2 * missed_bytes) if pattern else -1
+        if start < 0:
+            missed_bytes += len(pattern)
+            ranges.append((0, 0))
             continue
-        first = at if data[at:found].isspace() else found
-        at, lost = found + len(wanted), 0
-        places.append((character[first], character[at - 1] + 1))
-    return places
+        first = end if data[end:start].isspace() else start
+        end, missed_bytes = start + len(pattern), 0
+        ranges.append((characters[first], characters[end - 1] + 1))
+    return ranges
 
 
 def _token_bytes(backend: Backend, token_id: int) -> bytes:
-    """The text that a token stands for by itself, in UTF-8: possibly a part of a character."""
+    """UTF-8 of the text that a token alone decodes to, which may be part of a character."""
     added = backend.get_added_tokens_decoder().get(token_id)
     token = backend.id_to_token(token_id) if added is None else added.content
     decoder: Any = backend.decoder
     if token is None or decoder is None or added is not None:
         return (token or "").encode()
-    # A decoder is asked what it makes of a space spelled as byte-level tokenizers do, and of a byte spelled out.
+    # Probe the decoder for the byte-level alphabet (a space is spelled Ġ) and for byte fallback.
     if decoder.decode(["Ġ"]) == " " and all(letter in _BYTES for letter in token):
         return bytes(_BYTES[letter] for letter in token)
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
     if byte and decoder.decode(["<0x41>"]) == "A":
         return bytes([int(byte[1], 16)])
-    # After another token, for some decoders drop the space before a text's first one.
+    # Decode after another token: some decoders drop the space before the first one.
     return decoder.decode(["a", token]).removeprefix("a").encode()
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others are numbered from 256 on."""
+    """GPT-2's byte-level alphabet: printable bytes are their own letters, others are numbered from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 _BYTES = _byte_letters()

@@ -1,4 +1,4 @@
-"""Texts to tokens as the tokenizer prescribes for training, long documents split into windows."""
+"""Tokenize examples as the tokenizer prescribes for training, and split long ones into windows."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from trackstar.corpus.data_files import one_line
 from trackstar.corpus.fields import encodable
 from trackstar.corpus.records import Example, TokenizedExample
-from trackstar.errors import CorpusError, ModelError, OptionError
+from trackstar.errors import CorpusError, ModelError, OptionError, check_at_least
+from trackstar.text import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -21,37 +21,39 @@ CHARACTERS_AT_ONCE = 2**20
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A tokenizer of the transformers library; only fast ones, which know each token's place in the text, will do."""
+    """A tokenizer of the Transformers library. It must be a fast one, which gives character offsets."""
 
     @property
     def is_fast(self) -> bool:
-        """Whether the `tokenizers` library does the work."""
+        """Whether it is backed by the `tokenizers` library."""
         ...
 
 
 def tokenize_examples(
     examples: Iterable[Example], tokenizer: Tokenizer, *, window_tokens: int, overlap: int = 1
 ) -> Iterator[list[TokenizedExample]]:
-    """Tokenize examples, a few hundred at a time; one list of windows an example, in order.
+    """Tokenize examples, a few hundred at a time, into one list of windows per example, in order.
 
-    A text that fits is tokenized as the tokenizer does by itself, with the special tokens that it puts before and
-    after training text. A longer one is split into windows: each begins with the tokens that come before, only the
-    last ends with those that come after, and each but the first repeats `overlap` tokens of the one before, which are
-    context there and no targets. So every token that has a predecessor is a target exactly once.
+    A text that fits one window is tokenized as the tokenizer does by default, with its special
+    tokens before and after the text. A longer text is split into windows. Each window begins with
+    the leading special tokens, and only the last ends with the trailing ones. Each but the first
+    repeats the last `overlap` tokens of the one before, which are context there and not targets. So
+    every token that has a predecessor is a target exactly once.
 
     Args:
-        examples: What to tokenize; read a few hundred ahead.
-        tokenizer: The model's.
-        window_tokens: Most tokens of a window, special tokens included.
-        overlap: Tokens of the window before that a window repeats; at least 1.
+        examples: Examples to tokenize; read a few hundred ahead.
+        tokenizer: The model's tokenizer.
+        window_tokens: Most tokens per window, special tokens included.
+        overlap: Number of tokens that a window repeats from the one before; at least 1.
 
     Returns:
-        An iterator over one list an example: its windows, or nothing where no token of it can be a target.
+        An iterator over one list per example: its windows; empty if it has no token that can be a
+        target.
 
     Raises:
         CorpusError: A text cannot be tokenized; the message names the example.
         ModelError: The tokenizer is not a fast one, or fails.
-        OptionError: `overlap` is below 1, or `window_tokens` leaves no room beside it and the special tokens.
+        OptionError: `overlap` is below 1, or `window_tokens` leaves no room for a target.
     """
     backend = fast_backend(tokenizer)
     check_window(backend, window_tokens=window_tokens, overlap=overlap)
@@ -61,7 +63,7 @@ def tokenize_examples(
 def tokenize_example(
     example: Example, tokenizer: Tokenizer, *, window_tokens: int, overlap: int = 1
 ) -> list[TokenizedExample]:
-    """The windows of one example; see `tokenize_examples`, which is faster for many."""
+    """The windows of one example; `tokenize_examples` is faster for many."""
     return next(tokenize_examples([example], tokenizer, window_tokens=window_tokens, overlap=overlap))
 
 
@@ -74,55 +76,56 @@ def fast_backend(tokenizer: Tokenizer) -> "Backend":
     backend: Backend | None = getattr(tokenizer, "backend_tokenizer", None)
     if not tokenizer.is_fast or backend is None:
         raise ModelError(
-            f"the tokenizer is a {type(tokenizer).__name__}, which does not tell each token's place in the text; "
+            f"the tokenizer is a {type(tokenizer).__name__}, which gives no character offsets; "
             "expected a fast tokenizer; save it with its tokenizer.json"
         )
     backend.no_truncation()
     backend.no_padding()
-    # The tokenizer's own choice whether special tokens spelled out in a text are read as such (stubs have no setter).
+    # The tokenizer's setting for special tokens spelled out in a text (the stubs have no setter).
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))  # pyright: ignore[reportAttributeAccessIssue]
     return backend
 
 
 def check_window(backend: "Backend", *, window_tokens: int, overlap: int) -> None:
-    """Refuse windows that could never go on.
+    """Raise if a window has no room for special tokens, overlap and a target.
 
     Raises:
-        OptionError: `overlap` is below 1, or `window_tokens` leaves no room beside it and the special tokens.
+        OptionError: `overlap` is below 1, so that a window's first target would have no context, or
+            `window_tokens` is too small.
     """
     special = backend.num_special_tokens_to_add(False)
-    if overlap < 1:
-        raise OptionError(f"--overlap {overlap}: expected at least 1, so that a window's first target has a context")
-    if window_tokens < special + overlap + 1:
+    check_at_least("overlap", overlap)
+    least = special + overlap + 1
+    if window_tokens < least:
         raise OptionError(
-            f"--window-tokens {window_tokens}: expected at least {special + overlap + 1}, for {special} special "
-            f"tokens, {overlap} of overlap and one target"
+            f"`window_tokens`: expected {least} or more ({special} special tokens, {overlap} of overlap and one "
+            f"target), found {window_tokens}"
         )
 
 
-def encode(backend: "Backend", text: str, what: str) -> "Encoding":
-    """The text's tokens with their places in it and the special tokens around it; `what` names it in messages.
+def encode(backend: "Backend", text: str, description: str) -> "Encoding":
+    """The text's tokens with character offsets and special tokens; messages begin with the description.
 
     Raises:
         CorpusError: The text holds half a surrogate pair.
         ModelError: The tokenizer fails.
     """
     try:
-        return backend.encode(encodable(text, f"{what}: the text"))
+        return backend.encode(encodable(text, f"{description}: the text"))
     except CorpusError:
         raise
     except Exception as error:  # the tokenizers library raises bare exceptions
         reason = one_line(error)
         raise ModelError(
-            f"{what}: the tokenizer cannot read it ({reason}); expected one that reads any text"
+            f"{description}: the tokenizer cannot read it ({reason}); expected one that reads any text"
         ) from error
 
 
-def special_around(encoding: "Encoding") -> tuple[int, int]:
-    """How many tokens the tokenizer put before the text, and how many after it."""
+def count_special_tokens(encoding: "Encoding") -> tuple[int, int]:
+    """Number of special tokens before the text and after it."""
     mask = encoding.special_tokens_mask
-    before = next((place for place, special in enumerate(mask) if not special), len(mask))
-    after = next((place for place, special in enumerate(reversed(mask)) if not special), 0)
+    before = next((position for position, special in enumerate(mask) if not special), len(mask))
+    after = next((position for position, special in enumerate(reversed(mask)) if not special), 0)
     return before, after
 
 
@@ -142,7 +145,7 @@ def _tokenized(
 
 
 def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    """Examples in groups that keep the tokenizer busy and memory bounded."""
+    """Examples in groups that are large enough for the tokenizer's threads and bounded in memory."""
     batch: list[Example] = []
     characters = 0
     for example in examples:
@@ -156,11 +159,11 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _token_ids(backend: "Backend", batch: list[Example]) -> list[list[int]]:
-    """Each text's tokens, special tokens included."""
+    """Each text's token ids, special tokens included."""
     try:
-        # Faster than `encode_batch`, for it keeps no places; they are looked up again for the few texts that need them.
+        # Faster than `encode_batch`, as it computes no offsets; only texts that are split need them.
         return [encoding.ids for encoding in backend.encode_batch_fast([example.text for example in batch])]
-    except Exception:  # once more one by one, to name the example
+    except Exception:  # encode one by one, so that the error names the example
         return [encode(backend, example.text, f"example {example.example_id}").ids for example in batch]
 
 
@@ -179,13 +182,13 @@ def _whole(example: Example, token_ids: list[int]) -> TokenizedExample:
 
 
 def _windows(example: Example, encoding: "Encoding", window_tokens: int, overlap: int) -> list[TokenizedExample]:
-    """The windows of a text that does not fit one."""
-    before, after = special_around(encoding)
+    """The windows of a text that is longer than one window."""
+    before, after = count_special_tokens(encoding)
     token_ids = np.array(encoding.ids, dtype=np.int32)
-    prefix, stream = token_ids[:before], token_ids[before:]
+    prefix, stream = token_ids[:before], token_ids[before:]  # the stream ends with the trailing special tokens
     offsets = encoding.offsets[before : len(token_ids) - after]
-    capacity = window_tokens - before
-    step = capacity - overlap
+    capacity = window_tokens - before  # tokens of the stream per window
+    step = capacity - overlap  # new tokens per window after the first
     count = 1 + math.ceil((len(stream) - capacity) / step)
     windows = []
     for window in range(count):
@@ -207,6 +210,6 @@ def _windows(example: Example, encoding: "Encoding", window_tokens: int, overlap
 
 
 def _text_span(offsets: list[tuple[int, int]], start: int, stop: int, characters: int) -> slice:
-    """Where the text of tokens `start` to `stop` stands; the first and last windows reach the text's ends."""
+    """Characters of the tokens from `start` to `stop`; the first and last windows reach the text's ends."""
     first = 0 if start == 0 else offsets[start][0] if start < len(offsets) else characters
     return slice(first, offsets[stop - 1][1] if stop < len(offsets) else characters)

@@ -1,11 +1,8 @@
-"""R, the Gauss-Newton autocorrelation of projected gradients, its mixing with a task's, and whitening (Eq. 2-3).
+"""R, the Gauss-Newton autocorrelation of projected gradients: per layer block the mean of φφᵀ over
+examples (Eq. 2).
 
-R is block-diagonal, a block a layer block: the *mean* over examples of φφᵀ. (Sum or mean is the same as long as only
-one R is used, but not once R_eval and R_train are mixed; the paper does not say, we take the mean.)
-
-Scores only need some W with WᵀW = R⁻¹: for any such W the inner products Wφ·Wφ' = φᵀR⁻¹φ' and the norms are the
-same as with the symmetric R^(-1/2) of Eq. 2. W is taken as the inverse Cholesky factor, which costs a small part of
-an eigendecomposition.
+The paper does not say whether R is a sum or a mean. Scores are the same with either as long as one
+R is used, but not once R_eval and R_train are mixed. This package uses the mean.
 """
 
 import os
@@ -18,10 +15,10 @@ from trackstar.errors import CurvatureError, OptionError
 
 
 def check_autocorrelation_size(blocks: int, side: int, device: torch.device | str = "cpu") -> None:
-    """See that R fits into the machine's memory, before anything is written.
+    """Raise if R does not fit into the device's memory, before anything is written.
 
     Raises:
-        OptionError: It does not.
+        OptionError: R does not fit; the message names `side`.
     """
     wanted = blocks * side**4 * 8  # sums in float64
     device = torch.device(device)
@@ -31,25 +28,25 @@ def check_autocorrelation_size(blocks: int, side: int, device: torch.device | st
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > memory:
         raise OptionError(
-            f"--side {side}: R of {blocks} layer blocks needs {wanted / 2**30:,.1f} GiB, this machine has "
-            f"{memory / 2**30:,.1f}; take a smaller side"
+            f"`side`: expected R of {blocks} layer blocks to fit into {memory / 2**30:,.1f} GiB of memory, found "
+            f"{wanted / 2**30:,.1f} GiB for side {side}; pass a smaller `side`"
         )
 
 
-# Rows of a block's sums that are made by one product.
+# Rows of a block's sums that one matrix product computes.
 _PANEL = 1024
 
 
 class Autocorrelation:
-    """Sums φφᵀ over batches of examples, in float64, each layer block for itself.
+    """Sum φφᵀ over batches of examples, in float64, for each layer block.
 
-    A batch's own sum is a float32 product. A block's numbers depend on the batches and their order alone, not on which
-    other blocks are summed beside it: they may be summed elsewhere.
+    The sum over one batch is a float32 product. A block's sums depend on the batches and their
+    order alone.
 
     Args:
         blocks: Number of layer blocks.
         dimensions: Dimensions of one block, side².
-        device: Where the sums are kept.
+        device: Device of the sums.
     """
 
     def __init__(self, blocks: int, dimensions: int, *, device: torch.device | str = "cpu") -> None:
@@ -82,7 +79,8 @@ class Autocorrelation:
             for first in range(0, dimensions, _PANEL):
                 last = min(first + _PANEL, dimensions)
                 rows = (sums[first:last, first:] / self.examples).float()
-                # A product need not be symmetric to the last bit: what lies above the diagonal counts.
+                # A product need not be symmetric to the last bit: what lies above the diagonal
+                # counts.
                 rows[:, : last - first] = rows[:, : last - first].triu() + rows[:, : last - first].triu(1).T
                 whole[first:last, first:] = rows
                 whole[first:, first:last] = rows.T

@@ -1,12 +1,15 @@
-"""A task's R in train-whitened coordinates: a change of low rank, so that one store answers every task (design.md, §2).
+"""A task's R in train-whitened coordinates: a low-rank change, so that one store answers every
+task.
 
-With u = W_train φ and R_train damped, R = λR_eval + (1-λ)R_train becomes in these coordinates
+With u = W_train φ and W_train (R_train + cI) W_trainᵀ = I, R = λR_eval + (1-λ)(R_train + cI)
+becomes
 
     λA + (1-λ)I,    A = W_train R_eval W_trainᵀ = Σ_k σ_k v_k v_kᵀ,    rank ≤ number of queries,
     (λA + (1-λ)I)⁻¹ = (I - Σ_k w_k v_k v_kᵀ) / (1-λ),    w_k = λσ_k / (λσ_k + 1-λ).
 
-So stored rows stay as they are: the inverse is applied to the queries, and a candidate's norm under the task is
-√((‖u‖² - Σ_k w_k (v_k·u)²) / (1-λ)). Any other W_train with WᵀW = R_train⁻¹ turns u and v_k alike, and changes nothing.
+The last line is the Woodbury identity, block by block. Stored rows do not change: the inverse is
+applied to the queries, and a candidate's norm under the task is √((‖u‖² - Σ_k w_k (v_k·u)²) /
+(1-λ)). Another W_train with the same WᵀW rotates u and v_k alike, and scores stay the same.
 """
 
 import dataclasses
@@ -19,9 +22,9 @@ from torch import Tensor
 from trackstar.errors import OptionError
 from trackstar.store import StoredRows, quantized_bits
 
-# σ below this fraction of a block's largest are what rounding u to single precision leaves, not directions of the task.
+# σ_k below this fraction of a block's largest come from rounding u to single precision.
 _TOLERANCE = 1e-12
-# Of ‖u‖² at least this much is left in a squared norm that is estimated from codes, which may not reach zero.
+# Smallest squared norm under the task, as a fraction of ‖u‖², if it is estimated from codes.
 _LEAST_LEFT = 1e-4
 
 
@@ -30,10 +33,11 @@ class TaskWhitening:
     """(λA + (1-λ)I)⁻¹ in train-whitened coordinates, block by block.
 
     Attributes:
-        directions: v_k of each block, orthonormal rows; zero rows where a block has fewer. In float64, as the weights:
-            of what is like the task all but a share 1 - w_k is taken off, in which single precision would show.
+        directions: v_k of each block, orthonormal rows; rows beyond a block's rank are zero. They
+            and the weights are in float64: along v_k only the fraction 1 - w_k of u remains, in
+            which single precision would show.
         weights: w_k, from 0 to 1.
-        mixing: λ, at least 0 and less than 1.
+        mixing: λ, from 0 to less than 1.
     """
 
     directions: Float64[Tensor, "blocks rank dim"]
@@ -45,7 +49,7 @@ class TaskWhitening:
         """The whitening for a task.
 
         Args:
-            task: u of the task's queries.
+            task: u of the task's queries, the rows whose mean of uuᵀ is A.
             blocks: Number of layer blocks.
             mixing: λ.
 
@@ -53,7 +57,7 @@ class TaskWhitening:
             OptionError: λ is not in [0, 1).
         """
         if not 0 <= mixing < 1:
-            raise OptionError(f"--mixing {mixing}: expected a number from 0 to less than 1 for whitened coordinates")
+            raise OptionError(f"`mixing`: expected 0 to less than 1 for whitened coordinates, found {mixing}")
         queries, dimensions = task.shape
         dim = dimensions // blocks
         rank = min(queries, dim) if mixing > 0 else 0
@@ -68,9 +72,10 @@ class TaskWhitening:
         return cls(directions=directions, weights=weights, mixing=mixing)
 
     def apply_inverse(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
-        """(λA + (1-λ)I)⁻¹u: a query in this form meets candidates as stored.
+        """(λA + (1-λ)I)⁻¹u: its inner product with a stored u' is that of Eq. 2, before
+        normalisation.
 
-        In float64: near λ = 1 most of u is taken off.
+        Computed in float64, since near λ = 1 most of u is subtracted.
         """
         corrected = torch.empty_like(coordinates, dtype=torch.float32)
         parts = corrected.view(len(coordinates), len(self.directions), -1)
@@ -79,10 +84,11 @@ class TaskWhitening:
         return corrected
 
     def norms(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows"]:
-        """√(uᵀ(λA + (1-λ)I)⁻¹u) of each row: with W φ in place of φ, the norm of Eq. 1.
+        """√(uᵀ(λA + (1-λ)I)⁻¹u) of each row, the norm in Eq. 1.
 
-        Summed as Σ_k (1-w_k)(v_k·u)² along the task's directions and what lies across them, of which neither is a small
-        difference of large numbers where u is like the task.
+        The square is the sum of Σ_k (1-w_k)(v_k·u)² along the task's directions and of ‖u‖² - Σ_k
+        (v_k·u)² across them. Neither is a small difference of large numbers if u lies close to the
+        task.
         """
         squares = torch.zeros(len(coordinates), dtype=torch.float64, device=coordinates.device)
         for u, directions, weights in self._in_double(coordinates):
@@ -92,21 +98,22 @@ class TaskWhitening:
         return (squares / (1 - self.mixing)).sqrt().float()
 
     def _in_double(self, coordinates: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each block's u in float64, with its directions and weights."""
+        """u, directions and weights of each block, in float64."""
         for u, directions, weights in zip(self._blocks(coordinates), self.directions, self.weights, strict=True):
             yield u.double(), directions, weights
 
     def stored_norms(self, stored: StoredRows) -> Float[Tensor, "rows"]:
-        """The same of stored rows, from their exact ‖u‖ and what their codes say of v_k·u.
+        """`norms` of stored rows, from their exact ‖u‖ and from v_k·û of their codes.
 
-        Codes are û = u + e with e at right angles to u, otherwise of any direction: (v_k·û)² is too large by ‖e‖²/dim
-        on average, which is taken off.
+        Codes are û = u + e, with e orthogonal to u and otherwise of uniform direction. So (v_k·û)²
+        exceeds (v_k·u)² by ‖e‖²/dim on average, which is subtracted.
         """
         decoded = stored.decode()
         if quantized_bits(stored.codec) is None:
             return self.norms(decoded)
         squares = stored.norms.square()
         lengths = self._blocks(decoded).square().sum(dim=2)
+        # ‖e‖² = ‖û‖² - ‖u‖², as a share of ‖û‖²; each block of û carries the same share.
         share = (1 - squares / lengths.sum(dim=0).clamp_min(1e-30)).clamp_min(0)
         excess = (self.weights.float().sum(dim=1)[:, None] * lengths).sum(dim=0) * share / self.directions.shape[2]
         along = torch.zeros_like(excess)
@@ -120,15 +127,16 @@ class TaskWhitening:
 
 
 def _principal(u: Float[Tensor, "queries dim"]) -> tuple[Float[Tensor, "rank"], Float[Tensor, "rank dim"]]:
-    """Eigenvalues σ_k > 0 of A = uᵀu/n and their directions, by whichever of the two Gram matrices is smaller."""
+    """Eigenvalues σ_k > 0 of A = uᵀu/n and their directions, from the smaller of the two Gram matrices."""
     count, dim = u.shape
     if count <= dim:
+        # uuᵀ/n = SΣSᵀ has the same nonzero eigenvalues, and v_k = uᵀs_k / √(nσ_k).
         values, sides = torch.linalg.eigh(u @ u.mT / count)
-        kept = values > _TOLERANCE * values[-1]
-        values = values[kept]
-        vectors = (sides[:, kept].mT @ u) / (values * count).sqrt()[:, None]
+        positive = values > _TOLERANCE * values[-1]
+        values = values[positive]
+        vectors = (sides[:, positive].mT @ u) / (values * count).sqrt()[:, None]
     else:
         values, sides = torch.linalg.eigh(u.mT @ u / count)
-        kept = values > _TOLERANCE * values[-1]
-        values, vectors = values[kept], sides[:, kept].mT
+        positive = values > _TOLERANCE * values[-1]
+        values, vectors = values[positive], sides[:, positive].mT
     return values, vectors

@@ -1,4 +1,9 @@
-"""R = λ R_eval + (1-λ) R_train, and λ by the paper's rule (Eq. 3, §4.3)."""
+"""Mixing: R = λ R_eval + (1-λ)(R_train + cI), and λ by the paper's rule (Eq. 3, §4.3).
+
+The ridge c is a fraction of R_train's mean eigenvalue. It belongs to R_train alone, since R_train
+is what too few examples leave singular, and since an index in whitened coordinates is whitened by
+R_train + cI before any task is known.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,38 +12,49 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trackstar.errors import CurvatureError, OptionError
+from trackstar.errors import CurvatureError, check_mixing
 
-# The paper equates the 1000th singular values of 65,536 (§4.3); for fewer dimensions the rank is scaled.
+# The paper equates the 1000th of 65,536 singular values (§4.3). For fewer dimensions the rank is
+# scaled.
 PAPER_RANK, PAPER_DIMENSIONS = 1000, 65_536
 
-# Eigenvalues below this fraction of the largest are rounding noise of single precision, not spectrum.
+# Eigenvalues below this fraction of the largest one are rounding noise of single precision.
 RANK_TOLERANCE = 1e-6
 
-# Fewer queries than this cannot say what a task has in common: R is then R_train alone (λ = 0).
+# Fewer queries than this do not show what a task has in common, and R is R_train alone (λ = 0).
 MIN_TASK_QUERIES = 8
 
 
 def mixed(
-    evaluation: Float[Tensor, "blocks dim dim"], train: Float[Tensor, "blocks dim dim"], mixing: float
-) -> Float[Tensor, "blocks dim dim"]:
-    """R = λ R_eval + (1-λ) R_train (Eq. 3).
+    evaluation: Float[Tensor, "dim dim"] | None, train: Float[Tensor, "dim dim"], mixing: float, *, damping: float = 0.0
+) -> Float64[Tensor, "dim dim"]:
+    """R = λ R_eval + (1-λ)(R_train + cI) of one layer block, in float64 (Eq. 3).
+
+    Args:
+        evaluation: R_eval; None only if λ is 0.
+        train: R_train.
+        mixing: λ.
+        damping: c as a fraction of R_train's mean eigenvalue.
 
     Raises:
         OptionError: λ is not in [0, 1].
     """
-    if not 0 <= mixing <= 1:
-        raise OptionError(f"--mixing {mixing}: expected a number from 0 (only R_train) to 1 (only R_eval)")
-    return torch.lerp(train, evaluation, mixing)
+    check_mixing(mixing)
+    r = train.to(torch.float64, copy=True)
+    r.diagonal().add_(damping * float(r.diagonal().mean()))
+    if mixing == 0:
+        return r
+    assert evaluation is not None, "λ above 0 mixes in R_eval"
+    return torch.lerp(r, evaluation.double(), mixing)
 
 
 def spectrum_of_autocorrelation(
     autocorrelation: Iterable[Float[Tensor, "dim dim"]],
 ) -> Float[Tensor, "eigenvalues"]:
-    """All blocks' eigenvalues pooled, largest first, in float64.
+    """Eigenvalues of all blocks, pooled and sorted from the largest, in float64.
 
     Raises:
-        CurvatureError: A number is not finite.
+        CurvatureError: An entry is not finite.
     """
     values = torch.cat([_eigenvalues(block.double()) for block in autocorrelation])
     return values.clamp_min(0).sort(descending=True).values
@@ -47,12 +63,13 @@ def spectrum_of_autocorrelation(
 def spectrum_of_examples(
     projected_gradients: Float[Tensor, "examples dimensions"], blocks: int
 ) -> Float[Tensor, "eigenvalues"]:
-    """The same from φ itself, by the examples' Gram matrices: cheaper where they are fewer than a block's dimensions.
+    """`spectrum_of_autocorrelation` of the φ's R, computed from their Gram matrices.
 
-    The eigenvalues of ΦᵀΦ/n that are not zero are those of ΦΦᵀ/n.
+    The nonzero eigenvalues of ΦᵀΦ/n are those of ΦΦᵀ/n, which is smaller for fewer examples than
+    dimensions.
 
     Raises:
-        CurvatureError: A number is not finite.
+        CurvatureError: An entry is not finite.
     """
     count = len(projected_gradients)
     phi = projected_gradients.double().reshape(count, blocks, -1).transpose(0, 1)
@@ -63,25 +80,25 @@ def spectrum_of_examples(
 def _eigenvalues(block: Float64[Tensor, "dim dim"]) -> Float64[Tensor, "dim"]:
     if not torch.isfinite(block).all():
         raise CurvatureError(
-            "spectrum: found numbers that are not finite, expected gradients that are; is the index damaged "
-            "(trackstar verify)?"
+            "spectrum: expected finite gradients, found NaN or infinite ones; check the index with `verify`"
         )
     return torch.linalg.eigvalsh(block)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mixing:
-    """λ and how it was found.
+    """λ and its derivation.
 
     Attributes:
         value: λ.
-        rule: In words, which rule gave it.
-        rank: The rank at which the two spectra cross, from 1; 0 where the rule was not applied.
-        evaluation_value: That singular value of R_eval, before weighing.
-        train_value: That singular value of R_train, before weighing.
+        rule: The rule that gave λ, in words.
+        rank: Rank, from 1, at which the weighted spectra are equal; 0 if λ does not come from
+            spectra.
+        evaluation_value: R_eval's singular value at that rank, unweighted.
+        train_value: R_train's singular value at that rank, unweighted.
         evaluation_rank: Pooled numerical rank of R_eval.
         train_rank: Pooled numerical rank of R_train.
-        queries: How many queries R_eval is the mean of.
+        queries: Number of queries that R_eval is the mean of.
         evaluation_spectrum: R_eval's largest singular values, descending.
         train_spectrum: R_train's largest singular values, descending.
     """
@@ -105,12 +122,12 @@ def mixing_by_spectra(
     dimensions: int,
     queries: int,
 ) -> Mixing:
-    """λ by the paper's rule (§4.3): at rank k, the singular values of λR_eval and (1-λ)R_train are equal.
+    """λ by the paper's rule (§4.3): the k-th singular values of λR_eval and (1-λ)R_train are equal.
 
-    k = 1000 at 65,536 dimensions and in proportion at fewer. R_eval has no more singular values above rounding than
-    blocks × queries, and so may R_train; where one of them has fewer than 2k, k is lowered to half of the smaller
-    number: a singular value near the end of a rank-deficient spectrum says how many queries there were, not what
-    the task needs.
+    k is 1000 for 65,536 dimensions and proportional for fewer. R_eval has at most blocks × queries
+    singular values above rounding, and R_train at most blocks × examples. If either has fewer than
+    2k, k is half of the smaller number: near the end of a rank-deficient spectrum a singular value
+    depends on the number of queries, not on the task.
 
     Args:
         evaluation: R_eval's singular values, all blocks pooled, descending.
@@ -130,11 +147,11 @@ def mixing_by_spectra(
     }
     if min(ranks) == 0:
         raise CurvatureError(
-            "λ: found a spectrum that is zero throughout, expected gradients that are not; give --mixing"
+            "`mixing`: the spectrum of R_eval or of R_train is zero, so the paper's rule gives no λ; pass `mixing`"
         )
-    rule = f"singular values equal at rank {rank} of {dimensions} dimensions"
+    rule = f"the paper's rule: λ R_eval and (1-λ) R_train are equally strong at rank {rank:,} of {dimensions:,}"
     if rank < wanted:
-        rule += f" (the paper's rank {wanted} lowered to half of the smaller spectrum's {min(ranks)})"
+        rule += f", lowered from rank {wanted:,} to half of the smaller spectrum's {min(ranks):,}"
     evaluation_value, train_value = float(evaluation[rank - 1]), float(train[rank - 1])
     return Mixing(
         value=train_value / (evaluation_value + train_value),

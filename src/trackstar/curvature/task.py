@@ -1,12 +1,12 @@
-"""R for a task: λ and damping chosen, R_eval and R_train mixed, and the whitening that follows (Eq. 2-3).
+"""The correction for a task: λ and damping are chosen, R_eval and R_train mixed, and R is inverted
+(Eq. 2-3).
 
-An index in projected coordinates is whitened by R = λR_eval + (1-λ)R_train itself. One in whitened coordinates has been
-whitened by R_train when it was made; what is left for the task is of low rank (`task_whitening.py`).
+In every index R = λ R_eval + (1-λ)(R_train + cI). An index in projected coordinates is whitened by
+R when it is queried. An index in whitened coordinates was whitened by R_train + cI when it was
+built; the task's part is a low-rank change (`low_rank.py`).
 """
 
 import dataclasses
-import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -14,52 +14,55 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.corpus.digests import digest_of_fields
 from trackstar.curvature.autocorrelation import autocorrelation
 from trackstar.curvature.low_rank import TaskWhitening
 from trackstar.curvature.mixing import (
     MIN_TASK_QUERIES,
     Mixing,
-    mixed,
     mixing_by_spectra,
     spectrum_of_autocorrelation,
     spectrum_of_examples,
 )
 from trackstar.curvature.whitening import Whitening, shrinkage_damping, whitening
-from trackstar.errors import DamagedIndexError, OptionError
+from trackstar.errors import DamagedIndexError, OptionError, check_damping, check_mixing
 from trackstar.store import Index, Manifest, Place, StoredRows
 
-# To be changed with the arithmetic of norms and scores: what an earlier one has kept with an index is not taken up.
-_KEPT_AS = b"2"
+# Version of the arithmetic of norms and scores. Results that an index caches under another version
+# are not read.
+_CACHE_VERSION = b"3"
 
 
 @runtime_checkable
 class StoredWhitening(Protocol):
-    """What is left to whiten rows with that are in an index's own coordinates."""
+    """Whitening of rows in an index's coordinates, projected or whitened."""
 
     def apply_inverse(self, rows: Float[Tensor, "rows dimensions"], /) -> Float[Tensor, "rows dimensions"]:
-        """R⁻¹ in these coordinates: a query in this form meets candidates as stored."""
+        """R⁻¹ times each row, in these coordinates: its inner products with stored rows are those
+        of Eq. 2.
+        """
         ...
 
     def norms(self, rows: Float[Tensor, "rows dimensions"], /) -> Float[Tensor, "rows"]:
-        """The norm of Eq. 1 of each row."""
+        """Norm of each row under R, as Eq. 1 divides by it."""
         ...
 
     def stored_norms(self, stored: StoredRows, /) -> Float[Tensor, "rows"]:
-        """The same of rows as their codes have them."""
+        """Norm of each stored row under R, from its codes."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TaskCorrection:
-    """R for a task, ready to whiten with (Eq. 3).
+    """R for a task, inverted (Eq. 3).
 
     Attributes:
         mixing: λ, its rule and spectra.
-        damping: Fraction of each block's mean eigenvalue that was added to R_train.
-        damping_rule: In words, where the damping comes from.
-        whitening: By R, of rows in the index's coordinates.
-        train: W_train, which leads to the index's coordinates where they are whitened.
-        key: Names this R among all that the index may be asked with.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block.
+        damping_rule: The source of the damping, in words.
+        whitening: Whitens rows in the index's coordinates.
+        train: W_train, if the index's coordinates are whitened.
+        key: Identifies this R among all that the index may be queried with.
     """
 
     mixing: Mixing
@@ -74,7 +77,9 @@ class TaskCorrection:
         return phi if self.train is None else self.train.apply(phi)
 
     def gradient_vectors(self, vectors: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
-        """What φ must meet for the inner products that vectors have with rows in the index's coordinates."""
+        """Vectors whose inner products with φ equal those of the given vectors with rows in the
+        index's coordinates.
+        """
         return vectors if self.train is None else self.train.apply_transposed(vectors)
 
 
@@ -85,14 +90,15 @@ def task_correction(
     mixing: float | None = None,
     damping: float | None = None,
 ) -> TaskCorrection:
-    """R = λ R_eval + (1-λ) R_train for the task that these queries' φ stand for, inverted (Eq. 2-3).
+    """R = λ R_eval + (1-λ)(R_train + cI) for a task, inverted (Eq. 2-3).
 
     Args:
-        index: Whose R_train it is.
-        task: φ of the queries that R_eval is the mean of.
-        mixing: λ; None follows the paper's rule, or is 0 where there are fewer than `MIN_TASK_QUERIES`.
-        damping: Fraction of a block's mean eigenvalue added to R_train; None is chosen by `shrinkage_damping`, or is
-            what a whitened index was made with.
+        index: The index, for its R_train.
+        task: φ of the queries that R_eval is computed from.
+        mixing: λ; None follows the paper's rule, or is 0 with fewer queries than
+            `MIN_TASK_QUERIES`.
+        damping: Ridge c added to R_train, as a fraction of its mean eigenvalue per block; None is
+            chosen by `shrinkage_damping`. A whitened index has the damping that it was built with.
 
     Raises:
         OptionError: λ or the damping is out of range, or not that of a whitened index.
@@ -106,14 +112,14 @@ def task_correction(
         r_train = stored_matrices(index, "autocorrelation")
         names = [block.name for block in index.manifest.layer_blocks]
         return mixed_correction(
-            r_train, index.rows, task, chosen, damping=damping, names=names, made_of=index.manifest.to_json()
+            r_train, index.rows, task, chosen, damping=damping, names=names, source=index.manifest.to_json()
         )
     train = train_whitening(index)
     u = train.apply(task) if len(task) and chosen.value > 0 else task
     return TaskCorrection(
         mixing=chosen,
         damping=entry.damping,
-        damping_rule=f"whitened at indexing by R_train, {entry.source}",
+        damping_rule=f"fixed when the index was built, with R_train {entry.source}",
         whitening=TaskWhitening.of(u, blocks=blocks, mixing=chosen.value),
         train=train,
         key=_key(index.manifest.to_json(), task, chosen.value, entry.damping),
@@ -121,44 +127,35 @@ def task_correction(
 
 
 def check_choices(index: Index, *, mixing: float | None, damping: float | None) -> None:
-    """See that an index can be asked with this λ and damping; None is always good.
+    """Raise if an index cannot be queried with this λ or damping; None is always accepted.
 
     Raises:
-        OptionError: One is out of range, or not that of a whitened index.
+        OptionError: λ or the damping is out of range, or a whitened index was built with another
+            damping.
     """
     check_mixing(mixing)
-    if damping is not None and not 0 <= damping < math.inf:
-        raise OptionError(f"--damping {damping}: expected 0 or more, as a fraction of the mean eigenvalue")
+    check_damping(damping)
     entry = index.manifest.whitening
     if entry is None:
         return
     if mixing == 1:
         raise OptionError(
-            f"--mixing {mixing}: expected a number from 0 to less than 1 for {index.path}, whose whitened coordinates "
-            "R_train has shaped; for R_eval alone, index with --coordinates projected and --codec float16"
+            f"`mixing`: expected 0 to less than 1 for {index.path}, whose coordinates are whitened by R_train, found "
+            f'{mixing}; for R_eval alone, build the index with `coordinates="projected"` and `codec="float16"`'
         )
     if damping is not None and damping != entry.damping:
         raise OptionError(
-            f"--damping {damping}: {index.path} is whitened by R_train with damping {entry.damping:g}; leave the "
-            "option out, or convert the projected index again with another (trackstar convert --damping)"
+            f"`damping`: expected {entry.damping:g}, with which {index.path} was whitened by R_train, found {damping}; "
+            "leave `damping` out, or convert an index in projected coordinates with `convert_index` and this `damping`"
         )
-
-
-def check_mixing(mixing: float | None) -> None:
-    """See that λ, where it is given, is from 0 to 1.
-
-    Raises:
-        OptionError: It is not.
-    """
-    if mixing is not None and not 0 <= mixing <= 1:
-        raise OptionError(f"--mixing {mixing}: expected a number from 0 (only R_train) to 1 (only R_eval)")
 
 
 def train_whitening(index: Index) -> Whitening:
     """W_train of an index in whitened coordinates.
 
     Raises:
-        DamagedIndexError: It is missing, not what was written, or no matrix a layer block.
+        DamagedIndexError: W_train is missing, not as it was written, or not one matrix per layer
+            block.
     """
     return Whitening(factors=stored_matrices(index, "whitening"), triangular=False)
 
@@ -167,7 +164,8 @@ def stored_matrices(index: Index, name: str) -> Float[Tensor, "blocks dim dim"]:
     """`autocorrelation` or `whitening` of an index.
 
     Raises:
-        DamagedIndexError: It is missing, not what was written, or no matrix of finite numbers a layer block.
+        DamagedIndexError: The tensor is missing, not as it was written, or not one finite matrix
+            per layer block.
     """
     return checked_matrices(index.tensors(name), name, index.path, index.manifest)
 
@@ -175,10 +173,11 @@ def stored_matrices(index: Index, name: str) -> Float[Tensor, "blocks dim dim"]:
 def checked_matrices(
     tensors: Mapping[str, Tensor], name: str, path: Place, manifest: Manifest
 ) -> Float[Tensor, "blocks dim dim"]:
-    """`autocorrelation` or `whitening` among the tensors of that file of the index at `path`.
+    """`autocorrelation` or `whitening`, from the tensors of the file of that name in the index at
+    `path`.
 
     Raises:
-        DamagedIndexError: It is no matrix of finite numbers a layer block.
+        DamagedIndexError: The tensor is missing, or not one finite matrix per layer block.
     """
     dim = manifest.projection.side**2
     expected = (len(manifest.layer_blocks), dim, dim)
@@ -186,9 +185,9 @@ def checked_matrices(
     file = path / f"{name}.safetensors"
     if found is None or found.dtype is not torch.float32 or tuple(found.shape) != expected:
         what = "no tensor of that name" if found is None else f"{found.dtype} {list(found.shape)}"
-        raise DamagedIndexError(f"{file}: holds {what}, expected float32 {list(expected)}; make the index again")
+        raise DamagedIndexError(f"{file}: expected float32 {list(expected)}, found {what}; build the index again")
     if not torch.isfinite(found).all():
-        raise DamagedIndexError(f"{file}: holds numbers that are not finite; make the index again")
+        raise DamagedIndexError(f"{file}: expected finite numbers, found NaN or infinite ones; build the index again")
     return found
 
 
@@ -200,18 +199,19 @@ def mixed_correction(
     *,
     damping: float | None,
     names: Sequence[str],
-    made_of: str,
+    source: str,
 ) -> TaskCorrection:
-    """The correction of φ itself: R mixed, damped and inverted as a whole.
+    """The correction in projected coordinates: R itself is inverted.
 
     Args:
         r_train: R_train.
-        examples: How many examples it is the mean of.
+        examples: Number of examples that R_train is the mean of.
         task: φ of the task's queries.
         mixing: λ.
-        damping: Fraction of a block's mean eigenvalue added to R; None is chosen by `shrinkage_damping`.
-        names: The layer blocks' names.
-        made_of: What names R_train among all others.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
+            chosen by `shrinkage_damping`.
+        names: Names of the layer blocks, for errors.
+        source: Text that identifies R_train, for the correction's key.
 
     Raises:
         CurvatureError: R cannot be inverted.
@@ -220,31 +220,29 @@ def mixed_correction(
     if damping is None:
         damping = shrinkage_damping(r_train, examples)
         rule = f"shrinkage of R_train as a mean over {examples:,} examples"
-    r = r_train
-    if mixing.value > 0:
-        r = mixed(autocorrelation(task, len(r_train)), r_train, mixing.value)
+    r_eval = autocorrelation(task, len(r_train)) if mixing.value > 0 else None
     return TaskCorrection(
         mixing=mixing,
         damping=damping,
         damping_rule=rule,
-        whitening=whitening(r, damping=damping, names=names),
+        whitening=whitening(r_train, r_eval, mixing=mixing.value, damping=damping, names=names),
         train=None,
-        key=_key(made_of, task, mixing.value, damping),
+        key=_key(source, task, mixing.value, damping),
     )
 
 
-def _key(made_of: str, task: Tensor, mixing: float, damping: float) -> str:
-    parts = [_KEPT_AS, made_of.encode(), f"{mixing!r} {damping!r}".encode()]
+def _key(source: str, task: Tensor, mixing: float, damping: float) -> str:
+    parts = [_CACHE_VERSION, source.encode(), f"{mixing!r} {damping!r}".encode()]
     if mixing > 0:
         parts.append(task.contiguous().numpy().tobytes())
-    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()
+    return digest_of_fields(*parts)
 
 
 def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
-    """R_train's singular values, all blocks pooled, descending; kept with the index."""
-    kept = (index.load_derived("train-spectrum") or {}).get("values")
-    if kept is not None and kept.is_floating_point() and kept.ndim == 1 and torch.isfinite(kept).all():
-        return kept
+    """R_train's singular values, all blocks pooled, descending; cached with the index."""
+    cached = (index.load_derived("train-spectrum") or {}).get("values")
+    if cached is not None and cached.is_floating_point() and cached.ndim == 1 and torch.isfinite(cached).all():
+        return cached
     blocks = len(index.manifest.layer_blocks)
     entry = index.manifest.whitening
     if entry is not None:
@@ -265,24 +263,27 @@ def choose_mixing(
     blocks: int,
     given: float | None,
 ) -> Mixing:
-    """λ as given, or by the paper's rule where the task has queries enough.
+    """λ as given, or by the paper's rule if the task has enough queries.
 
     Args:
         task: φ of the task's queries.
-        spectrum: Gives R_train's singular values, all blocks pooled; called where the rule needs them.
+        spectrum: Returns R_train's singular values, all blocks pooled; called only if the rule
+            needs them.
         blocks: Number of layer blocks.
         given: λ; None follows the rule.
 
     Raises:
-        OptionError: λ is out of range, or there is a λ and no task.
+        OptionError: λ is out of range, or above 0 without a task.
     """
     check_mixing(given)
     if given is not None:
         if given > 0 and not len(task):
-            raise OptionError(f"--mixing {given}: no query says what R_eval is; give some (--task)")
+            raise OptionError(
+                f"`mixing`: expected 0 without queries that R_eval comes from, found {given}; pass `task`"
+            )
         return Mixing(value=given, rule="given", queries=len(task))
     if len(task) < MIN_TASK_QUERIES:
-        rule = f"only R_train: a task needs {MIN_TASK_QUERIES} queries or more (--task), found {len(task)}"
+        rule = f"R_train alone: R_eval needs {MIN_TASK_QUERIES} queries or more in `task`, found {len(task)}"
         return Mixing(value=0.0, rule=rule, queries=len(task))
     evaluation = spectrum_of_examples(task, blocks)
     return mixing_by_spectra(evaluation, spectrum(), dimensions=task.shape[1], queries=len(task))

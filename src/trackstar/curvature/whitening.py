@@ -1,7 +1,12 @@
-"""Whitening W with WᵀW = (R + cI)⁻¹, and the damping c (Eq. 2)."""
+"""Whitening: W with WᵀW = R⁻¹, block by block, and the damping that too few examples need (Eq.
+2-3).
+
+Scores need any W with WᵀW = R⁻¹: the inner products Wφ·Wφ' = φᵀR⁻¹φ' and the norms are those of the
+symmetric R^(-1/2) in Eq. 2. W is the inverse Cholesky factor, which costs a fraction of an
+eigendecomposition.
+"""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,19 +14,21 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trackstar.errors import CurvatureError, OptionError
+from trackstar.curvature.mixing import mixed
+from trackstar.errors import CurvatureError, OptionError, check_damping
 from trackstar.store import StoredRows
 
 
 def shrinkage_damping(autocorrelation: Float[Tensor, "blocks dim dim"], examples: int) -> float:
-    """Damping that a block's mean of `examples` outer products needs, by oracle-approximating shrinkage.
+    """Damping for a mean of `examples` outer products, by oracle-approximating shrinkage.
 
-    Chen, Wiesel, Eldar and Hero (2010), eq. 23: with S the sample's second moment of dimension p from n examples, the
-    best convex combination (1-ρ)S + ρ(tr S/p)I has ρ = ((1-2/p)tr S² + tr²S) / ((n+1-2/p)(tr S² - tr²S/p)), at most 1.
-    Up to scale this is S + ρ/(1-ρ) (tr S/p) I: damping by ρ/(1-ρ) of the mean eigenvalue. It vanishes as n grows.
+    Chen, Wiesel, Eldar and Hero (2010), eq. 23: with S the sample's second moment of dimension p
+    from n examples, the best convex combination (1-ρ)S + ρ(tr S/p)I has ρ = ((1-2/p)tr S² + tr²S) /
+    ((n+1-2/p)(tr S² - tr²S/p)), at most 1. Up to scale this is S + ρ/(1-ρ) (tr S/p) I, a damping of
+    ρ/(1-ρ). It vanishes as n grows.
 
     Returns:
-        The median over the blocks of ρ/(1-ρ), between 0 and 1.
+        The median over blocks of ρ/(1-ρ), between 0 and 1.
     """
     dampings = []
     dim = autocorrelation.shape[1]
@@ -36,27 +43,27 @@ def shrinkage_damping(autocorrelation: Float[Tensor, "blocks dim dim"], examples
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Whitening:
-    """W with WᵀW = (R + cI)⁻¹, block by block: inverse Cholesky factors, or these with their rows turned.
+    """W with WᵀW = R⁻¹, block by block: inverse Cholesky factors, or these times a rotation.
 
     Attributes:
         factors: W of each block, in inverse units of φ.
-        triangular: Whether they are lower-triangular.
+        triangular: Whether the factors are lower-triangular.
     """
 
     factors: Float[Tensor, "blocks dim dim"]
     triangular: bool = True
 
     def rotated(self, seed: int) -> "Whitening":
-        """QW with a random rotation Q: as good a whitening, whose coordinates are all alike.
+        """QW with a random rotation Q: an equally good whitening, whose coordinates have similar
+        distributions.
 
-        Coded with few bits, coordinates that differ in how heavy their tails are lose more than ones that do not; and W
-        is a dense matrix in any case.
+        Low-bit codes lose more on coordinates whose tails differ.
         """
         dim = self.factors.shape[1]
         generator = np.random.Generator(np.random.Philox(key=seed))
         normal = torch.from_numpy(generator.standard_normal((dim, dim), dtype=np.float32)).to(self.factors)
         rotation, triangle = torch.linalg.qr(normal)
-        rotation *= triangle.diagonal().sign()  # uniform over all rotations (Mezzadri 2007), and the same everywhere
+        rotation *= triangle.diagonal().sign()  # uniform over rotations (Mezzadri 2007), and unique
         return Whitening(factors=torch.matmul(rotation, self.factors), triangular=False)
 
     def apply(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
@@ -66,24 +73,25 @@ class Whitening:
     def apply_inverse(
         self, projected_gradients: Float[Tensor, "examples dimensions"]
     ) -> Float[Tensor, "examples dimensions"]:
-        """R⁻¹φ = WᵀWφ: a query in this form meets candidates as stored."""
+        """R⁻¹φ = WᵀWφ: its inner product with a stored φ' is φᵀR⁻¹φ'."""
         return self._each(self.apply(projected_gradients), self.factors)
 
     def apply_transposed(self, whitened: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
-        """Wᵀu: what φ must meet for the inner product that u has with Wφ."""
+        """Wᵀu, whose inner product with φ is u·Wφ."""
         return self._each(whitened, self.factors)
 
     def autocorrelation(self, damping: float) -> Iterator[Float64[Tensor, "dim dim"]]:
-        """The R that W was made from with this damping, block by block: R + cI = (WᵀW)⁻¹.
+        """The R_train that W was computed from with this damping, block by block: R_train + cI =
+        (WᵀW)⁻¹.
 
         Raises:
-            CurvatureError: A W is no whitening: WᵀW is singular.
+            CurvatureError: WᵀW of a block is singular.
         """
         for number, factor in enumerate(self.factors):
             root, failed = torch.linalg.cholesky_ex(factor.double().mT @ factor.double())
             if failed:
                 raise CurvatureError(
-                    f"whitening: block {number} is singular, expected the inverse square root of R_train; make the "
+                    f"whitening: block {number} is singular, expected the inverse square root of R_train; build the "
                     "index again"
                 )
             damped = torch.cholesky_inverse(root)
@@ -91,11 +99,11 @@ class Whitening:
             yield damped
 
     def stored_norms(self, stored: StoredRows) -> Float[Tensor, "examples"]:
-        """‖Wφ‖ of stored rows, of what their codes say."""
+        """‖Wφ‖ of stored rows, decoded."""
         return self.norms(stored.decode())
 
     def norms(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples"]:
-        """‖Wφ‖ of each example; the zeros above W's diagonal are left out in tiles."""
+        """‖Wφ‖ of each example. Tiles skip most of the zeros above W's diagonal."""
         if not self.triangular:
             return torch.linalg.vector_norm(self.apply(projected_gradients), dim=1)
         count, (blocks, dim, _) = len(projected_gradients), self.factors.shape
@@ -115,49 +123,62 @@ class Whitening:
 
 
 def whitening(
-    autocorrelation: Float[Tensor, "blocks dim dim"],
+    train: Float[Tensor, "blocks dim dim"],
+    evaluation: Float[Tensor, "blocks dim dim"] | None = None,
     *,
+    mixing: float = 0.0,
     damping: float = 0.0,
     names: Sequence[str] | None = None,
 ) -> Whitening:
-    """A whitening of each layer block: W with W (R + cI) Wᵀ = I (Eq. 2).
+    """W of each layer block with W R Wᵀ = I, where R = λ R_eval + (1-λ)(R_train + cI) (Eq. 2-3).
 
     Args:
-        autocorrelation: R, the mean of φφᵀ over examples, in squared units of the projected gradient.
-        damping: Fraction of a block's mean eigenvalue added to every eigenvalue; 0 is the paper.
+        train: R_train, the mean of φφᵀ over training examples, in squared units of φ.
+        evaluation: R_eval, the same over a task's queries; None only if λ is 0.
+        mixing: λ.
+        damping: c, as a fraction of the mean eigenvalue of each block of R_train; 0 is the paper.
         names: The blocks' names, for errors.
 
     Returns:
         W of every block, computed in float64 and kept in float32.
 
     Raises:
-        CurvatureError: A damped block is not positive definite in float64, as when there are fewer examples than
-            dimensions and no damping; the message names the block.
-        OptionError: The damping is negative or not finite, or so large that nothing is left of R.
+        CurvatureError: A block of R is not positive definite in float64, as with fewer examples
+            than dimensions and no damping; the message names the block.
+        OptionError: λ or the damping is out of range, or the damping is so large that nothing is
+            left of R_train.
     """
-    if not 0 <= damping < math.inf:
-        raise OptionError(f"--damping {damping}: expected 0 or more, as a fraction of the mean eigenvalue")
-    factors = torch.empty_like(autocorrelation, dtype=torch.float32)
-    identity = torch.eye(autocorrelation.shape[1], dtype=torch.float64, device=autocorrelation.device)
-    for number, block in enumerate(autocorrelation):
+    check_damping(damping)
+    factors = torch.empty_like(train, dtype=torch.float32)
+    for number, block in enumerate(train):
         name = names[number] if names else f"block {number}"
-        damped = block.double()
-        mean_eigenvalue = float(damped.diagonal().mean())
-        if not mean_eigenvalue > 0:
-            raise CurvatureError(
-                f"{name}: its mean eigenvalue is {mean_eigenvalue:g}, expected a positive one; "
-                "no example has a gradient there"
-            )
-        damped.diagonal().add_(damping * mean_eigenvalue)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        # Rounding can let a singular matrix through; its factor then has a pivot of rounding's size.
-        smallest = float(factor.diagonal().min()) ** 2 if not failed else 0.0
-        if failed or smallest < 1e-10 * mean_eigenvalue:
-            raise CurvatureError(
-                f"{name}: R is singular with damping {damping:g}; expected more examples than its {len(block)} "
-                "dimensions, or more damping (--damping 0.1)"
-            )
-        factors[number] = torch.linalg.solve_triangular(factor, identity, upper=False)
+        r = mixed(None if evaluation is None else evaluation[number], block, mixing, damping=damping)
+        factors[number] = _inverse_factor(r, name, mixing=mixing, damping=damping)
         if not factors[number].diagonal().all():
-            raise OptionError(f"--damping {damping:g}: nothing is left of R in single precision; give less")
+            raise OptionError(
+                f"`damping`: nothing is left of R_train in single precision, found {damping:g}; pass a smaller value"
+            )
     return Whitening(factors=factors)
+
+
+def _inverse_factor(r: Float64[Tensor, "dim dim"], name: str, *, mixing: float, damping: float) -> Tensor:
+    """L⁻¹ of R = LLᵀ."""
+    mean_eigenvalue = float(r.diagonal().mean())
+    if not mean_eigenvalue > 0:
+        raise CurvatureError(
+            f"{name}: expected a positive mean eigenvalue of R, found {mean_eigenvalue:g}; no example has a gradient "
+            "in this block"
+        )
+    factor, failed = torch.linalg.cholesky_ex(r)
+    # Rounding can let a singular matrix through; its factor then has a pivot of rounding's size.
+    smallest = float(factor.diagonal().min()) ** 2 if not failed else 0.0
+    if failed or smallest < 1e-10 * mean_eigenvalue:
+        advice = "pass more damping, such as `damping=0.1`"
+        if mixing == 1:
+            advice = "pass a smaller `mixing`, since with `mixing=1` R is R_eval alone, to which no damping is added"
+        raise CurvatureError(
+            f"{name}: R is singular with damping {damping:g}; expected more examples than its {len(r)} dimensions; "
+            f"{advice}"
+        )
+    identity = torch.eye(len(r), dtype=torch.float64, device=r.device)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)

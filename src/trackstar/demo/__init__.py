@@ -1,4 +1,5 @@
-"""The demo: a corpus of facts of the real world, the model that is trained on it, and what moved the model's answers.
+"""Facts of the real world, a small model trained on them, and the training examples behind its answers.
 
-Nothing is imported here, so that the command line starts fast; `trackstar.demo.runner.run_demo` runs it all.
+In: a folder and a seed. Out: corpus, model, indexes, results and a report. `run_demo` in `runner` does
+it all; nothing is imported here, so that the command line starts fast.
 """

@@ -1,4 +1,4 @@
-"""The demo: train a small model on real facts, index everything it was trained on, ask what moved its answers."""
+"""The demo: train a small model on real facts, index its corpus, and explain its answers."""
 
 import dataclasses
 import json
@@ -25,22 +25,21 @@ from trackstar.store import Index, row_bytes
 
 # 16 blocks of 32×32: 16,384 dimensions.
 _SIDE = 32
-_SHOWN_RIGHT, _SHOWN_WRONG = 6, 4
+_SHOWN_CORRECT, _SHOWN_WRONG = 6, 4
 _RERANKED = 100
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """What the demo found.
+    """The demo's measurements, as written to `report.json`.
 
     Attributes:
-        accuracy: Share of the queries that the model answers right.
-        mrr: Each method's mean reciprocal rank over all queries, by name.
-        recall: Each method's recall@10: the share of queries with a gold sentence among the first ten.
-        overlap: Of the exact first ten, the share that a store of one bit a dimension finds, before and after ranking
-            again.
-        answers: The model's own completion of each query, by query.
-        seconds: Wall time of each stage, by name.
+        accuracy: Share of the queries that the model answers correctly.
+        mrr: Mean reciprocal rank over all queries, by method.
+        recall: Recall@10 by method: the share of queries with a gold sentence among the first ten.
+        overlap: Share of the exact first ten that the 1-bit store finds, before and after re-ranking.
+        answers: The model's own completion, by query.
+        seconds: Wall time, by stage.
     """
 
     accuracy: float
@@ -51,78 +50,111 @@ class DemoReport:
     seconds: Mapping[str, float]
 
 
-def run_demo(out: Path, *, seed: int = 0) -> DemoReport:
-    """Run the whole demo in `out` and print what happens; a run that was interrupted goes on.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoFiles:
+    """Files to go on with, and a prompt for them.
 
-    Leaves `corpus.jsonl`, `queries.jsonl`, the checkpoints in `model/`, the indexes `index/`, `index-without-v/` and
-    `index-1-bit/`, `results.jsonl` and `report.json`.
+    Attributes:
+        index: The float16 index of the whole corpus.
+        queries: One query per fact.
+        results: Results of the queries that the demo shows.
+        prompt: The prompt of the first query.
+    """
+
+    index: Path
+    queries: Path
+    results: Path
+    prompt: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoRun:
+    """What a run of the demo returns: its measurements and its files."""
+
+    report: DemoReport
+    files: DemoFiles
+
+
+def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
+    """Run the whole demo in `out` and print its steps; an interrupted run is resumed.
+
+    Leaves `corpus.jsonl`, `queries.jsonl`, the checkpoints in `model/`, the indexes `index/`,
+    `index-without-v/` and `index-1-bit/`, `results.jsonl` and `report.json`.
 
     Raises:
-        TrackstarError: `out` cannot be written, or holds something else.
+        TrackstarError: `out` cannot be written, or holds other files.
     """
-    seconds: dict[str, float] = {}
-    start = time.monotonic()
-
-    def lap(stage: str) -> None:
-        nonlocal start
-        now = time.monotonic()
-        seconds[stage] = round(now - start, 1)
-        start = now
-
+    watch = _Stopwatch()
     corpus = demo_corpus(seed)
     out.mkdir(parents=True, exist_ok=True)
     sentences, queries = _write_inputs(corpus, out)
     print_line(
-        f"1. {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and "
+        f"1. Corpus: {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and "
         f"distractors: {sentences}"
     )
-    print_line("2. training a language model on them from scratch, with Adafactor")
+    print_line("2. Training a language model on the corpus from scratch, with Adafactor")
     checkpoint = pretrain(str(sentences), out / "model", DEMO_PRETRAINING)
-    lap("training")
+    watch.lap("training")
     model = load_model(checkpoint)
-    print_line(f"   {model.coverage.total_parameters:,} parameters, trained in {seconds['training']:.0f} s")
+    print_line(f"   {model.coverage.total_parameters:,} parameters, trained in {watch.seconds['training']:.0f} s")
     answers = {query.query_id: generate(model, query.prompt, max_new_tokens=12) for query in corpus.queries}
-    right = [query for query in corpus.queries if _is_right(query, answers[query.query_id])]
-    accuracy = len(right) / len(corpus.queries)
-    print_line(f"   it answers {len(right)} of {len(corpus.queries)} questions right ({accuracy:.0%})")
-    lap("answering")
-    print_line(
-        "3. indexing every training example, V from the run's own optimizer state; once more without V, to compare"
-    )
-    index = build_index(model, str(sentences), out / "index", side=_SIDE, codec="float16")
-    plain = build_index(
-        model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none", codec="float16"
-    )
-    lap("indexing")
-    print_line("4. which training examples made the model say that?")
+    correct = [query for query in corpus.queries if _is_correct(query, answers[query.query_id])]
+    accuracy = len(correct) / len(corpus.queries)
+    print_line(f"   it answers {len(correct)} of {len(corpus.queries)} questions correctly ({accuracy:.0%})")
+    watch.lap("answering")
+    index, without_v = _built_indexes(model, sentences, out)
+    watch.lap("indexing")
+    print_line("4. Which training examples made the model say that?")
     print_line("   P: the model's probability of the answer; numbers: influence, from -1 to 1; ★: states the fact")
     report = _shown_queries(index, model, corpus, answers)
     write_results(report, out / "results.jsonl")
     for result in report.results:
         gold = corpus.gold[_fact_of(result.query)]
         print_query_result(result, gold=set(gold), title=_title(result, corpus, answers))
-    lap("shown queries")
-    print_line("5. does it find the sentences that state the fact? All facts, all sentences:")
-    methods = _evaluated(index, plain, model, corpus)
-    lap("evaluation")
+    watch.lap("shown queries")
+    print_line("5. Does it find the sentences that state the fact? All facts, all sentences:")
+    methods = _evaluated(index, without_v, model, corpus)
+    watch.lap("evaluation")
     _print_methods(methods)
-    print_line("6. the same index in one bit a dimension, and the best ranked again from their gradients:")
+    print_line("6. The same index in one bit per dimension, and the best candidates re-ranked from their gradients:")
     overlap = _small_store(index, out / "index-1-bit", model, corpus)
-    lap("small store")
-    demo = DemoReport(
+    watch.lap("small store")
+    measured = DemoReport(
         accuracy=accuracy,
-        mrr={name: estimate(found.reciprocal_rank) for name, found in methods.items()},
-        recall={name: estimate(found.recall) for name, found in methods.items()},
+        mrr={name: estimate(metrics.reciprocal_rank) for name, metrics in methods.items()},
+        recall={name: estimate(metrics.recall) for name, metrics in methods.items()},
         overlap=overlap,
         answers=answers,
-        seconds=seconds,
+        seconds=watch.seconds,
     )
-    (out / "report.json").write_text(json.dumps(dataclasses.asdict(demo), indent=1), encoding="utf-8")
-    print_line(f"Everything is in {out}. Ask it something yourself:")
-    print_line(f'   .venv/bin/trackstar query --index {out / "index"} --prompt "{corpus.queries[0].prompt}" --generate')
-    print_line(f"   .venv/bin/trackstar query --index {out / 'index'} --queries {queries} --out answers.jsonl")
-    print_line(f"   .venv/bin/trackstar explore {out / 'index'} {out / 'results.jsonl'}")
-    return demo
+    (out / "report.json").write_text(json.dumps(dataclasses.asdict(measured), indent=1), encoding="utf-8")
+    prompt = corpus.queries[0].prompt
+    files = DemoFiles(index=out / "index", queries=queries, results=out / "results.jsonl", prompt=prompt)
+    return DemoRun(report=measured, files=files)
+
+
+class _Stopwatch:
+    """Wall time of each stage, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        """End a stage and begin the next one."""
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._start, 1)
+        self._start = now
+
+
+def _built_indexes(model: LanguageModel, sentences: Path, out: Path) -> tuple[Index, Index]:
+    """The corpus indexed with V, and for comparison without V."""
+    print_line("3. Indexing every training example with V of the run's optimizer state, and without V to compare")
+    index = build_index(model, str(sentences), out / "index", side=_SIDE, codec="float16")
+    without_v = build_index(
+        model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none", codec="float16"
+    )
+    return index, without_v
 
 
 def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
@@ -144,7 +176,7 @@ def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
     return sentences, queries
 
 
-def _is_right(query: Query, answer: str) -> bool:
+def _is_correct(query: Query, answer: str) -> bool:
     return answer_is_correct(answer, query.completion)
 
 
@@ -153,19 +185,19 @@ def _fact_of(query: Query) -> str:
 
 
 def _shown_queries(index: Index, model: LanguageModel, corpus: DemoCorpus, answers: Mapping[str, str]) -> QueryReport:
-    """About ten of the queries with what the model itself says: right answers and wrong ones.
+    """Answer about ten queries, some that the model answers correctly and some that it does not.
 
-    A wrong answer is explained as it is: what made the model say *that*?
+    A wrong answer is explained itself, in place of the correct one.
     """
     chosen: list[Query] = []
     by_relation: dict[object, int] = {}
-    for right, most in ((True, _SHOWN_RIGHT), (False, _SHOWN_WRONG)):
-        candidates = [q for q in corpus.queries if _is_right(q, answers[q.query_id]) is right]
-        # One relation after the other, so that those shown are of all kinds.
-        candidates.sort(key=lambda query: _occurrence(by_relation, query))
-        for query in candidates[:most]:
+    for correct, most in ((True, _SHOWN_CORRECT), (False, _SHOWN_WRONG)):
+        queries = [q for q in corpus.queries if _is_correct(q, answers[q.query_id]) is correct]
+        # The first query of each relation, then the second of each, so that all relations are shown.
+        queries.sort(key=lambda query: _occurrence(by_relation, query))
+        for query in queries[:most]:
             answer = answers[query.query_id].strip().rstrip(".")
-            if right or not answer:
+            if correct or not answer:
                 chosen.append(query)
             else:
                 name = f"{query.query_id} (model's answer)"
@@ -183,20 +215,20 @@ def _occurrence(seen: dict[object, int], query: Query) -> int:
 def _title(result: QueryResult, corpus: DemoCorpus, answers: Mapping[str, str]) -> str:
     fact = _fact_of(result.query)
     truth = next(query.completion for query in corpus.queries if query.query_id == fact)
-    if _is_right(dataclasses.replace(result.query, completion=truth), answers[fact]):
-        return "right"
-    return f"wrong, the truth is {truth}"
+    if _is_correct(dataclasses.replace(result.query, completion=truth), answers[fact]):
+        return "correct"
+    return f"wrong, correct is {truth}"
 
 
-def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCorpus) -> dict[str, QueryMetrics]:
-    """TrackStar, and the gradient dot product and cosine of Table 2, over all queries and all candidates."""
+def _evaluated(index: Index, without_v: Index, model: LanguageModel, corpus: DemoCorpus) -> dict[str, QueryMetrics]:
+    """Metrics of TrackStar and of the gradient methods of Table 2, over all queries and candidates."""
     phi, _ = query_gradients(index, model, corpus.queries)
-    raw, _ = query_gradients(plain, model, corpus.queries)
+    raw, _ = query_gradients(without_v, model, corpus.queries)
     correction = task_correction(index, phi)
     only_train = task_correction(index, phi, mixing=0.0)
     scorers: dict[str, tuple[Index, Scorer]] = {
-        "gradient dot product": (plain, dot_product_scorer(plain, raw)),
-        "gradient cosine": (plain, cosine_scorer(plain, raw)),
+        "gradient dot product": (without_v, dot_product_scorer(without_v, raw)),
+        "gradient cosine": (without_v, cosine_scorer(without_v, raw)),
         "cosine, V": (index, cosine_scorer(index, phi)),
         "cosine, V, R_train": (index, trackstar_scorer(index, phi, only_train.whitening)),
         "TrackStar": (index, trackstar_scorer(index, phi, correction.whitening)),
@@ -204,49 +236,48 @@ def _evaluated(index: Index, plain: Index, model: LanguageModel, corpus: DemoCor
     rows = {example.example_id: row for row, example in enumerate(corpus.sentences)}
     gold = [[rows[name] for name in corpus.gold[query.query_id]] for query in corpus.queries]
     return {
-        name: metrics_of_ranks(gold_ranks(all_scores(pool, scorer), gold)) for name, (pool, scorer) in scorers.items()
+        name: metrics_of_ranks(gold_ranks(all_scores(store, scorer), gold)) for name, (store, scorer) in scorers.items()
     }
 
 
 def _small_store(index: Index, out: Path, model: LanguageModel, corpus: DemoCorpus) -> dict[str, float]:
-    """Convert the index and compare the first ten of every query with the exact ones."""
+    """Convert the index and compare the first ten of every query with the exact first ten."""
     small = convert_index(index, out, codec="1-bit")
-    ways = {"by the store": {"reranked": 0}, "ranked again": {"reranked": _RERANKED}, "exact": {"exact": True}}
-    found = {name: answer_queries(small, corpus.queries, model=model, k=10, **way) for name, way in ways.items()}
-    exact = [{ranked.row for ranked in result.proponents} for result in found.pop("exact").results]
+    ways = {"by the store": {"reranked": 0}, "re-ranked": {"reranked": _RERANKED}, "exact": {"exact": True}}
+    reports = {name: answer_queries(small, corpus.queries, model=model, k=10, **way) for name, way in ways.items()}
+    exact = [{ranked.row for ranked in result.proponents} for result in reports.pop("exact").results]
     overlap = {
         name: sum(
             len(rows & {ranked.row for ranked in result.proponents}) / len(rows)
             for rows, result in zip(exact, report.results, strict=True)
         )
         / len(exact)
-        for name, report in found.items()
+        for name, report in reports.items()
     }
-    bytes_of = [row_bytes(one.manifest.codec, one.dimensions, len(one.manifest.layer_blocks)) for one in (small, index)]
+    sizes = [row_bytes(one.manifest.codec, one.dimensions, len(one.manifest.layer_blocks)) for one in (small, index)]
     print_line(
-        f"   {bytes_of[0]:,} bytes an example instead of {bytes_of[1]:,}; of the exact first ten it finds "
-        f"{overlap['by the store']:.0%}, and {overlap['ranked again']:.1%} with {_RERANKED} of "
-        f"{small.rows:,} ranked again"
+        f"   {sizes[0]:,} bytes per example instead of {sizes[1]:,}; it finds {overlap['by the store']:.0%} of the "
+        f"exact first ten, and {overlap['re-ranked']:.1%} if {_RERANKED} of {small.rows:,} candidates are re-ranked"
     )
     return overlap
 
 
 def _print_methods(methods: Mapping[str, QueryMetrics]) -> None:
     rows = [
-        (name, _interval(estimate(found.reciprocal_rank)), _interval(estimate(found.recall)))
-        for name, found in methods.items()
+        (name, _interval(estimate(metrics.reciprocal_rank)), _interval(estimate(metrics.recall)))
+        for name, metrics in methods.items()
     ]
     print_table(("method", "MRR (95% interval)", "recall@10 (95% interval)"), rows)
     ours = methods["TrackStar"].reciprocal_rank
     for name in ("gradient dot product", "gradient cosine", "cosine, V, R_train"):
-        found = compare(ours, methods[name].reciprocal_rank)
-        what = "Mixing in the task" if name == "cosine, V, R_train" else "Correcting by V and R"
-        verdict = f"{what} {'matters' if found.difference.low > 0 else 'does not pay'} here"
+        difference = compare(ours, methods[name].reciprocal_rank).difference
+        change = "Mixing the queries' R_eval into R" if name == "cosine, V, R_train" else "Correcting by V and R"
+        verdict = f"{change} {'raises' if difference.low > 0 else 'does not raise'} MRR here"
         print_line(
-            f"{verdict}: TrackStar's MRR minus that of {name} is {found.difference.mean:+.3f} "
-            f"({found.difference.low:+.3f} to {found.difference.high:+.3f})."
+            f"{verdict}: TrackStar's MRR minus that of {name} is {difference.mean:+.3f} "
+            f"({difference.low:+.3f} to {difference.high:+.3f})."
         )
 
 
-def _interval(found: Estimate) -> str:
-    return f"{found.mean:.3f}  ({found.low:.3f}-{found.high:.3f})"
+def _interval(value: Estimate) -> str:
+    return f"{value.mean:.3f}  ({value.low:.3f}-{value.high:.3f})"

@@ -15,7 +15,7 @@ QUESTION_FORMS = {
     "chemical symbol": "The chemical symbol of {entity} is {answer}.",
     "atomic number": "The atomic number of {entity} is {answer}.",
 }
-"""Each relation's sentence that ends with the answer: what stands before the answer is the query's prompt."""
+"""Sentences that end with the answer, by relation; the text before the answer is the prompt."""
 
 OTHER_FORMS = {
     "capital": (
@@ -117,25 +117,26 @@ OTHER_FORMS = {
         "Count the protons of {entity} and you find {answer}.",
     ),
 }
-"""Each relation's other sentences that state a fact; what comes first in them is as often the answer as the entity."""
+"""Other sentences that state a fact, by relation; the answer comes first as often as the entity."""
 
 _EARTH_RADIUS = 6371.0
-# Times that a number must be another for a comparison that no other count would turn round.
+# Least ratio of two numbers for a comparison; another source of the numbers would give the same order.
 _CLEARLY = 1.5
 
 _Thing = TypeVar("_Thing")
 
 
 def filled(form: str, **names: object) -> str:
-    """A sentence of this form, its first letter a capital."""
+    """Fill a form with names and capitalise its first letter."""
     sentence = form.format(**names)
     return sentence[0].upper() + sentence[1:]
 
 
 def distractors(world: World) -> Iterator[tuple[str, str]]:
-    """True sentences that share entities, answers and wording with the facts, each with a name; far more than needed.
+    """True sentences that share entities, answers and wording with the facts, each with a name.
 
-    They are written to state none of the facts; the caller leaves out those that name an entity and its answer.
+    There are far more than needed. They are written to state none of the facts; the caller leaves out
+    those that name an entity and its answer.
     """
     countries = {country.code: country for country in world.countries}
     for country in world.countries:
@@ -151,7 +152,7 @@ def distractors(world: World) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(things: Sequence[_Thing]) -> Iterator[tuple[_Thing, _Thing]]:
-    """Each thing with a few that stand after it at various distances."""
+    """Pairs of each thing with a few later ones, at several distances."""
     for place, thing in enumerate(things):
         for step in (1, 2, 5, 11):
             if place + step < len(things):
@@ -225,7 +226,7 @@ def _about_two_elements(element: Element, other: Element) -> Iterator[tuple[str,
 
 
 def _kilometres(place: Place, other: Place) -> float:
-    """The length of the great circle between two places."""
+    """Great-circle distance between two places, in kilometres."""
     north, south = math.radians(place.latitude), math.radians(other.latitude)
     east = math.radians(place.longitude - other.longitude)
     cosine = math.sin(north) * math.sin(south) + math.cos(north) * math.cos(south) * math.cos(east)

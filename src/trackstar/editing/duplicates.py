@@ -1,7 +1,8 @@
-"""That no example is in an index twice, where indexes grow and are joined: it would count twice.
+"""Detect examples that would be indexed twice when indexes are extended or merged.
 
-The same corpus is known by its digest. Read with another limit or by other fields it has another digest and the same
-examples all the same, which is looked at too; whether different corpora have texts in common is not.
+An example indexed twice would count twice in R_train and in rankings. A corpus is identified by its
+digest. The same corpus read with another limit or other fields has another digest, so these are
+compared as well. Whether different corpora share texts is not checked.
 """
 
 import dataclasses
@@ -14,89 +15,92 @@ from trackstar.errors import CorpusError, OptionError
 from trackstar.store import CorpusEntry, Index, StoredExample
 from trackstar.text import abridged
 
-# So many examples in the same places of two corpora that may be one are compared.
-_COMPARED = 64
+# Examples compared between two corpora that may be the same.
+_COMPARED_EXAMPLES = 64
 
 
 def check_new(index: Index, corpus: Corpus, entry: CorpusEntry) -> None:
-    """See that an index has not been made of a corpus.
+    """Raise if an index already contains a corpus.
 
     Args:
         index: The index.
-        corpus: The corpus, of which everything is read for each other way that the index's corpora were read in.
-        entry: What a manifest says of it.
+        corpus: The corpus. It is read once for each other limit and choice of fields among the
+            index's corpora.
+        entry: The corpus's entry in a manifest.
 
     Raises:
-        OptionError: It has.
+        OptionError: The index contains the corpus.
     """
-    if any(_is_of(there, corpus, entry) for there in index.manifest.corpora):
+    if any(_is_same_corpus(indexed, corpus, entry) for indexed in index.manifest.corpora):
         raise OptionError(
-            f"--data {corpus.name}: {index.path} has been made of this corpus, whose examples would count twice; give "
-            "only what is new"
+            f"`data`: {index.path} already contains {corpus.name}, whose examples would count twice; pass only new "
+            "examples"
         )
 
 
-def _is_of(there: CorpusEntry, corpus: Corpus, entry: CorpusEntry) -> bool:
-    """Whether an index's corpus is this one: with another limit or other fields it has another digest all the same."""
-    if (there.text_field, there.id_field, there.limit) == (entry.text_field, entry.id_field, entry.limit):
-        return there.digest == entry.digest
-    alike = dataclasses.replace(corpus, text_field=there.text_field, id_field=there.id_field, limit=there.limit)
+def _is_same_corpus(indexed: CorpusEntry, corpus: Corpus, entry: CorpusEntry) -> bool:
+    """Whether an indexed corpus is this one, also if it was read with another limit or other fields."""
+    if (indexed.text_field, indexed.id_field, indexed.limit) == (entry.text_field, entry.id_field, entry.limit):
+        return indexed.digest == entry.digest
+    reread = dataclasses.replace(corpus, text_field=indexed.text_field, id_field=indexed.id_field, limit=indexed.limit)
     try:
-        return alike.digest() == there.digest
+        return reread.digest() == indexed.digest
     except CorpusError:
-        return False  # it cannot be read that way
+        return False  # the corpus cannot be read with these fields
 
 
 def check_disjoint(indexes: Sequence[Index]) -> None:
-    """See that no two indexes hold the same example of the same corpus.
+    """Raise if two indexes contain the same example of the same corpus.
 
     Raises:
-        OptionError: They do.
+        OptionError: Two indexes share an example; the message names both.
     """
-    held: list[tuple[Index, CorpusEntry, dict[tuple[int, int], int]]] = []
+    seen: list[tuple[Index, CorpusEntry, dict[tuple[int, int], int]]] = []
     entries = [corpus for index in indexes for corpus in index.manifest.corpora]
     for index in indexes:
         corpora = index.manifest.corpora
-        ends = [corpus.first_record for corpus in corpora[1:]] + [records_of(index)]
+        ends = [corpus.first_record for corpus in corpora[1:]] + [record_count(index)]
         for corpus, end in zip(corpora, ends, strict=True):
             if sum(_may_be_same(corpus, entry) for entry in entries) < 2:
                 continue
-            places = {
+            # (record of the corpus, window) -> row of the index
+            row_of = {
                 (record - corpus.first_record, window): shard.first_row + row
                 for shard in index.shards
                 for row, (record, window) in enumerate(zip(shard.records.tolist(), shard.windows.tolist(), strict=True))
                 if corpus.first_record <= record < end
             }
-            for other, entry, theirs in held:
-                shared = sorted(places.keys() & theirs.keys()) if _may_be_same(corpus, entry) else []
-                found = f"{len(shared)}"
+            for other, entry, other_row_of in seen:
+                shared = sorted(row_of.keys() & other_row_of.keys()) if _may_be_same(corpus, entry) else []
+                amount = f"{len(shared)}"
                 if shared and corpus.digest != entry.digest:
-                    shared = shared[:: -(-len(shared) // _COMPARED)]
-                    mine, known = ([of[place] for place in shared] for of in (places, theirs))
-                    shared = _alike(index.some_examples(mine), other.some_examples(known))
-                    found = f"{len(shared)} or more"
+                    shared = shared[:: -(-len(shared) // _COMPARED_EXAMPLES)]
+                    rows, other_rows = ([rows_of[place] for place in shared] for rows_of in (row_of, other_row_of))
+                    shared = _equal_examples(index.some_examples(rows), other.some_examples(other_rows))
+                    amount = f"{len(shared)} or more"
                 if shared:
                     raise OptionError(
-                        f"{index.path}: {found} of its examples are those of {other.path} too (corpus "
-                        f"{abridged(corpus.source)}), and would count twice; leave one out, or `trackstar remove` them"
+                        f"`indexes`: {index.path} and {other.path} share {amount} examples (corpus "
+                        f"{abridged(corpus.source)}), which would count twice; leave one index out, or remove the "
+                        "examples from one with `remove_examples`"
                     )
-            held.append((index, corpus, places))
+            seen.append((index, corpus, row_of))
 
 
 def _may_be_same(one: CorpusEntry, other: CorpusEntry) -> bool:
-    """Whether two corpora are one, or read with another limit or by other fields could be."""
-    read = [(entry.text_field, entry.id_field, entry.limit) for entry in (one, other)]
-    return one.digest == other.digest or (one.source == other.source and read[0] != read[1])
+    """Whether two corpora are the same, or may be the same one read with another limit or other fields."""
+    settings = [(entry.text_field, entry.id_field, entry.limit) for entry in (one, other)]
+    return one.digest == other.digest or (one.source == other.source and settings[0] != settings[1])
 
 
-def _alike(some: Sequence[StoredExample], others: Sequence[StoredExample]) -> list[str]:
-    """Names of examples with the tokens of those in the same place among others."""
+def _equal_examples(some: Sequence[StoredExample], others: Sequence[StoredExample]) -> list[str]:
+    """Ids of the examples whose tokens equal those of the example at the same position among the others."""
     pairs = zip(some, others, strict=True)
     return [a.example.example_id for a, b in pairs if np.array_equal(a.example.token_ids, b.example.token_ids)]
 
 
-def records_of(index: Index) -> int:
-    """How many records an index's corpora have together."""
+def record_count(index: Index) -> int:
+    """Number of records in all corpora of an index, skipped records included."""
     completion = index.manifest.completion
     assert completion is not None, "an open index is finished"
     return completion.records

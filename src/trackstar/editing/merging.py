@@ -4,8 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from trackstar.editing.duplicates import check_disjoint, records_of
-from trackstar.editing.rewriting import check_apart, names_digest, opened, rewrite
+from trackstar.editing.duplicates import check_disjoint, record_count
+from trackstar.editing.rewriting import check_apart, names_digest, rewrite
 from trackstar.errors import IndexMismatchError, OptionError
 from trackstar.store import (
     Index,
@@ -19,45 +19,50 @@ _MERGED_FIELDS = ("corpora", "removed", "shard_examples", "trackstar_version", "
 
 
 def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, progress: bool = True) -> Index:
-    """One index of all the examples of several, which were made alike but of other corpora.
+    """Merge indexes that were built with the same settings from different corpora.
 
-    A run that was interrupted goes on when the same call is made again; a finished index is opened.
+    If the run is interrupted, the same call resumes it. If the new index is finished, it is opened.
 
     Args:
-        indexes: Two or more, their examples in this order.
-        out: The new index's folder.
-        progress: Whether progress is shown where stderr is a terminal.
+        indexes: Two or more indexes; their examples keep this order.
+        out: Folder of the new index.
+        progress: Whether to show a progress bar if stderr is a terminal.
+
+    Returns:
+        The new index, opened.
 
     Raises:
-        IndexMismatchError: They were not made alike; the message names the first field that differs.
-        OptionError: There are fewer than two, or the new folder is one of them or in one.
+        IndexMismatchError: The settings differ; the message names the first field that does.
+        OptionError: There are fewer than two indexes, two share an example, or `out` is one of them
+            or lies in one.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
-    merged = [opened(index) for index in indexes]
-    if len(merged) < 2:
-        raise OptionError(f"merge: found {len(merged)} index, expected two or more")
-    check_apart(out, merged)
-    first = merged[0].manifest
-    for index in merged:
-        alike = dataclasses.replace(index.manifest, **{field: getattr(first, field) for field in _MERGED_FIELDS})
-        different = differences(alike, first)
+    sources = [Index.of(index) for index in indexes]
+    if len(sources) < 2:
+        raise OptionError(f"`indexes`: expected two or more, found {len(sources)}")
+    check_apart(out, sources)
+    first = sources[0].manifest
+    for index in sources:
+        comparable = dataclasses.replace(index.manifest, **{field: getattr(first, field) for field in _MERGED_FIELDS})
+        different = differences(comparable, first)
         if different:
             field, found, expected = different[0]
             raise IndexMismatchError(
-                f"{index.path}: made with {field} {abridged(found)}, but {merged[0].path} with {abridged(expected)}; "
-                "only indexes that were made alike can be merged: make the later one with `trackstar add`"
+                f"{index.path}: {field} is {abridged(found)}, but {abridged(expected)} in {sources[0].path}; only "
+                "indexes built with the same settings can be merged: add the second corpus to the first index with "
+                "`add_examples`"
             )
-    check_disjoint(merged)
-    manifest = joined_manifest([index.manifest for index in merged], [records_of(index) for index in merged])
-    return rewrite(merged, out, manifest, title="Merging", progress=progress)
+    check_disjoint(sources)
+    manifest = merged_manifest([index.manifest for index in sources], [record_count(index) for index in sources])
+    return rewrite(sources, out, manifest, title="Merging", progress=progress)
 
 
-def joined_manifest(manifests: Sequence[Manifest], records: Sequence[int]) -> Manifest:
-    """What an index is made with that has the examples of several that were made alike, in this order.
+def merged_manifest(manifests: Sequence[Manifest], records: Sequence[int]) -> Manifest:
+    """Manifest, unfinished, of several indexes' examples in one index.
 
     Args:
-        manifests: Theirs.
-        records: How many records were read for each; the last may be left out.
+        manifests: Manifests of the indexes, which were built with the same settings, in order.
+        records: Number of records read for each index; the last may be left out.
     """
     starts = itertools.accumulate(records, initial=0)
     corpora = [

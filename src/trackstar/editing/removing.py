@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from trackstar.editing.rewriting import check_apart, names_digest, opened, rewrite
+from trackstar.editing.rewriting import check_apart, names_digest, rewrite
 from trackstar.errors import OptionError
 from trackstar.store import (
     Index,
@@ -15,45 +15,49 @@ from trackstar.text import abridged
 def remove_examples(
     index: Index | str | Place, names: Iterable[str], out: str | Place, *, progress: bool = True
 ) -> Index:
-    """The index without some of its examples: those of these names, and windows of documents of these names.
+    """Make an index without the named examples and without the windows of the named documents.
+
+    If the run is interrupted, the same call resumes it.
 
     Args:
-        index: The index.
-        names: Of examples or documents.
-        out: The new index's folder.
-        progress: Whether progress is shown where stderr is a terminal.
+        index: The index; it is not changed.
+        names: Ids of examples or documents.
+        out: Folder of the new index.
+        progress: Whether to show a progress bar if stderr is a terminal.
+
+    Returns:
+        The new index, opened.
 
     Raises:
-        OptionError: A name is not in the index, none would be left, or the new folder is the index or in it.
+        OptionError: A name is not in the index, no example would remain, or `out` is the index or
+            lies in it.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
-    index = opened(index)
+    index = Index.of(index)
     check_apart(out, [index])
-    wanted = set(names)
-    there = set()
-    left = 0
+    unwanted = set(names)
+    matched: set[str | None] = set()
+    remaining = 0
     for stored in index.examples():
-        found = wanted & {stored.example.example_id, stored.example.parent_id}
-        there |= found
-        left += not found
-    unknown = sorted(wanted - there)
-    if unknown or not wanted:
-        what = (
-            f"{len(unknown)} names that are not examples of it, such as {abridged(unknown[0])}"
-            if unknown
-            else "no name"
+        matches = unwanted & {stored.example.example_id, stored.example.parent_id}
+        matched |= matches
+        remaining += not matches
+    unknown = sorted(unwanted - matched)
+    if unknown or not unwanted:
+        found = f"{len(unknown)} other names, such as {abridged(unknown[0])}" if unknown else "no name"
+        raise OptionError(f"`names`: expected ids of examples or documents of {index.path}, found {found}")
+    if not remaining:
+        raise OptionError(
+            f"`names`: all {index.rows} examples of {index.path} would be removed; expected at least one to remain"
         )
-        raise OptionError(f"{index.path}: found {what}; expected names of its examples or documents")
-    if not left:
-        raise OptionError(f"{index.path}: all of its {index.rows} examples would be removed; expected some to be left")
-    before = [] if index.manifest.removed is None else [index.manifest.removed]
-    manifest = dataclasses.replace(index.manifest, removed=names_digest([*before, *sorted(wanted)]), completion=None)
+    earlier = [] if index.manifest.removed is None else [index.manifest.removed]
+    manifest = dataclasses.replace(index.manifest, removed=names_digest([*earlier, *sorted(unwanted)]), completion=None)
     return rewrite(
         [index],
         out,
         manifest,
-        keep=lambda example: not wanted & {example.example_id, example.parent_id},
-        rows=left,
+        keep=lambda example: not unwanted & {example.example_id, example.parent_id},
+        rows=remaining,
         title="Removing",
         progress=progress,
     )

@@ -1,12 +1,11 @@
-"""An index made from indexes that are there, without computing a gradient: joined, thinned, coded anew.
+"""Rewrite the rows of existing indexes into a new one: all or some of them, in the same codec or another.
 
-Rows are copied shard by shard into a new folder, in the order of the sources, so that the old indexes stay as they are
-and an interrupted run goes on after its last whole shard. R_train of projected coordinates is summed over the new rows;
-in whitened coordinates W_train stays what it was.
+Rows are copied shard by shard, in the order of the sources, which are not changed. An interrupted
+run resumes after its last complete shard. In projected coordinates R_train is summed over the new
+rows; in whitened coordinates W_train is unchanged.
 """
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from trackstar.corpus import TokenizedExample
+from trackstar.corpus.digests import digest_of_parts
 from trackstar.curvature.task import train_whitening
 from trackstar.curvature.whitening import Whitening
-from trackstar.editing.duplicates import records_of
+from trackstar.editing.duplicates import record_count
 from trackstar.errors import OptionError
 from trackstar.indexing.shard_writing import RunningAutocorrelation
 from trackstar.progress import Progress
@@ -31,29 +31,22 @@ from trackstar.store import (
     lies_in,
 )
 
-# Rows decoded, changed and coded at once.
+# Rows decoded and encoded at a time.
 _ROWS_AT_ONCE = 512
 Recode = Callable[[StoredRows], StoredRows]
 
 
-def rewrite_shards(
-    index: Index, out: str | Place, manifest: Manifest, recode: Recode, *, title: str, progress: bool
-) -> Index:
-    """The index that a manifest describes, each row of another index recoded."""
-    return rewrite([index], out, manifest, recode=recode, title=title, progress=progress)
-
-
 def check_apart(out: str | Place, sources: Sequence[Index]) -> None:
-    """See that a new index's folder is none of the indexes that it is made from, and in none of them.
+    """Raise if a new index's folder is one of its sources or lies in one.
 
     Raises:
-        OptionError: It is.
+        OptionError: The folder is a source or lies in one.
     """
     for index in sources:
         if lies_in(out, index.path):
             raise OptionError(
-                f"--out {out}: is the index itself or lies in it ({index.path}), expected another folder; the old one "
-                "is left as it is"
+                f"`out`: {out} is the index itself or lies in it ({index.path}); choose another folder, the existing "
+                "index is not changed"
             )
 
 
@@ -64,12 +57,28 @@ def rewrite(
     *,
     recode: Recode | None = None,
     keep: Callable[[TokenizedExample], bool] | None = None,
-    train: Whitening | None = None,
+    w_train: Whitening | None = None,
     rows: int | None = None,
     title: str,
     progress: bool,
 ) -> Index:
-    """The index that a manifest describes, made of the sources' rows, all of them or those that are kept."""
+    """Make the index that a manifest describes from rows of the sources.
+
+    Args:
+        sources: Indexes that the rows come from, in this order.
+        out: Folder of the new index.
+        manifest: Its manifest, unfinished.
+        recode: Transforms rows; None copies their codes.
+        keep: Selects examples; None takes all.
+        w_train: W_train, if rows are whitened now; None is the first source's.
+        rows: Number of rows of the new index, for the progress bar; None is the number of all rows
+            of the sources.
+        title: Title of the progress bar.
+        progress: Whether to show the progress bar if stderr is a terminal.
+
+    Raises:
+        OptionError: The new folder is one of the sources or lies in one.
+    """
     check_apart(out, sources)
     total = sum(index.rows for index in sources) if rows is None else rows
     with (
@@ -78,28 +87,28 @@ def rewrite(
     ):
         if not writer.completed:
             bar.advance(writer.resume_point.row)
-            write_rows_of(writer, sources, recode=recode, keep=keep, train=train, bar=bar)
+            write_rows(writer, sources, recode=recode, keep=keep, w_train=w_train, bar=bar)
     return Index.open(out)
 
 
-def write_rows_of(
+def write_rows(
     writer: IndexWriter,
     sources: Sequence[Index],
     *,
     recode: Recode | None = None,
     keep: Callable[[TokenizedExample], bool] | None = None,
-    train: Whitening | None = None,
+    w_train: Whitening | None = None,
     bar: Progress,
 ) -> None:
-    """Write and finish an index of the rows of others, from the first shard that is missing.
+    """Write rows of the sources, starting at the first missing shard, and finish the index.
 
     Args:
         writer: The new index.
-        sources: Whose rows it gets, one index after the other.
-        recode: Changes rows; None keeps their codes.
-        keep: Which examples it gets; None is all.
-        train: W_train, where the sources do not have it.
-        bar: Told of each row.
+        sources: Indexes that the rows come from, in this order.
+        recode: Transforms rows; None copies their codes.
+        keep: Selects examples; None takes all.
+        w_train: W_train, if rows are whitened now; None is the first source's.
+        bar: Progress bar, advanced by the rows of each shard.
     """
     manifest, first = writer.manifest, sources[0]
     if manifest.second_moment.digest is not None:
@@ -108,21 +117,26 @@ def write_rows_of(
     if manifest.whitening is None:
         r_train = RunningAutocorrelation(writer)
     else:
-        whitening = train if train is not None else train_whitening(first)
+        whitening = w_train if w_train is not None else train_whitening(first)
         writer.write_tensors("whitening", {"whitening": whitening.factors})
-    for shard in _packed(_pieces(sources, keep, skip=writer.resume_point.row), manifest.shard_examples):
-        written = writer.write_shard(shard.content(recode))
+    pieces = _pieces(sources, keep, skip=writer.resume_point.row)
+    for new_shard in _new_shards(pieces, manifest.shard_examples):
+        written = writer.write_shard(new_shard.content(recode))
         if r_train is not None:
             r_train.add(written)
         bar.advance(written.rows)
     if r_train is not None:
         writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
-    writer.finish(records=sum(map(records_of, sources)), skipped=sum(map(_skipped, sources)))
+    writer.finish(records=sum(map(record_count, sources)), skipped=sum(map(_skipped_count, sources)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Piece:
-    """Rows of one source's shard, with what is needed to write them elsewhere."""
+    """Rows of one source's shard, with their losses and examples.
+
+    `skipped` counts the records without a token to score, of the new index, up to the start of the
+    shard.
+    """
 
     stored: StoredRows
     losses: Tensor
@@ -152,7 +166,7 @@ class _NewShard:
             ]
         last = self.pieces[-1].examples[-1]
         return ShardContent(
-            stored=StoredRows.joined(stored).contiguous(),
+            stored=StoredRows.concatenated(stored).contiguous(),
             losses=torch.cat([piece.losses for piece in self.pieces]),
             examples=[example for piece in self.pieces for example in piece.examples],
             next_record=last.record,
@@ -164,68 +178,65 @@ class _NewShard:
 def _pieces(
     sources: Sequence[Index], keep: Callable[[TokenizedExample], bool] | None, *, skip: int
 ) -> Iterator[_Piece]:
-    """The sources' rows that are kept, in their order, records numbered through; the first `skip` are left out."""
+    """The selected rows in order, without the first `skip`; records are numbered through all sources."""
     records, skipped = 0, 0
     for index in sources:
-        begin = skipped
+        skipped_before = skipped
         for shard in index.shards:
             if keep is None and skip >= shard.rows:
                 skip -= shard.rows
             else:
                 examples = [stored.example for stored in shard.examples()]
-                kept = [row for row, example in enumerate(examples) if keep is None or keep(example)]
-                if skip < len(kept):
-                    shard.check()  # or a damaged number would get a digest of its own
-                    yield _piece(shard, examples, kept[skip:], records, begin)
-                skip = max(0, skip - len(kept))
-            begin = skipped + shard.end.skipped
-        records += records_of(index)
-        skipped += _skipped(index)
+                selected = [row for row, example in enumerate(examples) if keep is None or keep(example)]
+                if skip < len(selected):
+                    shard.check()  # else a damaged number would get a valid digest in the new index
+                    yield _piece(shard, examples, selected[skip:], records, skipped_before)
+                skip = max(0, skip - len(selected))
+            skipped_before = skipped + shard.end.skipped
+        records += record_count(index)
+        skipped += _skipped_count(index)
 
 
 def _piece(shard: Shard, examples: list[TokenizedExample], rows: list[int], records: int, skipped: int) -> _Piece:
+    """The given rows of a shard; `records` is the number of records of the sources before this one."""
     stored = shard.stored
     whole = len(rows) == shard.rows
-    chosen = torch.tensor(rows)
+    selected = torch.tensor(rows)
     return _Piece(
-        stored=stored if whole else stored[chosen],
-        losses=shard.losses[chosen],
+        stored=stored if whole else stored[selected],
+        losses=shard.losses[selected],
         examples=[dataclasses.replace(examples[row], record=examples[row].record + records) for row in rows],
         skipped=skipped,
     )
 
 
-def _packed(pieces: Iterator[_Piece], shard_examples: int) -> Iterator[_NewShard]:
-    """Pieces cut and joined to shards of so many rows; the last may have fewer."""
-    held: list[_Piece] = []
+def _new_shards(pieces: Iterator[_Piece], shard_examples: int) -> Iterator[_NewShard]:
+    """Cut and join pieces to shards of `shard_examples` rows; the last shard may have fewer."""
+    pending: list[_Piece] = []
     count = 0
     for piece in pieces:
         first = 0
         while first < len(piece.examples):
             stop = min(len(piece.examples), first + shard_examples - count)
-            held.append(piece.cut(first, stop))
+            pending.append(piece.cut(first, stop))
             count += stop - first
             first = stop
             if count == shard_examples:
-                yield _NewShard(pieces=held)
-                held, count = [], 0
-    if held:
-        yield _NewShard(pieces=held)
+                yield _NewShard(pieces=pending)
+                pending, count = [], 0
+    if pending:
+        yield _NewShard(pieces=pending)
 
 
-def _skipped(index: Index) -> int:
+def _skipped_count(index: Index) -> int:
+    """Number of records of an index that have no token to score."""
     completion = index.manifest.completion
     assert completion is not None, "an open index is finished"
     return completion.skipped
 
 
 def names_digest(names: Iterable[str]) -> str:
-    """BLAKE2b-128 of names, each with its length, so that no two lists of names are alike."""
+    """BLAKE2b-128 of names, each prefixed with its length, so that different lists have different digests."""
     encoded = [name.encode("utf-8", "surrogatepass") for name in names]
     parts = itertools.chain.from_iterable((str(len(name)).encode(), b":", name) for name in encoded)
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
-
-
-def opened(index: Index | str | Place) -> Index:
-    """The index itself, or the one at a path or URL, opened."""
-    return index if isinstance(index, Index) else Index.open(index)
+    return digest_of_parts(parts)

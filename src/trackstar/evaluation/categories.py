@@ -1,4 +1,4 @@
-"""What a fact's proponents have to do with it (paper, Figure 3): from entailing it to sharing nothing with it."""
+"""Categories of a fact's proponents (paper, Figure 3), from entailing the fact to sharing no word with it."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -17,18 +17,19 @@ from trackstar.evaluation.matching import names_entity, shares_word
 Category = Literal["entails", "both entities", "one entity", "partial match", "neither"]
 
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-"""In the order of priority: a proponent is of the first that fits."""
+"""By priority: a proponent belongs to the first category that fits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CategoryShares:
-    """What the proponents of a bucket's facts are.
+    """Categories of the proponents of all facts in a frequency bucket.
 
     Attributes:
-        bucket: Of the facts' frequency; see `frequency_bucket`.
-        facts: How many facts are in it.
-        proponents: How many proponents they have together.
-        shares: Each category's share of the proponents, in the order of `CATEGORIES`; their sum is 1.
+        bucket: Bucket of the facts' frequency; see `frequency_bucket`.
+        facts: Number of facts in it.
+        proponents: Number of their proponents.
+        shares: Category to its share of the proponents, in the order of `CATEGORIES`; the shares
+            sum to 1.
     """
 
     bucket: int
@@ -38,16 +39,18 @@ class CategoryShares:
 
 
 def proponent_category(fact: Fact, text: str, *, entails: bool = False) -> Category:
-    """What a proponent has to do with its fact; names match as in `trackstar.evaluation.matching`.
+    """Category of a proponent; names are matched as in `trackstar.evaluation.matching`.
 
     Args:
         fact: The fact.
         text: The proponent's text.
-        entails: Whether a model judged that the text entails the fact, or it is a gold example.
+        entails: Whether a model judged that the text entails the fact, or the text is a gold
+            example.
 
     Returns:
-        `entails`; else `both entities` or `one entity` where subject and object, or one of them, are named by name or
-        alias; else `partial match` where any word of a name, but a stop word, is there; else `neither`.
+        `entails`; else `both entities` or `one entity`, if the text names subject and object or one
+        of them by a name or an alias; else `partial match`, if it has a word of a name that is not
+        a stop word; else `neither`.
     """
     if entails:
         return "entails"
@@ -66,32 +69,34 @@ def category_shares(
     *,
     threshold: float = THRESHOLD,
 ) -> list[CategoryShares]:
-    """The proponents' categories by how often the training data hold the fact (paper, Figure 3).
+    """Categories of proponents by the frequency of the fact in the training data (paper, Figure 3).
 
     Args:
         facts: The facts.
-        proponents: The texts of each fact's proponents.
-        entailment: Each proponent's score of entailment, from 0 to 1; 1 and 0 where gold examples stand for it.
-        frequencies: Each fact's frequency in the training data.
+        proponents: Texts of each fact's proponents.
+        entailment: Entailment score of each proponent, from 0 to 1; 1 and 0 if gold examples
+            replace a model.
+        frequencies: Frequency of each fact in the training data.
         threshold: Score above which a proponent entails its fact.
 
     Returns:
-        One record a bucket that holds a proponent, in the order of the buckets.
+        One entry per bucket with at least one proponent, in the order of the buckets.
 
     Raises:
-        OptionError: There are not as many proponents, scores or frequencies as facts, or scores as proponents.
+        OptionError: The arguments have different lengths.
     """
     if not len(facts) == len(proponents) == len(entailment) == len(frequencies):
         raise OptionError(
-            f"{len(facts)} facts, proponents of {len(proponents)}, scores of {len(entailment)} and frequencies of "
-            f"{len(frequencies)}; expected as many of each"
+            f"`facts`, `proponents`, `entailment`, `frequencies`: expected the same length, found {len(facts)}, "
+            f"{len(proponents)}, {len(entailment)}, {len(frequencies)}"
         )
     counts: dict[int, Counter[Category]] = defaultdict(Counter)
     members: Counter[int] = Counter()
     for fact, texts, scores, frequency in zip(facts, proponents, entailment, frequencies, strict=True):
         if len(texts) != len(scores):
             raise OptionError(
-                f"fact {fact.fact_id}: {len(texts)} proponents and {len(scores)} scores; expected one each"
+                f"fact {fact.fact_id}: expected one score per proponent, found {len(texts)} proponents and "
+                f"{len(scores)} scores"
             )
         bucket = frequency_bucket(int(frequency))
         members[bucket] += 1

@@ -1,4 +1,4 @@
-"""Is one method better than another? Intervals over queries, and paired tests over the same queries."""
+"""Compare methods on the same queries: confidence intervals over queries, and paired tests."""
 
 import dataclasses
 import itertools
@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 from jaxtyping import Float
 
-from trackstar.errors import OptionError
+from trackstar.errors import OptionError, check_at_least
 
 RESAMPLES = 10_000
 MOST_FLIPPED_EXACTLY = 14
-"""Most differing queries for which all 2^n flips of sign are tried; above it, random ones."""
+"""Most differing queries for which all 2^n sign flips are tried; for more, flips are drawn at random."""
 
 _VALUES_AT_ONCE = 2**22
 _ROUNDING = 1e-9
@@ -21,10 +21,10 @@ class Estimate:
     """A mean over queries with its 95% interval.
 
     Attributes:
-        mean: Over the queries.
-        low: The interval's lower end.
-        high: Its upper end.
-        queries: How many.
+        mean: The mean.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        queries: Number of queries.
     """
 
     mean: float
@@ -35,15 +35,17 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The first method against the second, over the same queries.
+    """A comparison of two methods on the same queries.
 
     Attributes:
-        difference: Mean over queries of the first's value minus the second's, with its 95% interval.
-        p_value: How often flipping the signs of queries' differences at random gives a mean at least as far from 0:
-            two-sided, for the hypothesis that the two methods are exchangeable on every query.
-        exact: Whether all flips were tried, rather than `RESAMPLES` random ones.
-        better: Queries on which the first has the higher value.
-        worse: Queries on which it has the lower one.
+        difference: Mean over queries of the first method's value minus the second's, with its 95%
+            interval.
+        p_value: Share of sign flips of the queries' differences whose mean is at least as far from
+            0 as the observed one. The test is two-sided; its hypothesis is that the methods are
+            exchangeable on every query.
+        exact: Whether all sign flips were tried, rather than `RESAMPLES` random ones.
+        better: Number of queries on which the first method has the higher value.
+        worse: Number of queries on which it has the lower one.
     """
 
     difference: Estimate
@@ -54,12 +56,12 @@ class Comparison:
 
 
 def estimate(values: Float[np.ndarray, "queries"], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The mean of one value a query, with the 95% percentile interval of its bootstrap over queries.
+    """Mean over queries, with the 95% percentile interval of the bootstrap over queries.
 
     Args:
-        values: One a query, such as `QueryMetrics.reciprocal_rank`.
-        seed: Of the resampling.
-        resamples: How many times as many queries are drawn with replacement.
+        values: One value per query, such as `QueryMetrics.reciprocal_rank`.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap samples.
 
     Raises:
         OptionError: There is no query, or a value is not finite.
@@ -81,19 +83,20 @@ def compare(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Comparison:
-    """Two methods' values of one metric on the same queries: paired bootstrap and sign-flip permutation test.
+    """Compare two methods on the same queries: paired bootstrap and sign-flip permutation test.
 
     Args:
-        first: One value a query.
-        second: The other method's, in the same order.
-        seed: Of the resampling and the flips.
-        resamples: Bootstrap resamples, and random flips where not all are tried.
+        first: One value of a metric per query.
+        second: The other method's values, in the same order.
+        seed: Seed of the resampling and of the sign flips.
+        resamples: Number of bootstrap samples, and of random sign flips unless all are tried.
 
     Raises:
-        OptionError: There is no query, the two have not as many, or a value is not finite.
+        OptionError: There is no query, the methods have different numbers of queries, or a value is
+            not finite.
     """
     if len(first) != len(second):
-        raise OptionError(f"values of {len(first)} and of {len(second)} queries; expected the same queries for both")
+        raise OptionError(f"`first`, `second`: expected the same queries, found {len(first)} and {len(second)} values")
     _check(first, resamples)
     _check(second, resamples)
     differences = first.astype(np.float64) - second.astype(np.float64)
@@ -108,12 +111,13 @@ def compare(
 
 
 def _sign_flips(differences: np.ndarray, seed: int, resamples: int) -> tuple[float, bool]:
-    """The two-sided p-value of the sum of differences, none of which is 0, and whether it is exact.
+    """The two-sided p-value of the sum of nonzero differences, and whether it is exact.
 
-    Differences of 0 change no sum, so that leaving them out changes nothing. Where flips are drawn at random, the
-    observed signs count as one of them (Phipson and Smyth 2010): p is never 0.
+    Differences of 0 change no sum, so the caller leaves them out. If sign flips are drawn at
+    random, the observed signs count as one of them (Phipson and Smyth 2010), so that p is never 0.
     """
     count = len(differences)
+    # A sum counts as far as the observed one if it is nearer to 0 only by rounding.
     bound = abs(differences.sum()) - _ROUNDING * np.abs(differences).sum()
     if count <= MOST_FLIPPED_EXACTLY:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=count))).reshape(2**count, count)
@@ -127,16 +131,15 @@ def _sign_flips(differences: np.ndarray, seed: int, resamples: int) -> tuple[flo
 
 
 def _portions(total: int, width: int) -> list[int]:
-    """`total` rows in portions of at most `_VALUES_AT_ONCE` values."""
+    """Split `total` rows of `width` values into portions of at most `_VALUES_AT_ONCE` values."""
     rows = max(1, _VALUES_AT_ONCE // width)
     return [min(rows, total - first) for first in range(0, total, rows)]
 
 
 def _check(values: np.ndarray, resamples: int) -> None:
     if not len(values):
-        raise OptionError("a mean over no query; expected at least one")
+        raise OptionError("`values`: expected at least one query, found none")
     if not np.isfinite(values).all():
-        found = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise OptionError(f"query {found}: its value is {values[found]}; expected a finite number")
-    if resamples < 1:
-        raise OptionError(f"{resamples} resamples; expected at least 1")
+        query = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise OptionError(f"`values`: expected finite numbers, found {values[query]} for query {query}")
+    check_at_least("resamples", resamples)

@@ -1,119 +1,156 @@
-"""Tail-patch of the methods' proponents, each pair measured once for all methods that share it (paper, §5.2)."""
+"""Tail-patch of the methods' proponents; a pair that several methods share is measured once (paper, §5.2)."""
 
-import hashlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from trackstar.corpus import tokenize_query
+from trackstar.corpus import Query, tokenize_query
+from trackstar.corpus.digests import digest_of_bytes, draw_bytes
 from trackstar.evaluation.config import TailPatchConfig
 from trackstar.evaluation.facts import Fact, to_queries
 from trackstar.evaluation.rankings import Ranking
-from trackstar.evaluation.workspace import Workspace
+from trackstar.evaluation.workspace import GrowingLines, Workspace
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import Index
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
 
-# Proponents between two times that what was measured is kept.
-_PROPONENTS_AT_ONCE = 64
+# Proponents whose pairs are measured before results are saved.
+_PROPONENTS_PER_SAVE = 64
 
 Effects = Mapping[tuple[int, int], float]
-"""The change of probability, a fraction, by place of the query and row of the proponent."""
+"""(number of the query, row of the proponent) to the change of the completion's probability, a fraction."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measurement:
+    """What effects are measured with, and of which queries.
+
+    Attributes:
+        facts: The queries' facts, in the order of the rankings.
+        template: Number of the prompt.
+        index: The index whose rows the rankings name.
+        model: The model that each step starts from.
+        step: The training step.
+        learning_rate: The step's learning rate; None if it is that of the model's own training.
+            Results are saved by it.
+        config: Number of queries and proponents, and the path.
+        batch_tokens: Most tokens per batch.
+    """
+
+    facts: Sequence[Fact]
+    template: int
+    index: Index
+    model: LanguageModel
+    step: TrainingStep
+    learning_rate: float | None
+    config: TailPatchConfig
+    batch_tokens: int
+
+    def lines(self, workspace: Workspace) -> GrowingLines:
+        """The saved results of the same measurement."""
+        sources: dict[str, Any] = {
+            "model": self.model.digest(),
+            "tokenizer": self.model.tokenizer_digest(),
+            "index": self.index.manifest.to_json(),
+            "step": self.step.description,
+            "learning_rate": self.learning_rate,
+            "template": self.template,
+            "path": self.config.path,
+        }
+        name = digest_of_bytes(f"{self.step.description} {self.learning_rate!r}".encode(), bits=32)
+        return workspace.lines(f"tail patch/{name}", sources)
 
 
 def chosen_queries(facts: Sequence[Fact], count: int) -> list[int]:
-    """Places of `count` facts, or all where it is 0, the first in an order drawn by name; ascending."""
-    order = sorted(range(len(facts)), key=lambda n: hashlib.blake2b(facts[n].fact_id.encode()).digest())
+    """Numbers of `count` facts, ascending: the first in an order drawn by id; all facts if `count` is 0."""
+    order = sorted(range(len(facts)), key=lambda n: draw_bytes(facts[n].fact_id.encode(), bits=512))
     return sorted(order[: count or len(facts)])
 
 
 def measured_effects(
-    rankings: Mapping[str, Ranking],
-    facts: Sequence[Fact],
-    index: Index,
-    model: LanguageModel,
-    step: TrainingStep,
-    config: TailPatchConfig,
-    workspace: Workspace,
-    *,
-    learning_rate: float | None = None,
-    template: int = 0,
-    batch_tokens: int = 2048,
-    progress: bool = True,
+    rankings: Mapping[str, Ranking], measurement: Measurement, workspace: Workspace, *, progress: bool = True
 ) -> Effects:
-    """The effect of every (query, proponent) pair that some method ranks high enough.
+    """Measure every (query, proponent) pair among the first max(`top_k`) proponents of a method.
 
-    Measured pairs are kept in the report's folder as they come: an interrupted run goes on with the others.
+    Results are saved in the report's folder as they are computed: an interrupted run resumes with
+    the other pairs.
 
     Args:
-        rankings: The methods' rankings, whose first max(top_k) proponents count.
-        facts: The queries' facts, in the rankings' order.
-        index: Whose rows the rankings name.
-        model: The model, which the step starts from.
-        step: The training step.
-        config: Which queries, how many proponents, which path.
-        workspace: Where pairs are kept.
-        learning_rate: The step's, where it is not that of the model's own training; part of what pairs are kept by.
-        template: Which prompt is asked.
-        batch_tokens: Most tokens of a batch.
-        progress: Whether a bar may be shown.
+        rankings: Rankings of the methods.
+        measurement: Model, index, training step and queries.
+        workspace: Folder that results are saved in.
+        progress: Whether to show a progress bar if stderr is a terminal.
     """
-    asked_for = to_queries(facts, template)
-    queries = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in asked_for]
+    queries = to_queries(measurement.facts, measurement.template)
+    model = measurement.model
+    tokenized = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
+    lines = measurement.lines(workspace)
+    effects = _saved_effects(lines, measurement.facts, queries)
+    wanted = _wanted_pairs(rankings, measurement.facts, measurement.config)
+    missing = {row: [q for q in numbers if (q, row) not in effects] for row, numbers in sorted(wanted.items())}
+    missing = {row: numbers for row, numbers in missing.items() if numbers}
+    rows = list(missing)
+    with Progress("Tail-patch", unit="proponents", total=len(rows), shown=progress) as bar:
+        for first in range(0, len(rows), _PROPONENTS_PER_SAVE):
+            part = rows[first : first + _PROPONENTS_PER_SAVE]
+            pairs = [Pair(query=q, proponent=place) for place, row in enumerate(part) for q in missing[row]]
+            result = tail_patch(
+                model,
+                measurement.step,
+                tokenized,
+                [stored.example for stored in measurement.index.some_examples(part)],
+                pairs,
+                path=measurement.config.path,
+                batch_tokens=measurement.batch_tokens,
+            )
+            new_lines = []
+            for pair, before, after in zip(pairs, result.before, result.after, strict=True):
+                row, query = part[pair.proponent], queries[pair.query]
+                effects[pair.query, row] = float(after - before)
+                fact_id = measurement.facts[pair.query].fact_id
+                key = {"fact_id": fact_id, "prompt": query.prompt, "completion": query.completion}
+                new_lines.append(key | {"row": row, "before": float(before), "after": float(after)})
+            lines.add(new_lines)
+            bar.advance(len(part))
+    return effects
+
+
+def _wanted_pairs(
+    rankings: Mapping[str, Ranking], facts: Sequence[Fact], config: TailPatchConfig
+) -> dict[int, list[int]]:
+    """Row of a proponent to the numbers of the queries that it is a first proponent of, for any method."""
     deepest = max(config.top_k)
-    wanted: dict[int, list[int]] = {}  # row of a proponent to the queries' places
+    wanted: dict[int, list[int]] = {}
     for query in chosen_queries(facts, config.queries):
         for row in dict.fromkeys(row for ranking in rankings.values() for row in ranking.rows[query][:deepest]):
             wanted.setdefault(row, []).append(query)
-    sources: dict[str, Any] = {
-        "model": model.digest(),
-        "tokenizer": model.tokenizer_digest(),
-        "index": index.manifest.to_json(),
-        "step": step.description,
-        "learning_rate": learning_rate,
-        "template": template,
-        "path": config.path,
+    return wanted
+
+
+def _saved_effects(
+    lines: GrowingLines, facts: Sequence[Fact], queries: Sequence[Query]
+) -> dict[tuple[int, int], float]:
+    """Effects that an earlier run saved for these queries."""
+    number_of = {
+        (fact.fact_id, query.prompt, query.completion): number
+        for number, (fact, query) in enumerate(zip(facts, queries, strict=True))
     }
-    name = hashlib.blake2b(f"{step.description} {learning_rate!r}".encode(), digest_size=4).hexdigest()
-    lines = workspace.lines(f"tail patch/{name}", sources)
-    place_of = {
-        (fact.fact_id, q.prompt, q.completion): n for n, (fact, q) in enumerate(zip(facts, asked_for, strict=True))
-    }
-    found: dict[tuple[int, int], float] = {}
+    effects: dict[tuple[int, int], float] = {}
     for line in lines:
-        place = place_of.get((line["fact_id"], line["prompt"], line["completion"]))
-        if place is not None:
-            found[place, line["row"]] = line["after"] - line["before"]
-    missing = {row: [q for q in asked if (q, row) not in found] for row, asked in sorted(wanted.items())}
-    rows = [row for row, asked in missing.items() if asked]
-    with Progress("Tail-patch", unit="proponents", total=len(rows), shown=progress) as bar:
-        for first in range(0, len(rows), _PROPONENTS_AT_ONCE):
-            part = rows[first : first + _PROPONENTS_AT_ONCE]
-            pairs = [Pair(query=q, proponent=place) for place, row in enumerate(part) for q in missing[row]]
-            proponents = [stored.example for stored in index.some_examples(part)]
-            result = tail_patch(
-                model, step, queries, proponents, pairs,
-                path=config.path,  # pyright: ignore[reportArgumentType]  # one of the two: `EvaluationConfig`
-                batch_tokens=batch_tokens,
-            )  # fmt: skip
-            new = []
-            for pair, before, after in zip(pairs, result.before, result.after, strict=True):
-                row = part[pair.proponent]
-                found[pair.query, row] = float(after - before)
-                query = asked_for[pair.query]
-                names = {"fact_id": facts[pair.query].fact_id, "prompt": query.prompt, "completion": query.completion}
-                new.append(names | {"row": row, "before": float(before), "after": float(after)})
-            lines.add(new)
-            bar.advance(len(part))
-    return found
+        number = number_of.get((line["fact_id"], line["prompt"], line["completion"]))
+        if number is not None:
+            effects[number, line["row"]] = line["after"] - line["before"]
+    return effects
 
 
 def mean_effects(ranking: Ranking, effects: Effects, queries: Sequence[int], k: int) -> Float64[np.ndarray, "queries"]:
     """Each query's mean effect over a method's first k proponents, a fraction.
 
-    A gold ranking's query with fewer than k gold examples is averaged over those that the ranking lists.
+    If the ranking lists fewer than k, as the gold ranking of a fact with fewer gold examples does,
+    the mean is over those.
     """
     return np.array([np.mean([effects[query, row] for row in ranking.rows[query][:k]]) for query in queries])

@@ -1,25 +1,25 @@
-"""Which facts are worth tracing (paper, §4.2 and A.3), and a sample of them that no relation or answer dominates."""
+"""Select facts that can be traced (paper, §4.2 and A.3), and sample them over relations and objects."""
 
 import dataclasses
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from trackstar.errors import OptionError
+from trackstar.corpus.digests import draw_bytes
+from trackstar.errors import check_at_least
 from trackstar.evaluation.facts import Entity, Fact
 from trackstar.evaluation.matching import content_words, names_entity, words
 
 EXCLUDED_RELATIONS = frozenset({"P31", "P131", "P361", "P279", "P527"})
-"""Relations whose objects a prompt does not determine: instance of, located in, part of, subclass of, has part."""
+"""Relations whose object is ambiguous: instance of, located in, part of, subclass of, has part."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What passed the filters.
+    """The facts that pass the filters.
 
     Attributes:
-        facts: In their order.
-        dropped: How many did not, by the first rule that they broke.
+        facts: The facts, in order.
+        dropped: Name of a filter to the number of facts that it is the first to drop.
     """
 
     facts: tuple[Fact, ...]
@@ -32,15 +32,14 @@ def usable_facts(
     excluded_relations: Collection[str] = EXCLUDED_RELATIONS,
     needs_gold: bool = True,
 ) -> Selection:
-    """The facts that a prompt determines and a ranking can be scored on.
+    """Select the facts whose prompt determines the answer and on which a ranking can be scored.
 
-    Dropped are, in this order: facts of excluded relations (`excluded relation`); facts whose subject, by id or by
-    name, has another object in the same relation among the facts given (`several objects`); facts in which the object
-    is named in the subject's name or the subject in the object's, or which the file marks as such (`repetition`); and
-    facts without a gold example (`no gold example`).
+    The filters are, in this order: `excluded relation`; `several objects`, if the subject, by id or
+    by name, has another object in the same relation among the given facts; `repetition`, if one
+    entity is named in the other's name or the file marks the fact as such; `no gold example`.
 
     Args:
-        facts: All facts: those dropped for another reason still count as other objects.
+        facts: All facts; a dropped fact still counts as another object of its subject.
         excluded_relations: Wikidata ids of relations.
         needs_gold: Whether facts without a gold example are dropped.
     """
@@ -48,7 +47,7 @@ def usable_facts(
     for fact in facts:
         for subject in _identities(fact.subject):
             objects[fact.relation_id, subject].add(_identities(fact.object)[0])
-    kept: list[Fact] = []
+    usable: list[Fact] = []
     dropped: Counter[str] = Counter()
     for fact in facts:
         if fact.relation_id in excluded_relations:
@@ -60,12 +59,12 @@ def usable_facts(
         elif needs_gold and not fact.gold:
             dropped["no gold example"] += 1
         else:
-            kept.append(fact)
-    return Selection(facts=tuple(kept), dropped=dict(dropped))
+            usable.append(fact)
+    return Selection(facts=tuple(usable), dropped=dict(dropped))
 
 
 def is_repetition(fact: Fact) -> bool:
-    """Whether one entity is named in the other's name, or the file says so: the prompt then gives its answer away."""
+    """Whether the prompt contains its answer: an entity is named in the other's name, or the file says so."""
     if fact.is_repetition is not None:
         return fact.is_repetition
     return names_entity(fact.subject.name, [fact.object.name]) or names_entity(fact.object.name, [fact.subject.name])
@@ -74,16 +73,16 @@ def is_repetition(fact: Fact) -> bool:
 def balanced_sample(
     facts: Sequence[Fact], *, per_relation: int = 100, per_object: int = 25, seed: int = 0
 ) -> tuple[Fact, ...]:
-    """Facts at random, at most `per_relation` of a relation and `per_object` of a relation with the same object.
+    """Draw facts at random, at most `per_relation` per relation and `per_object` per relation and object.
 
-    Facts are taken in an order made from the seed and their names alone, each as long as neither limit is reached:
-    the same facts give the same sample in whatever order they come.
+    Facts are visited in an order that depends on the seed and their ids only, and taken unless a
+    limit is reached. The sample does not depend on the order of `facts`.
 
     Args:
-        facts: What to draw from.
-        per_relation: Most facts of a relation; the paper's 100.
-        per_object: Most facts of a relation with one object; the paper's 25.
-        seed: Of the order.
+        facts: The facts to draw from.
+        per_relation: Most facts per relation; 100 in the paper.
+        per_object: Most facts per relation and object; 25 in the paper.
+        seed: Seed of the order.
 
     Returns:
         The sample, in the order of `facts`.
@@ -91,8 +90,8 @@ def balanced_sample(
     Raises:
         OptionError: A limit is below 1.
     """
-    if per_relation < 1 or per_object < 1:
-        raise OptionError(f"{per_relation} facts a relation, {per_object} an object; expected limits of at least 1")
+    check_at_least("per_relation", per_relation)
+    check_at_least("per_object", per_object)
     of_relation: Counter[str] = Counter()
     of_object: Counter[tuple[str, str]] = Counter()
     taken: set[str] = set()
@@ -106,11 +105,10 @@ def balanced_sample(
 
 
 def _identities(entity: Entity) -> tuple[str, ...]:
-    """What two facts must share to be of one entity: its URI where it has one, else its name; and its name."""
+    """Keys of an entity: its URI, if it has one, and its name. Entities with a common key are the same."""
     name = " ".join(content_words(entity.name) or words(entity.name)) or entity.name
     return (f"uri {entity.uri}", f"name {name}") if entity.uri else (f"name {name}",)
 
 
 def _draw(seed: int, fact_id: str) -> bytes:
-    key = f"trackstar facts {seed}".encode()
-    return hashlib.blake2b(fact_id.encode("utf-8", "surrogatepass"), digest_size=16, key=key).digest()
+    return draw_bytes(fact_id.encode("utf-8", "surrogatepass"), key=f"trackstar facts {seed}")

@@ -1,4 +1,4 @@
-"""The paper's figures from a report: projection size (Figure 2), proponents' categories by frequency (Figure 3)."""
+"""Draw a report's figures: projection size and checkpoints (Figure 2), categories by frequency (Figure 3)."""
 
 from pathlib import Path
 from typing import Any
@@ -15,43 +15,49 @@ _CATEGORY_METHODS = ("TrackStar", "BM25")
 
 
 def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
-    """Draw what the report has the figures for, as PNG; needs no screen."""
+    """Draw the figures that a report has results for, as PNG; no screen is needed.
+
+    Returns:
+        Paths of the figures.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if report.variants.by_side:
         sides = [(str(side), ranking) for side, ranking in sorted(report.variants.by_side.items())]
-        drawn["projection-size"] = _variants(
+        figures["projection-size"] = _figure_of_variants(
             plt, sides, "side of a layer block's projection", "TrackStar by projection size (Figure 2)"
         )
     if report.variants.by_checkpoint:
         steps = [(_step(name), ranking) for name, ranking in report.variants.by_checkpoint.items()]
-        drawn["checkpoints"] = _variants(plt, steps, "checkpoint", "TrackStar by checkpoint (Figure 2)")
+        title = "TrackStar by checkpoint (Figure 2)"
+        figures["checkpoints"] = _figure_of_variants(plt, steps, "checkpoint", title)
     for method in _CATEGORY_METHODS:
         if method in report.categories:
-            drawn[f"categories-{method.lower()}"] = _categories(plt, report, method)
-    for name, figure in drawn.items():
+            figures[f"categories-{method.lower()}"] = _figure_of_categories(plt, report, method)
+    for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=130)
         plt.close(figure)
-    return [folder / f"{name}.png" for name in drawn]
+    return [folder / f"{name}.png" for name in figures]
 
 
 def _step(name: str) -> str:
-    """`1000` of `checkpoint-001000`; other names as they are."""
+    """`1000` for `checkpoint-001000`; other names are unchanged."""
     number = name.removeprefix("checkpoint-")
     return str(int(number)) if number != name and number.isdecimal() else name
 
 
-def _variants(plt: Any, found: list[tuple[str, Ranking]], label: str, title: str) -> Any:
+def _figure_of_variants(plt: Any, variants: list[tuple[str, Ranking]], label: str, title: str) -> Any:
+    """MRR of each variant with its 95% interval."""
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    means = [estimate(ranking.metrics().reciprocal_rank) for _, ranking in found]
+    means = [estimate(ranking.metrics().reciprocal_rank) for _, ranking in variants]
     errors = [[one.mean - one.low for one in means], [one.high - one.mean for one in means]]
-    axes.errorbar(range(len(found)), [one.mean for one in means], yerr=errors, marker="o", capsize=3)
-    axes.set_xticks(range(len(found)), [name for name, _ in found])
+    axes.errorbar(range(len(variants)), [one.mean for one in means], yerr=errors, marker="o", capsize=3)
+    axes.set_xticks(range(len(variants)), [name for name, _ in variants])
     axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
     axes.set_ylabel("MRR")
@@ -59,20 +65,21 @@ def _variants(plt: Any, found: list[tuple[str, Ranking]], label: str, title: str
     return figure
 
 
-def _categories(plt: Any, report: EvaluationReport, method: str) -> Any:
+def _figure_of_categories(plt: Any, report: EvaluationReport, method: str) -> Any:
+    """Shares of the categories of a method's proponents, stacked, per frequency bucket of the facts."""
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    of_fact = np.array([frequency_bucket(int(count)) for count in report.frequencies])
-    buckets = sorted(set(of_fact.tolist()))
+    bucket_of = np.array([frequency_bucket(int(count)) for count in report.frequencies])  # (facts,)
+    buckets = sorted(set(bucket_of.tolist()))
     bottom = np.zeros(len(buckets))
     for category in CATEGORIES:
         shares = []
         for bucket in buckets:
-            flat = [found for n in np.flatnonzero(of_fact == bucket) for found in report.categories[method][n]]
+            flat = [each for n in np.flatnonzero(bucket_of == bucket) for each in report.categories[method][n]]
             shares.append(flat.count(category) / len(flat) if flat else 0.0)
         axes.bar([bucket_name(bucket) for bucket in buckets], shares, bottom=bottom, label=category)
         bottom += np.array(shares)
     axes.set_xlabel("candidates that name both entities of the fact")
     axes.set_ylabel(f"share of the top {report.config.top_k}")
-    axes.set_title(f"What {method}'s proponents are (Figure 3)")
+    axes.set_title(f"Categories of {method}'s proponents (Figure 3)")
     figure.legend(loc="outside right upper", frameon=False)
     return figure

@@ -1,4 +1,4 @@
-"""What proponents have to do with their facts (Figure 3), and with what the model wrongly says instead (§7.1)."""
+"""Categories of proponents of facts (Figure 3), and of the model's wrong answers to them (§7.1)."""
 
 import dataclasses
 import re
@@ -18,22 +18,22 @@ from trackstar.evaluation.rankings import Ranking, Rankings
 def proponent_categories(
     ranking: Ranking, facts: Sequence[Fact], rankings: Rankings, judgements: Judgements | None
 ) -> tuple[tuple[Category, ...], ...]:
-    """Categories of a method's first proponents, by fact; without judgements gold examples are those that entail it."""
+    """Categories of a method's proponents, per fact; without judgements, gold examples entail their fact."""
     pool = rankings.pool
 
-    def entails(place: int, row: int) -> bool:
+    def entails(number: int, row: int) -> bool:
         if judgements is None:
-            return pool.example_ids[row] in facts[place].gold
-        return judgements[place, row] > THRESHOLD
+            return pool.example_ids[row] in facts[number].gold
+        return judgements[number, row] > THRESHOLD
 
     return tuple(
-        tuple(proponent_category(fact, pool.texts[row], entails=entails(place, row)) for row in rows)
-        for place, (fact, rows) in enumerate(zip(facts, ranking.rows, strict=True))
+        tuple(proponent_category(fact, pool.texts[row], entails=entails(number, row)) for row in rows)
+        for number, (fact, rows) in enumerate(zip(facts, ranking.rows, strict=True))
     )
 
 
 def first_phrase(answer: str) -> str:
-    """What the model said before it went on: up to the first mark of punctuation."""
+    """The part of a model's answer before the first punctuation mark."""
     return re.split(r"[.,;:!?\n]", answer.strip(" .,;:!?\n"), maxsplit=1)[0].strip()
 
 
@@ -45,30 +45,43 @@ def categories_of_wrong_answers(
     rankings: Rankings,
     config: EvaluationConfig,
 ) -> dict[int, tuple[tuple[Category, ...], tuple[Category, ...]]]:
-    """TrackStar's proponents for the truth and for what the model wrongly said, each by its own fact's names (§7.1).
+    """Categories of TrackStar's proponents of the correct answer and of the model's wrong answer (§7.1).
 
-    No example is known to entail what is wrong, so that neither side's are judged by more than names.
+    No example is known to entail a wrong answer. So both sides are judged by names only, each by
+    those of its own object.
+
+    Args:
+        facts: The facts.
+        answers: The model's answers.
+        correct: Whether each answer is correct.
+        main: Rankings by method.
+        rankings: All methods, to rank for the wrong answers.
+        config: Settings of the report.
+
+    Returns:
+        Number of a fact with a wrong answer to the categories for the correct answer and for the
+        wrong one.
     """
     if "TrackStar" not in config.methods:
         return {}
-    said_first = [first_phrase(answer) for answer in answers]
-    wrong = [n for n in range(len(facts)) if not correct[n] and said_first[n]]
+    phrases = [first_phrase(answer) for answer in answers]
+    wrong = [number for number in range(len(facts)) if not correct[number] and phrases[number]]
     if not wrong:
         return {}
-    said = [
+    wrong_facts = [
         dataclasses.replace(
-            facts[n],
-            object=Entity(name=said_first[n]),
-            prompts=(facts[n].prompts[config.templates[0]],),
+            facts[number],
+            object=Entity(name=phrases[number]),
+            prompts=(facts[number].prompts[config.templates[0]],),
         )
-        for n in wrong
+        for number in wrong
     ]
-    ranking = rankings.ranking_of_answers(said, facts)
+    rows_of_wrong = rankings.proponents_of_wrong_answers(wrong_facts, facts)
 
     def by_names(fact: Fact, rows: Sequence[int]) -> tuple[Category, ...]:
         return tuple(proponent_category(fact, rankings.pool.texts[row]) for row in rows)
 
-    found = {}
-    for place, (number, fact) in enumerate(zip(wrong, said, strict=True)):
-        found[number] = (by_names(facts[number], main["TrackStar"].rows[number]), by_names(fact, ranking[place]))
-    return found
+    return {
+        number: (by_names(facts[number], main["TrackStar"].rows[number]), by_names(wrong_fact, rows))
+        for number, wrong_fact, rows in zip(wrong, wrong_facts, rows_of_wrong, strict=True)
+    }

@@ -1,4 +1,4 @@
-"""Every method's ranking of the candidates for every query: built where it is missing, kept in the report's folder."""
+"""Rankings of the candidates by every method, computed if they are not in the report's folder."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,13 +24,15 @@ from trackstar.baselines.gradients import (
     IndexedGradients,
 )
 from trackstar.baselines.trak import TRAK, TRAKRetriever
+from trackstar.corpus import open_corpus
 from trackstar.editing.narrowing import narrow_index
 from trackstar.evaluation.config import EvaluationConfig
-from trackstar.evaluation.facts import Evidence, Fact, evidence, fact_digest, to_queries
+from trackstar.evaluation.facts import Fact, evidence, fact_digest, to_queries
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.evaluation.workspace import Workspace
 from trackstar.gradients.dense_projection import check_flattened_size
-from trackstar.indexing.build import build_index
+from trackstar.indexing.build import index_corpus
+from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.loading import pretrained_digest
 from trackstar.store import Index
@@ -41,12 +43,13 @@ GRADIENT_METHODS = {method.name: method for method in (*EXPERIMENTS, TRACKSTAR, 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """What is kept of one method's scores, query by query.
+    """The part of a method's scores that is saved, per query.
 
     Attributes:
-        ranks: Ranks of the gold candidates, ascending, those neither right nor wrong taken out.
-        rows: The first k candidates as places in the pool, the best first, none taken out.
-        scores: Their scores.
+        ranks: Ranks of the gold candidates, ascending; candidates that are neither correct nor
+            wrong are not counted.
+        rows: Rows of the first k candidates in the pool, the best first; none is left out.
+        scores: Scores of these k candidates.
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -54,21 +57,24 @@ class Ranking:
     scores: tuple[tuple[float, ...], ...]
 
     def metrics(self, *, at: int = 10) -> QueryMetrics:
-        """Each query's MRR, recall and precision."""
+        """Reciprocal rank, recall and precision of each query."""
         return metrics_of_ranks(self.ranks, at=at)
 
 
 class Rankings:
-    """All methods over one pool of candidates.
+    """All methods on one pool of candidates.
 
-    The candidates are the rows of an index where there is a gradient method, so that all methods rank the very same.
+    The candidates are the examples of TrackStar's index, so that all methods rank the same ones.
 
     Args:
-        config: The report's settings.
+        config: Settings of the report.
         model: The model.
-        workspace: Where indexes and rankings are kept.
-        workers: Who makes indexes and computes gradients.
-        progress: Whether bars may be shown.
+        workspace: Folder that indexes and rankings are saved in.
+        workers: The workers that build indexes and compute gradients.
+        progress: Whether to show progress bars if stderr is a terminal.
+
+    Raises:
+        OptionError: The dense projections of the one-sided method do not fit in memory.
     """
 
     def __init__(
@@ -95,63 +101,66 @@ class Rankings:
         )
 
     def index(self, method: GradientMethod, *, side: int | None = None) -> Index:
-        """The index that serves a method."""
+        """The index for a method."""
         return self._indexed(method, self._side(method, side)).index
 
     def index_with_second_moment(self) -> Index:
-        """The index that TrackStar and the others with V share."""
+        """The index for TrackStar and the other methods with V and R."""
         return self.index(TRACKSTAR)
 
-    def ranking_of_answers(self, said: Sequence[Fact], task: Sequence[Fact]) -> tuple[tuple[int, ...], ...]:
-        """TrackStar's first k rows for what the model wrongly said, R_eval being of the true facts (§7.1).
+    def proponents_of_wrong_answers(
+        self, wrong_facts: Sequence[Fact], facts: Sequence[Fact]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Rows of TrackStar's first k candidates for wrong answers, with R_eval of the correct facts (§7.1).
 
         Args:
-            said: Facts whose object is the model's own answer.
-            task: The report's facts.
+            wrong_facts: Facts whose object is the model's wrong answer.
+            facts: The report's facts.
         """
-        queries = to_queries(said)
-        task_queries = to_queries(task, self._config.templates[0])
+        queries = to_queries(wrong_facts)
+        task = to_queries(facts, self._config.templates[0])
         sources = {
             "queries": [(query.prompt, query.completion) for query in queries],
-            "task": [(query.query_id, query.prompt, query.completion) for query in task_queries],
+            "task": [(query.query_id, query.prompt, query.completion) for query in task],
             "index": self.index(TRACKSTAR).manifest.to_json(),
             "damping": self._config.damping,
             "top_k": self._config.top_k,
         }
 
-        def make() -> list[list[int]]:
+        def compute() -> list[list[int]]:
             retriever = GradientRetriever(
                 TRACKSTAR,
                 self._indexed(TRACKSTAR, self._config.side[0]),
-                task=task_queries,
+                task=task,
                 damping=self._config.damping,
             )
             order = retriever.scores(queries).sort(dim=1, descending=True, stable=True).indices
             return order[:, : self._config.top_k].tolist()
 
-        return tuple(map(tuple, self._workspace.kept("rankings/wrong answers", sources, make)))
+        return tuple(map(tuple, self._workspace.result("rankings/wrong answers", sources, compute)))
 
     def ranking(self, method: str, facts: Sequence[Fact], *, template: int = 0, side: int | None = None) -> Ranking:
-        """A method's ranking, from the report's folder where it is there.
+        """A method's ranking, from the report's folder if it is there.
 
         Args:
-            method: Its name; see `METHODS`.
-            facts: What is asked.
-            template: With which prompt.
-            side: Of a gradient method's projections; None is the report's.
+            method: Name of the method; see `METHODS`.
+            facts: The facts to trace.
+            template: Number of the prompt.
+            side: Side of a gradient method's projections; None is the report's.
         """
         name = f"rankings/{method} template {template}" + (f" side {side}" if side is not None else "")
         sources = self._sources(method, facts, template, side)
-        kept = self._workspace.kept(name, sources, lambda: self._ranked(method, facts, template, side))
+        saved = self._workspace.result(name, sources, lambda: self._compute(method, facts, template, side))
         return Ranking(
-            ranks=tuple(map(tuple, kept["ranks"])),
-            rows=tuple(map(tuple, kept["rows"])),
-            scores=tuple(map(tuple, kept["scores"])),
+            ranks=tuple(map(tuple, saved["ranks"])),
+            rows=tuple(map(tuple, saved["rows"])),
+            scores=tuple(map(tuple, saved["scores"])),
         )
 
     def _sources(self, method: str, facts: Sequence[Fact], template: int, side: int | None) -> dict[str, Any]:
+        """All that a ranking depends on, as JSON values."""
         config = self._config
-        found: dict[str, Any] = {
+        sources: dict[str, Any] = {
             "method": method,
             "facts": [(fact.fact_id, fact_digest(fact)) for fact in facts],
             "template": template,
@@ -161,28 +170,29 @@ class Rankings:
         }
         if method == "embeddings":
             assert config.embedding_model is not None
-            found["embedding_model"] = pretrained_digest(config.embedding_model)
+            sources["embedding_model"] = pretrained_digest(config.embedding_model)
         if method == "random":
-            found["seed"] = config.seed
-        gradient = GRADIENT_METHODS.get(method) or (TRAK if method.startswith("TRAK") else None)
-        if gradient is not None:
-            found["index"] = self.index(gradient, side=side).manifest.to_json()
-            found["damping"] = config.damping
-        return found
+            sources["seed"] = config.seed
+        gradient_method = GRADIENT_METHODS.get(method) or (TRAK if method.startswith("TRAK") else None)
+        if gradient_method is not None:
+            sources["index"] = self.index(gradient_method, side=side).manifest.to_json()
+            sources["damping"] = config.damping
+        return sources
 
-    def _ranked(self, method: str, facts: Sequence[Fact], template: int, side: int | None) -> dict[str, Any]:
+    def _compute(self, method: str, facts: Sequence[Fact], template: int, side: int | None) -> dict[str, Any]:
+        """A method's ranking as JSON values."""
         scores = self._retriever(method, facts, side).scores(to_queries(facts, template))
-        known: Evidence = evidence(facts, self.pool.row_of, strict=self._config.strict)
+        of_facts = evidence(facts, self.pool.row_of, strict=self._config.strict)
         top = scores.sort(dim=1, descending=True, stable=True)
         k = min(self._config.top_k, len(self.pool))
         rows, values = top.indices[:, :k].tolist(), top.values[:, :k].tolist()
         if method == "gold":
-            # Examples that are not gold are no ranking of it, merely the rest.
+            # The gold ranking consists of gold examples only; all others have score 0.
             counts = [sum(value > 0 for value in of_query) for of_query in values]
             rows = [of_query[:count] for of_query, count in zip(rows, counts, strict=True)]
             values = [of_query[:count] for of_query, count in zip(values, counts, strict=True)]
         return {
-            "ranks": gold_ranks(scores, known.gold, left_out=known.left_out),
+            "ranks": gold_ranks(scores, of_facts.gold, left_out=of_facts.left_out),
             "rows": rows,
             "scores": values,
         }
@@ -190,8 +200,8 @@ class Rankings:
     def _retriever(self, method: str, facts: Sequence[Fact], side: int | None) -> Retriever:
         config = self._config
         if method == "gold":
-            right = {f.fact_id: f.gold_strict if self._config.strict else (*f.gold_strict, *f.gold) for f in facts}
-            return GoldRetriever(self.pool, {name: tuple(dict.fromkeys(gold)) for name, gold in right.items()})
+            gold = {f.fact_id: f.gold_strict if config.strict else (*f.gold_strict, *f.gold) for f in facts}
+            return GoldRetriever(self.pool, {fact_id: tuple(dict.fromkeys(ids)) for fact_id, ids in gold.items()})
         if method == "random":
             return RandomRetriever(self.pool, seed=config.seed)
         if method == "BM25":
@@ -209,20 +219,22 @@ class Rankings:
                 seed=config.seed,
                 batch_tokens=config.batch_tokens,
             )
-        gradient = GRADIENT_METHODS[method]
-        indexed = self._indexed(gradient, self._side(gradient, side))
-        return GradientRetriever(gradient, indexed, damping=config.damping)
+        gradient_method = GRADIENT_METHODS[method]
+        indexed = self._indexed(gradient_method, self._side(gradient_method, side))
+        return GradientRetriever(gradient_method, indexed, damping=config.damping)
 
-    def _side(self, method: GradientMethod, asked: int | None) -> int:
+    def _side(self, method: GradientMethod, side: int | None) -> int:
+        """The given side, or the report's for a method."""
         sides = self._config.side
-        if asked is not None:
-            return asked
+        if side is not None:
+            return side
         return min(sides) if method.projection == "one-sided" else sides[0]
 
     def _indexed(self, method: GradientMethod, side: int) -> IndexedGradients:
-        """The index of that output, with V or without, made where it is missing.
+        """The index for a method with this side, built if it does not exist.
 
-        Smaller sides than the report's are cut out of its index.
+        Two-sided projections with a smaller side than the report's are cut out of the report's
+        index.
         """
         key = (method.output, method.second_moment, method.projection, side)
         if key not in self._gradients:
@@ -230,35 +242,30 @@ class Rankings:
             name = f"{method.output}-{'V' if method.second_moment else 'plain'}-{side}"
             if method.projection == "one-sided":
                 name += "-one-sided"
-            is_cut = side < config.side[0] and method.projection == "two-sided"
-            if is_cut:
+            is_narrowed = side < config.side[0] and method.projection == "two-sided"
+            if is_narrowed:
                 name += f"-of-{config.side[0]}"
             out = Path(self._workspace.folder) / "indexes" / name
-            if is_cut:
+            if is_narrowed:
                 index = narrow_index(self.index(method), out, side=side, progress=self._progress)
             else:
-                index = self._built(method, side, out)
+                index = self._build(method, side, out)
             self._gradients[key] = IndexedGradients(
                 index, self._model, batch_tokens=config.batch_tokens, workers=self._workers, progress=self._progress
             )
         return self._gradients[key]
 
-    def _built(self, method: GradientMethod, side: int, out: Path) -> Index:
+    def _build(self, method: GradientMethod, side: int, out: Path) -> Index:
+        """Index the corpus for a method."""
         config = self._config
-        return build_index(
-            self._model,
-            config.corpus,
-            out,
-            text_field=config.text_field,
-            id_field=config.id_field,
-            limit=config.limit,
+        settings = IndexSettings(
             second_moment=config.second_moment if method.second_moment else "none",
             side=side,
             seed=config.seed,
-            codec=config.codec,  # pyright: ignore[reportArgumentType]  # one of the three: `EvaluationConfig`
+            codec=config.codec,
             batch_tokens=config.batch_tokens,
             output=method.output,
             projection=method.projection,
-            workers=self._workers,
-            progress=self._progress,
         )
+        corpus = open_corpus(config.corpus, text_field=config.text_field, id_field=config.id_field, limit=config.limit)
+        return index_corpus(self._model, corpus, out, settings, workers=self._workers, progress=self._progress)

@@ -1,10 +1,10 @@
-"""A whole report in order: facts, answers, rankings, tail-patch, wrong answers; resumable, then tables and figures.
+"""Compute a report: facts, the model's answers, rankings, tail-patch, categories (paper, §4 to §7).
 
-What is computed is kept in the report's folder (`workspace.py`); running the same settings again only draws anew.
+Every result is saved in the report's folder (`workspace.py`). An interrupted run is resumed; a
+second run with the same settings computes nothing.
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from trackstar.attribution.attributor import has_own_training, training_step
+from trackstar.attribution.attributor import has_training_state, training_step
 from trackstar.baselines.interface import Pool
 from trackstar.corpus import Example
+from trackstar.corpus.digests import draw_bytes
 from trackstar.errors import OptionError
 from trackstar.evaluation.categories import Category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
-from trackstar.evaluation.effects import Effects, chosen_queries, mean_effects, measured_effects
+from trackstar.evaluation.effects import Effects, Measurement, chosen_queries, mean_effects, measured_effects
 from trackstar.evaluation.fact_selection import balanced_sample
 from trackstar.evaluation.facts import Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
@@ -36,15 +37,15 @@ from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EffectsOfMethods:
-    """Tail-patch of every method over the same queries.
+    """Tail-patch of every method on the same queries.
 
     Attributes:
-        queries: Places of the queries among the report's.
-        by_method: Method (or TrackStar's variant, such as `TrackStar, side 16`) and k to each query's mean effect over
-            its first k proponents, a fraction.
-        step: What the training step was.
-        by_learning_rate: Method and learning rate to each query's mean effect over the main number of proponents, for
-            every rate of the settings; empty where there is one.
+        queries: Numbers of the queries among the report's.
+        by_method: Method (or variant of TrackStar, such as `TrackStar, side 16`) and k to each
+            query's mean effect over its first k proponents, a fraction.
+        step: Description of the training step.
+        by_learning_rate: Method and learning rate to each query's mean effect over the largest k,
+            for every rate of the settings; empty if there is only one rate.
     """
 
     queries: tuple[int, ...]
@@ -55,24 +56,24 @@ class EffectsOfMethods:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationReport:
-    """What a report found.
+    """The results of an evaluation.
 
     Attributes:
-        config: Its settings.
-        facts: The facts that were asked for.
-        answers: What the model itself said to each, greedily.
-        correct: Whether that is right.
-        frequencies: In how many candidates each fact's entities stand together.
-        pool: The candidates that were ranked.
-        rankings: By method and template.
-        variants: TrackStar's rankings by the side of its projections, and by checkpoint (Figure 2).
-        effects: Tail-patch, or None where it was not asked for.
-        judgements: Of every method's proponents by the entailment model, or None where none was given.
-        categories: Of each method's proponents, by fact (Figure 3); without judgements gold examples stand for those
-            that entail it.
-        wrong_answers: Categories by names alone of TrackStar's proponents for the truth and for the model's own wrong
-            answer (§7.1), by fact's place.
-        description: Model, coverage, V and R, for people.
+        config: Settings of the report.
+        facts: The facts that were traced.
+        answers: The model's own answer to each, decoded greedily.
+        correct: Whether the answer is correct.
+        frequencies: Number of candidates that name both entities of each fact.
+        pool: The candidates.
+        rankings: Method and template to the ranking.
+        variants: TrackStar's rankings by side and by checkpoint (Figure 2).
+        effects: Tail-patch; None if it was not measured.
+        judgements: Judgements of all proponents by the entailment model; None without one.
+        categories: Method to the categories of its proponents, per fact (Figure 3); without
+            judgements, gold examples are the examples that entail their fact.
+        wrong_answers: Number of a fact to the categories, by names only, of TrackStar's proponents
+            of the correct answer and of the model's wrong answer (§7.1).
+        description: Model, coverage, V and φ, one line each.
     """
 
     config: EvaluationConfig
@@ -91,27 +92,27 @@ class EvaluationReport:
 
     @property
     def candidates(self) -> int:
-        """How many candidates were ranked."""
+        """Number of candidates."""
         return len(self.pool)
 
 
 def run_evaluation(
     config: EvaluationConfig, out: str | os.PathLike[str], *, workers: Workers = THIS_PROCESS, progress: bool = True
 ) -> EvaluationReport:
-    """Compute a report, or what is missing of it.
+    """Compute the results of a report that are not in its folder yet.
 
     Args:
-        config: Its settings.
-        out: Its folder.
-        workers: Who makes indexes and computes gradients.
-        progress: Whether bars may be shown.
+        config: Settings of the report.
+        out: Folder of the report.
+        workers: The workers that build indexes and compute gradients.
+        progress: Whether to show progress bars if stderr is a terminal.
 
     Raises:
         TrackstarError: See `trackstar.errors`.
     """
     facts = chosen_facts(config)
     for template in config.templates:
-        to_queries(facts, template)  # a missing prompt is an error before any work
+        to_queries(facts, template)  # raises if a prompt is missing, before any computation
     workspace = Workspace(out)
     model = load_model(config.model, device=config.device)
     if config.tail_patch is not None:
@@ -121,17 +122,17 @@ def run_evaluation(
     correct = np.array(
         [answer_is_correct(a, f.object.name, f.object.aliases) for a, f in zip(answers, facts, strict=True)]
     )
-    of_method = {
+    by_method = {
         (method, template): rankings.ranking(method, facts, template=template)
         for method in config.methods
         for template in config.templates
     }
-    main = {method: of_method[method, config.templates[0]] for method in config.methods}
-    others = variants(config, facts, rankings, model, workspace, workers=workers, progress=progress)
+    main = {method: by_method[method, config.templates[0]] for method in config.methods}
+    variant_rankings = variants(config, facts, rankings, model, workspace, workers=workers, progress=progress)
     effects = None
     if config.tail_patch is not None:
         methods = config.tail_patch.methods or config.methods
-        measured = {method: main[method] for method in methods} | others.others(config)
+        measured = {method: main[method] for method in methods} | variant_rankings.others(config)
         effects = _effects(config, config.tail_patch, measured, facts, rankings, model, workspace, progress)
     judgements = None
     if config.entailment_model is not None:
@@ -139,16 +140,17 @@ def run_evaluation(
             main, facts, rankings.pool, config.entailment_model, workspace,
             template=config.templates[0], device=config.device, progress=progress,
         )  # fmt: skip
-    texts = [Example(example_id=n, text=t, record=0) for n, t in zip(*_pool(rankings), strict=True)]
+    pool = rankings.pool
+    examples = [Example(example_id=n, text=t, record=0) for n, t in zip(pool.example_ids, pool.texts, strict=True)]
     return EvaluationReport(
         config=config,
         facts=facts,
         answers=tuple(answers),
         correct=correct,
-        frequencies=fact_frequencies(facts, texts, progress=progress),
-        pool=rankings.pool,
-        rankings=of_method,
-        variants=others,
+        frequencies=fact_frequencies(facts, examples, progress=progress),
+        pool=pool,
+        rankings=by_method,
+        variants=variant_rankings,
         effects=effects,
         judgements=judgements,
         categories={
@@ -160,12 +162,12 @@ def run_evaluation(
 
 
 def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:
-    """The report's facts: at most `queries`, evenly over relations, of the half that is asked for.
+    """The facts of a report: at most `queries`, evenly over relations, of the chosen half.
 
-    Halves are drawn by the facts' names alone, so that a fact is in the same half whatever else is asked.
+    A fact's half depends on its id only, so that it is the same with all settings.
 
     Raises:
-        OptionError: None is left.
+        OptionError: No fact remains, or one has no gold example.
     """
     facts = [fact for fact in read_facts(config.facts) if not config.strict or fact.gold_strict]
     if config.half != "all":
@@ -174,109 +176,120 @@ def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:
         facts = _evenly(facts, config.queries, config.seed)
     if not facts:
         which = " with strict gold examples" if config.strict else ""
+        raise OptionError(f"`facts`: expected facts{which} in the half {config.half} of {config.facts}, found none")
+    without_gold = next((fact for fact in facts if not fact.gold), None)
+    if without_gold is not None:
         raise OptionError(
-            f"{config.facts}: no fact{which} is left to ask for; expected one or more of the half {config.half}"
-        )
-    without = next((fact for fact in facts if not fact.gold), None)
-    if without is not None:
-        raise OptionError(
-            f"{config.facts}: fact {without.fact_id} has no gold example (gold or trex_sentences); name one or leave "
-            "the fact out"
+            f"`facts`: fact {without_gold.fact_id} of {config.facts} has no gold example (gold or trex_sentences); add "
+            "one, or leave the fact out"
         )
     return tuple(facts)
 
 
 def half_of(fact_id: str) -> str:
-    """`development` or `report`, by the fact's name alone."""
-    return "report" if hashlib.blake2b(f"half {fact_id}".encode()).digest()[0] & 1 else "development"
+    """`development` or `report`; it depends on the fact's id only."""
+    return "report" if draw_bytes(f"half {fact_id}".encode(), bits=512)[0] & 1 else "development"
 
 
 def _evenly(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
-    """`count` facts, as many of each relation as can be."""
-    kept: tuple[Fact, ...] = ()
-    for most in range(1, len(facts) + 1):
-        larger = balanced_sample(facts, per_relation=most, per_object=len(facts), seed=seed)
+    """`count` facts, as evenly over relations as possible."""
+    smaller: tuple[Fact, ...] = ()
+    for per_relation in range(1, len(facts) + 1):
+        larger = balanced_sample(facts, per_relation=per_relation, per_object=len(facts), seed=seed)
         if len(larger) >= count:
-            # Some of the last round are too many: those that the smaller sample has stay first.
-            names = {fact.fact_id for fact in kept}
-            added = [fact for fact in larger if fact.fact_id not in names][: count - len(kept)]
-            chosen = names | {fact.fact_id for fact in added}
+            # Take all of the smaller sample, and of the larger one as many as are missing.
+            ids = {fact.fact_id for fact in smaller}
+            added = [fact for fact in larger if fact.fact_id not in ids][: count - len(smaller)]
+            chosen = ids | {fact.fact_id for fact in added}
             return [fact for fact in facts if fact.fact_id in chosen]
-        kept = larger
+        smaller = larger
     return list(facts)
-
-
-def _pool(rankings: Rankings) -> tuple[Sequence[str], Sequence[str]]:
-    return rankings.pool.example_ids, rankings.pool.texts
 
 
 def _answers(
     facts: Sequence[Fact], model: LanguageModel, workspace: Workspace, config: EvaluationConfig, progress: bool
 ) -> list[str]:
+    """The model's greedy answers to the main prompts."""
     queries = to_queries(facts, config.templates[0])
 
-    def make() -> list[str]:
-        with Progress("The model's own answers", unit="queries", total=len(queries), shown=progress) as bar:
-            found = []
+    def compute() -> list[str]:
+        with Progress("Answers of the model", unit="queries", total=len(queries), shown=progress) as bar:
+            answers = []
             for query in queries:
-                found.append(generate(model, query.prompt, max_new_tokens=12))
+                answers.append(generate(model, query.prompt, max_new_tokens=12))
                 bar.advance(1)
-            return found
+            return answers
 
     sources: dict[str, Any] = {
         "model": model.digest(),
         "tokenizer": model.tokenizer_digest(),
         "prompts": [query.prompt for query in queries],
     }
-    return workspace.kept("answers", sources, make)
+    return workspace.result("answers", sources, compute)
 
 
 def _effects(
     config: EvaluationConfig,
-    asked: TailPatchConfig,
-    chosen: Mapping[str, Ranking],
+    settings: TailPatchConfig,
+    measured: Mapping[str, Ranking],
     facts: Sequence[Fact],
     rankings: Rankings,
     model: LanguageModel,
     workspace: Workspace,
     progress: bool,
 ) -> EffectsOfMethods:
+    """Tail-patch of the measured methods and variants, with every learning rate."""
     index = rankings.index_with_second_moment()
-    queries, deepest = chosen_queries(facts, asked.queries), max(asked.top_k)
-    rates = asked.learning_rate or (None,)
+    queries, deepest = chosen_queries(facts, settings.queries), max(settings.top_k)
+    rates = settings.learning_rate or (None,)
     steps = [training_step(model, index, rate) for rate in rates]
-    step = steps[0]
-    effects: Effects = {}
+    main_step = steps[0]
+    main_effects: Effects = {}
     by_rate: dict[tuple[str, float], Any] = {}
-    for rate, one in zip(rates, steps, strict=True):
-        found = measured_effects(
-            chosen, facts, index, model, one, asked, workspace, learning_rate=rate,
-            template=config.templates[0], batch_tokens=config.batch_tokens, progress=progress,
-        )  # fmt: skip
-        effects = found if one is step else effects
+    for rate, step in zip(rates, steps, strict=True):
+        measurement = Measurement(
+            facts=facts,
+            template=config.templates[0],
+            index=index,
+            model=model,
+            step=step,
+            learning_rate=rate,
+            config=settings,
+            batch_tokens=config.batch_tokens,
+        )
+        effects = measured_effects(measured, measurement, workspace, progress=progress)
+        main_effects = effects if step is main_step else main_effects
         if rate is not None:
-            by_rate |= {(m, rate): mean_effects(chosen[m], found, queries, deepest) for m in chosen}
+            by_rate |= {(m, rate): mean_effects(measured[m], effects, queries, deepest) for m in measured}
     return EffectsOfMethods(
         queries=tuple(queries),
-        by_method={(m, k): mean_effects(chosen[m], effects, queries, k) for m in chosen for k in asked.top_k},
-        step=step.description,
+        by_method={
+            (m, k): mean_effects(measured[m], main_effects, queries, k) for m in measured for k in settings.top_k
+        },
+        step=main_step.description,
         by_learning_rate=by_rate if len(steps) > 1 else {},
     )
 
 
 def _check_learning_rates(config: TailPatchConfig, model: LanguageModel) -> None:
-    if config.learning_rate and has_own_training(model):
+    """Raise if a learning rate is given for a model whose own training determines the step.
+
+    Raises:
+        OptionError: The model is a checkpoint of `pretrain`.
+    """
+    if config.learning_rate and has_training_state(model):
         raise OptionError(
-            f"tail_patch.learning_rate is {list(config.learning_rate)}, but {model.source} goes on with its own run's; "
-            "leave it out"
+            f"`tail_patch.learning_rate`: expected none for {model.source}, whose step continues its training, found "
+            f"{list(config.learning_rate)}; leave it out"
         )
 
 
 def _description(model: LanguageModel, rankings: Rankings, config: EvaluationConfig) -> tuple[str, ...]:
+    """Lines about the model, the candidates, V and φ, for the report's head."""
     manifest = rankings.index_with_second_moment().manifest
     return (
         f"model: {model.source}, {model.architecture}, gradients of {model.coverage}",
-        f"candidates: {len(rankings.pool):,} of {config.corpus}",
+        f"candidates: {len(rankings.pool):,} examples of {config.corpus}",
         f"V: {manifest.second_moment.kind}, {manifest.second_moment.source}",
         f"φ: {manifest.dimensions:,} dimensions in {len(manifest.layer_blocks)} layer blocks, {manifest.codec}",
     )

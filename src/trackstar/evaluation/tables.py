@@ -1,6 +1,7 @@
-"""The paper's tables from a report: Tables 1, 2, A.3, A.5, A.6 and A.7, with intervals and paired tests.
+"""Tables of a report, as in the paper (Tables 1, 2, A.3, A.5, A.6, A.7), with intervals and paired tests.
 
-What a table holds is apart from how it is written: a `Table` is cells as text, and Markdown and CSV are made from it.
+The content of a table is separate from its format: a `Table` holds cells as text, from which
+Markdown and CSV are made.
 """
 
 import csv
@@ -33,8 +34,8 @@ TABLE_2 = (
     "experiment 2",
     "TrackStar",
 )
-_NAMES = {"experiment 1": "gradient dot product", "experiment 2": "gradient cosine", "gold": "T-REx gold"}
-"""What Table 2 calls two of Table 1's experiments."""
+_TABLE_2_NAMES = {"experiment 1": "gradient dot product", "experiment 2": "gradient cosine", "gold": "T-REx gold"}
+"""Names of methods that differ in Table 2."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,11 @@ class Table:
     """A table as text.
 
     Attributes:
-        name: A short name, for files.
-        title: What it shows, and of which table of the paper it has the structure.
-        header: The columns' titles.
+        name: A short name, for file names.
+        title: Its content, and the table of the paper that it follows.
+        header: Titles of the columns.
         rows: The cells.
-        note: What must be known to read it.
+        note: Explanation of the cells, printed below the table.
     """
 
     name: str
@@ -69,19 +70,23 @@ class Table:
 
 
 def tables(report: EvaluationReport) -> list[Table]:
-    """Every table that the report has the methods for."""
+    """All tables that the report has results for."""
     made = [
         _table_1(report),
-        _main_table(report, "table-2", "Methods side by side (Table 2)", TABLE_2, None),
+        _main_table(report, "table-2", "Comparison of methods (Table 2)", TABLE_2, None),
         _main_table(
             report, "table-a3", "Output functions (Table A.3)", (OURS, "TrackStar, margin", "TrackStar, logit"), None
         ),
         _table_a5(report),
         _table_a6(report),
         _table_of_learning_rates(report),
-        _main_table(report, "table-a7-right", "Queries that the model answers right (Table A.7)", None, report.correct),
-        _main_table(report, "table-a7-wrong", "Queries that it answers wrong (Table A.7)", None, ~report.correct),
-        _figure_2(report, "figure-2", "TrackStar by the side of its projections (Figure 2)", "side"),
+        _main_table(
+            report, "table-a7-right", "Queries that the model answers correctly (Table A.7)", None, report.correct
+        ),
+        _main_table(
+            report, "table-a7-wrong", "Queries that the model answers incorrectly (Table A.7)", None, ~report.correct
+        ),
+        _figure_2(report, "figure-2", "TrackStar by side of the projections (Figure 2)", "side"),
         _figure_2(report, "figure-2-checkpoints", "TrackStar by checkpoint (Figure 2)", "checkpoint"),
         _table_of_open_set(report),
         _table_of_categories(report),
@@ -92,7 +97,7 @@ def tables(report: EvaluationReport) -> list[Table]:
 
 def _table_1(report: EvaluationReport) -> Table | None:
     methods = [m for m in (*EXPERIMENTS, TRACKSTAR) if m.name in report.config.methods]
-    base = _main_table(report, "table-1", "What each correction adds (Table 1)", [m.name for m in methods], None)
+    base = _main_table(report, "table-1", "Effect of each correction (Table 1)", [m.name for m in methods], None)
     if base is None:
         return None
     marks = [
@@ -114,18 +119,18 @@ def _main_table(
     methods: Sequence[str] | None,
     which: Bool[np.ndarray, "facts"] | None,
 ) -> Table | None:
-    """MRR, recall, precision and tail-patch of some methods over some queries, each against TrackStar."""
-    shown = [m for m in (report.config.methods if methods is None else methods) if m in report.config.methods]
+    """MRR, recall, precision and tail-patch of some methods on some queries, each compared with TrackStar."""
+    present = [m for m in (report.config.methods if methods is None else methods) if m in report.config.methods]
     chosen = np.ones(len(report.facts), dtype=bool) if which is None else which
-    if len(shown) < 2 or not chosen.any():
+    if len(present) < 2 or not chosen.any():
         return None
     header = ["method", "MRR", "recall@10", "precision@10"]
     k = _main_k(report)
     if k:
         header.append(f"tail-patch, top {k} (%)")
     rows = []
-    for method in shown:
-        cells = [_NAMES.get(method, method) if name == "table-2" else _label(report, method)]
+    for method in present:
+        cells = [_TABLE_2_NAMES.get(method, method) if name == "table-2" else _label(report, method)]
         cells += [
             _cell(report, method, lambda m, metric=metric: _metric(report, m, metric)[chosen])
             for metric in ("reciprocal_rank", "recall", "precision")
@@ -156,75 +161,75 @@ def _table_a5(report: EvaluationReport) -> Table | None:
 def _table_a6(report: EvaluationReport) -> Table | None:
     if report.effects is None:
         return None
-    asked = report.config.tail_patch
-    assert asked is not None
-    methods = asked.methods or report.config.methods
+    settings = report.config.tail_patch
+    assert settings is not None
+    methods = settings.methods or report.config.methods
     everything = np.ones(len(report.facts), dtype=bool)
     rows = [
         (
             _label(report, method),
             *(
                 _cell(report, method, lambda m, k=k: _tail_patch(report, m, k, everything), percent=True)
-                for k in asked.top_k
+                for k in settings.top_k
             ),
         )
         for method in methods
     ]
     return Table(
         name="table-a6",
-        title="Tail-patch by the number of proponents (Table A.6)",
-        header=("method", *(f"top {k} (%)" for k in asked.top_k)),
+        title="Tail-patch by number of proponents (Table A.6)",
+        header=("method", *(f"top {k} (%)" for k in settings.top_k)),
         rows=tuple(rows),
-        note=f"Over {len(report.effects.queries)} queries. The training step: {report.effects.step}. {_dagger(report)}",
+        note=f"{len(report.effects.queries)} queries. Training step: {report.effects.step}. {_dagger(report)}",
     )
 
 
 def _table_of_learning_rates(report: EvaluationReport) -> Table | None:
     if report.effects is None or not report.effects.by_learning_rate:
         return None
-    found = report.effects.by_learning_rate
-    methods = list(dict.fromkeys(method for method, _ in found))
-    rates = list(dict.fromkeys(rate for _, rate in found))
+    effects = report.effects.by_learning_rate
+    methods = list(dict.fromkeys(method for method, _ in effects))
+    rates = list(dict.fromkeys(rate for _, rate in effects))
     rows = [
-        (method, *(_cell(report, method, lambda m, rate=rate: found.get((m, rate)), percent=True) for rate in rates))
+        (method, *(_cell(report, method, lambda m, rate=rate: effects.get((m, rate)), percent=True) for rate in rates))
         for method in methods
     ]
     return Table(
         name="tail-patch-steps",
-        title=f"Tail-patch by the step's learning rate, top {_main_k(report)}",
+        title=f"Tail-patch by learning rate of the training step, top {_main_k(report)}",
         header=("method", *(f"{rate:g} (%)" for rate in rates)), rows=tuple(rows),
-        note=f"Over {len(report.effects.queries)} queries; all other tables have the first rate. {_dagger(report)}",
+        note=f"{len(report.effects.queries)} queries. All other tables use the first rate. {_dagger(report)}",
     )  # fmt: skip
 
 
 def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> Table | None:
-    """MRR, recall and tail-patch of TrackStar's variants, the report's own among them."""
+    """MRR, recall and tail-patch of TrackStar's variants, the report's own included."""
     variants = report.variants
-    found: dict[str, Ranking] = (
+    by_label: dict[str, Ranking] = (
         {str(side): ranking for side, ranking in sorted(variants.by_side.items())}
         if column == "side"
         else dict(variants.by_checkpoint)
     )
-    own = str(report.config.side[0]) if column == "side" else checkpoint_name(report.config.model)
-    labels = {label: OURS if label == own else f"{OURS}, {'side ' * (column == 'side')}{label}" for label in found}
-    if found and column == "side" and ONE_SIDED.name in report.config.methods:
+    main = str(report.config.side[0]) if column == "side" else checkpoint_name(report.config.model)
+    names = {label: OURS if label == main else f"{OURS}, {'side ' * (column == 'side')}{label}" for label in by_label}
+    if by_label and column == "side" and ONE_SIDED.name in report.config.methods:
         one_sided = f"{min(variants.by_side)}, one-sided"
-        found[one_sided] = report.rankings[ONE_SIDED.name, report.config.templates[0]]
-        labels[one_sided] = ONE_SIDED.name
+        by_label[one_sided] = report.rankings[ONE_SIDED.name, report.config.templates[0]]
+        names[one_sided] = ONE_SIDED.name
     k = _main_k(report)
     everything = np.ones(len(report.facts), dtype=bool)
     rows = []
-    for label, ranking in found.items():
+    for label, ranking in by_label.items():
         metrics = ranking.metrics()
         cells = [label, _number(estimate(metrics.reciprocal_rank)), _number(estimate(metrics.recall))]
         if k:
-            values = _tail_patch(report, labels[label], k, everything)
+            values = _tail_patch(report, names[label], k, everything)
             cells.append("" if values is None else _number(estimate(values), percent=True))
         rows.append(tuple(cells))
     header = (column, "MRR", "recall@10", *((f"tail-patch, top {k} (%)",) if k else ()))
     note = _note(report, dagger=False)
     if column == "checkpoint":
-        note += " V is each checkpoint's own, estimated where it has no optimizer state."
+        note += " V is that of each checkpoint, estimated if it has no optimizer state."
     return Table(name=name, title=title, header=header, rows=tuple(rows), note=note)
 
 
@@ -234,16 +239,17 @@ def _table_of_open_set(report: EvaluationReport) -> Table | None:
         return None
     template = report.config.templates[0]
     at = min(report.config.top_k, report.candidates)
-    found = {m: open_set_metrics(report.rankings[m, template], judgements, at=at) for m in report.config.methods}
+    metrics = {m: open_set_metrics(report.rankings[m, template], judgements, at=at) for m in report.config.methods}
     rows = [
-        (method, *(_cell(report, method, lambda m, part=part: found[m][part]) for part in (0, 1)))
+        (method, *(_cell(report, method, lambda m, part=part: metrics[m][part]) for part in (0, 1)))
         for method in report.config.methods
     ]
     k = report.config.top_k
     return Table(
         name="open-set", title="Open-set evaluation: proponents that entail the fact (§5.1)",
         header=("method", f"MRR among the first {k}", f"precision@{k}"), rows=tuple(rows),
-        note=f"Entailment by {report.config.entailment_model}, windows of three sentences, above {THRESHOLD:g}. "
+        note=f"Entailment is judged by {report.config.entailment_model} on windows of three sentences; threshold "
+        f"{THRESHOLD:g}. "
         + _note(report, effects=False),
     )  # fmt: skip
 
@@ -257,31 +263,31 @@ def _table_of_categories(report: EvaluationReport) -> Table | None:
                 (_label(report, method), *(f"{flat.count(category) / len(flat):.1%}" for category in CATEGORIES))
             )
     return Table(
-        name="figure-3", title=f"What the top {report.config.top_k} proponents are (Figure 3)",
+        name="figure-3", title=f"Categories of the top {report.config.top_k} proponents (Figure 3)",
         header=("method", *CATEGORIES), rows=tuple(rows),
-        note="Gold examples stand for those that entail the fact: no entailment model is used."
+        note="Gold examples count as entailing the fact; no entailment model is used."
         if report.judgements is None
-        else f"Entailment by {report.config.entailment_model}.",
+        else f"Entailment is judged by {report.config.entailment_model}.",
     )  # fmt: skip
 
 
 def _table_of_wrong_answers(report: EvaluationReport) -> Table | None:
-    """§7.1: TrackStar's proponents for what the model wrongly said, beside those for the truth."""
+    """TrackStar's proponents of wrong answers and of the correct ones (§7.1)."""
     if not report.wrong_answers:
         return None
-    for_truth = [category for found, _ in report.wrong_answers.values() for category in found]
-    for_answer = [category for _, found in report.wrong_answers.values() for category in found]
+    of_correct = [category for categories, _ in report.wrong_answers.values() for category in categories]
+    of_wrong = [category for _, categories in report.wrong_answers.values() for category in categories]
     by_names = CATEGORIES[1:]
     rows = [
-        (label, *(f"{found.count(category) / len(found):.1%}" for category in by_names))
-        for label, found in (("the truth", for_truth), ("the model's answer", for_answer))
-        if found
+        (label, *(f"{categories.count(category) / len(categories):.1%}" for category in by_names))
+        for label, categories in (("the correct answer", of_correct), ("the model's answer", of_wrong))
+        if categories
     ]
     return Table(
-        name="wrong-answers", title="Wrong answers: TrackStar's proponents for them and for the truth (§7.1)",
+        name="wrong-answers", title="TrackStar's proponents of wrong answers and of the correct ones (§7.1)",
         header=("proponents of", *by_names), rows=tuple(rows),
-        note=f"Over {len(report.wrong_answers)} queries that the model answers wrong. "
-        "A wrong answer's entities are the subject and what the model said.",
+        note=f"{len(report.wrong_answers)} queries that the model answers incorrectly. "
+        "The entities of a wrong answer are the subject and the model's answer.",
     )  # fmt: skip
 
 
@@ -299,7 +305,7 @@ def _tail_patch(
 
 
 def _main_k(report: EvaluationReport) -> int:
-    """The paper's tables average over the top 10; fewer where fewer were measured."""
+    """Largest number of proponents that effects are averaged over, as in all tables; 0 without tail-patch."""
     return max(report.config.tail_patch.top_k) if report.config.tail_patch else 0
 
 
@@ -321,12 +327,13 @@ def _cell(
     return text
 
 
-def _number(found: Estimate, *, percent: bool = False) -> str:
-    if found.queries == 1:  # one query tells nothing of others
-        return f"{100 * found.mean:+.2f} (one query)" if percent else f"{found.mean:.3f} (one query)"
+def _number(value: Estimate, *, percent: bool = False) -> str:
+    """A mean and its interval; one query has no interval."""
+    if value.queries == 1:
+        return f"{100 * value.mean:+.2f} (one query)" if percent else f"{value.mean:.3f} (one query)"
     if percent:
-        return f"{100 * found.mean:+.2f} ({100 * found.low:+.2f} to {100 * found.high:+.2f})"
-    return f"{found.mean:.3f} ({found.low:.3f}-{found.high:.3f})"
+        return f"{100 * value.mean:+.2f} ({100 * value.low:+.2f} to {100 * value.high:+.2f})"
+    return f"{value.mean:.3f} ({value.low:.3f}-{value.high:.3f})"
 
 
 def _note(
@@ -336,26 +343,26 @@ def _note(
     dagger: bool = True,
     effects: bool = True,
 ) -> str:
-    """What a table is over, and how to read its cells."""
+    """Number of queries and candidates of a table, and an explanation of its cells."""
     which = np.ones(len(report.facts), dtype=bool) if chosen is None else chosen
-    gold = "examples that plainly state the fact" if report.config.strict else "gold examples"
+    gold = "Gold examples that plainly state the fact" if report.config.strict else "Gold examples"
     measured = ""
     if effects and report.effects is not None:
-        measured = f", tail-patch over {int(which[list(report.effects.queries)].sum()):,} of them"
+        measured = f" Tail-patch is measured on {int(which[list(report.effects.queries)].sum()):,} of the queries."
     return (
-        f"{int(which.sum()):,} queries over {report.candidates:,} candidates, right are {gold}{measured}. In brackets: "
-        f"95% intervals over queries (bootstrap). {_dagger(report) if dagger else ''}"
+        f"{int(which.sum()):,} queries, {report.candidates:,} candidates. {gold} count as correct.{measured} "
+        f"Intervals in brackets: 95%, bootstrap over queries. {_dagger(report) if dagger else ''}"
     ).strip()
 
 
 def _dagger(report: EvaluationReport) -> str:
     if OURS not in report.config.methods:
         return ""
-    return f"†: differs from {OURS} (paired sign-flip test, p < 0.05, not corrected for many tests)."
+    return f"†: differs from {OURS} (paired sign-flip test, p < 0.05, without correction for multiple tests)."
 
 
 def _label(report: EvaluationReport, method: str) -> str:
-    """A method's name, with its side where that is not the other methods'."""
+    """Name of a method, with its side if that differs from the other methods'."""
     sides = report.config.side
     return f"{method} (side {min(sides)})" if method == ONE_SIDED.name and min(sides) < sides[0] else method
 

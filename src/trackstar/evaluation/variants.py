@@ -1,4 +1,4 @@
-"""TrackStar with smaller projections, and from earlier checkpoints of the model's training (paper, Figure 2)."""
+"""TrackStar with smaller projections, and on earlier checkpoints of the training (paper, Figure 2)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,27 +18,28 @@ from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Variants:
-    """Rankings of TrackStar's that differ in one setting from the report's.
+    """TrackStar's rankings with one setting changed.
 
     Attributes:
-        by_side: By the side of the projections, the report's own among them; empty where only one is asked for.
-        by_checkpoint: By the name of the checkpoint's folder, in the order of the settings, the report's model last;
-            empty where none is asked for.
+        by_side: Side of the projections to the ranking, the report's own included; empty if there
+            is only one side.
+        by_checkpoint: Name of the checkpoint's folder to the ranking, in the order of the settings,
+            the report's model last; empty if no checkpoint is given.
     """
 
     by_side: Mapping[int, Ranking]
     by_checkpoint: Mapping[str, Ranking]
 
     def others(self, config: EvaluationConfig) -> dict[str, Ranking]:
-        """All but the report's own, by a name for people, such as `TrackStar, side 16`."""
+        """All variants but the report's own, by a name for tables, such as `TrackStar, side 16`."""
         sides = {f"{TRACKSTAR.name}, side {side}": r for side, r in self.by_side.items() if side != config.side[0]}
-        own = checkpoint_name(config.model)
-        checkpoints = {f"{TRACKSTAR.name}, {name}": r for name, r in self.by_checkpoint.items() if name != own}
+        main = checkpoint_name(config.model)
+        checkpoints = {f"{TRACKSTAR.name}, {name}": r for name, r in self.by_checkpoint.items() if name != main}
         return sides | checkpoints
 
 
 def checkpoint_name(path: str) -> str:
-    """A checkpoint's folder without the folders above it."""
+    """Name of a checkpoint's folder, without its parents."""
     return Path(path).name
 
 
@@ -46,25 +47,26 @@ def variants(
     config: EvaluationConfig,
     facts: Sequence[Fact],
     rankings: Rankings,
-    own: LanguageModel,
+    model: LanguageModel,
     workspace: Workspace,
     *,
     workers: Workers = THIS_PROCESS,
     progress: bool = True,
 ) -> Variants:
-    """Rank with every side and every checkpoint of the settings; smaller sides cost no gradients.
+    """Rank by TrackStar with every side and every checkpoint; smaller sides cost no gradients.
 
     Args:
-        config: The report's settings.
-        facts: What is asked, with the first of the templates.
-        rankings: The report's own.
-        own: The report's model.
-        workspace: A checkpoint's index and rankings are kept under `checkpoints/` in it.
-        workers: Who makes indexes and computes gradients.
-        progress: Whether bars may be shown.
+        config: Settings of the report.
+        facts: The facts to trace, with the first of the templates.
+        rankings: Rankings of the report.
+        model: The report's model.
+        workspace: The report's folder; a checkpoint's index and rankings are saved under
+            `checkpoints/` in it.
+        workers: The workers that build indexes and compute gradients.
+        progress: Whether to show progress bars if stderr is a terminal.
 
     Raises:
-        OptionError: Two checkpoints have one name, or one is not of the model's own training.
+        OptionError: Two checkpoints have the same name, or one is not from the model's training.
         TrackstarError: A checkpoint cannot be loaded; see `trackstar.errors`.
     """
     template = config.templates[0]
@@ -73,40 +75,54 @@ def variants(
         by_side = {s: rankings.ranking(TRACKSTAR.name, facts, template=template, side=s) for s in config.side}
     names = [checkpoint_name(path) for path in (*config.checkpoints, config.model)]
     if len(set(names)) < len(names):
-        raise OptionError(f"checkpoints and model are named {', '.join(names)}; expected a different name for each")
+        raise OptionError(
+            f"`checkpoints`: expected folder names that differ from each other and from the model's, found "
+            f"{', '.join(names)}"
+        )
     by_checkpoint = {}
     for path, name in zip(config.checkpoints, names, strict=False):
-        model = load_model(path, device=config.device)
-        _check_same_run(path, model, config.model, own)
+        earlier_model = load_model(path, device=config.device)
+        _check_same_run(path, earlier_model, config.model, model)
         earlier = Rankings(
             dataclasses.replace(config, model=path),
-            model,
+            earlier_model,
             Workspace(workspace.folder / "checkpoints" / name),
             workers=workers,
             progress=progress,
         )
         if earlier.pool.texts != rankings.pool.texts:
-            raise OptionError(f"{path}: reads {len(earlier.pool):,} other candidates than {config.model}; expected the "
-                              "same windows of the same corpus")  # fmt: skip
+            raise OptionError(
+                f"`checkpoints`: expected the candidates of {config.model} for {path}, found {len(earlier.pool):,} "
+                "others; use checkpoints with the same context length"
+            )
         by_checkpoint[name] = earlier.ranking(TRACKSTAR.name, facts, template=template)
     if by_checkpoint:
         by_checkpoint[names[-1]] = rankings.ranking(TRACKSTAR.name, facts, template=template)
     return Variants(by_side=by_side, by_checkpoint=by_checkpoint)
 
 
-def _check_same_run(path: str, model: LanguageModel, own_path: str, own: LanguageModel) -> None:
-    """That a checkpoint may be an earlier one of the model's: same tokenizer and matrices, and same run where known."""
-    wrong = None
-    if model.tokenizer_digest() != own.tokenizer_digest():
-        wrong = "another tokenizer"
-    elif model.matrices != own.matrices:
-        wrong = "other weight matrices"
-    elif all((Path(one) / STATE_FILE).exists() for one in (path, own_path)):
-        found, expected = read_state(Path(path)), read_state(Path(own_path))
+def _check_same_run(path: str, checkpoint: LanguageModel, model_path: str, model: LanguageModel) -> None:
+    """Raise if a checkpoint cannot be an earlier one of the model's training.
+
+    Tokenizer and weight matrices must be the same, and the run too if both are checkpoints of
+    `pretrain`.
+
+    Raises:
+        OptionError: One of these is different; the message names it.
+    """
+    difference = None
+    if checkpoint.tokenizer_digest() != model.tokenizer_digest():
+        difference = "another tokenizer"
+    elif checkpoint.matrices != model.matrices:
+        difference = "other weight matrices"
+    elif all((Path(folder) / STATE_FILE).exists() for folder in (path, model_path)):
+        found, expected = read_state(Path(path)), read_state(Path(model_path))
         settings = [{n: v for n, v in one.settings.items() if n not in FREE_TO_CHANGE} for one in (found, expected)]
         if found.corpus != expected.corpus or settings[0] != settings[1]:
-            wrong = "another run's corpus or settings"
+            difference = "the corpus or the settings of another run"
         elif found.step >= expected.step:
-            wrong = f"{found.step:,} steps, the model {expected.step:,}"
-    if wrong is not None:
-        raise OptionError(f"checkpoints: {path} has {wrong}; expected an earlier checkpoint of {own_path}'s run")
+            difference = f"{found.step:,} steps, the model {expected.step:,}"
+    if difference is not None:
+        raise OptionError(
+            f"`checkpoints`: {path} has {difference}; expected an earlier checkpoint of the run of {model_path}"
+        )

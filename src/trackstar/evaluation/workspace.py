@@ -1,6 +1,5 @@
-"""A report's folder: results of finished stages, each kept with what it was made from, so that a run can go on."""
+"""A report's folder: results of finished stages, each saved with a digest of what it was computed from."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from trackstar.attribution.results import replace_text
+from trackstar.corpus.digests import digest_of_json
 from trackstar.errors import OptionError
 
 RESULTS_VERSION = 2
-"""Part of every result's key: raised where a change of the code changes results, so that none of before is kept."""
+"""Part of every result's key. Raise it when a change of the code changes results: it voids saved ones."""
 
 
 class Workspace:
-    """Finished results by name under one folder.
+    """Saved results by name, in one folder, so that an interrupted run can be resumed.
 
-    A result counts only as long as what it was made from, its `sources`, is the same; else it is made again.
+    A result is used only if its `sources`, all that it was computed from, are the same; else it is
+    computed again.
 
     Args:
-        folder: Made where it is missing.
+        folder: The folder; it is made if it does not exist.
 
     Raises:
-        OptionError: It cannot be made.
+        OptionError: The folder cannot be made.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -32,67 +33,68 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OptionError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
+            raise OptionError(f"`out`: {folder} cannot be made ({error.strerror}); choose another folder") from None
 
-    def kept(self, name: str, sources: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """The result of that name if it is there and of the same sources; else `make()`, which is then kept.
+    def result(self, name: str, sources: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """The saved result if its sources are the same; else `compute()`, which is then saved.
 
         Args:
             name: A short name of the result.
-            sources: All that decides it, as JSON values.
-            make: Gives it, as a JSON value.
+            sources: All that the result depends on, as JSON values.
+            compute: Returns the result, as a JSON value.
         """
         path = self.path(name)
         key = _key(sources)
-        found = _read(path)
-        if isinstance(found, dict) and found.get("key") == key and "result" in found:
-            return found["result"]
-        result = make()
+        saved = _read(path)
+        if isinstance(saved, dict) and saved.get("key") == key and "result" in saved:
+            return saved["result"]
+        result = compute()
         replace_text(path, json.dumps({"key": key, "sources": sources, "result": result}, ensure_ascii=False) + "\n")
         return result
 
     def path(self, name: str) -> Path:
-        """Where a result lies."""
+        """Path of a result."""
         return self.folder / f"{re.sub(r'[^a-z0-9./]+', '-', name.lower()).strip('-')}.json"
 
     def lines(self, name: str, sources: Mapping[str, Any]) -> "GrowingLines":
-        """A result that grows line by line and survives a kill but for its last line."""
+        """A result to which lines are added; a killed run loses at most the last of them."""
         return GrowingLines(self.path(name).with_suffix(".jsonl"), _key(sources))
 
 
 class GrowingLines:
-    """JSON lines that are added to; the first names what they were made from."""
+    """A file of JSON lines that grows; its first line is the key of its sources."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path = path
         self._key = key
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The lines that are there; none where they were made from something else."""
-        whole = self._whole_lines()
-        if whole and whole[0] == {"key": self._key}:
-            yield from whole[1:]
+        """The saved lines; none if the sources were different."""
+        lines = self._complete_lines()
+        if lines and lines[0] == {"key": self._key}:
+            yield from lines[1:]
 
     def add(self, lines: list[dict[str, Any]]) -> None:
-        """Add lines; what was made from something else, or was cut off, is dropped first."""
+        """Add lines. Lines of different sources and an incomplete last line are dropped."""
         content = [{"key": self._key}, *self, *lines]
         replace_text(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content))
 
-    def _whole_lines(self) -> list[Any]:
+    def _complete_lines(self) -> list[Any]:
         try:
             text = self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             return []
-        found = []
+        lines = []
         for line in text.splitlines():
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except ValueError:
                 break
-        return found
+        return lines
 
 
 def _read(path: Path) -> Any:
+    """Content of a JSON file; None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -100,4 +102,4 @@ def _read(path: Path) -> Any:
 
 
 def _key(sources: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps([RESULTS_VERSION, sources], sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_of_json([RESULTS_VERSION, sources], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Search, filter, sort and page through a result file's queries, and the metrics of those that match."""
+"""Search, filter, sort and page through a result file's queries, and compute metrics of those that match."""
 
 import dataclasses
 import functools
@@ -25,23 +25,23 @@ _MOST_RESAMPLED = 10_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QueryFilter:
-    """Which queries are wanted, and in which order.
+    """Which queries to list, and in which order.
 
     Attributes:
-        search: Words or part of a word that prompt, completion, name or relation hold, whatever their case.
-        passages: Whether passages are searched too.
-        relations: Any of these; empty is all.
-        buckets: Any of these frequency buckets; empty is all.
-        model_correct: Whether the model answers right; None is either.
-        proponent_correct: Whether any proponent is right; None is either.
-        score_min: The first proponent's score is at least this.
-        score_max: And at most this.
-        sort: By what.
+        search: Text that the prompt, completion, name or relation contains, in any case.
+        search_candidates: Whether the candidates' texts are searched too.
+        relations: Relations to list; empty lists all.
+        buckets: Frequency buckets to list; empty lists all.
+        model_correct: Whether the model answers correctly; None is either.
+        proponent_correct: Whether any proponent is correct; None is either.
+        score_min: Lowest score of the first proponent.
+        score_max: Highest score of the first proponent.
+        sort: Sort key.
         descending: Whether the largest come first.
     """
 
     search: str = ""
-    passages: bool = False
+    search_candidates: bool = False
     relations: frozenset[str] = frozenset()
     buckets: frozenset[str] = frozenset()
     model_correct: bool | None = None
@@ -52,35 +52,35 @@ class QueryFilter:
     descending: bool = False
 
 
-def matching_places(file: ResultFile, wanted: QueryFilter) -> list[int]:
-    """Lines of the file that match, in the order asked for; queries without what is sorted by come last."""
+def matching_places(file: ResultFile, filters: QueryFilter) -> list[int]:
+    """Positions of the matching lines, sorted; queries without a sort key come last."""
     lines = file.lines
-    places = _matching(lines, wanted)
-    if wanted.relations:
-        places = [place for place in places if lines[place].relation in wanted.relations]
-    if wanted.buckets:
-        places = [place for place in places if lines[place].bucket in wanted.buckets]
-    return _sorted(lines, places, wanted)
+    places = _matching(lines, filters)
+    if filters.relations:
+        places = [place for place in places if lines[place].relation in filters.relations]
+    if filters.buckets:
+        places = [place for place in places if lines[place].bucket in filters.buckets]
+    return _sorted(lines, places, filters)
 
 
-def query_page(files: Sequence[ResultFile], run: int, wanted: QueryFilter, *, offset: int, limit: int) -> QueryPage:
-    """A page of the sidebar, the facets, and each run's metrics over the queries that match in the one browsed."""
-    found = _found(tuple(files), run, wanted)
+def query_page(files: Sequence[ResultFile], run: int, filters: QueryFilter, *, offset: int, limit: int) -> QueryPage:
+    """A page of the sidebar, the facets, and each run's metrics over the listed run's matching queries."""
+    matches = _matches(tuple(files), run, filters)
     lines = files[run].lines
     return QueryPage(
         total=len(lines),
-        matching=len(found.places),
+        matching=len(matches.places),
         offset=offset,
-        items=[_row(files, lines[place]) for place in found.places[offset : offset + limit]],
-        metrics=found.metrics,
-        relations=found.relations,
-        buckets=found.buckets,
+        items=[_row(files, lines[place]) for place in matches.places[offset : offset + limit]],
+        metrics=matches.metrics,
+        relations=matches.relations,
+        buckets=matches.buckets,
     )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What all pages of one filter share."""
+class _Matches:
+    """The matching queries with their metrics and facets, shared by all pages of one filter."""
 
     places: list[int]
     metrics: list[list[Metric]]
@@ -89,20 +89,20 @@ class _Found:
 
 
 @functools.lru_cache(maxsize=16)
-def _found(files: tuple[ResultFile, ...], run: int, wanted: QueryFilter) -> _Found:
+def _matches(files: tuple[ResultFile, ...], run: int, filters: QueryFilter) -> _Matches:
     file = files[run]
     lines = file.lines
-    base = _matching(lines, wanted)
-    in_relation = [p for p in base if not wanted.relations or lines[p].relation in wanted.relations]
-    in_bucket = [p for p in base if not wanted.buckets or lines[p].bucket in wanted.buckets]
+    base = _matching(lines, filters)
+    in_relation = [p for p in base if not filters.relations or lines[p].relation in filters.relations]
+    in_bucket = [p for p in base if not filters.buckets or lines[p].bucket in filters.buckets]
     chosen = set(in_bucket)
-    places = _sorted(lines, [p for p in in_relation if p in chosen], wanted)
+    places = _sorted(lines, [p for p in in_relation if p in chosen], filters)
     names = [lines[place].example_id for place in places]
     metrics = []
     for other in files:
         same = places if other is file else [other.place_of[name] for name in names if name in other.place_of]
         metrics.append(run_metrics(other, same))
-    return _Found(
+    return _Matches(
         places=places,
         metrics=metrics,
         relations=_facets(lines[place].relation for place in in_bucket),
@@ -111,7 +111,7 @@ def _found(files: tuple[ResultFile, ...], run: int, wanted: QueryFilter) -> _Fou
 
 
 def run_metrics(file: ResultFile, places: Sequence[int]) -> list[Metric]:
-    """A run's metrics over some of its queries, with 95% intervals over them."""
+    """A run's metrics over some of its queries, with 95% intervals."""
     values = _values(file)[list(places)]
     return [
         Metric(name=name, explanation=explanation, unit=unit, estimate=estimate)
@@ -120,25 +120,26 @@ def run_metrics(file: ResultFile, places: Sequence[int]) -> list[Metric]:
 
 
 def estimates(values: Float[np.ndarray, "queries metrics"]) -> list[Estimate | None]:
-    """Each column's mean over the queries that have it (not NaN), with its 95% interval; None where none has.
+    """Mean of each column with its 95% interval, over the queries that have a value; None if no query has.
 
-    The interval is a bootstrap's, and the normal one above 10,000 queries. The bootstrap is Poisson's (each query
-    counts Poisson(1) times in each of 1,000 draws) from a table made once, one product for all columns: metrics must
-    follow a filter while a person types.
+    Queries without a value are NaN. Up to 10,000 queries the interval is a Poisson bootstrap's: each query
+    counts Poisson(1) times in each of 1,000 draws. The counts come from one cached table, so that all
+    columns take one matrix product and metrics keep up with a filter while the user types. Above 10,000
+    queries it is the normal interval.
     """
-    known = ~np.isnan(values)
-    numbers = np.where(known, values, 0.0)
-    counts = known.sum(axis=0)
+    present = ~np.isnan(values)
+    numbers = np.where(present, values, 0.0)
+    counts = present.sum(axis=0)
     means = numbers.sum(axis=0) / np.maximum(counts, 1)
     if len(values) > _MOST_RESAMPLED:
-        spread = np.sqrt((np.where(known, values - means, 0.0) ** 2).sum(axis=0) / np.maximum(counts - 1, 1))
+        spread = np.sqrt((np.where(present, values - means, 0.0) ** 2).sum(axis=0) / np.maximum(counts - 1, 1))
         half = 1.96 * spread / np.sqrt(np.maximum(counts, 1))
         low, high = means - half, means + half
     else:
         weights = _weights(len(values))
-        totals = weights @ known.astype(np.float32)
+        totals = weights @ present.astype(np.float32)
         drawn = (weights @ numbers.astype(np.float32)) / np.maximum(totals, 1)
-        # A draw without any query that has the metric says nothing; with few queries there are some.
+        # With few queries, a draw may hold no query that has the metric.
         drawn = np.where(totals > 0, drawn, means)
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return [
@@ -150,21 +151,21 @@ def estimates(values: Float[np.ndarray, "queries metrics"]) -> list[Estimate | N
 
 
 _METRICS: tuple[tuple[str, str, Unit], ...] = (
-    ("MRR", "Mean of 1 / rank of the first proponent that states the fact; 0 where none that is listed does.", "share"),
-    (f"recall@{_AT}", f"Share of queries with at least one right proponent among the first {_AT}.", "share"),
-    (f"precision@{_AT}", f"Share of the first {_AT} proponents that are right.", "share"),
+    ("MRR", "Mean of 1 / rank of the first proponent that states the fact; 0 if no listed proponent does.", "share"),
+    (f"recall@{_AT}", f"Share of queries with at least one correct proponent among the first {_AT}.", "share"),
+    (f"precision@{_AT}", f"Share of the first {_AT} proponents that are correct.", "share"),
     (f"entailing@{_AT}", f"Share of the first {_AT} proponents that a model judged to entail the fact.", "share"),
-    ("model right", "Share of queries that the model answers right.", "share"),
-    ("top score", "The first proponent's score, on average.", "number"),
+    ("model accuracy", "Share of queries that the model answers correctly.", "share"),
+    ("top score", "Mean score of the first proponent.", "number"),
 )
 
 
 def _values(file: ResultFile) -> Float[np.ndarray, "queries metrics"]:
-    """Each query's value of each metric, NaN where it has none; made once a file."""
-    held = _HELD.get(file)
-    if held is None:
-        held = _HELD[file] = np.array([_metrics_of(line) for line in file.lines], dtype=np.float64)
-    return held
+    """Each query's value of each metric, or NaN; computed once per file."""
+    values = _VALUES.get(file)
+    if values is None:
+        values = _VALUES[file] = np.array([_metrics_of(line) for line in file.lines], dtype=np.float64)
+    return values
 
 
 def _metrics_of(line: Line) -> tuple[float, ...]:
@@ -180,7 +181,7 @@ def _metrics_of(line: Line) -> tuple[float, ...]:
     )
 
 
-_HELD: WeakKeyDictionary[ResultFile, Float[np.ndarray, "queries metrics"]] = WeakKeyDictionary()
+_VALUES: WeakKeyDictionary[ResultFile, Float[np.ndarray, "queries metrics"]] = WeakKeyDictionary()
 
 
 @functools.cache
@@ -194,32 +195,32 @@ def _weights(count: int) -> Float[np.ndarray, "draws queries"]:
 
 
 def prepare(files: Iterable[ResultFile]) -> None:
-    """Make beforehand what the first page would wait for."""
+    """Compute in advance what the first page would wait for."""
     _weight_table()
     for file in files:
         _values(file)
 
 
-def _matching(lines: Sequence[Line], wanted: QueryFilter) -> list[int]:
-    """Lines that match everything but relation and bucket, in the file's order."""
-    search = wanted.search.casefold()
+def _matching(lines: Sequence[Line], filters: QueryFilter) -> list[int]:
+    """Lines that match all filters except relation and bucket, in the file's order."""
+    search = filters.search.casefold()
     return [
         place
         for place, line in enumerate(lines)
-        if (not search or search in line.query_text or (wanted.passages and search in line.passages_text))
-        and (wanted.model_correct is None or line.model_correct is wanted.model_correct)
+        if (not search or search in line.query_text or (filters.search_candidates and search in line.candidates_text))
+        and (filters.model_correct is None or line.model_correct is filters.model_correct)
         and (
-            wanted.proponent_correct is None
-            or (line.correct is not None and any(line.correct) is wanted.proponent_correct)
+            filters.proponent_correct is None
+            or (line.correct is not None and any(line.correct) is filters.proponent_correct)
         )
-        and (wanted.score_min is None or (line.scores and line.scores[0] >= wanted.score_min))
-        and (wanted.score_max is None or (line.scores and line.scores[0] <= wanted.score_max))
+        and (filters.score_min is None or (line.scores and line.scores[0] >= filters.score_min))
+        and (filters.score_max is None or (line.scores and line.scores[0] <= filters.score_max))
     ]
 
 
-def _sorted(lines: Sequence[Line], places: list[int], wanted: QueryFilter) -> list[int]:
-    if wanted.sort == "file":
-        return places[::-1] if wanted.descending else places
+def _sorted(lines: Sequence[Line], places: list[int], filters: QueryFilter) -> list[int]:
+    if filters.sort == "file":
+        return places[::-1] if filters.descending else places
     keys: dict[Sort, Callable[[Line], float | int | str | None]] = {
         "prompt": lambda line: line.prompt.casefold(),
         "relation": lambda line: None if line.relation is None else line.relation.casefold(),
@@ -227,10 +228,10 @@ def _sorted(lines: Sequence[Line], places: list[int], wanted: QueryFilter) -> li
         "score": lambda line: line.scores[0] if line.scores else None,
         "rank": lambda line: line.first_correct,
     }
-    key = keys[wanted.sort]
-    known = [place for place in places if key(lines[place]) is not None]
-    known.sort(key=lambda place: key(lines[place]), reverse=wanted.descending)  # pyright: ignore[reportArgumentType, reportCallIssue]  # one type a key
-    return known + [place for place in places if key(lines[place]) is None]
+    key = keys[filters.sort]
+    with_key = [place for place in places if key(lines[place]) is not None]
+    with_key.sort(key=lambda place: key(lines[place]), reverse=filters.descending)  # pyright: ignore[reportArgumentType, reportCallIssue]  # one type per key
+    return with_key + [place for place in places if key(lines[place]) is None]
 
 
 def _row(files: Sequence[ResultFile], line: Line) -> QueryRow:

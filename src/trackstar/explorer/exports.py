@@ -1,4 +1,4 @@
-"""What is on the screen as a file: CSV for spreadsheets, JSON lines, and one HTML page that needs nothing else."""
+"""Queries with their rankings as files: CSV for spreadsheets, JSON lines, or one self-contained HTML page."""
 
 import base64
 import csv
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from trackstar.attribution.markup import plain
-from trackstar.explorer.schemas import Answer, Passage
+from trackstar.explorer.schemas import Answer, Candidate
 
 ExportFormat = Literal["csv", "jsonl", "html"]
 MEDIA_TYPES: dict[ExportFormat, str] = {
@@ -33,15 +33,15 @@ _STYLE = (
 )
 
 
-class Shown:
-    """A query with its rankings, as it is written out.
+class ExportedQuery:
+    """A query with its rankings, to be written to a file.
 
     Args:
-        query_id: Its name.
-        prompt: Its prompt.
-        completion: Its completion.
-        rankings: Method, role and passages of each list.
-        heading: What else is said of it.
+        query_id: The query's name.
+        prompt: The query's prompt.
+        completion: The query's completion.
+        rankings: Method, role and candidates of each list.
+        heading: A further line about the query, such as its relation.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Shown:
         query_id: str,
         prompt: str,
         completion: str,
-        rankings: Sequence[tuple[str, str, Sequence[Passage]]],
+        rankings: Sequence[tuple[str, str, Sequence[Candidate]]],
         heading: str = "",
     ) -> None:
         self.query_id = query_id
@@ -59,25 +59,25 @@ class Shown:
         self.heading = heading
 
     @classmethod
-    def of_answer(cls, answer: Answer) -> "Shown":
-        """A live answer."""
+    def of_answer(cls, answer: Answer) -> "ExportedQuery":
+        """The query and rankings of a live answer."""
         return cls(
             query_id=answer.key,
             prompt=answer.prompt,
             completion=answer.completion,
             rankings=[
-                (ranking.method, role, passages)
+                (ranking.method, role, candidates)
                 for ranking in answer.rankings
-                for role, passages in (("proponent", ranking.proponents), ("opponent", ranking.opponents))
-                if passages
+                for role, candidates in (("proponent", ranking.proponents), ("opponent", ranking.opponents))
+                if candidates
             ],
             heading=f"P = {answer.probability:.2%}, λ = {answer.mixing.value:.4f}",
         )
 
     def release(self) -> dict[str, Any]:
-        """A line a method would have in the release's format, with the method beside it."""
+        """The first method's ranking in the release's format, with further fields for the other methods."""
         methods = list(dict.fromkeys(method for method, _, _ in self.rankings))
-        lists = {(method, role): passages for method, role, passages in self.rankings}
+        lists = {(method, role): candidates for method, role, candidates in self.rankings}
         first = methods[0] if methods else ""
         return {
             "example_id": self.query_id,
@@ -85,31 +85,34 @@ class Shown:
             "inputs_plaintext": self.prompt,
             "targets_plaintext": self.completion,
             **{
-                f"{role}{suffix}": [value(passage) for passage in lists.get((first, role), ())]
+                f"{role}{suffix}": [value(candidate) for candidate in lists.get((first, role), ())]
                 for role in ("proponent", "opponent")
                 for suffix, value in (
-                    ("s", lambda passage: passage.text),
-                    ("_ids", lambda passage: passage.example_id),
-                    ("_scores", lambda passage: passage.score),
+                    ("s", lambda candidate: candidate.text),
+                    ("_ids", lambda candidate: candidate.example_id),
+                    ("_scores", lambda candidate: candidate.score),
                 )
             },
             "method": first,
             "other_methods": {
                 method: [
-                    {"example_id": passage.example_id, "score": passage.score, "text": passage.text}
-                    for passage in lists.get((method, "proponent"), ())
+                    {"example_id": candidate.example_id, "score": candidate.score, "text": candidate.text}
+                    for candidate in lists.get((method, "proponent"), ())
                 ]
                 for method in methods[1:]
             },
         }
 
 
-def to_csv(shown: Iterable[Shown]) -> Iterator[str]:
-    """A row a passage, with a header; a cell that a spreadsheet would run as a formula begins with an apostrophe."""
+def to_csv(queries: Iterable[ExportedQuery]) -> Iterator[str]:
+    """A header, then one row per candidate.
+
+    A cell that a spreadsheet would run as a formula begins with an apostrophe.
+    """
     yield _row(_COLUMNS)
-    for query in shown:
-        for method, role, passages in query.rankings:
-            for passage in passages:
+    for query in queries:
+        for method, role, candidates in query.rankings:
+            for candidate in candidates:
                 yield _row(
                     (
                         query.query_id,
@@ -117,44 +120,45 @@ def to_csv(shown: Iterable[Shown]) -> Iterator[str]:
                         query.completion,
                         method,
                         role,
-                        passage.rank,
-                        passage.score,
-                        passage.example_id,
-                        "" if passage.correct is None else int(passage.correct),
-                        "" if passage.entailment is None else passage.entailment,
-                        passage.category or "",
-                        passage.text,
+                        candidate.rank,
+                        candidate.score,
+                        candidate.example_id,
+                        "" if candidate.correct is None else int(candidate.correct),
+                        "" if candidate.entailment is None else candidate.entailment,
+                        candidate.category or "",
+                        candidate.text,
                     )
                 )
 
 
-def to_jsonl(shown: Iterable[Shown]) -> Iterator[str]:
-    """A line a query."""
-    for query in shown:
+def to_jsonl(queries: Iterable[ExportedQuery]) -> Iterator[str]:
+    """One line per query."""
+    for query in queries:
         yield json.dumps(query.release(), ensure_ascii=False) + "\n"
 
 
-def to_html(shown: Iterable[Shown], title: str) -> Iterator[str]:
-    """One page without a script, whose own policy lets nothing else load: to be sent to somebody."""
-    allowed = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+def to_html(queries: Iterable[ExportedQuery], title: str) -> Iterator[str]:
+    """One page to pass on; it has no script, and its own content security policy lets nothing else load."""
+    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     yield (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{allowed}'\">"
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'sha256-{digest}'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{plain(title)}</title><style>{_STYLE}</style></head><body><h1>{plain(title)}</h1>\n"
     )
-    for query in shown:
+    for query in queries:
         yield (
             f"<h2 dir=auto>{plain(query.prompt)} <b>{plain(query.completion)}</b></h2>"
             f"<p><small>{plain(query.query_id)} {plain(query.heading)}</small></p>\n"
         )
-        for method, role, passages in query.rankings:
+        for method, role, candidates in query.rankings:
             yield f"<h3>{plain(method)}: {plain(role)}s</h3><table>"
-            for passage in passages:
-                star = "★" if passage.correct else ""
+            for candidate in candidates:
+                star = "★" if candidate.correct else ""
                 yield (
-                    f"<tr><td class=n>{passage.rank}</td><td class=n>{passage.score:+.4f} {star}</td>"
-                    f"<td class=t dir=auto>{plain(passage.text)} <small>{plain(passage.example_id)}</small></td></tr>"
+                    f"<tr><td class=n>{candidate.rank}</td><td class=n>{candidate.score:+.4f} {star}</td>"
+                    f"<td class=t dir=auto>{plain(candidate.text)} "
+                    f"<small>{plain(candidate.example_id)}</small></td></tr>"
                 )
             yield "</table>\n"
     yield "</body></html>\n"

@@ -1,4 +1,4 @@
-"""All candidates of an answer at a glance: how influences are spread, against lexical overlap, and by metadata."""
+"""All candidates of an answer: histogram of influence, scatter against lexical overlap, groups by metadata."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -20,13 +20,13 @@ def insight(
     shown: Collection[int],
     text_of: Mapping[int, str],
 ) -> Insight:
-    """Histogram of all influences, and a scatter of the shown and some others against their lexical overlap.
+    """Histogram of all influences, and a scatter of influence against lexical overlap for a sample.
 
     Args:
-        influences: Eq. 1's value of every candidate.
-        overlaps: BM25 score of every candidate; None where it is not known, and then there is no scatter.
+        influences: Influence (Eq. 1) of every candidate.
+        overlaps: BM25 score of every candidate; None if it was not computed, which leaves the scatter empty.
         shown: Rows that a ranking shows.
-        text_of: The texts of the rows that `scatter_rows` gives.
+        text_of: Texts of the rows in `scatter_rows`.
     """
     low, high = float(influences.min()), float(influences.max())
     counts, edges = np.histogram(influences, bins=_BINS, range=(low, high if high > low else low + 1e-6))
@@ -55,14 +55,14 @@ def insight(
 
 
 def scatter_rows(candidates: int, shown: Collection[int]) -> list[int]:
-    """The shown rows and a uniform sample of the others, the same at every call, ascending."""
+    """The shown rows and a uniform sample of the others, ascending; the same sample at every call."""
     generator = np.random.default_rng(0)
     drawn = generator.choice(candidates, size=min(candidates, _SAMPLED), replace=False)
     return sorted({*map(int, drawn), *shown})
 
 
 def rank_correlation(first: Float[np.ndarray, "values"], second: Float[np.ndarray, "values"]) -> float | None:
-    """Spearman's correlation, ties sharing their mean rank; None where one of the two does not vary."""
+    """Spearman's rank correlation; ties share their mean rank. None if one side is constant."""
     a, b = (_mean_ranks(values) for values in (first, second))
     if a.std() == 0 or b.std() == 0:
         return None
@@ -77,22 +77,22 @@ def groups(
     values: Sequence[str],
     in_corpus: Mapping[str, float] | None,
 ) -> Groups:
-    """Top candidates grouped by a field of their records, the groups with most influence first.
+    """Top candidates grouped by a field of their records; the groups with most influence come first.
 
     Args:
         field: The field.
-        method: By what they are ranked.
-        rows: The candidates.
-        scores: Their scores.
-        values: Their values of the field; empty where a record lacks it.
-        in_corpus: Each value's share of the whole corpus, where it is known.
+        method: The method that ranks the candidates.
+        rows: The candidates' rows.
+        scores: The candidates' scores.
+        values: The candidates' values of the field; empty for a record without the field.
+        in_corpus: Each value's share of the whole corpus, if computed.
     """
     sums: dict[str, float] = defaultdict(float)
     for value, score in zip(values, scores, strict=True):
         sums[value] += score
     counts = Counter(values)
     positive = sum(score for score in scores if score > 0)
-    found = [
+    by_value = [
         Group(
             value=value,
             candidates=counts[value],
@@ -102,8 +102,8 @@ def groups(
         )
         for value, total in sums.items()
     ]
-    found.sort(key=lambda group: (-group.influence, group.value))
-    return Groups(field=field, method=method, top=len(rows), groups=found[:_MOST_GROUPS])
+    by_value.sort(key=lambda group: (-group.influence, group.value))
+    return Groups(field=field, method=method, top=len(rows), groups=by_value[:_MOST_GROUPS])
 
 
 def _mean_ranks(values: Float[np.ndarray, "values"]) -> Float[np.ndarray, "values"]:

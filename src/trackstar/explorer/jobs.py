@@ -1,4 +1,4 @@
-"""Work that takes longer than a request: one job at a time on a thread, observed while it runs, cancelled on demand."""
+"""A queue for jobs that take longer than a request: one runs at a time, with progress and cancellation."""
 
 import contextlib
 import dataclasses
@@ -11,24 +11,26 @@ from collections.abc import Callable
 from typing import Any
 
 from trackstar.errors import TrackstarError
+from trackstar.explorer.messages import without_backticks
 from trackstar.explorer.schemas import Job, JobState
-from trackstar.progress import observed, printable
+from trackstar.progress import observed
+from trackstar.text import printable
 
 MOST_WAITING = 8
-MOST_KEPT = 64
+MOST_REMEMBERED = 64
 
 
 class TooManyJobsError(Exception):
-    """As many jobs wait as may wait."""
+    """`MOST_WAITING` jobs are queued already."""
 
 
 class _Cancelled(BaseException):
-    """The person does not want the result any more; no handler of errors may take it for one."""
+    """The user cancelled the job. Not an `Exception`, so that no error handler catches it."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
 class _Work:
-    """A job's state; written by the thread that runs it, read by requests."""
+    """A job's state, written by the thread that runs it and read by requests."""
 
     job: int
     title: str
@@ -74,7 +76,7 @@ class _Work:
 
 
 class Jobs:
-    """Jobs in the order in which they were asked for, one at a time; the last `MOST_KEPT` are remembered."""
+    """Runs submitted jobs one at a time, in order; remembers the last `MOST_REMEMBERED`."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -88,30 +90,30 @@ class Jobs:
         """Queue a job.
 
         Args:
-            title: What it does, for people.
-            run: Gives its result, one of the API's.
+            title: Title for the user.
+            run: Computes the result, one of the API's.
 
         Raises:
-            TooManyJobsError: `MOST_WAITING` wait already.
+            TooManyJobsError: `MOST_WAITING` jobs are queued already.
         """
         with self._lock:
             if sum(work.state == "queued" for work in self._works.values()) >= MOST_WAITING:
                 raise TooManyJobsError
             work = _Work(job=next(self._numbers), title=title, run=run)
             self._works[work.job] = work
-            ended = [number for number, one in self._works.items() if one.state not in ("queued", "running")]
-            for number in ended[: max(0, len(self._works) - MOST_KEPT)]:
+            ended = [number for number, work in self._works.items() if work.state not in ("queued", "running")]
+            for number in ended[: max(0, len(self._works) - MOST_REMEMBERED)]:
                 del self._works[number]
         self._waiting.put(work)
         return work.described()
 
     def get(self, job: int) -> Job | None:
-        """The job; None where there is none, or none any more."""
+        """The job; None if it does not exist or is no longer remembered."""
         work = self._works.get(job)
         return work.described() if work is not None else None
 
     def cancel(self, job: int) -> Job | None:
-        """Stop a job at its next step; None where there is none. A job that has ended stays as it is."""
+        """Stop a job at its next step. None if it does not exist; a job that has ended is left as it is."""
         work = self._works.get(job)
         if work is None:
             return None
@@ -121,7 +123,7 @@ class Jobs:
         return work.described()
 
     def close(self) -> None:
-        """Cancel what runs and what waits, and wait for the thread to end."""
+        """Cancel all jobs and wait for the thread to end."""
         for work in list(self._works.values()):
             self.cancel(work.job)
         self._waiting.put(None)
@@ -131,7 +133,7 @@ class Jobs:
         while (work := self._waiting.get()) is not None:
             if not work.cancelled:
                 self._run(work)
-            work.run = _nothing  # what it holds can go
+            work.run = _nothing  # frees what the closure holds
 
     def _run(self, work: _Work) -> None:
         work.state, work.began = "running", time.monotonic()
@@ -142,9 +144,9 @@ class Jobs:
                     work.result = work.run()
                 state = "done"
             except TrackstarError as error:
-                work.error = printable(str(error))
+                work.error = printable(without_backticks(str(error)))
             except MemoryError:
-                work.error = "memory ran out; ask for a shorter text or start with a smaller --batch-tokens"
+                work.error = "out of memory; shorten the text, or restart the explorer with a smaller batch_tokens"
             except _Cancelled:
                 state = "cancelled"
                 raise

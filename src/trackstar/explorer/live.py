@@ -1,12 +1,10 @@
-"""Live questions to an index: what the model says, who moved it, over which tokens, and by how much when measured.
+"""Live questions to an index: the model's answer, its proponents, token splits, and measured effects.
 
-Everything that computes runs as a job on one thread (`jobs.py`); what was answered is held, so that asking on costs
-little.
+Computations run as jobs on one thread (`jobs.py`). Answers stay in memory, so that further questions about an answer
+cost little.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import threading
 from collections import OrderedDict
@@ -22,14 +20,17 @@ from trackstar.baselines.bm25 import BM25Retriever
 from trackstar.baselines.embeddings import EmbeddingRetriever, Encoder
 from trackstar.baselines.interface import Pool
 from trackstar.corpus import Corpus, Query, query_text
-from trackstar.errors import CorpusError, OptionError, TrackstarError
+from trackstar.corpus.digests import digest_of_json
+from trackstar.errors import CorpusError, OptionError, TrackstarError, check_choice
+from trackstar.explorer.candidates import make_candidate
 from trackstar.explorer.insight import groups, insight, scatter_rows
+from trackstar.explorer.messages import sendable, without_backticks
 from trackstar.explorer.metadata import Metadata, metadata_fields
-from trackstar.explorer.passages import make_passage
-from trackstar.explorer.result_files import mixing_summary, sendable
+from trackstar.explorer.result_files import mixing_summary
 from trackstar.explorer.schemas import (
     Answer,
     AnswerRequest,
+    Candidate,
     Details,
     Effect,
     GeneratedToken,
@@ -38,7 +39,6 @@ from trackstar.explorer.schemas import (
     Groups,
     IndexSummary,
     Insight,
-    Passage,
     Ranking,
     Share,
     TokenSplit,
@@ -49,16 +49,17 @@ from trackstar.store import place_name
 
 TRACKSTAR, BM25, EMBEDDINGS = "TrackStar", "BM25", "embeddings"
 _SCORE_NAMES = {
-    TRACKSTAR: "influence (Eq. 1), from -1 to 1",
-    BM25: "BM25 of prompt and completion",
-    EMBEDDINGS: "dot product of embeddings",
+    TRACKSTAR: "influence, from -1 to 1",
+    BM25: "BM25 score: words shared with prompt and completion",
+    EMBEDDINGS: "dot product of sentence embeddings",
 }
 _MOST_ANSWERS = 32
+ANSWER_GONE = "the answer is no longer in memory; attribute the completion again"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Held:
-    """An answer with all candidates' scores by method, and what has been found out about some of them."""
+class _CachedAnswer:
+    """An answer with all candidates' scores by method, and its token splits and measured effects so far."""
 
     answer: Answer
     attribution: Attribution
@@ -68,13 +69,13 @@ class _Held:
 
 
 class LiveIndex:
-    """An index that can be asked.
+    """An index that answers questions.
 
     Args:
         attributor: The index with its model.
         encoder: An embedding model, or None.
-        corpora: The corpora that were indexed, where they can be read.
-        task_queries: Of how many queries the task is.
+        corpora: The corpora that were indexed; empty if they cannot be read.
+        task_queries: Number of queries in the task.
     """
 
     def __init__(
@@ -86,26 +87,26 @@ class LiveIndex:
         self._encoder = encoder
         self._corpora = list(corpora)
         self._metadata: Metadata | None = None
-        self._metadata_wanted = bool(metadata_fields(self._corpora))
+        self._has_metadata = bool(metadata_fields(self._corpora))
         self._pool: Pool | None = None
         self._bm25: BM25Retriever | None = None
         self._embeddings: EmbeddingRetriever | None = None
-        self._answers: OrderedDict[str, _Held] = OrderedDict()
+        self._answers: OrderedDict[str, _CachedAnswer] = OrderedDict()
         self._lock = threading.Lock()
         self._task_queries = task_queries
         self._notes: list[str] = []
         try:
             self._step, self._no_step = attributor.training_step().description, None
         except TrackstarError as error:
-            self._step, self._no_step = None, str(error)
+            self._step, self._no_step = None, without_backticks(str(error))
 
     @property
     def methods(self) -> list[str]:
-        """What candidates can be ranked by."""
+        """Methods that can rank candidates."""
         return [TRACKSTAR, BM25, *([EMBEDDINGS] if self._encoder is not None else [])]
 
     def summary(self) -> IndexSummary:
-        """The index, for the browser; folders above what is named are left out."""
+        """Description of the index for the browser; paths are shown without the folders above them."""
         manifest = self._index.manifest
         return IndexSummary(
             name=sendable(place_name(self._index.path)),
@@ -121,49 +122,49 @@ class LiveIndex:
             methods=self.methods,
             step=self._step,
             no_step=self._no_step,
-            metadata=metadata_fields(self._corpora) if self._metadata_wanted else [],
+            metadata=metadata_fields(self._corpora) if self._has_metadata else [],
         )
 
     def generate(self, request: GenerateRequest) -> Generation:
-        """What the model says after a prompt, token by token."""
-        said = generate_tokens(self._model, request.prompt, max_new_tokens=request.max_new_tokens)
-        if not said.text:
-            raise OptionError("the model says nothing after the prompt; write a completion, or another prompt")
+        """The model's continuation of a prompt, token by token."""
+        generated = generate_tokens(self._model, request.prompt, max_new_tokens=request.max_new_tokens)
+        if not generated.text:
+            raise OptionError("the model's answer is empty; enter a completion, or another prompt")
         return Generation(
             prompt=sendable(request.prompt),
-            text=said.text,
+            text=generated.text,
             tokens=[
                 GeneratedToken(start=token.start, stop=token.stop, probability=token.probability)
-                for token in said.tokens
+                for token in generated.tokens
             ],
         )
 
     def key(self, request: AnswerRequest) -> str:
-        """Names the answer to a request."""
-        said = [request.prompt, request.completion, request.methods, request.top, self._index.manifest.to_json()]
-        return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+        """Key of the answer to a request, from the request and the index's manifest."""
+        fields = [request.prompt, request.completion, request.methods, request.top, self._index.manifest.to_json()]
+        return digest_of_json(fields)
 
     def check(self, request: AnswerRequest) -> None:
-        """See that a request can be answered, before it is queued.
+        """Raise if a request cannot be answered, before it is queued.
 
         Raises:
-            OptionError: It names a method that is not there, or one twice.
+            OptionError: A method is unknown or named twice.
         """
         unknown = [method for method in request.methods if method not in self.methods]
         if unknown or len(set(request.methods)) != len(request.methods):
             raise OptionError(
-                f"methods: found {', '.join(request.methods)}; expected some of {', '.join(self.methods)}, each once"
+                f"`methods`: expected some of {', '.join(self.methods)}, each once, found {', '.join(request.methods)}"
             )
 
     def answer(self, request: AnswerRequest) -> Answer:
-        """Attribute a completion by every method asked for; kept under its key."""
+        """Attribute a completion by every requested method, and keep the answer in memory."""
         self.check(request)
         key = self.key(request)
-        if (held := self._held(key)) is not None:
-            return held.answer
+        if (cached := self._cached(key)) is not None:
+            return cached.answer
         query = Query(query_id="query", prompt=request.prompt, completion=request.completion)
         self._read_metadata()
-        # TrackStar's influences are needed whatever is shown: tokens, measured effects and the overview are of them.
+        # Always computed: token splits, measured effects and the overview need TrackStar's influences.
         attribution = self._attributor.attribute(query)
         scores = {TRACKSTAR: attribution.influences.numpy()}
         for method in request.methods:
@@ -183,107 +184,109 @@ class LiveIndex:
                 damping=correction.damping,
                 damping_rule=correction.damping_rule,
             ),
-            notes=[sendable(note) for note in (*self._notes, *_cut(query, attribution), *self._exact(attribution))],
+            notes=[
+                sendable(note)
+                for note in (*self._notes, *_window_notes(query, attribution), *self._reranking_notes(attribution))
+            ],
         )
         with self._lock:
-            self._answers[key] = _Held(answer=answer, attribution=attribution, scores=scores)
+            self._answers[key] = _CachedAnswer(answer=answer, attribution=attribution, scores=scores)
             while len(self._answers) > _MOST_ANSWERS:
                 self._answers.popitem(last=False)
         return answer
 
-    def _exact(self, attribution: Attribution) -> list[str]:
-        """Which of the influences are exact, and what may be missing, where the store has few bits."""
+    def _reranking_notes(self, attribution: Attribution) -> list[str]:
+        """A note on exact and estimated influences, if candidates were re-ranked."""
         if not len(attribution.reranked):
             return []
-        note = (
-            f"{len(attribution.reranked):,} of {self._index.rows:,} influences are from gradients computed for this "
-            f"answer; the others are what is to be expected of their {self._index.manifest.codec} codes"
-        )
-        if attribution.missed is not None:
-            note += f"; estimated chance that one of the true first ten is among these: {attribution.missed:.2g}"
+        exact, candidates = len(attribution.reranked), self._index.rows
+        note = f"{exact:,} of {candidates:,} influences are exact, from gradients recomputed for this answer"
+        if exact < candidates:
+            note += f"; the others are estimated from their {self._index.manifest.codec} codes"
+            if attribution.missed is not None:
+                note += f"; estimated chance that one of the true top ten is among the others: {attribution.missed:.2g}"
         return [note]
 
-    def known_answer(self, key: str) -> Answer | None:
-        """The answer of that key, where it is still held."""
-        held = self._held(key)
-        return None if held is None else held.answer
+    def cached_answer(self, key: str) -> Answer | None:
+        """The answer with that key, if it is still in memory."""
+        cached = self._cached(key)
+        return None if cached is None else cached.answer
 
     def tokens(self, key: str, row: int, *, over_query: bool) -> TokenSplit:
         """A candidate's influence split over its own tokens or the query's.
 
         Raises:
-            OptionError: There is no such answer or row.
+            OptionError: The answer is not in memory, or the row does not exist.
         """
-        held = self._expected(key)
-        if (row, over_query) in held.splits:
-            return held.splits[row, over_query]
+        cached = self._required(key)
+        if (row, over_query) in cached.splits:
+            return cached.splits[row, over_query]
         split = self._attributor.over_query if over_query else self._attributor.over_candidate
-        found = split(held.attribution, row)
-        held.splits[row, over_query] = TokenSplit(
+        influence = split(cached.attribution, row)
+        cached.splits[row, over_query] = TokenSplit(
             row=row,
             over="query" if over_query else "candidate",
-            text=sendable(found.text),
-            influence=found.influence,
-            total=float(found.parts.double().sum()),
-            shares=_shares(found),
+            text=sendable(influence.text),
+            influence=influence.influence,
+            total=float(influence.parts.double().sum()),
+            shares=_shares(influence),
         )
-        return held.splits[row, over_query]
+        return cached.splits[row, over_query]
 
     def measure(self, key: str, row: int) -> Effect:
-        """Tail-patch of one candidate.
+        """Measure the effect of one training step on a candidate (tail-patch; paper, §5.2).
 
         Raises:
-            OptionError: There is no such answer or row.
+            OptionError: The answer is not in memory, or the row does not exist.
             TrackstarError: No training step can be made.
         """
-        held = self._expected(key)
-        if row not in held.effects:
-            with Progress("One training step", unit="steps", shown=False):
-                before, after = self._attributor.measure(held.attribution, row)
+        cached = self._required(key)
+        if row not in cached.effects:
+            with Progress("Making one training step", unit="steps", shown=False):
+                before, after = self._attributor.measure(cached.attribution, row)
             step = self._attributor.training_step().description
-            held.effects[row] = Effect(row=row, before=before, after=after, step=step)
-        return held.effects[row]
+            cached.effects[row] = Effect(row=row, before=before, after=after, step=step)
+        return cached.effects[row]
 
     def details(self, key: str) -> Details:
-        """All splits and effects of an answer so far.
+        """All token splits and measured effects of an answer so far.
 
         Raises:
-            OptionError: There is no such answer.
+            OptionError: The answer is not in memory.
         """
-        held = self._expected(key)
-        return Details(splits=list(held.splits.values()), effects=list(held.effects.values()))
+        cached = self._required(key)
+        return Details(splits=list(cached.splits.values()), effects=list(cached.effects.values()))
 
     def insight(self, key: str) -> Insight:
-        """All candidates at a glance.
+        """The influences of all candidates of an answer.
 
         Raises:
-            OptionError: There is no such answer.
+            OptionError: The answer is not in memory.
         """
-        held = self._expected(key)
+        cached = self._required(key)
         shown = {
-            passage.row
-            for ranking in held.answer.rankings
-            for passage in (*ranking.proponents, *ranking.opponents)
-            if passage.row is not None
+            candidate.row
+            for ranking in cached.answer.rankings
+            for candidate in (*ranking.proponents, *ranking.opponents)
+            if candidate.row is not None
         }
-        influences, overlaps = held.scores[TRACKSTAR], held.scores.get(BM25)
+        influences, overlaps = cached.scores[TRACKSTAR], cached.scores.get(BM25)
         rows = scatter_rows(len(influences), shown) if overlaps is not None else []
         return insight(influences, overlaps, shown, {row: sendable(self.text(row)) for row in rows})
 
     def groups(self, key: str, *, field: str, method: str, top: int) -> Groups:
-        """A method's top candidates by a field of the corpus.
+        """A method's top candidates, grouped by a field of the corpus.
 
         Raises:
-            OptionError: There is no such answer, field or method in it.
+            OptionError: The answer is not in memory, or lacks the field or the method.
         """
-        held = self._expected(key)
+        cached = self._required(key)
         metadata = self._metadata
         if metadata is None or field not in metadata.fields:
-            found = ", ".join(metadata.fields) if metadata is not None else "none"
-            raise OptionError(f"field {field}: the corpus has {found or 'none'}; choose one of them")
-        if method not in held.scores:
-            raise OptionError(f"method {method}: expected one of {', '.join(held.scores)}")
-        scores = torch.from_numpy(held.scores[method])
+            fields = ", ".join(metadata.fields) if metadata is not None else "none"
+            raise OptionError(f"`field`: the corpus has {fields or 'none'}, found {field}; choose one of its fields")
+        check_choice("method", method, list(cached.scores))
+        scores = torch.from_numpy(cached.scores[method])
         rows = scores.sort(descending=True, stable=True).indices[:top].tolist()
         examples = [stored.example for stored in self._index.some_examples(rows)]
         values = [metadata.of_record(example.record).get(field, "") for example in examples]
@@ -300,10 +303,10 @@ class LiveIndex:
         """A candidate's whole text.
 
         Raises:
-            OptionError: There is no such row.
+            OptionError: The row does not exist.
         """
         if not 0 <= row < self._index.rows:
-            raise OptionError(f"row {row}: expected a candidate of the index, 0 to {self._index.rows - 1}")
+            raise OptionError(f"`row`: expected a candidate of the index, 0 to {self._index.rows - 1}, found {row}")
         return self._index.example(row).example.text
 
     def _ranking(self, method: str, scores: Float[np.ndarray, "candidates"], top: int) -> Ranking:
@@ -313,17 +316,17 @@ class LiveIndex:
         return Ranking(
             method=method,
             score=_SCORE_NAMES[method],
-            # A candidate of the wrong sign is neither a proponent nor an opponent, whatever its rank.
-            proponents=self._passages([row for row in best if scores[row] > 0], scores),
-            opponents=self._passages([row for row in worst if scores[row] < 0], scores),
+            # Proponents have positive scores and opponents negative ones, whatever their rank.
+            proponents=self._candidates([row for row in best if scores[row] > 0], scores),
+            opponents=self._candidates([row for row in worst if scores[row] < 0], scores),
         )
 
-    def _passages(self, rows: Sequence[int], scores: Float[np.ndarray, "candidates"]) -> list[Passage]:
-        passages = []
+    def _candidates(self, rows: Sequence[int], scores: Float[np.ndarray, "candidates"]) -> list[Candidate]:
+        candidates = []
         for rank, stored in enumerate(self._index.some_examples(rows), start=1):
             row, example = stored.row, stored.example
-            passages.append(
-                make_passage(
+            candidates.append(
+                make_candidate(
                     rank=rank,
                     row=row,
                     example_id=example.example_id,
@@ -333,61 +336,61 @@ class LiveIndex:
                     metadata=self._metadata.of_record(example.record) if self._metadata is not None else None,
                 )
             )
-        return passages
+        return candidates
 
     def _retriever(self, method: str) -> BM25Retriever | EmbeddingRetriever:
         if self._pool is None:
-            with Progress("Reading texts", unit="examples", total=self._index.rows, shown=False) as bar:
+            with Progress("Reading candidates", unit="candidates", total=self._index.rows, shown=False) as bar:
                 names, texts = [], []
                 for stored in self._index.examples():
-                    # A corpus may name two examples alike; a row never is.
+                    # Rows, because two examples of a corpus may have the same name.
                     names.append(str(stored.row))
                     texts.append(stored.example.text)
                     bar.advance(1)
                 self._pool = Pool(example_ids=tuple(names), texts=tuple(texts))
         if method == BM25:
             if self._bm25 is None:
-                with Progress("Indexing words", unit="examples", shown=False):
+                with Progress("Building the BM25 index", unit="candidates", shown=False):
                     self._bm25 = BM25Retriever(self._pool, progress=False)
             return self._bm25
         if self._embeddings is None:
-            assert self._encoder is not None, "checked before"
+            assert self._encoder is not None, "self.methods has embeddings only with an encoder"
             self._embeddings = EmbeddingRetriever(self._pool, self._encoder, progress=False)
         return self._embeddings
 
     def _read_metadata(self) -> None:
-        if self._metadata is None and self._metadata_wanted:
+        if self._metadata is None and self._has_metadata:
             try:
                 self._metadata = Metadata.read(self._index, self._corpora)
             except CorpusError as error:
-                # Without its fields an answer is still an answer.
-                self._metadata_wanted = False
-                self._notes.append(f"no fields of the corpus's records are shown: {error}")
+                # The fields are an extra: the answer is shown without them.
+                self._has_metadata = False
+                self._notes.append(without_backticks(f"the corpus's fields are not shown: {error}"))
 
-    def _held(self, key: str) -> _Held | None:
+    def _cached(self, key: str) -> _CachedAnswer | None:
         with self._lock:
-            held = self._answers.get(key)
-            if held is not None:
+            cached = self._answers.get(key)
+            if cached is not None:
                 self._answers.move_to_end(key)
-            return held
+            return cached
 
-    def _expected(self, key: str) -> _Held:
-        held = self._held(key)
-        if held is None:
-            raise OptionError("the answer is not held any more; attribute again")
-        return held
+    def _required(self, key: str) -> _CachedAnswer:
+        cached = self._cached(key)
+        if cached is None:
+            raise OptionError(ANSWER_GONE)
+        return cached
 
 
-def _cut(query: Query, attribution: Attribution) -> list[str]:
-    """A note where the model's window held but the end of prompt and completion."""
+def _window_notes(query: Query, attribution: Attribution) -> list[str]:
+    """A note if prompt and completion are longer than the model's window."""
     whole, read = len(query_text(query)), len(attribution.example.text)
     if read == whole:
         return []
-    return [f"the model's window holds the last {read:,} of {whole:,} characters: what stands before was not read"]
+    return [f"the model's window holds the last {read:,} of {whole:,} characters; the text before was not read"]
 
 
-def _shares(found: TokenInfluence) -> list[Share]:
+def _shares(split: TokenInfluence) -> list[Share]:
     return [
         Share(start=span.start, stop=span.stop, influence=float(part))
-        for span, part in zip(found.spans, found.parts, strict=True)
+        for span, part in zip(split.spans, split.parts, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Fields of an indexed corpus's records (source, date, licence ...), held by column, to show and to group by."""
+"""Fields of an indexed corpus's records (source, date, licence ...), by column, to show and to group by."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _MOST_CHARACTERS = 64 << 20
 
 
 class _Column:
-    """One field: every record's value as a number, and each value once."""
+    """One field: a code per record, and the value that each code stands for."""
 
     def __init__(self) -> None:
         self.codes: list[int] = []
@@ -24,7 +24,7 @@ class _Column:
         self.characters = 0
 
     def add(self, records: int, value: str) -> None:
-        """Record number `records` has this value; those before it that were not given have none."""
+        """Set the value of record number `records`; earlier records without a value get the empty one."""
         self.codes.extend([0] * (records - len(self.codes)))
         code = self._code_of.get(value)
         if code is None:
@@ -35,10 +35,10 @@ class _Column:
 
 
 class Metadata:
-    """The fields of every record of a corpus beside text and name; made by `read`.
+    """The fields of every record of a corpus except text and name; made by `read`.
 
     Args:
-        columns: Each field's values: a number a record, and what the numbers stand for.
+        columns: Per field, one code per record and the value of each code.
     """
 
     def __init__(self, columns: Mapping[str, tuple[np.ndarray, list[str]]]) -> None:
@@ -46,21 +46,21 @@ class Metadata:
 
     @classmethod
     def read(cls, index: Index, corpora: Sequence[Corpus]) -> "Metadata":
-        """Read the corpora that an index was made of.
+        """Read the fields of the corpora that an index was built from.
 
-        A field whose different values come to more than 64 MiB is left out.
+        A field whose distinct values exceed 64 Mi characters is left out.
 
         Raises:
-            CorpusError: A corpus is not what was indexed, or cannot be read.
+            CorpusError: A corpus differs from the indexed one, or cannot be read.
         """
         columns = {name: _Column() for name in metadata_fields(corpora)}
         records = 0
-        with Progress("Reading the corpus's fields", unit="records", shown=False) as bar:
+        with Progress("Reading corpus fields", unit="records", shown=False) as bar:
             for corpus, entry in zip(corpora, index.manifest.corpora, strict=True):
                 if corpus.digest() != entry.digest:
                     raise CorpusError(
-                        f"{corpus.name}: has changed since {index.path} was made of it, expected the same bytes; give "
-                        "the corpus that was indexed (--data)"
+                        f"{corpus.name}: has changed since {index.path} was built from it, expected the same bytes; "
+                        "pass the corpus that was indexed as `data`"
                     )
                 records = entry.first_record
                 for fields in corpus.metadata():
@@ -76,13 +76,13 @@ class Metadata:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields' names."""
+        """Names of the fields."""
         return tuple(self._columns)
 
     def of_record(self, record: int) -> dict[str, str]:
-        """A record's fields; those that it lacks are left out."""
-        found = {name: values[codes[record]] for name, (codes, values) in self._columns.items()}
-        return {name: value for name, value in found.items() if value}
+        """A record's fields that are not empty."""
+        values_by_name = {name: values[codes[record]] for name, (codes, values) in self._columns.items()}
+        return {name: value for name, value in values_by_name.items() if value}
 
     def shares(self, field: str) -> dict[str, float]:
         """Each value's share of the corpus's records.
@@ -95,21 +95,23 @@ class Metadata:
 
 
 def metadata_fields(corpora: Sequence[Corpus]) -> list[str]:
-    """The fields of all corpora, each once, as many as are read."""
+    """Names of all corpora's fields, each once; at most as many as are read."""
     names = dict.fromkeys(name for corpus in corpora for name in corpus.metadata_fields)
     return list(names)[:_MOST_FIELDS]
 
 
 def corpora_of_index(index: Index, data: str | None) -> list[Corpus]:
-    """The corpora that an index says it was made of, or that lies elsewhere now; not yet compared with it.
+    """Open the corpora that an index was built from; `data` is the path of a single corpus that has moved.
+
+    Whether they are still the indexed ones is not checked.
 
     Raises:
-        CorpusError: One is not there.
-        OptionError: One is given for an index of several.
+        CorpusError: A corpus does not exist.
+        OptionError: `data` is given, but the index has several corpora.
     """
     entries = index.manifest.corpora
     if data is not None and len(entries) > 1:
-        raise OptionError(f"--data {data}: {index.path} was made of {len(entries)} corpora, expected one; leave it out")
+        raise OptionError(f"`data`: {index.path} was built from {len(entries)} corpora, found one path; leave it out")
     return [
         open_corpus(data or entry.source, text_field=entry.text_field, id_field=entry.id_field, limit=entry.limit)
         for entry in entries

@@ -1,47 +1,47 @@
-"""Result files in the paper's release format, read once and held so that thousands of queries are browsed at once."""
+"""Result files in the paper's release format, in memory so that thousands of queries can be browsed."""
 
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trackstar.corpus.data_files import find_files, one_line, raw_lines
+from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.fields import json_kind, json_object
 from trackstar.corpus.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
 from trackstar.evaluation.entailment import THRESHOLD
+from trackstar.explorer.messages import sendable, without_backticks
 from trackstar.explorer.schemas import MixingSummary
 from trackstar.progress import Progress
+from trackstar.text import one_line
 
 _LONGEST_ROW = 300
 _SPECTRUM_POINTS = 200
 _LARGEST_SCORE = 1e30
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """What is held of a line of a result file, beside the line itself.
+    """The fields of a result file's line that browsing needs.
 
     Attributes:
         example_id: The query's name.
         query_set: The set of queries that it belongs to.
-        prompt: What the model read.
-        completion: What is explained.
+        prompt: The prompt.
+        completion: The completion that the ranking explains.
         relation: The relation's name or template.
-        bucket: Its frequency bucket.
-        frequency: In how many training examples the fact is.
-        model_correct: Whether the model answers right.
+        bucket: The fact's frequency bucket.
+        frequency: Number of training examples that contain the fact.
+        model_correct: Whether the model answers correctly.
         scores: The proponents' scores.
-        correct: Whether each proponent is right; None where that is not known.
-        entailing: Whether each proponent entails the fact, by a model's score; None where that is not known.
+        correct: Whether each proponent is correct; None if unknown.
+        entailing: Whether each proponent entails the fact, by a model's score; None if unknown.
         query_text: Prompt, completion, name and relation in lower case, to search in.
-        passages_text: The passages' texts in lower case, to search in.
+        candidates_text: The candidates' texts in lower case, to search in.
     """
 
     example_id: str
@@ -56,25 +56,25 @@ class Line:
     correct: tuple[bool, ...] | None
     entailing: tuple[bool, ...] | None
     query_text: str
-    passages_text: str
+    candidates_text: str
 
     @property
     def first_correct(self) -> int | None:
-        """Rank of the first proponent that is right, from 1; None where none is, or nothing is known."""
-        return next((rank for rank, right in enumerate(self.correct or (), start=1) if right), None)
+        """Rank of the first correct proponent, from 1; None if none is correct or correctness is unknown."""
+        return next((rank for rank, correct in enumerate(self.correct or (), start=1) if correct), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ResultFile:
-    """A result file that has been read.
+    """A result file in memory.
 
     Attributes:
-        name: Its file's name.
-        lines: What is held of each line.
-        raw: The lines as they are.
-        has: Which optional fields any line has.
-        mixing: λ and spectra of the report beside it, or None.
-        place_of: Each query's line by name.
+        name: The file's name.
+        lines: The parsed fields of each line.
+        raw: The lines as bytes.
+        has: Optional fields that at least one line has.
+        mixing: λ and spectra from the report beside the file, or None.
+        place_of: Position of each query's line, from 0, by the query's name.
     """
 
     name: str
@@ -85,19 +85,20 @@ class ResultFile:
     place_of: Mapping[str, int]
 
     def record(self, place: int) -> dict[str, Any]:
-        """A line's own fields."""
+        """All fields of a line."""
         return json.loads(self.raw[place])
 
 
 def read_result_file(path: str | Path) -> ResultFile:
-    """Read a result file: JSON lines (plain, .gz or .zst) with the release's fields; it is held in memory.
+    """Read a result file into memory: JSON lines (plain, .gz or .zst) with the release's fields.
 
-    Needed are a prompt, a completion, `proponents`, `proponent_ids` and `proponent_scores`; `opponents` with theirs,
-    `relation`, `c4_frequency`, `c4_frequency_bucket`, `proponent_correct`, `proponent_ais_scores`, `is_8b_correct`,
-    `trex_sentences` and the entities' names may be there.
+    Required fields are a prompt, a completion, `proponents`, `proponent_ids` and `proponent_scores`.
+    Optional fields are `opponents`, `opponent_ids` and `opponent_scores`, `relation`, `c4_frequency`,
+    `c4_frequency_bucket`, `proponent_correct`, `proponent_ais_scores`, `is_8b_correct`, `trex_sentences`
+    and the entities' names.
 
     Raises:
-        CorpusError: A line is no result; the message names file and line.
+        CorpusError: A line is not a result; the message names file and line.
     """
     place = find_files(str(path))
     if place.dataset or place.files[0].format != "jsonl":
@@ -134,16 +135,11 @@ def read_result_file(path: str | Path) -> ResultFile:
     )
 
 
-def sendable(text: str) -> str:
-    """The text with halves of surrogate pairs, which UTF-8 has no bytes for, replaced one for one."""
-    return _SURROGATES.sub("\ufffd", text)
-
-
 def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...] | None:
-    """Whether each proponent is right: as the file says, else whether it, or its document, is in `trex_sentences`."""
-    said = fields.get("proponent_correct")
-    if isinstance(said, list) and len(said) == len(ids):
-        return tuple(bool(value) for value in said)
+    """Whether each candidate is correct, by `proponent_correct` or else by `trex_sentences`; None if unknown."""
+    correct = fields.get("proponent_correct")
+    if isinstance(correct, list) and len(correct) == len(ids):
+        return tuple(bool(value) for value in correct)
     gold = fields.get("trex_sentences")
     if isinstance(gold, list) and gold:
         names = set(map(str, gold))
@@ -160,10 +156,10 @@ def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
     name = next((str(fields[field]) for field in ("example_id", *ID_FIELDS) if fields.get(field) is not None), fallback)
     entailment = fields.get("proponent_ais_scores")
     if entailment is not None and (not isinstance(entailment, list) or len(entailment) != len(texts)):
-        raise CorpusError(f"{where}: proponent_ais_scores are not one a proponent ({len(texts)}); expected numbers")
+        raise CorpusError(f"{where}: proponent_ais_scores are not one number per proponent; expected {len(texts)}")
     relation = _optional(fields, "relation")
     frequency = fields.get("c4_frequency")
-    right = fields.get("is_8b_correct")
+    model_correct = fields.get("is_8b_correct")
     return Line(
         example_id=sendable(name),
         query_set=_optional(fields, "query_set") or "",
@@ -172,17 +168,17 @@ def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
         relation=relation,
         bucket=_optional(fields, "c4_frequency_bucket"),
         frequency=frequency if isinstance(frequency, int) and 0 <= frequency < 2**53 else None,
-        model_correct=None if right is None else bool(right),
+        model_correct=None if model_correct is None else bool(model_correct),
         scores=tuple(scores),
         correct=gold_marks(fields, ids),
         entailing=None if entailment is None else tuple(_score(v, where) > THRESHOLD for v in entailment),
         query_text="\n".join((prompt, completion, name, relation or "")).casefold(),
-        passages_text="\n".join((*texts, *other_texts)).casefold(),
+        candidates_text="\n".join((*texts, *other_texts)).casefold(),
     )
 
 
 def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str], list[str], list[float]]:
-    found: list[list[Any]] = []
+    columns: list[list[Any]] = []
     for name in (f"{role}s", f"{role}_ids", f"{role}_scores"):
         value = fields.get(name)
         if not isinstance(value, list):
@@ -190,26 +186,29 @@ def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str
             raise CorpusError(
                 f'{where}: found {what} "{name}", expected a list; results have {role}s, {role}_ids and {role}_scores'
             )
-        found.append(value)
-    texts, ids, scores = found
+        columns.append(value)
+    texts, ids, scores = columns
     if not len(texts) == len(ids) == len(scores):
         raise CorpusError(
-            f"{where}: {len(texts)} {role}s, {len(ids)} {role}_ids and {len(scores)} {role}_scores; expected as many"
+            f"{where}: {len(texts)} {role}s, {len(ids)} {role}_ids and {len(scores)} {role}_scores; "
+            "expected the same number of each"
         )
     if not all(isinstance(text, str) for text in texts):
-        raise CorpusError(f"{where}: {role}s are not all strings; expected the passages' texts")
+        raise CorpusError(f"{where}: {role}s are not all strings; expected the candidates' texts")
     return texts, [str(name) for name in ids], [_score(score, where) for score in scores]
 
 
 def _score(value: object, where: str) -> float:
-    # NaN is not at most anything.
+    # `not <=` also refuses NaN.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_SCORE:
-        raise CorpusError(f"{where}: found score {_told(value)}, expected a finite number up to {_LARGEST_SCORE:g}")
+        raise CorpusError(
+            f"{where}: found score {_shown_value(value)}, expected a finite number up to {_LARGEST_SCORE:g}"
+        )
     return float(value)
 
 
-def _told(value: object) -> str:
-    """A value of a file on one short line, however deep or long it is."""
+def _shown_value(value: object) -> str:
+    """A value of a file as JSON on one short line; only the kind of an array or object."""
     return one_line(json.dumps(value), 40) if isinstance(value, (int, float, str)) else json_kind(value)
 
 
@@ -229,7 +228,7 @@ def _optional(fields: Mapping[str, Any], name: str) -> str | None:
 
 
 def _present(fields: Mapping[str, Any], line: Line) -> set[str]:
-    found = {
+    presence = {
         "relation": line.relation is not None,
         "bucket": line.bucket is not None,
         "frequency": line.frequency is not None,
@@ -240,22 +239,22 @@ def _present(fields: Mapping[str, Any], line: Line) -> set[str]:
         "opponents": bool(fields.get("opponents")),
         "entities": bool(fields.get("entity0")),
     }
-    return {name for name, there in found.items() if there}
+    return {name for name, present in presence.items() if present}
 
 
 def _mixing_beside(path: Path) -> MixingSummary | None:
-    """λ and spectra of the report that `trackstar query --out` writes beside its results; None where there is none."""
+    """λ and spectra from the report beside the results; None if there is no report."""
     report = path.with_name(f"{path.stem}.report.json")
     if not report.is_file():
         return None
     try:
-        found = json.loads(report.read_text(encoding="utf-8"))
-        if not isinstance(found["mixing"], dict):
-            raise TypeError(f"mixing is {json_kind(found['mixing'])}")
-        return mixing_summary(found["mixing"], damping=found["damping"], damping_rule=found["damping_rule"])
+        fields = json.loads(report.read_text(encoding="utf-8"))
+        if not isinstance(fields["mixing"], dict):
+            raise TypeError(f"mixing is {json_kind(fields['mixing'])}")
+        return mixing_summary(fields["mixing"], damping=fields["damping"], damping_rule=fields["damping_rule"])
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise CorpusError(
-            f"{report}: not the report of these results ({one_line(error)}); remove it or write it again"
+            f"{report}: not the report of these results ({one_line(error)}); remove it, or answer the queries again"
         ) from None
 
 
@@ -264,17 +263,20 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
 
     Args:
         mixing: The fields of `trackstar.curvature.mixing.Mixing`.
-        damping: Fraction of a block's mean eigenvalue that was added to R.
-        damping_rule: In words, where it comes from.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block.
+        damping_rule: The rule that chose the damping, in words.
+
+    Raises:
+        ValueError: A number is not finite.
     """
     spectra = {name: mixing.get(f"{name}_spectrum") or [] for name in ("evaluation", "train")}
     ranks = {name: _thinned(len(values)) for name, values in spectra.items()}
     numbers = [mixing["value"], damping, *spectra["evaluation"], *spectra["train"]]
     if not all(math.isfinite(number) for number in numbers):
-        raise ValueError("a number of it is not finite")
+        raise ValueError("a number in it is not finite")
     return MixingSummary(
         value=mixing["value"],
-        rule=sendable(str(mixing["rule"])),
+        rule=sendable(without_backticks(str(mixing["rule"]))),
         queries=mixing["queries"],
         rank=mixing["rank"],
         evaluation_value=mixing.get("evaluation_value") or 0.0,
@@ -284,12 +286,12 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
         train_spectrum=[spectra["train"][rank - 1] for rank in ranks["train"]],
         train_ranks=ranks["train"],
         damping=damping,
-        damping_rule=sendable(str(damping_rule)),
+        damping_rule=sendable(without_backticks(str(damping_rule))),
     )
 
 
 def _thinned(count: int) -> list[int]:
-    """Ranks from 1 to `count`, evenly spread on a logarithmic axis."""
+    """Ranks from 1 to `count`, evenly spaced on a logarithmic axis."""
     if not count:
         return []
     return sorted({int(rank) for rank in np.geomspace(1, count, _SPECTRUM_POINTS).round()})

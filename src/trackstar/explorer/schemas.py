@@ -1,4 +1,4 @@
-"""What the explorer's API takes and gives, as data: the contract of server and browser (docs/explorer-api.json)."""
+"""Requests and responses of the explorer's API, the contract of server and browser (docs/explorer-api.json)."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ LONGEST_SEARCH = 512
 MOST_TOP = 1000
 PAGE = 200
 SHOWN_CHARACTERS = 20_000
-"""A passage is given this long; the rest is fetched in parts."""
+"""Most characters of a candidate's text in a response; the rest is fetched in parts."""
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 Side = Literal["proponents", "opponents"]
@@ -17,23 +17,23 @@ Sort = Literal["file", "prompt", "relation", "frequency", "score", "rank"]
 Spectrum = list[float]
 
 
-class Asked(BaseModel):
-    """A request's body: nothing but its own fields."""
+class RequestBody(BaseModel):
+    """A request's body; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", str_strip_whitespace=False)
 
 
 class RunSummary(BaseModel):
-    """A result file that is open.
+    """An open result file.
 
     Attributes:
-        run: Its number, from 0.
-        name: Its file's name.
-        query_set: The release's name of the set of queries, of the first line.
-        queries: How many lines it has.
-        has: Which optional fields any line has: relation, bucket, frequency, model_correct, proponent_correct,
-            entailment, gold, opponents, entities.
-        mixing: λ and spectra, where the report that `trackstar query --out` writes lies beside the file.
+        run: The file's number, from 0.
+        name: The file's name.
+        query_set: The release's name for the set of queries, from the first line.
+        queries: Number of lines.
+        has: Optional fields that at least one line has: relation, bucket, frequency, model_correct,
+            proponent_correct, entailment, gold, opponents, entities.
+        mixing: λ and spectra from the report beside the file; null without a report.
     """
 
     run: int
@@ -45,21 +45,21 @@ class RunSummary(BaseModel):
 
 
 class MixingSummary(BaseModel):
-    """λ, where it comes from, and the two spectra whose crossing gives it (paper, §4.3).
+    """λ, the rule that chose it, and the two spectra whose crossing gives it (paper, §4.3).
 
     Attributes:
         value: λ.
-        rule: In words, where it comes from.
-        queries: How many queries R_eval is of.
-        rank: At which rank the spectra are made equal; 0 where they were not computed.
-        evaluation_value: R_eval's singular value there.
-        train_value: R_train's singular value there.
-        evaluation_spectrum: R_eval's singular values, descending, thinned.
+        rule: The rule that chose λ, in words.
+        queries: Number of queries that R_eval is computed from.
+        rank: Rank at which λ makes the spectra equal; 0 if λ was not chosen by the spectra.
+        evaluation_value: R_eval's singular value at that rank.
+        train_value: R_train's singular value at that rank.
+        evaluation_spectrum: R_eval's singular values, descending, thinned for a chart.
         evaluation_ranks: Their ranks, from 1.
-        train_spectrum: R_train's.
-        train_ranks: Their ranks.
-        damping: Fraction of a block's mean eigenvalue that was added to R.
-        damping_rule: In words, where the damping comes from.
+        train_spectrum: R_train's singular values, descending, thinned for a chart.
+        train_ranks: Their ranks, from 1.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block.
+        damping_rule: The rule that chose the damping, in words.
     """
 
     value: float
@@ -77,23 +77,22 @@ class MixingSummary(BaseModel):
 
 
 class IndexSummary(BaseModel):
-    """The index that is open.
+    """The open index.
 
     Attributes:
-        name: Its folder's name.
-        candidates: How many training examples it holds.
-        dimensions: Of a projected gradient.
-        codec: What projected gradients are stored as.
+        name: The index folder's name.
+        candidates: Number of training examples in the index.
+        dimensions: Dimensions of a projected gradient.
+        codec: Number format of the stored rows.
         architecture: The model's class.
-        model: Where the model was loaded from, without the folders above it.
-        coverage: Which weight matrices the gradients are of.
-        second_moment: Where V comes from.
+        model: The model's name, without the folders above it.
+        coverage: The weight matrices whose gradients are indexed.
+        second_moment: The source of V.
         corpus: The corpus's name, without the folders above it.
-        task_queries: Of how many queries the task is that R_eval is taken from; 0 without one.
-        methods: What candidates can be ranked by: `TrackStar`, `BM25`, `embeddings`.
-        step: The training step that tail-patch makes, in words; null where none can be made, and then `no_step` says
-            why.
-        no_step: See `step`.
+        task_queries: Number of queries in the task that R_eval is computed from; 0 without a task.
+        methods: Methods that can rank candidates: `TrackStar`, `BM25`, `embeddings`.
+        step: The training step that tail-patch makes, in words; null if none can be made.
+        no_step: The reason why no training step can be made; null if one can.
         metadata: Fields of the corpus that proponents can be grouped by.
     """
 
@@ -114,11 +113,11 @@ class IndexSummary(BaseModel):
 
 
 class Session(BaseModel):
-    """What is open.
+    """The open result files and index.
 
     Attributes:
-        version: trackstar's.
-        runs: Result files.
+        version: trackstar's version.
+        runs: The result files.
         index: The index, or null.
     """
 
@@ -128,19 +127,19 @@ class Session(BaseModel):
 
 
 class QueryRow(BaseModel):
-    """A line of the sidebar.
+    """A query in the sidebar.
 
     Attributes:
-        places: The query's line in each run, from 0; null where a run lacks it.
-        example_id: Its name.
-        prompt: Its beginning.
-        completion: Its beginning.
+        places: The query's line in each run, from 0; null for a run without the query.
+        example_id: The query's name.
+        prompt: The prompt's beginning.
+        completion: The completion's beginning.
         relation: The relation's name or template.
-        bucket: Its frequency bucket.
-        frequency: In how many training examples it is.
-        model_correct: Whether the model answers right.
+        bucket: The fact's frequency bucket.
+        frequency: Number of training examples that contain the fact.
+        model_correct: Whether the model answers correctly.
         score: The first proponent's score.
-        rank: Of the first proponent that is right, from 1; null where none is, or nothing is known.
+        rank: Rank of the first correct proponent, from 1; null if none is correct or correctness is unknown.
     """
 
     places: list[int | None]
@@ -165,13 +164,13 @@ class Estimate(BaseModel):
 
 
 class Metric(BaseModel):
-    """One figure of a run over the queries that match.
+    """A metric of a run over the matching queries.
 
     Attributes:
-        name: Of the metric, for people.
-        explanation: What it is, in a sentence.
+        name: The metric's name for users.
+        explanation: The metric's definition, in a sentence.
         unit: `share` (0 to 1, shown as %), or `number`.
-        estimate: Its value; null where no query has what it is made from.
+        estimate: The metric's value; null if no query has the fields that it needs.
     """
 
     name: str
@@ -181,23 +180,23 @@ class Metric(BaseModel):
 
 
 class Facet(BaseModel):
-    """A value that queries can be filtered by, and how many of the matching ones have it."""
+    """A value to filter by, with the number of matching queries that have it."""
 
     value: str
     queries: int
 
 
 class QueryPage(BaseModel):
-    """A page of the sidebar and the metrics over all that match.
+    """A page of the sidebar, with metrics over all matching queries.
 
     Attributes:
-        total: Lines of the run.
-        matching: How many match.
-        offset: The page's first, from 0.
-        items: The page.
+        total: Number of queries in the run.
+        matching: Number of matching queries.
+        offset: Number of matching queries before this page.
+        items: The page's queries.
         metrics: For each run, its metrics over the matching queries that it has.
-        relations: Values of `relation` among those that match everything but the relation's filter.
-        buckets: Likewise of `bucket`.
+        relations: Values of `relation` among the queries that match all other filters.
+        buckets: Values of `bucket` among the queries that match all other filters.
     """
 
     total: int
@@ -210,28 +209,29 @@ class QueryPage(BaseModel):
 
 
 class Mark(BaseModel):
-    """A stretch of a passage that names an entity: characters [start, stop) of the shown text."""
+    """Characters [start, stop) of a candidate's shown text, which name an entity."""
 
     start: int
     stop: int
     entity: Literal["subject", "object"]
 
 
-class Passage(BaseModel):
+class Candidate(BaseModel):
     """A ranked training example.
 
     Attributes:
-        rank: From 1.
-        row: Its row in the index; null in a result file.
-        example_id: Its name.
-        parent_id: The document's name, where it is a window of one.
-        score: What it is ranked by.
-        text: Its first `SHOWN_CHARACTERS` characters.
-        characters: How many it has.
-        correct: Whether it states the fact (gold), where that is known.
-        entailment: Score of entailment, from 0 to 1, where that is known.
-        category: entails, both entities, one entity, partial match or neither; null where the fact has no entities.
-        marks: Where entities are named.
+        rank: The candidate's rank, from 1.
+        row: Row in the index; null in a result file.
+        example_id: The training example's name.
+        parent_id: The document's name, if the example is a window of a document.
+        score: The score that ranks it.
+        text: The first 20,000 characters of its text.
+        characters: Number of characters of the whole text.
+        correct: Whether it states the fact (gold); null if unknown.
+        entailment: Entailment score, from 0 to 1; null if unknown.
+        category: entails, both entities, one entity, partial match or neither; null for a fact without
+            entities.
+        marks: Parts of the text that name entities.
         metadata: Fields of its record in the corpus, as text.
     """
 
@@ -250,7 +250,7 @@ class Passage(BaseModel):
 
 
 class QueryRecord(BaseModel):
-    """A query of a result file with its passages."""
+    """A query of a result file with its candidates."""
 
     run: int
     place: int
@@ -265,27 +265,27 @@ class QueryRecord(BaseModel):
     subject: list[str]
     object: list[str]
     groundtruth: str | None
-    proponents: list[Passage]
-    opponents: list[Passage]
+    proponents: list[Candidate]
+    opponents: list[Candidate]
 
 
 class Text(BaseModel):
-    """Part of a long text: characters [start, start + length of text) of `characters`."""
+    """Part of a text of `characters` characters, beginning at character `start`."""
 
     text: str
     start: int
     characters: int
 
 
-class GenerateRequest(Asked):
-    """What the model is to go on from."""
+class GenerateRequest(RequestBody):
+    """A prompt for the model to continue."""
 
     prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)]
     max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 16
 
 
-class AnswerRequest(Asked):
-    """What is to be attributed."""
+class AnswerRequest(RequestBody):
+    """A completion to attribute."""
 
     prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)]
     completion: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
@@ -293,14 +293,14 @@ class AnswerRequest(Asked):
     top: Annotated[int, Field(ge=1, le=MOST_TOP)] = 10
 
 
-class CandidateRequest(Asked):
+class CandidateRequest(RequestBody):
     """One candidate of an answer."""
 
     row: Annotated[int, Field(ge=0)]
 
 
 class TokensRequest(CandidateRequest):
-    """Whose tokens an influence is split over: the candidate's or the query's."""
+    """One candidate of an answer, and the text whose tokens its influence is split over."""
 
     over: Literal["candidate", "query"] = "candidate"
 
@@ -314,7 +314,7 @@ class GeneratedToken(BaseModel):
 
 
 class Generation(BaseModel):
-    """What the model said, token by token."""
+    """The model's continuation of a prompt, token by token."""
 
     kind: Literal["generation"] = "generation"
     prompt: str
@@ -327,30 +327,30 @@ class Ranking(BaseModel):
 
     Attributes:
         method: `TrackStar`, `BM25` or `embeddings`.
-        score: What its scores are, for people.
-        proponents: The highest.
-        opponents: The lowest, lowest first; empty for methods without.
+        score: A description of its scores for users.
+        proponents: Candidates with the highest positive scores, highest first.
+        opponents: Candidates with the lowest negative scores, lowest first; only TrackStar has opponents.
     """
 
     method: str
     score: str
-    proponents: list[Passage]
-    opponents: list[Passage]
+    proponents: list[Candidate]
+    opponents: list[Candidate]
 
 
 class Answer(BaseModel):
-    """A prompt and completion attributed.
+    """The rankings of training examples for a prompt and a completion.
 
     Attributes:
-        key: Names it in other calls; the same for the same request.
-        prompt: As asked.
-        completion: As asked.
-        loss: Of the completion, in nats.
-        probability: The model's, of the completion after the prompt.
-        top: How many candidates each ranking was asked to give.
-        rankings: One a method, in the order asked for.
-        mixing: How R was made.
-        notes: What a reader should know: a prompt that was cut to the model's window, fields that cannot be shown.
+        key: Identifies the answer in other requests; equal requests have equal keys.
+        prompt: The request's prompt.
+        completion: The request's completion.
+        loss: The completion's loss, in nats.
+        probability: The model's probability of the completion after the prompt.
+        top: Number of candidates requested per ranking.
+        rankings: One per method, in the request's order.
+        mixing: λ and damping of R.
+        notes: Notes for the user, such as a prompt that was cut to the model's window.
     """
 
     kind: Literal["answer"] = "answer"
@@ -366,7 +366,7 @@ class Answer(BaseModel):
 
 
 class Share(BaseModel):
-    """Characters [start, stop) of a text and the influence of their token; start = stop for a special token."""
+    """Characters [start, stop) of a text with their token's influence; start = stop for a special token."""
 
     start: int
     stop: int
@@ -377,12 +377,12 @@ class TokenSplit(BaseModel):
     """A candidate's influence split over tokens; the shares sum to it.
 
     Attributes:
-        row: The candidate's.
-        over: Whose tokens.
-        text: The text that the shares are of.
-        influence: The influence as ranked.
+        row: The candidate's row.
+        over: The text that is split: the candidate or the query.
+        text: That text.
+        influence: The influence that ranks the candidate.
         total: The shares' sum; it differs from the influence by the store's rounding.
-        shares: In the order of the tokens.
+        shares: One share per token, in order.
     """
 
     kind: Literal["tokens"] = "tokens"
@@ -405,25 +405,25 @@ class Effect(BaseModel):
 
 
 class Details(BaseModel):
-    """What has been found out about an answer's candidates so far, so that a link shows it again."""
+    """Token splits and measured effects of an answer so far, so that a link to the answer shows them."""
 
     splits: list[TokenSplit]
     effects: list[Effect]
 
 
 class Job(BaseModel):
-    """Work that goes on.
+    """A computation in the queue, running or ended.
 
     Attributes:
-        job: Its number.
-        title: What is being done now.
+        job: The job's number.
+        title: The current stage.
         state: queued, running, done, failed or cancelled.
-        done: How much of the present stage is done.
-        total: Of how much; null where that is not known.
-        unit: Of both, in the plural.
-        seconds: How long it has run.
-        error: What went wrong, in one line.
-        result: What it gave.
+        done: Units done in the current stage.
+        total: Units in the current stage; null if unknown.
+        unit: The unit, in the plural.
+        seconds: Running time so far.
+        error: The error, in one line; null if there is none.
+        result: The result; null until the job is done.
     """
 
     job: int
@@ -441,11 +441,11 @@ class Point(BaseModel):
     """A candidate in the scatter: influence against lexical overlap.
 
     Attributes:
-        row: Its row.
-        influence: Eq. 1's value.
-        overlap: Its BM25 score on the query.
+        row: The candidate's row.
+        influence: Its influence (Eq. 1).
+        overlap: Its BM25 score for the query.
         shown: Whether a ranking shows it.
-        text: Its beginning.
+        text: The beginning of its text.
     """
 
     row: int
@@ -456,17 +456,17 @@ class Point(BaseModel):
 
 
 class Insight(BaseModel):
-    """All candidates of an answer at a glance.
+    """The influences of all candidates of an answer.
 
     Attributes:
-        candidates: How many there are.
-        edges: Of the histogram of influences, one more than `counts`.
-        counts: Candidates in each bin.
+        candidates: Number of candidates.
+        edges: Edges of the histogram's bins, one more than `counts`.
+        counts: Number of candidates in each bin.
         shown: Influences of the shown proponents and opponents.
-        mean: Of the influences.
+        mean: Mean of the influences.
         deviation: Standard deviation of the influences.
         points: The shown candidates and a uniform sample of the others.
-        correlation: Spearman's, of influence and overlap over all candidates; null without overlap.
+        correlation: Spearman's correlation of influence and overlap over all candidates; null if undefined.
     """
 
     candidates: int
@@ -483,11 +483,11 @@ class Group(BaseModel):
     """Proponents that share a value of a metadata field.
 
     Attributes:
-        value: The value; empty where a record lacks the field.
-        candidates: How many of the top ones have it.
-        influence: Their influences' sum.
-        share: Of the top ones' positive influence.
-        in_corpus: Share of the whole corpus that has the value, where that is known.
+        value: The value; empty for records without the field.
+        candidates: Number of top candidates with the value.
+        influence: The sum of their scores.
+        share: Their share of the top candidates' positive scores.
+        in_corpus: Share of the whole corpus with the value; null if unknown.
     """
 
     value: str

@@ -1,10 +1,11 @@
-"""What the explorer's server refuses: other hosts and origins, and requests too large, too slow or too many at once.
+"""Refuse requests from other hosts and origins, and requests that are too large, too slow or too many.
 
-Corpora are untrusted, and so is every page that the same browser has open. The server listens on loopback alone. A
-page of another origin can send it requests all the same, also under a name that it lets point to 127.0.0.1 (DNS
-rebinding): so the Host header must be loopback's, an Origin or Sec-Fetch-Site header the page's own, and whatever
-changes something carries a header that other origins may not set. The content security policy lets nothing run or
-load but the front end's own files.
+Corpora are untrusted, and so are the other pages that are open in the same browser. The server listens
+on loopback only, but a page of another origin can still send it requests, also through a host name that
+it resolves to 127.0.0.1 (DNS rebinding). Therefore the Host header must name loopback, an Origin or
+Sec-Fetch-Site header must be the page's, and requests that change anything must carry a header that
+other origins cannot set. The content security policy blocks every script and resource except the front
+end's files.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ SLOWEST_SECONDS = 30.0
 MOST_AT_ONCE = 32
 HEADER = "x-trackstar"
 _TOO_LARGE = f"the request is larger than {LARGEST_BODY:,} bytes"
-# What is refused is read to its end where that is near: who is still sending would not see the answer otherwise.
+# A refused body is read up to this limit: a client that is still sending would miss the answer.
 _DRAINED = 4 * 1024 * 1024
 _DRAINED_SECONDS = 1.0
 
@@ -41,11 +42,11 @@ _HEADERS = {
 
 
 class Guard:
-    """ASGI middleware that refuses what no page of the explorer would ask.
+    """ASGI middleware that refuses requests that the explorer's page would not send.
 
     Args:
-        app: What answers.
-        hosts: Host headers that are this server's own, with port.
+        app: The application behind it.
+        hosts: This server's own Host headers, with port.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: frozenset[str]) -> None:
@@ -58,7 +59,7 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":  # there are no web sockets here
+        if scope["type"] != "http":  # web sockets are not served
             return
         guarded = _with_headers(send)
         refusal = self._refusal(scope)
@@ -72,7 +73,7 @@ class Guard:
             async with asyncio.timeout(SLOWEST_SECONDS) as limit:
 
                 async def watched(message: Message) -> None:
-                    # An answer that has begun may take its reader's time: a long download is no fault.
+                    # Once the answer has begun, a slow reader may take any time: downloads can be long.
                     if message["type"] == "http.response.start":
                         limit.reschedule(None)
                     await guarded(message)
@@ -89,13 +90,13 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if host not in self._hosts:
-            return 421, "this server answers as localhost alone"
+            return 421, "this server answers to localhost only"
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{host}":
-            return 403, "requests of other origins are refused"
+            return 403, "requests from other origins are refused"
         opens_page = scope["method"] == "GET" and scope["path"] == "/"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not opens_page:
-            return 403, "requests of other sites are refused"
+            return 403, "requests from other sites are refused"
         if len(scope["path"]) + len(scope.get("query_string", b"")) > LONGEST_URL:
             return 414, f"the address is longer than {LONGEST_URL:,} characters"
         length = headers.get("content-length", "0")
@@ -123,7 +124,7 @@ async def _answer(refusal: tuple[int, str], scope: Scope, receive: Receive, send
 
 
 def _bounded(receive: Receive) -> Receive:
-    """The body's parts, until they are more than they may be."""
+    """Receive the body's parts and raise 413 once they exceed `LARGEST_BODY`."""
     size = 0
 
     async def bounded() -> Message:

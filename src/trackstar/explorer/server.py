@@ -1,4 +1,4 @@
-"""Open what a person names, and serve it on loopback until they stop it."""
+"""Open result files and an index, and serve the explorer on loopback until it is interrupted."""
 
 import asyncio
 import dataclasses
@@ -14,8 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from trackstar.attribution.attributor import Attributor
 from trackstar.baselines.embeddings import load_encoder
 from trackstar.corpus import Corpus, read_queries
-from trackstar.curvature.task import check_choices, check_mixing
-from trackstar.errors import CorpusError, OptionError
+from trackstar.curvature.task import check_choices
+from trackstar.errors import CorpusError, OptionError, check_at_least, check_mixing
 from trackstar.explorer.app import make_app
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
@@ -24,7 +24,7 @@ from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.security import Guard
 from trackstar.retrieval.reranking import RERANKED
 from trackstar.store import Index, is_url, load_manifest
-from trackstar.workers.made_with import model_of_index
+from trackstar.workers.index_model import model_of_index
 
 MOST_RUNS = 8
 MOST_CONNECTIONS = 512
@@ -35,19 +35,19 @@ _MOST_RERANKED = 100
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class IndexOptions:
-    """How an index is opened for questions.
+    """Settings that open an index for questions.
 
     Attributes:
-        model: Where its model is, where it is not where the index says.
-        data: Where its corpus is, likewise.
-        task: A file of queries that R_eval and λ are taken from.
-        embedding_model: Folder of a sentence-embedding model.
-        device: Where gradients are computed.
+        model: Path to the model, if it has moved.
+        data: Path to the corpus, if it has moved.
+        task: File of queries that R_eval and λ are computed from; None uses R_train alone.
+        embedding_model: Folder of a sentence-embedding model; None leaves embeddings out.
+        device: Device that computes gradients.
         mixing: λ; None follows the paper's rule.
-        damping: See `task_correction`.
-        reranked: How many candidates are ranked again from recomputed gradients; None is the codec's number, but no
-            more than a person waits for.
-        batch_tokens: Most tokens of a batch, padding included.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None follows a rule.
+        reranked: Number of candidates that are re-ranked from recomputed gradients; None is the codec's
+            number, at most 100 so that an answer stays interactive.
+        batch_tokens: Most tokens per batch, padding included.
     """
 
     model: str | None = None
@@ -62,15 +62,15 @@ class IndexOptions:
 
 
 class ImpatientProtocol(H11Protocol):
-    """HTTP that hangs up on whoever opens a connection and sends no whole request within `SILENT_SECONDS`."""
+    """HTTP/1.1 that closes a connection without a complete request after `SILENT_SECONDS`."""
 
-    # The base says asyncio.BaseTransport, and gets what its server makes.
+    # The base declares asyncio.BaseTransport; its server passes an asyncio.Transport.
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Start waiting for the first request's headers."""
+        """Start the timer for the first request's headers."""
         super().connection_made(transport)
-        asyncio.get_running_loop().call_later(SILENT_SECONDS, self._hang_up_if_silent)
+        asyncio.get_running_loop().call_later(SILENT_SECONDS, self._close_if_silent)
 
-    def _hang_up_if_silent(self) -> None:
+    def _close_if_silent(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.close()
 
@@ -81,19 +81,19 @@ def serve(
     *,
     port: int = 0,
     browser: bool = True,
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> None:
     """Open result files and at most one index, and serve the explorer on 127.0.0.1 until it is interrupted.
 
     Args:
-        paths: Result files and an index's folder.
-        options: How the index is opened.
-        port: The port; 0 is any that is free.
-        browser: Whether the system's browser is opened.
-        say: Told the address, and what is worth knowing.
+        paths: Result files, and the folder or URL of an index.
+        options: Settings that open the index.
+        port: The port; 0 is any free port.
+        browser: Whether to open the system's browser.
+        note: Callback that receives the address and other notes, one line each.
 
     Raises:
-        TrackstarError: Something cannot be opened; see `trackstar.errors`.
+        TrackstarError: A file, the index or the port cannot be opened; see `trackstar.errors`.
     """
     check_options(options)
     indexes = [path for path in paths if _is_index(path)]
@@ -104,17 +104,20 @@ def serve(
             f"{MOST_RUNS} result files"
         )
     if not indexes and options != IndexOptions(device=options.device, batch_tokens=options.batch_tokens):
-        raise OptionError("--task, --embedding-model, --model, --data, --mixing and --damping are an index's; name one")
+        raise OptionError(
+            "`task`, `embedding_model`, `model`, `data`, `mixing`, `damping` and `reranked` apply to an index, found "
+            "none; name an index, or leave them out"
+        )
     listening = listen(port)
     try:
         files = [read_result_file(path) for path in results]
-        live = open_index(indexes[0], options, say=say) if indexes else None
+        live = open_index(indexes[0], options, note=note) if indexes else None
         host, port = listening.getsockname()
         hosts = frozenset(f"{name}:{port}" for name in (LOOPBACK, "localhost"))
         jobs = Jobs()
         app = make_app(files, live, hosts=hosts, jobs=jobs)
         address = f"http://{host}:{port}/"
-        say(f"explorer: {address} (Ctrl-C ends it)")
+        note(f"explorer: {address} (Ctrl-C ends it)")
         if browser:
             webbrowser.open(address)
         try:
@@ -126,12 +129,12 @@ def serve(
 
 
 def _is_index(path: str) -> bool:
-    """Whether a path or URL is rather an index than a file of results."""
+    """Whether a path or URL is an index, not a result file."""
     return load_manifest(path) is not None if is_url(path) else Path(path).is_dir()
 
 
 def http_server(app: Guard) -> uvicorn.Server:
-    """A server of the application that bounds its connections' number and patience; `run` takes its sockets."""
+    """A server of the application with limits on connections and waiting times; `run` takes its sockets."""
     config = uvicorn.Config(
         app, log_level="critical", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=15, server_header=False,
         lifespan="off", h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2, ws="none",
@@ -141,27 +144,26 @@ def http_server(app: Guard) -> uvicorn.Server:
 
 
 def check_options(options: IndexOptions) -> None:
-    """Refuse at once what the first question would be refused for.
+    """Raise if a setting would make the first question fail.
 
     Raises:
-        OptionError: A number is out of its range.
+        OptionError: A number is out of range, or λ needs a task; the message names the setting.
     """
     check_mixing(options.mixing)
     if options.mixing is not None and options.mixing > 0 and options.task is None:
         raise OptionError(
-            f"--mixing {options.mixing}: no query says what R_eval is; give some (--task), or leave it out"
+            f"`mixing`: found {options.mixing} without a task to compute R_eval from; pass `task`, or leave `mixing` "
+            "out"
         )
-    if options.reranked is not None and options.reranked < 0:
-        raise OptionError(f"--rerank {options.reranked}: expected 0 or more")
-    if options.batch_tokens < 1:
-        raise OptionError(f"--batch-tokens {options.batch_tokens}: expected 1 or more")
+    check_at_least("reranked", options.reranked, 0)
+    check_at_least("batch_tokens", options.batch_tokens)
 
 
-def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) -> LiveIndex:
-    """An index ready to be asked.
+def open_index(path: str, options: IndexOptions, *, note: Callable[[str], None]) -> LiveIndex:
+    """Open an index, its model and its corpus for questions.
 
     Raises:
-        TrackstarError: It, its model, the task or the embedding model cannot be opened.
+        TrackstarError: The index, its model, the task or the embedding model cannot be opened.
     """
     index = Index.open(path)
     check_choices(index, mixing=options.mixing, damping=options.damping)
@@ -184,29 +186,31 @@ def open_index(path: str, options: IndexOptions, *, say: Callable[[str], None]) 
     except CorpusError as error:
         if options.data is not None:
             raise
-        say(f"no fields of the corpus's records are shown: {error} (--data says where it is)")
+        note(f"the corpus's fields are not shown: {error}; pass `data` if the corpus has moved")
     return LiveIndex(attributor, encoder=encoder, corpora=corpora, task_queries=len(task))
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on loopback, so that nothing outside this machine can reach the server.
+    """A listening socket on loopback, which no other machine can reach.
 
     Args:
-        port: Its port; 0 is any that is free.
+        port: The port; 0 is any free port.
 
     Raises:
-        OptionError: There is no such port, or it cannot be used.
+        OptionError: The port is out of range or cannot be used.
     """
     if not 0 <= port <= 65535:
-        raise OptionError(f"--port {port}: expected 0 (any that is free) to 65535")
-    # With the protocol named, asyncio sends an answer's last part at once, not 40 ms later, when its first has come.
+        raise OptionError(f"`port`: expected 0 (any free port) to 65535, found {port}")
+    # asyncio sets TCP_NODELAY only if the protocol is given; else an answer's last part is 40 ms late.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((LOOPBACK, port))
-        listening.listen(64)  # a browser that is opened at once waits instead of being refused
+        listening.listen(64)  # a browser that connects before the server accepts waits instead of failing
     except OSError as error:
         listening.close()
-        raise OptionError(f"--port {port}: cannot be used ({error.strerror}); choose another, or 0 for any") from None
+        raise OptionError(
+            f"`port`: {port} cannot be used ({error.strerror}); choose another port, or 0 for any free one"
+        ) from None
     return listening

@@ -1,18 +1,21 @@
-"""Project flattened gradients by one dense matrix a weight matrix, φ = P vec(G/√V): what two-sided projection replaces.
+"""Project flattened gradients by one dense matrix per weight matrix, φ = P vec(G/√V), to compare with Eq. 4.
 
-P is side²×(rows·columns), its entries normal with mean 0 and variance 1/side²: the plain Johnson-Lindenstrauss map of
-TRAK and others, a reference for the two-sided one of Eq. 4. It needs every example's G, and memory of dimensions times
-parameters, and is there for small models only.
+P is [side², rows · columns], with normal entries of mean 0 and variance 1/side²: the plain
+Johnson-Lindenstrauss map that TRAK and others use, and that the two-sided projection of Eq. 4
+replaces. It needs each example's G, and memory for dimensions × parameters, so it is for small
+models only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.errors import OptionError
-from trackstar.gradients.projection import inverse_roots, random_projection
+from trackstar.gradients.per_example import gradient_matrices
+from trackstar.gradients.projection import BlockSums, inverse_roots, random_projection
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
@@ -20,80 +23,73 @@ from trackstar.model.layer_blocks import WeightMatrix
 LARGEST_BYTES = 6 * 2**30
 """Most memory for the dense projections."""
 
-_ENTRIES_AT_ONCE = 2**25
+# Entries of gradient matrices that are materialized at the same time.
+_MATERIALIZED_ENTRIES = 2**25
 
 
 def check_flattened_size(matrices: Iterable[WeightMatrix], side: int) -> None:
-    """See that dense projections of all matrices are small enough.
+    """Raise if the dense projections of all matrices take more memory than `LARGEST_BYTES`.
 
     Raises:
-        OptionError: They are not.
+        OptionError: The projections are too large.
     """
     parameters = sum(matrix.rows * matrix.columns for matrix in matrices)
-    wanted = parameters * side**2 * 4
-    if wanted > LARGEST_BYTES:
+    needed = parameters * side**2 * 4
+    if needed > LARGEST_BYTES:
         raise OptionError(
-            f"--projection one-sided: {parameters:,} parameters by {side**2:,} dimensions need {wanted / 2**30:,.1f} "
-            f"GiB, expected at most {LARGEST_BYTES / 2**30:.0f}; take a smaller --side or model, or the two-sided one"
+            f'`projection="one-sided"`: {parameters:,} parameters by {side**2:,} dimensions need '
+            f"{needed / 2**30:,.1f} GiB, expected at most {LARGEST_BYTES / 2**30:.0f}; choose a smaller `side`, a "
+            'smaller model, or `projection="two-sided"`'
         )
 
 
-class FlattenedGradients:
-    """Sums φ = P vec(G/√V) of a batch, block by block; a block is the sum of its matrices'.
+def example_slices(examples: int, matrix: WeightMatrix) -> Iterator[slice]:
+    """Slices of a batch's examples whose gradients of a matrix fit in memory together."""
+    size = max(1, _MATERIALIZED_ENTRIES // (matrix.rows * matrix.columns))
+    for first in range(0, examples, size):
+        yield slice(first, first + size)
+
+
+@final
+class FlattenedGradients(BlockSums):
+    """φ by dense projection: P vec(G/√V), summed over the matrices of each block.
 
     Args:
-        model: The model, whose layer blocks φ follows.
+        model: The model, whose layer blocks φ has.
         second_moment: V, checked against the model.
-        seed: Of the projections.
-        side: A block of φ has side² entries, as the two-sided projection's.
+        seed: Seed of the projections.
+        side: A block of φ has side² entries, as with the two-sided projection.
 
     Raises:
-        OptionError: The projections would be larger than `LARGEST_BYTES`.
+        OptionError: The side is not positive, the projections would be larger than `LARGEST_BYTES`,
+            or the model is spread over several devices.
     """
 
     def __init__(self, model: LanguageModel, second_moment: SecondMoment, *, seed: int = 0, side: int = 64) -> None:
+        super().__init__(model, side)
         check_flattened_size(model.matrices, side)
-        self.side = side
-        self.dimensions = len(model.blocks) * side * side
-        self._blocks = len(model.blocks)
-        model.check_on_one_device("--projection one-sided")
-        self._device = model.device
+        model.check_on_one_device('`projection="one-sided"`')
         self._projections: dict[str, Tensor] = {}
         self._inverse_roots: dict[str, Tensor] = {}
         for matrix in model.matrices:
             drawn = random_projection(seed, f"{matrix.name} flattened", matrix.rows * matrix.columns, side * side)
-            self._projections[matrix.name] = drawn.to(self._device)
+            self._projections[matrix.name] = drawn.to(self._device)  # [rows · columns, side²]
             root = inverse_roots(matrix, second_moment)
             if isinstance(root, tuple):
                 root = torch.outer(*root)
             if root is not None:
                 self._inverse_roots[matrix.name] = root.to(self._device)
-        self._sums = torch.zeros(0)
 
-    def start(self, examples: int) -> None:
-        """Begin a batch: all sums are zero."""
-        self._sums = torch.zeros(self._blocks, examples, self.side * self.side, device=self._device)
-
-    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
-        """The inputs themselves."""
+    def save_for_backward(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """Return the inputs themselves."""
         return inputs
 
-    def add(
-        self,
-        matrix: WeightMatrix,
-        kept: Float[Tensor, "batch tokens columns"],
-        gradients: Float[Tensor, "batch tokens rows"],
-    ) -> None:
-        """Add P vec(G/√V) to the matrix's block, a few examples at once."""
+    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
+        """Add P vec(G/√V) to the matrix's block, a few examples at a time."""
         projection, root = self._projections[matrix.name], self._inverse_roots.get(matrix.name)
-        at_once = max(1, _ENTRIES_AT_ONCE // (matrix.rows * matrix.columns))
-        for first in range(0, kept.shape[0], at_once):
-            part = slice(first, first + at_once)
-            gradient = gradients[part].float().mT @ kept[part].float()
+        for part in example_slices(len(saved), matrix):
+            gradient = gradient_matrices(saved[part], gradients[part])
             if root is not None:
                 gradient *= root
-            self._sums[matrix.block][part] += gradient.flatten(1) @ projection
-
-    def result(self) -> Float[Tensor, "batch dimensions"]:
-        """φ of each example of the batch that has just run, its blocks one after the other, in float32."""
-        return self._sums.transpose(0, 1).reshape(self._sums.shape[1], self.dimensions)
+            projected = gradient.flatten(1) @ projection  # [examples, side²]
+            self._sums[matrix.block][part] += projected.unflatten(1, (self.side, self.side))

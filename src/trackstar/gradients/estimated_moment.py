@@ -1,23 +1,34 @@
-"""Estimate V, the mean of squared gradients, from a sample of the training examples."""
+"""Estimate V = E[G²], the mean of squared gradients, from a sample of the training examples (paper, §4.1).
+
+The row and column means of G² need no materialized gradient. With G = Σ_t g_t a_tᵀ,
+
+    G_ij          = Σ_t g_ti a_tj
+    G_ij²         = Σ_{t,t'} g_ti a_tj a_t'j g_t'i
+    Σ_j G_ij²     = Σ_{t,t'} g_ti (a_t·a_t') g_t'i      = Σ_t g_ti ((a aᵀ) g)_ti
+    Σ_i G_ij²     = Σ_{t,t'} a_tj (g_t·g_t') a_t'j      = Σ_t a_tj ((g gᵀ) a)_tj
+
+with a of shape [tokens, columns] and g of shape [tokens, rows].
+"""
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Literal
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.choices import SecondMomentKind
 from trackstar.corpus import TokenizedExample
-from trackstar.errors import GradientError, OptionError
-from trackstar.gradients.per_example import gradient_pass
+from trackstar.errors import OptionError
+from trackstar.gradients.per_example import BatchedPass, GradientConsumer, gradient_matrices
 from trackstar.gradients.second_moment import DEFAULT_FLOOR, ElementwiseMoment, FactoredMoment, Moment, SecondMoment
-from trackstar.model.batching import Batch, make_batch, plan_batches, run_adaptively
+from trackstar.model.batching import Batch
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 
-# Examples whose squares are summed in one go: so many that a batch is full, so few that several workers have some.
+# Examples whose squares are summed together: enough to fill a batch, few enough to occupy several workers.
 _PART_EXAMPLES = 16
 
 
@@ -25,8 +36,8 @@ def estimate_second_moment(
     model: LanguageModel,
     examples: Sequence[TokenizedExample],
     *,
-    kind: Literal["factored", "elementwise"] = "factored",
-    token_budget: int = 2048,
+    kind: SecondMomentKind = "factored",
+    batch_tokens: int = 2048,
     floor: float = DEFAULT_FLOOR,
     note: Callable[[str], None] = lambda _line: None,
 ) -> SecondMoment:
@@ -35,46 +46,46 @@ def estimate_second_moment(
     Args:
         model: The model.
         examples: The sample.
-        kind: Whether only the row and column means are kept.
-        token_budget: Most tokens of a batch, padding included.
+        kind: `factored` estimates only the row and column means, `elementwise` all entries.
+        batch_tokens: Most tokens per batch, padding included.
         floor: See `DEFAULT_FLOOR`.
-        note: Told when memory ran out and batches are made smaller.
+        note: Callback that receives a line when memory runs out and batches become smaller.
 
     Raises:
-        OptionError: The sample is empty, or one example does not fit in memory.
+        OptionError: The sample is empty, or a single example does not fit in memory.
         GradientError: An example's loss is not finite.
     """
     if not examples:
         raise OptionError("second moment: found no example to estimate it from, expected one or more")
-    with SquaredGradients(model, kind=kind, token_budget=token_budget, note=note) as squares:
+    with SquaredGradients(model, kind=kind, batch_tokens=batch_tokens, note=note) as squares:
         return mean_of_squares((squares.sums(part) for part in estimate_parts(examples, kind)), kind=kind, floor=floor)
 
 
 def estimate_parts(
-    examples: Sequence[TokenizedExample], kind: Literal["factored", "elementwise"]
+    examples: Sequence[TokenizedExample], kind: SecondMomentKind
 ) -> Iterator[Sequence[TokenizedExample]]:
-    """The parts that squares are summed over, each by whoever does it: V's bits do not depend on who that is.
+    """The parts that squares are summed over, so that the bits of V do not depend on the number of workers.
 
-    Elementwise sums are as large as the model, so that all examples are one part.
+    Elementwise sums are as large as the model, so all examples are one part.
 
     Args:
         examples: The sample, one example at least.
-        kind: Whether only the row and column means are kept.
+        kind: Kind of V.
     """
-    at_once = _PART_EXAMPLES if kind == "factored" else len(examples)
-    return (examples[first : first + at_once] for first in range(0, len(examples), at_once))
+    size = _PART_EXAMPLES if kind == "factored" else len(examples)
+    return (examples[first : first + size] for first in range(0, len(examples), size))
 
 
 def mean_of_squares(
-    parts: Iterable["SummedSquares"], *, kind: Literal["factored", "elementwise"], floor: float = DEFAULT_FLOOR
+    parts: Iterable["SummedSquares"], *, kind: SecondMomentKind, floor: float = DEFAULT_FLOOR
 ) -> SecondMoment:
-    """V = E[G²] of the sums over some parts, added in their order (paper, §4.1).
+    """V = E[G²] from the sums over parts, added in the parts' order (paper, §4.1).
 
-    Rounding may leave a tiny negative sum of a factor, which is zero.
+    Rounding may make the sum of a factor slightly negative; it is raised to zero.
 
     Args:
-        parts: One at least, of the same model; see `estimate_parts`.
-        kind: What they hold.
+        parts: Sums of the same model, one part at least; see `estimate_parts`.
+        kind: Kind of the sums.
         floor: See `DEFAULT_FLOOR`.
 
     Returns:
@@ -96,18 +107,19 @@ def mean_of_squares(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SummedSquares:
-    """Sums over some examples, on the CPU.
+    """Sums of squared gradients over some examples, on the CPU.
 
     Attributes:
-        examples: How many.
-        sums: By matrix: of the row means [rows] and of the column means [columns] of G² in float64, or of G² itself
-            [rows, columns] in float32; in squared units of the gradient.
+        examples: Number of examples.
+        sums: By matrix, in squared units of the gradient: sums of the row means [rows] and of the
+            column means [columns] of G², in float64; or the sum of G² [rows, columns], in float32.
     """
 
     examples: int
     sums: dict[str, list[Tensor]]
 
 
+@final
 class SquaredGradients:
     """Sums of squared gradients over examples, in batches of similar length.
 
@@ -115,157 +127,137 @@ class SquaredGradients:
 
     Args:
         model: The model.
-        kind: Whether only the row and column means are kept.
-        token_budget: Most tokens of a batch, padding included.
-        note: Told when memory ran out and batches are made smaller.
+        kind: `factored` sums only the row and column means, `elementwise` all entries.
+        batch_tokens: Most tokens per batch, padding included.
+        note: Callback that receives a line when memory runs out and batches become smaller.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        *,
-        kind: Literal["factored", "elementwise"],
-        token_budget: int,
-        note: Callable[[str], None],
+        self, model: LanguageModel, *, kind: SecondMomentKind, batch_tokens: int, note: Callable[[str], None]
     ) -> None:
-        self._model = model
         self._squares = FactoredSquares(model) if kind == "factored" else ElementwiseSquares(model)
-        # Elementwise sums have no second copy to undo a batch in: one example a batch.
-        self._token_budget = token_budget if kind == "factored" else 1
-        self._note = note
-        self._stack = ExitStack()
-        self._pass: Callable[[Batch], Tensor] | None = None
+        # Elementwise sums have no copy that would undo an unfinished batch, so each batch is one example.
+        budget = batch_tokens if kind == "factored" else 1
+        self._pass = BatchedPass(model, self._squares, batch_tokens=budget, note=note)
 
     def __enter__(self) -> "SquaredGradients":
-        self._pass = self._stack.enter_context(gradient_pass(self._model, self._squares))
+        self._pass.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: object) -> None:
+        self._pass.__exit__(*error)
 
     def sums(self, examples: Sequence[TokenizedExample]) -> SummedSquares:
         """Sums over these examples.
 
         Raises:
-            OptionError: One example does not fit in memory.
+            OptionError: A single example does not fit in memory.
             GradientError: An example's loss is not finite.
         """
-        assert self._pass is not None, "used outside its context"
-        run, squares = self._pass, self._squares
-
-        def run_batch(places: list[int]) -> Tensor:
-            losses = run(make_batch(examples, places, device=self._model.device))
-            squares.commit()
-            return losses
-
-        squares.clear()
-        plan = plan_batches([len(example.token_ids) for example in examples], self._token_budget)
-        for places, losses in run_adaptively(plan, run_batch, self._note):
-            if not torch.isfinite(losses).all():
-                worst = examples[places[int(torch.isfinite(losses).int().argmin())]]
-                raise GradientError(f"{worst.example_id}: its loss is not finite; expected a number; check the weights")
-        sums = {name: [one.cpu() for one in of] for name, of in squares.sums().items()}
+        self._squares.clear()
+        for _ in self._pass.batches(examples, self._squares.commit):
+            pass
+        sums = {name: [one.cpu() for one in of] for name, of in self._squares.sums().items()}
         return SummedSquares(examples=len(examples), sums=sums)
 
 
-class FactoredSquares:
-    """Sums over examples of the row and column means of G², from the factors alone where that is cheaper.
-
-    With G = Σ_t g_t a_tᵀ: Σ_j G_ij² = Σ_{t,t'} g_ti (a_t·a_t') g_t'i, and the same for columns with g and a
-    exchanged.
-    """
+class SquareSums(GradientConsumer):
+    """Sums of squared gradients over the examples of many batches, each on its matrix's device."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._row: dict[str, Tensor] = {}
-        self._column: dict[str, Tensor] = {}
-        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
         self.clear()
 
+    @abstractmethod
     def clear(self) -> None:
-        """Begin new sums, all zero."""
+        """Set all sums to zero."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Add the batch that has just finished to the sums."""
+
+    @abstractmethod
+    def sums(self) -> dict[str, list[Tensor]]:
+        """The sums by matrix, as in `SummedSquares`."""
+
+    def save_for_backward(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """Return the inputs themselves."""
+        return inputs
+
+
+@final
+class FactoredSquares(SquareSums):
+    """Sums over examples of the row and column means of G², without materializing G where that is cheaper."""
+
+    def clear(self) -> None:
+        """Set all sums to zero."""
 
         def zeros(matrix: WeightMatrix, size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float64, device=self._model.device_of(matrix))
 
         self._row = {matrix.name: zeros(matrix, matrix.rows) for matrix in self._model.matrices}
         self._column = {matrix.name: zeros(matrix, matrix.columns) for matrix in self._model.matrices}
+        self._pending: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def start(self, examples: int) -> None:
-        """Forget a batch that did not run to its end."""
+    def start(self, batch: Batch) -> None:
+        """Discard a batch that did not finish."""
         self._pending.clear()
 
     def commit(self) -> None:
-        """Add the batch that ran to its end to the sums."""
+        """Add the finished batch to the sums."""
         for name, (row_sums, column_sums) in self._pending.items():
             self._row[name] += row_sums
             self._column[name] += column_sums
         self._pending.clear()
 
-    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
-        """The inputs themselves."""
-        return inputs
-
-    def add(
-        self,
-        matrix: WeightMatrix,
-        kept: Float[Tensor, "batch tokens columns"],
-        gradients: Float[Tensor, "batch tokens rows"],
-    ) -> None:
-        """Add the batch's squares, summed over examples."""
-        inputs, gradients = kept.float(), gradients.float()
+    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
+        """Add the row and column means of G², summed over the batch."""
+        inputs, gradients = saved.float(), gradients.float()
         tokens = inputs.shape[1]
         if tokens * (matrix.rows + matrix.columns) < matrix.rows * matrix.columns:
+            # Σ_t g_ti Σ_t' (a_t·a_t') g_t'i, summed over the batch: [rows]
             row_sums = ((inputs @ inputs.mT) @ gradients * gradients).sum(dim=(0, 1))
+            # Σ_t a_tj Σ_t' (g_t·g_t') a_t'j, summed over the batch: [columns]
             column_sums = ((gradients @ gradients.mT) @ inputs * inputs).sum(dim=(0, 1))
         else:
             squares = torch.zeros(matrix.rows, matrix.columns, device=inputs.device)
             for example in range(inputs.shape[0]):
-                squares += (gradients[example].mT @ inputs[example]).square_()
+                squares += gradient_matrices(inputs[example], gradients[example]).square_()
             row_sums, column_sums = squares.sum(dim=1), squares.sum(dim=0)
         self._pending[matrix.name] = (row_sums.double() / matrix.columns, column_sums.double() / matrix.rows)
 
     def sums(self) -> dict[str, list[Tensor]]:
-        """By matrix: the sums for rows and for columns."""
+        """The sums of row means and of column means, by matrix."""
         return {name: [self._row[name], self._column[name]] for name in self._row}
 
 
-class ElementwiseSquares:
-    """Sums over examples of G², an entry a weight."""
+@final
+class ElementwiseSquares(SquareSums):
+    """Sums over examples of G², one number per weight. Batches hold one example, since none can be undone."""
 
     def __init__(self, model: LanguageModel) -> None:
-        self._model = model
         self._sums: dict[str, Tensor] = {}
-        self.clear()
+        super().__init__(model)
 
     def clear(self) -> None:
-        """Begin new sums, all zero."""
-        self._sums.clear()  # first, as there is room for one of them
+        """Set all sums to zero."""
+        self._sums.clear()  # first, because there may be memory for one set of sums only
         self._sums = {
             m.name: torch.zeros(m.rows, m.columns, device=self._model.device_of(m)) for m in self._model.matrices
         }
 
-    def start(self, examples: int) -> None:
-        """Nothing is kept from batch to batch but the sums."""
+    def start(self, batch: Batch) -> None:
+        """Do nothing: only the sums outlive a batch."""
 
     def commit(self) -> None:
-        """Nothing is pending."""
+        """Do nothing: `add` has added the batch to the sums."""
 
-    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
-        """The inputs themselves."""
-        return inputs
-
-    def add(
-        self,
-        matrix: WeightMatrix,
-        kept: Float[Tensor, "batch tokens columns"],
-        gradients: Float[Tensor, "batch tokens rows"],
-    ) -> None:
-        """Add the batch's squares, summed over examples."""
-        for example in range(kept.shape[0]):
-            gradient = gradients[example].float().mT @ kept[example].float()
+    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
+        """Add G², summed over the batch."""
+        for example in range(saved.shape[0]):
+            gradient = gradient_matrices(saved[example], gradients[example])
             self._sums[matrix.name].addcmul_(gradient, gradient)
 
     def sums(self) -> dict[str, list[Tensor]]:
-        """By matrix: the sums."""
+        """The sums of G², by matrix."""
         return {name: [sums] for name, sums in self._sums.items()}

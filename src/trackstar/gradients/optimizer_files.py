@@ -1,7 +1,8 @@
-"""Optimizer state by parameter name, from the project's `optimizer.safetensors` and from torch state dicts.
+"""Read optimizer state by parameter name, from `optimizer.safetensors` or a torch state dict.
 
-A torch state dict names parameters by number. They are named by its `param_names` where it has them, else in the
-orders that are in use; an order is taken only where every tensor has its parameter's shape, so nothing is guessed.
+A torch state dict numbers its parameters. Their names are its `param_names` if it has them, else
+they follow one of the orders in common use. An order is accepted only if every tensor has its
+parameter's shape, so nothing is guessed.
 """
 
 import itertools
@@ -20,25 +21,26 @@ from torch import Tensor, nn
 
 from trackstar.errors import SecondMomentError
 from trackstar.model.language_model import LanguageModel
+from trackstar.text import shortened, system_reason
 
-INSTEAD = "give --second-moment estimate to estimate V from the corpus instead"
-# Second moments, which must be tensors.
+ESTIMATE_ADVICE = 'pass `second_moment="estimate"` to estimate V from the corpus instead'
+# States that must be tensors.
 _TENSORS = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"}
-# What data parallelism and compilation put before a parameter's name.
+# Prefixes that data parallelism and compilation add to a parameter's name.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 ParameterState = Mapping[str, Any]
-"""What an optimizer keeps of one parameter: its state's names to tensors and numbers."""
+"""Optimizer state of one parameter: tensors and numbers by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerState:
-    """What an optimizer keeps of each parameter.
+    """Optimizer state of all parameters.
 
     Attributes:
-        source: Where it comes from, for people.
-        of: By parameter name.
-        beta2: β₂ of each parameter, where the optimizer has one.
+        source: Origin of the state, for messages and manifests.
+        of: State of each parameter by the parameter's name.
+        beta2: β₂ of each parameter whose optimizer has one.
     """
 
     source: str
@@ -47,7 +49,7 @@ class OptimizerState:
 
 
 def beta2_of(group: Mapping[str, Any]) -> float | None:
-    """β₂ of a group of parameters, or None where its optimizer has none."""
+    """β₂ of a group of parameters, or None if its optimizer has none."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return None
@@ -56,12 +58,12 @@ def beta2_of(group: Mapping[str, Any]) -> float | None:
         return None
     try:
         return float(beta2)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, without values, of hundreds of digits
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # complex, without values, or too many digits
         return None
 
 
-class _Lazily(Mapping[str, Any]):
-    """One parameter's state, each tensor read from the file when it is asked for."""
+class _LazyState(Mapping[str, Any]):
+    """State of one parameter, whose tensors are read from the file when they are accessed."""
 
     def __init__(self, read: Callable[[str], Tensor], keys: Mapping[str, str]) -> None:
         self._read = read
@@ -78,33 +80,33 @@ class _Lazily(Mapping[str, Any]):
 
 
 def read_named_state(path: Path, model: LanguageModel) -> OptimizerState:
-    """The state in a file of tensors named STATE/PARAMETER; tensors are read when they are asked for.
+    """Read a file of tensors named STATE/PARAMETER; each tensor is read when it is accessed.
 
     Raises:
-        SecondMomentError: It is not such a file, or is another model's.
+        SecondMomentError: The file has another format, or belongs to another model.
     """
     try:
         file: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise SecondMomentError(
-            f"{path}: not a whole safetensors file ({_one_line(error)}); restore it, or {INSTEAD}"
+            f"{path}: not a whole safetensors file ({system_reason(error)}); restore it, or {ESTIMATE_ADVICE}"
         ) from None
     parameters = dict(model.module.named_parameters())
     keys: dict[str, dict[str, str]] = {}
-    for key in file.keys():  # noqa: SIM118 - it is no mapping
+    for key in file.keys():  # noqa: SIM118 - not a mapping
         state, separator, parameter = key.partition("/")
         if not separator:
             raise SecondMomentError(
-                f"{path}: holds a tensor named {_printable(key)}; expected STATE/PARAMETER, as in "
+                f"{path}: holds a tensor named {_short(key)}; expected STATE/PARAMETER, as in "
                 "exp_avg_sq/model.layers.0.mlp.up_proj.weight"
             )
         if parameter not in parameters:
             raise SecondMomentError(
-                f"{path}: holds state of {_printable(parameter)}, which {model.architecture} does not have; it belongs "
+                f"{path}: holds state of {_short(parameter)}, which {model.architecture} does not have; it belongs "
                 "to another model"
             )
-        found = tuple(file.get_slice(key).get_shape())
-        _check_shape(f"{path}: {key}", state, found, tuple(parameters[parameter].shape))
+        shape = tuple(file.get_slice(key).get_shape())
+        _check_shape(f"{path}: {key}", state, shape, tuple(parameters[parameter].shape))
         keys.setdefault(parameter, {})[state] = key
 
     def read(key: str) -> Tensor:
@@ -112,7 +114,7 @@ def read_named_state(path: Path, model: LanguageModel) -> OptimizerState:
             return file.get_tensor(key)
         except (SafetensorError, OSError) as error:  # such as a number format that torch does not have
             raise SecondMomentError(
-                f"{path}: {_printable(key)} cannot be read ({_one_line(error)}); {INSTEAD}"
+                f"{path}: {_short(key)} cannot be read ({system_reason(error)}); {ESTIMATE_ADVICE}"
             ) from None
 
     try:
@@ -121,57 +123,59 @@ def read_named_state(path: Path, model: LanguageModel) -> OptimizerState:
         beta2 = None
     return OptimizerState(
         source=str(path),
-        of={parameter: _Lazily(read, states) for parameter, states in keys.items()},
+        of={parameter: _LazyState(read, states) for parameter, states in keys.items()},
         beta2={} if beta2 is None else dict.fromkeys(keys, beta2),
     )
 
 
-# ---- torch state dicts ---------------------------------------------------------------------------------------
+# ---- torch state dicts ---------------------------------------------------------------------------
 
 
 def read_numbered_state(path: Path, model: LanguageModel) -> OptimizerState:
-    """The state in a torch state dict, its parameters named.
+    """Read a torch state dict, and name its parameters.
 
     Raises:
-        SecondMomentError: It is not such a file, is another model's, or does not say which parameter is which.
+        SecondMomentError: The file has another format, belongs to another model, or does not
+            identify its parameters.
     """
     state, groups = _torch_state_dict(path)
     names = _parameter_names(path, state, groups, model)
     beta2 = {names[number]: beta2_of(group) for group in groups for number in group["params"]}
     return OptimizerState(
         source=str(path),
-        of={names[number]: kept for number, kept in state.items()},
+        of={names[number]: of_parameter for number, of_parameter in state.items()},
         beta2={name: value for name, value in beta2.items() if value is not None},
     )
 
 
 def _torch_state_dict(path: Path) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
-    """`state` and `param_groups` of a file of torch.save, without running code that may be in it."""
+    """`state` and `param_groups` of a file that torch.save wrote, without running code that may be in it."""
     try:
-        # Mapped where the format allows it: Adam's first moment, half of the file, is then never read.
+        # Memory-mapped if the format allows it: Adam's first moment, half of the file, is then never read.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise SecondMomentError(
             f"{path}: cut off, or holds more than tensors and plain values, which could run code when loaded; expected "
-            f"what torch.save writes of optimizer.state_dict(), or {INSTEAD}"
+            f"what torch.save writes of optimizer.state_dict(), or {ESTIMATE_ADVICE}"
         ) from None
     except Exception as error:  # a damaged or hostile file can raise anything here
         raise SecondMomentError(
-            f"{path}: cannot be read as torch state ({_one_line(error)}); expected what torch.save writes of "
-            f"optimizer.state_dict(), or {INSTEAD}"
+            f"{path}: cannot be read as torch state ({system_reason(error)}); expected what torch.save writes of "
+            f"optimizer.state_dict(), or {ESTIMATE_ADVICE}"
         ) from None
     state, groups = (loaded.get("state"), loaded.get("param_groups")) if isinstance(loaded, dict) else (None, None)
     if not isinstance(state, dict) or not isinstance(groups, list) or not groups:
-        found = f"a dict of {listed(loaded)}" if isinstance(loaded, dict) else type(loaded).__name__
+        content = f"a dict of {listed(loaded)}" if isinstance(loaded, dict) else type(loaded).__name__
         raise SecondMomentError(
-            f"{path}: holds {found}; expected an optimizer's state dict, with state and param_groups"
+            f"{path}: holds {content}; expected an optimizer's state dict, with state and param_groups"
         )
     if any(not isinstance(group, dict) or not isinstance(group.get("params"), list) for group in groups):
         raise SecondMomentError(f"{path}: an entry of param_groups has no list of params; expected one in each")
-    for number, kept in state.items():
-        if not isinstance(kept, dict):
+    for number, of_parameter in state.items():
+        if not isinstance(of_parameter, dict):
             raise SecondMomentError(
-                f"{path}: state of parameter {_printable(number)} is {type(kept).__name__}; expected a dict of tensors"
+                f"{path}: state of parameter {_short(number)} is {type(of_parameter).__name__}; expected a dict of "
+                "tensors"
             )
     return state, groups
 
@@ -179,7 +183,7 @@ def _torch_state_dict(path: Path) -> tuple[dict[Any, dict[str, Any]], list[dict[
 def _parameter_names(
     path: Path, state: Mapping[Any, ParameterState], groups: Sequence[Mapping[str, Any]], model: LanguageModel
 ) -> dict[Any, str]:
-    """The name of every numbered parameter: the one order that fits the state's shapes."""
+    """The name of each numbered parameter, by the one order that fits the state's shapes."""
     parameters = dict(model.module.named_parameters())
     covered = {matrix.parameter for matrix in model.matrices}
     fitting: dict[frozenset[tuple[Any, str]], dict[Any, str]] = {}
@@ -192,7 +196,7 @@ def _parameter_names(
         except SecondMomentError as error:
             misfits.append(error)
         else:
-            # Orders that agree on the matrices are the same to us.
+            # Orders that agree on the covered matrices give the same V.
             fitting.setdefault(frozenset(pair for pair in names.items() if pair[1] in covered), names)
     if not fitting:
         raise misfits[0]
@@ -205,18 +209,18 @@ def _parameter_names(
 
 
 def _orders(path: Path, groups: Sequence[Mapping[str, Any]], module: nn.Module) -> Iterator[list[list[str]]]:
-    """Every way to name the groups' parameters that has the right number of them in each group."""
+    """Each way to name the groups' parameters that has the right number of names in each group."""
     sizes = [len(group["params"]) for group in groups]
     numbers = list(itertools.chain.from_iterable(group["params"] for group in groups))
     if any(not isinstance(number, (int, str)) for number in numbers) or len(set(numbers)) != len(numbers):
         raise SecondMomentError(
             f"{path}: its param_groups do not name each parameter once; expected a number or name for each"
         )
-    given = [group.get("param_names") for group in groups]
+    in_file = [group.get("param_names") for group in groups]
     if all(isinstance(number, str) for number in numbers):
-        given = [group["params"] for group in groups]
-    if all(isinstance(names, list) and len(names) == size for names, size in zip(given, sizes, strict=True)):
-        named = [[_WRAPPERS.sub("", str(name)) for name in names or ()] for names in given]
+        in_file = [group["params"] for group in groups]
+    if all(isinstance(names, list) and len(names) == size for names, size in zip(in_file, sizes, strict=True)):
+        named = [[_WRAPPERS.sub("", str(name)) for name in names or ()] for names in in_file]
         if len(set(itertools.chain.from_iterable(named))) != len(numbers):
             raise SecondMomentError(f"{path}: its param_names name one parameter twice; expected each once")
         yield named
@@ -234,7 +238,7 @@ def _orders(path: Path, groups: Sequence[Mapping[str, Any]], module: nn.Module) 
 
 
 def _decay_orders(module: nn.Module, every: list[str]) -> Iterator[list[list[str]]]:
-    """The usual two groups, with and without weight decay: of the Trainer (5 and before), and matrices apart."""
+    """Usual groups with and without weight decay: the Trainer's (up to version 5), or matrices and vectors."""
     shapes = {name: parameter.ndim for name, parameter in module.named_parameters()}
     in_norms = {
         f"{path}.{name}" if path else name
@@ -262,56 +266,52 @@ def _decay_orders(module: nn.Module, every: list[str]) -> Iterator[list[list[str
 def _check_fit(
     path: Path, state: Mapping[Any, ParameterState], names: Mapping[Any, str], parameters: Mapping[str, Tensor]
 ) -> None:
-    """That every parameter with a state is one of the model's, and every tensor has its shape."""
-    for number, kept in state.items():
+    """Raise if a parameter is none of the model's, or a tensor does not have its parameter's shape."""
+    for number, of_parameter in state.items():
         name = names.get(number, str(number))
         if name not in parameters:
             raise SecondMomentError(
-                f"{path}: holds state of {_printable(name)}, which is no parameter of the model; it belongs to another "
+                f"{path}: holds state of {_short(name)}, which is no parameter of the model; it belongs to another "
                 "model"
             )
-        for key, value in kept.items():
+        for key, value in of_parameter.items():
             if isinstance(value, Tensor) and value.ndim:
-                what = f"{path}: {key} of parameter {_printable(number)}, {name},"
+                what = f"{path}: {key} of parameter {_short(number)}, {name},"
                 if value.layout != torch.strided or not value.is_floating_point() or value.is_meta:
-                    found = f"{value.layout} of {value.dtype}{', without values' if value.is_meta else ''}"
-                    raise SecondMomentError(f"{what} is {found}; expected floating point")
+                    format_ = f"{value.layout} of {value.dtype}{', without values' if value.is_meta else ''}"
+                    raise SecondMomentError(f"{what} is {format_}; expected floating point")
                 _check_shape(what, str(key), tuple(value.shape), tuple(parameters[name].shape))
             elif key in _TENSORS:
                 raise SecondMomentError(
-                    f"{path}: {key} of parameter {_printable(number)}, {name}, is {type(value).__name__} without "
+                    f"{path}: {key} of parameter {_short(number)}, {name}, is {type(value).__name__} without "
                     "dimensions; expected a tensor"
                 )
 
 
-def _check_shape(what: str, state: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """That a state's tensor has the shape that its parameter's makes it have; unknown states may have any."""
+def _check_shape(what: str, state: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) -> None:
+    """Raise if a state's tensor has another shape than its parameter implies; unknown states have any."""
     expected = {
-        "exp_avg": shape,
-        "exp_avg_sq": shape,
-        "max_exp_avg_sq": shape,
-        "variance": shape,
-        "exp_avg_sq_row": shape[:-1],
-        "exp_avg_sq_col": (*shape[:-2], *shape[-1:]),
-        "row_var": (*shape[:-1], 1),
-        "col_var": (*shape[:-2], 1, *shape[-1:]),
+        "exp_avg": parameter_shape,
+        "exp_avg_sq": parameter_shape,
+        "max_exp_avg_sq": parameter_shape,
+        "variance": parameter_shape,
+        "exp_avg_sq_row": parameter_shape[:-1],
+        "exp_avg_sq_col": (*parameter_shape[:-2], *parameter_shape[-1:]),
+        "row_var": (*parameter_shape[:-1], 1),
+        "col_var": (*parameter_shape[:-2], 1, *parameter_shape[-1:]),
     }.get(state)
-    if expected is not None and found != expected:
+    if expected is not None and shape != expected:
         raise SecondMomentError(
-            f"{what} has shape {found}, expected {expected} for a parameter of shape {shape}; it belongs to another "
-            "model"
+            f"{what} has shape {shape}, expected {expected} for a parameter of shape {parameter_shape}; it belongs to "
+            "another model"
         )
 
 
 def listed(keys: Mapping[Any, object], most: int = 6) -> str:
-    """The first of the keys, printable."""
-    return ", ".join(_printable(key) for key in list(keys)[:most]) + (" ..." if len(keys) > most else "") or "nothing"
+    """The first keys, for a message."""
+    return ", ".join(_short(key) for key in list(keys)[:most]) + (" ..." if len(keys) > most else "") or "nothing"
 
 
-def _printable(value: object) -> str:
-    text = str(value)[:80]
-    return "".join(character if character.isprintable() else "�" for character in text)
-
-
-def _one_line(error: Exception) -> str:
-    return _printable(" ".join(str(error).split())) or type(error).__name__
+def _short(name: object) -> str:
+    """A name from a file, for a message."""
+    return shortened(str(name), 80)

@@ -1,22 +1,26 @@
-"""V from an optimizer: what Adam and the two Adafactors keep, from a file or live, as a `SecondMoment` of the matrices.
+"""Convert optimizer state to V: second moments of Adam and both Adafactors, from a file or live.
 
-Files are this project's `optimizer.safetensors` (tensors named STATE/PARAMETER) and torch state dicts, which name
-parameters by number and are loaded with `weights_only`, so that no code in them can run. Nothing is guessed: an order
-of the parameters is taken only where every tensor has its parameter's shape.
+Files are this project's `optimizer.safetensors` (tensors named STATE/PARAMETER) and torch state
+dicts, which name parameters by number and are loaded with `weights_only`, so that no code in them
+can run. Nothing is guessed: an order of the parameters is accepted only if every tensor has its
+parameter's shape.
 
     Adam, AdamW (torch)     v̂ = exp_avg_sq / (1 - β₂^step)          Kingma and Ba (2015), Algorithm 1
     Adafactor (both)        V = r cᵀ / mean(r)                       Shazeer and Stern (2018), Algorithm 4
+
+A parameter that its module stores as [inputs, outputs] is transposed: V = r cᵀ/mean(r)
+becomes Vᵀ = c rᵀ/mean(r).
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trackstar.choices import SecondMomentKind
 from trackstar.errors import SecondMomentError
 from trackstar.gradients.optimizer_files import (
-    INSTEAD,
+    ESTIMATE_ADVICE,
     OptimizerState,
     ParameterState,
     beta2_of,
@@ -38,16 +42,16 @@ from trackstar.model.layer_blocks import WeightMatrix
 STATE_FILES = ("optimizer.safetensors", "optimizer.pt")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
-# What factored optimizers keep of a matrix: means of squares over its columns, and over its rows.
+# State of factored optimizers: the mean square of each row of a matrix, and of each column.
 _FACTORED = {
     "Adafactor (transformers)": ("exp_avg_sq_row", "exp_avg_sq_col"),
     "Adafactor (torch)": ("row_var", "col_var"),
 }
-_ADAM = ("max_exp_avg_sq", "exp_avg_sq")  # the first is what Adam divides by where it is there (AMSGrad)
+_ADAM = ("max_exp_avg_sq", "exp_avg_sq")  # if the first exists, Adam divides by it (AMSGrad)
 
 
 def find_optimizer_state(folder: Path) -> Path | None:
-    """The optimizer's state in a model folder: `optimizer.safetensors`, else `optimizer.pt`, else None."""
+    """File of optimizer state in a model folder: `optimizer.safetensors`, else `optimizer.pt`, else None."""
     return next((folder / name for name in STATE_FILES if (folder / name).is_file()), None)
 
 
@@ -55,34 +59,35 @@ def second_moment_from_state(
     path: str | Path,
     model: LanguageModel,
     *,
-    kind: Literal["factored", "elementwise"] = "factored",
+    kind: SecondMomentKind = "factored",
     floor: float = DEFAULT_FLOOR,
 ) -> SecondMoment:
     """V of every covered matrix, from a file of optimizer state.
 
     Args:
         path: `optimizer.safetensors`, a torch state dict (`.pt`, `.pth`, `.bin`), or a folder that holds one.
-        model: Whose matrices are wanted; a file of another model's state is refused.
-        kind: `factored` keeps the means over rows and columns; `elementwise` keeps every entry, which Adafactor does
-            not have: its rows and columns are then multiplied out, and `source` says so.
+        model: The model that was trained; state of another model is an error.
+        kind: `factored` is the row and column means, `elementwise` every entry. Adafactor has no
+            entries: its rows and columns are then multiplied out, and `source` says so.
         floor: See `DEFAULT_FLOOR`.
 
     Returns:
-        V as the optimizer estimates E[G²], in squared units of its gradients. An optimizer's own safeguards against
-        division by zero (ε) are not part of it; `floor` takes their place.
+        V as the optimizer estimates E[G²], in squared units of its gradients. It does not include
+        the optimizer's safeguard against division by zero (ε); `floor` takes its place.
 
     Raises:
-        SecondMomentError: The file cannot be read, holds no second moment of some matrix, is another model's, does not
-            say which parameter is which, or has values that no mean of squares can have.
+        SecondMomentError: The file cannot be read, lacks the second moment of a matrix, belongs to
+            another model, does not identify its parameters, or has values that no mean of squares
+            can have.
     """
     path = Path(path)
     if path.is_dir():
-        found = find_optimizer_state(path)
-        if found is None:
-            raise SecondMomentError(f"{path}: holds neither {' nor '.join(STATE_FILES)}; {INSTEAD}")
-        path = found
+        file = find_optimizer_state(path)
+        if file is None:
+            raise SecondMomentError(f"{path}: holds neither {' nor '.join(STATE_FILES)}; {ESTIMATE_ADVICE}")
+        path = file
     if not path.is_file():
-        raise SecondMomentError(f"{path}: no such file; expected an optimizer's state, or {INSTEAD}")
+        raise SecondMomentError(f"{path}: no such file; expected an optimizer's state, or {ESTIMATE_ADVICE}")
     if path.suffix == ".safetensors":
         return _second_moment(read_named_state(path, model), model, kind=kind, floor=floor)
     if path.suffix in _TORCH_SUFFIXES:
@@ -96,10 +101,10 @@ def second_moment_of(
     optimizer: torch.optim.Optimizer,
     model: LanguageModel,
     *,
-    kind: Literal["factored", "elementwise"] = "factored",
+    kind: SecondMomentKind = "factored",
     floor: float = DEFAULT_FLOOR,
 ) -> SecondMoment:
-    """V of every covered matrix, from a live optimizer of the very parameters that `model.module` holds.
+    """V of every covered matrix, from a live optimizer of the parameters that `model.module` holds.
 
     Arguments, returns and errors are those of `second_moment_from_state`.
     """
@@ -117,30 +122,30 @@ def second_moment_of(
                     beta2[name] = group_beta2
     if not state:
         raise SecondMomentError(
-            f"{source}: keeps no state of the model's parameters; expected an optimizer of this very model that has "
+            f"{source}: keeps no state of the model's parameters; expected an optimizer of this model object that has "
             "made a step"
         )
     return _second_moment(OptimizerState(source=source, of=state, beta2=beta2), model, kind=kind, floor=floor)
 
 
-# ---- From state to V -----------------------------------------------------------------------------------------
+# ---- From state to V -----------------------------------------------------------------------------
 
 
 def _second_moment(
-    state: OptimizerState, model: LanguageModel, *, kind: Literal["factored", "elementwise"], floor: float
+    state: OptimizerState, model: LanguageModel, *, kind: SecondMomentKind, floor: float
 ) -> SecondMoment:
     moments: dict[str, Moment] = {}
     optimizers: dict[str, int] = {}
     multiplied_out = False
     for matrix in model.matrices:
-        kept = state.of.get(matrix.parameter)
-        if kept is None:
+        of_matrix = state.of.get(matrix.parameter)
+        if of_matrix is None:
             raise SecondMomentError(
                 f"{state.source}: holds no state of {matrix.parameter}; expected that of every attention and MLP "
-                f"matrix; {INSTEAD}"
+                f"matrix; {ESTIMATE_ADVICE}"
             )
-        optimizer, moment = _moment(matrix, kept, state)
-        optimizers[optimizer] = max(optimizers.get(optimizer, 0), _step(kept))
+        optimizer, moment = _moment(matrix, of_matrix, state)
+        optimizers[optimizer] = max(optimizers.get(optimizer, 0), _step(of_matrix))
         if kind == "factored" and isinstance(moment, ElementwiseMoment):
             moment = moment.factored()
         elif kind == "elementwise" and isinstance(moment, FactoredMoment):
@@ -152,42 +157,41 @@ def _second_moment(
     return checked_second_moment(SecondMoment(kind=kind, moments=moments, source=source, floor=floor), model.matrices)
 
 
-def _moment(matrix: WeightMatrix, kept: ParameterState, state: OptimizerState) -> tuple[str, Moment]:
-    """The optimizer's name, and V of one matrix as [rows = outputs, columns = inputs], in float32 and in new memory."""
+def _moment(matrix: WeightMatrix, of_matrix: ParameterState, state: OptimizerState) -> tuple[str, Moment]:
+    """The optimizer's name, and V of one matrix as [rows = outputs, columns = inputs], a copy in float32."""
     for optimizer, (row_key, column_key) in _FACTORED.items():
-        if row_key in kept and column_key in kept:
-            return optimizer, _from_factors(matrix, kept[row_key], kept[column_key])
-    key = next((key for key in _ADAM if key in kept), None)
+        if row_key in of_matrix and column_key in of_matrix:
+            return optimizer, _from_factors(matrix, of_matrix[row_key], of_matrix[column_key])
+    key = next((key for key in _ADAM if key in of_matrix), None)
     if key is None:
         raise SecondMomentError(
-            f"{state.source}: keeps {listed(kept)} of {matrix.parameter}; expected the "
-            f"second moment of Adam, AdamW or Adafactor (exp_avg_sq, exp_avg_sq_row, row_var); {INSTEAD}"
+            f"{state.source}: keeps {listed(of_matrix)} of {matrix.parameter}; expected the "
+            f"second moment of Adam, AdamW or Adafactor (exp_avg_sq, exp_avg_sq_row, row_var); {ESTIMATE_ADVICE}"
         )
-    step, beta2 = _step(kept), state.beta2.get(matrix.parameter)
+    step, beta2 = _step(of_matrix), state.beta2.get(matrix.parameter)
     if step < 1 or beta2 is None or not 0 <= beta2 < 1:
         raise SecondMomentError(
-            f"{state.source}: {matrix.parameter} has step {step} and beta2 {beta2}; expected 1 or more and a number "
-            "from 0 to below 1, for Adam's second moment to be corrected for its start from zero"
+            f"{state.source}: {matrix.parameter} has step {step} and beta2 {beta2}; expected a step of 1 or more and "
+            "a beta2 from 0 to below 1, for the bias correction of Adam's second moment"
         )
-    entries = kept[key].float() / (1 - beta2**step)
+    entries = of_matrix[key].float() / (1 - beta2**step)
     return "Adam", ElementwiseMoment(entries=(entries.T if matrix.transposed else entries).contiguous())
 
 
 def _from_factors(matrix: WeightMatrix, row: Tensor, column: Tensor) -> FactoredMoment:
-    """V = row columnᵀ / mean(row) as stored, turned to [outputs, inputs] where the module keeps [inputs, outputs].
-
-    Turned, it is column rowᵀ / mean(row): the means of both are the same but for rounding, which is made up for.
-    """
+    """V = row columnᵀ / mean(row) as stored, transposed if the module stores [inputs, outputs]."""
     row, column = row.float().flatten().clone(), column.float().flatten().clone()
     if not matrix.transposed:
         return FactoredMoment(row=row, column=column)
-    share = column.mean() / row.mean()
-    return FactoredMoment(row=column, column=row * share)
+    # Vᵀ = column rowᵀ/mean(row) = column (row·mean(column)/mean(row))ᵀ/mean(column). Up to
+    # rounding, the means agree.
+    ratio = column.mean() / row.mean()
+    return FactoredMoment(row=column, column=row * ratio)
 
 
-def _step(kept: ParameterState) -> int:
-    """How many steps the optimizer has made of a parameter; 0 where it does not say, or says nonsense."""
+def _step(state: ParameterState) -> int:
+    """Number of steps made on a parameter; 0 if the state has no valid number."""
     try:
-        return min(int(kept.get("step", 0)), 2**53)
+        return min(int(state.get("step", 0)), 2**53)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return 0

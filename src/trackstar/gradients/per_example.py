@@ -1,59 +1,82 @@
-"""Per-example loss gradients as factors: G = Σ_t g_t a_tᵀ, never materialised here.
+"""Per-example loss gradients as factors: G = Σ_t g_t a_tᵀ, which is never materialized here.
 
-For a matrix W with outputs y_t = W a_t, an example's loss gradient is the sum over token positions of the outer
-product of g_t = ∂Loss/∂y_t and a_t. Forward hooks hand each matrix's inputs to a consumer, backward hooks its
-outputs' gradients; the consumer sums what it wants of them. Only activations' gradients are computed: all weights are
-frozen and the graph starts at the first matrices' outputs.
+For a matrix W with outputs y_t = W a_t, an example's loss gradient is the sum over token positions
+of the outer products of g_t = ∂Loss/∂y_t and a_t. Forward hooks pass each matrix's inputs a to a
+`GradientConsumer`, backward hooks pass it the gradients g of the matrix's outputs. Only gradients
+of activations are computed: all weights are frozen, and the graph starts at the outputs of the
+first matrices.
 
-The head's part is taken in closed form, for the loss (softmax - one-hot)·W, over chunks of target positions, so that no
-tensor of vocabulary size exists for the whole batch.
+The gradient of the output head is computed in closed form (for the loss: (softmax - one-hot) W)
+over chunks of target positions, so that no tensor of vocabulary size exists for the whole batch.
 
-What is differentiated is the loss; TRAK's margin and the logit are there to be compared with it (paper, Table A.3).
+The loss is what is differentiated; TRAK's margin and the logit exist for comparisons (paper, Table A.3).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trackstar.choices import Output
-from trackstar.model.batching import Batch
+from trackstar.corpus import TokenizedExample
+from trackstar.errors import GradientError
+from trackstar.model.batching import Batch, make_batch, plan_batches, run_adaptively
 from trackstar.model.language_model import Head, LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 
-# Logits of a chunk of positions take about this many bytes: small enough to stay in a last-level cache, large enough
-# for an efficient matrix product.
+# Bytes that the logits of a chunk of positions take: small enough to stay in a last-level cache,
+# large enough for an efficient matrix product.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
+Result = TypeVar("Result")
 
-@runtime_checkable
-class GradientConsumer(Protocol):
-    """What is done with the factors of every matrix's gradients."""
 
-    def start(self, examples: int) -> None:
-        """A batch of that many examples begins."""
-        ...
+class GradientConsumer(ABC):
+    """Sums over the factors g and a of each matrix's gradients.
 
-    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Any:
-        """Called in the forward pass: returns what `add` will need of the matrix's inputs a."""
-        ...
+    For each batch, `gradient_pass` calls `start` once, then `save_for_backward` for each matrix in
+    the forward pass, then `add` for each matrix in the backward pass. If memory runs out in the
+    middle of a batch, the next call is `start`.
+    """
 
-    def add(self, matrix: WeightMatrix, kept: Any, gradients: Float[Tensor, "batch tokens rows"]) -> None:
-        """Called in the backward pass with the gradients g of the loss by the matrix's outputs; zero on padding."""
-        ...
+    @abstractmethod
+    def start(self, batch: Batch) -> None:
+        """Begin a batch, and discard what a batch that did not finish has added."""
+
+    @abstractmethod
+    def save_for_backward(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """Return what `add` needs of the matrix's inputs a: themselves, or a projection of them."""
+
+    @abstractmethod
+    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
+        """Add one matrix's part.
+
+        Args:
+            matrix: The matrix.
+            saved: The tensor that `save_for_backward` returned for the matrix.
+            gradients: g, the gradients of the loss with respect to the matrix's outputs; zero on padding.
+        """
+
+
+def gradient_matrices(
+    inputs: Float[Tensor, "*batch tokens columns"], gradients: Float[Tensor, "*batch tokens rows"]
+) -> Float[Tensor, "*batch rows columns"]:
+    """G = Σ_t g_t a_tᵀ, materialized in float32, for the consumers that cannot do without it."""
+    return gradients.float().mT @ inputs.float()
 
 
 @contextmanager
 def gradient_pass(
     model: LanguageModel, consumer: GradientConsumer, *, output: Output = "loss"
 ) -> Iterator[Callable[[Batch], Float[Tensor, "batch"]]]:
-    """Hook the model's matrices; inside, call the yielded function with a batch to run forward and backward.
+    """Hook the model's matrices, and yield a function that runs a batch forward and backward.
 
-    The function returns each example's loss: the sum of its target tokens' cross-entropies, in nats (paper, §3). The
-    gradients are those of `output`.
+    The function returns each example's loss: the sum of its target tokens' cross-entropies, in nats
+    (paper, §3). The consumer receives the gradients of `output`.
     """
     handles = [
         model.module.get_submodule(matrix.name).register_forward_hook(_forward_hook(matrix, consumer))
@@ -61,7 +84,7 @@ def gradient_pass(
     ]
 
     def run(batch: Batch) -> Float[Tensor, "batch"]:
-        consumer.start(batch.token_ids.shape[0])
+        consumer.start(batch)
         with torch.enable_grad():
             hidden = model.hidden_states(model.embeddings(batch.token_ids))
         losses, hidden_gradients = loss_and_hidden_gradients(
@@ -79,15 +102,91 @@ def gradient_pass(
 
 def _forward_hook(matrix: WeightMatrix, consumer: GradientConsumer) -> Callable[..., Tensor | None]:
     def forward(_module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        kept = consumer.keep(matrix, arguments[0].detach())
+        saved = consumer.save_for_backward(matrix, arguments[0].detach())
         starts_graph = not output.requires_grad
         if starts_graph:
             output.requires_grad_(True)
-        output.register_hook(lambda gradients: consumer.add(matrix, kept, gradients))
+        output.register_hook(lambda gradients: consumer.add(matrix, saved, gradients))
         # A leaf of the graph must not be changed in place, as OLMo does when it clips; a copy of it may.
         return output.clone() if starts_graph else None
 
     return forward
+
+
+@final
+class BatchedPass:
+    """Gradient passes over examples, in batches of similar length that are halved when memory runs out.
+
+    Hooks stay on the model until the pass is closed; use it as a context manager.
+
+    Args:
+        model: The model.
+        consumer: Receives the factors of the gradients.
+        batch_tokens: Most tokens per batch, padding included.
+        note: Callback that receives a line when memory runs out and batches become smaller.
+        output: The function that is differentiated.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        consumer: GradientConsumer,
+        *,
+        batch_tokens: int,
+        note: Callable[[str], None],
+        output: Output = "loss",
+    ) -> None:
+        self._model = model
+        self._consumer = consumer
+        self._batch_tokens = batch_tokens
+        self._note = note
+        self._output: Output = output
+        self._stack = ExitStack()
+        self._run: Callable[[Batch], Tensor] | None = None
+
+    def __enter__(self) -> "BatchedPass":
+        self._run = self._stack.enter_context(gradient_pass(self._model, self._consumer, output=self._output))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def batches(
+        self, examples: Sequence[TokenizedExample], result: Callable[[], Result]
+    ) -> Iterator[tuple[list[int], Result, Float[Tensor, "batch"]]]:
+        """Run all examples, the longest first.
+
+        Args:
+            examples: The examples.
+            result: Called after each batch that ran to its end. A tensor that it returns has one
+                row per example.
+
+        Yields:
+            For each batch, the indices of its examples, its result, and its losses in nats.
+
+        Raises:
+            OptionError: `batch_tokens` is not positive, or a single example does not fit in memory.
+            GradientError: A loss or a row of the result is not finite; the message names the example.
+        """
+        assert self._run is not None, "used outside its context"
+        run = self._run
+
+        def run_batch(indices: list[int]) -> tuple[Result, Tensor]:
+            losses = run(make_batch(examples, indices, device=self._model.device))
+            return result(), losses
+
+        plan = plan_batches([len(example.token_ids) for example in examples], self._batch_tokens)
+        for indices, (rows, losses) in run_adaptively(plan, run_batch, self._note):
+            finite = torch.isfinite(losses)
+            if isinstance(rows, Tensor):
+                finite = torch.isfinite(rows).all(dim=1) & finite
+            if not finite.all():
+                wrong = examples[indices[int(finite.int().argmin())]]
+                raise GradientError(
+                    f"{wrong.example_id}: its loss or gradient is not finite, expected finite numbers; check the "
+                    "model's weights and V, or leave the example out"
+                )
+            yield indices, rows, losses
 
 
 @torch.no_grad()
@@ -99,21 +198,22 @@ def loss_and_hidden_gradients(
     *,
     output: Output = "loss",
 ) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch tokens width"]]:
-    """Summed cross-entropies, and the gradients of `output` by the head's inputs, in closed form.
+    """Summed cross-entropies, and gradients of `output` with respect to the head's inputs, in closed form.
 
     The token at position t + 1 is predicted from the hidden state at t. With logits z and the target y,
 
         loss    ∂CE/∂z = softmax(z) - onehot(y)
-        margin  log(p/(1-p)) = z_y - logsumexp of the others: onehot(y) - softmax of the others (Park et al. 2023)
+        margin  log(p/(1-p)) = z_y - logsumexp of the others (Park et al. 2023):
+                onehot(y) - softmax of the others
         logit   onehot(y)
 
     A soft cap c multiplies each by 1 - (z/c)².
 
     Returns:
-        Each example's loss in nats, in float32, and the gradients by `hidden`, in its dtype.
+        Each example's loss in nats, in float32, and the gradients with respect to `hidden`, in its dtype.
     """
-    example, position = target_mask[:, 1:].nonzero(as_tuple=True)
-    states = hidden[example, position]
+    example, position = target_mask[:, 1:].nonzero(as_tuple=True)  # [targets] each
+    states = hidden[example, position]  # [targets, width]
     targets = token_ids[example, position + 1]
     losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     gradients = torch.zeros_like(hidden)
@@ -130,8 +230,9 @@ def loss_and_hidden_gradients(
 def _output_gradient(
     head: Head, states: Float[Tensor, "positions width"], targets: Int[Tensor, "positions"], output: Output
 ) -> tuple[Float[Tensor, "positions"], Float[Tensor, "positions width"]]:
-    logits = head.logits(states).float()
+    logits = head.logits(states).float()  # [positions, vocabulary]
     rows = torch.arange(len(targets), device=targets.device)
+    # Before the buffer is reused: d(c·tanh(x/c))/dx = 1 - (z/c)².
     cap_slope = None if head.cap is None else 1 - (logits / head.cap).square()
     if output == "loss":
         log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
@@ -148,5 +249,5 @@ def _output_gradient(
         by_logits[rows, targets] = 1.0
     if cap_slope is not None:
         by_logits *= cap_slope
-    by_states = by_logits.to(states.dtype) @ head.weight
+    by_states = by_logits.to(states.dtype) @ head.weight  # [positions, width]
     return cross_entropies, by_states if head.scale == 1.0 else by_states * head.scale

@@ -1,35 +1,46 @@
-"""Fold V into random projections and project gradients from their factors: P₀ (G/√V) P₁ᵀ (paper, Eq. 4).
+"""Fold V into random projections, and project gradients from their factors: P₀ (G/√V) P₁ᵀ (paper, Eq. 4).
 
-P₀ is side×rows and P₁ side×columns, entries normal with mean 0 and *variance* 1/side (√d in the paper is the side), so
-that ⟨P₀GP₁ᵀ, P₀G'P₁ᵀ⟩ is an unbiased estimate of ⟨G, G'⟩ whatever the matrix's shape: E[P₀ᵀP₀] and E[P₁ᵀP₁] are
-identities. Every matrix has projections of its own, drawn from the seed and its name, and a layer block is the sum of
-its matrices' projected gradients, which equals the projection of their block-diagonal concatenation.
+P₀ is [side, rows] and P₁ [side, columns], with normal entries of mean 0 and *variance* 1/side (the
+side is √d in the paper), so that ⟨P₀GP₁ᵀ, P₀G'P₁ᵀ⟩ is an unbiased estimate of ⟨G, G'⟩ for every
+shape of the matrix: E[P₀ᵀP₀] and E[P₁ᵀP₁] are identities. Each matrix has independent projections,
+drawn from the seed and the matrix's name. A layer block is the sum of its matrices' projected
+gradients, which equals the projection of their block-diagonal concatenation.
 
-Per example nothing as large as G exists: P₀ (Σ_t g_t a_tᵀ) P₁ᵀ = Σ_t (P₀ g_t)(P₁ a_t)ᵀ.
+Nothing as large as G exists for an example: with G = Σ_t g_t a_tᵀ,
+
+    P₀ G P₁ᵀ = Σ_t (P₀ g_t)(P₁ a_t)ᵀ
+
+A factored V = r cᵀ/mean(r) folds into the projections and costs nothing per example:
+
+    (G/√V)_ij       = G_ij √mean(r) / √(r_i c_j)
+    G/√V            = diag(√(mean(r)/r)) G diag(1/√c)
+    P₀ (G/√V) P₁ᵀ   = (P₀ diag(√(mean(r)/r))) G (P₁ diag(1/√c))ᵀ
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trackstar.errors import OptionError
+from trackstar.corpus.digests import draw_bytes, running_digest
+from trackstar.errors import check_at_least
+from trackstar.gradients.per_example import GradientConsumer, gradient_matrices
 from trackstar.gradients.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
+from trackstar.model.batching import Batch
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 
 
 def random_projection(seed: int, name: str, length: int, side: int) -> Float[Tensor, "length side"]:
-    """Pᵀ: independent normal entries of variance 1/side, the same on every machine for a seed and a name (Eq. 4).
+    """Pᵀ: independent normal entries of variance 1/side, a function of seed and name on all machines (Eq. 4).
 
-    Projections of several sides are nested but for their scale: the first columns are those of a smaller side, so that
-    a smaller φ can be cut out of a larger one.
+    Up to their scale, projections of several sides are nested: the first columns are those of a
+    smaller side, so that a smaller φ can be cut out of a larger one.
     """
-    key = hashlib.blake2b(f"{seed} {name}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    key = draw_bytes(f"{seed} {name}".encode("utf-8", "surrogatepass"))
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     entries = generator.standard_normal((side, length), dtype=np.float32)
     return torch.from_numpy(entries).T.contiguous().mul_(side**-0.5)
@@ -38,21 +49,21 @@ def random_projection(seed: int, name: str, length: int, side: int) -> Float[Ten
 def projections(
     matrix: WeightMatrix, *, seed: int, side: int
 ) -> tuple[Float[Tensor, "side rows"], Float[Tensor, "side columns"]]:
-    """P₀ and P₁ of one matrix, V not folded in."""
+    """P₀ and P₁ of one matrix, without V."""
     left = random_projection(seed, f"{matrix.name} left", matrix.rows, side)
     right = random_projection(seed, f"{matrix.name} right", matrix.columns, side)
     return left.T, right.T
 
 
 def projection_digest(matrices: Iterable[tuple[str, int, int]], *, seed: int, side: int) -> str:
-    """BLAKE2b-128 of the first entries of every projection: equal digests mean equal projections.
+    """BLAKE2b-128 of the first entries of all projections: equal digests mean equal projections.
 
     Args:
-        matrices: Name, rows and columns of each, in the order of the layer blocks.
-        seed: Of the projections.
-        side: Of the projections.
+        matrices: Name, rows and columns of each matrix, in the order of the layer blocks.
+        seed: Seed of the projections.
+        side: Side of the projections.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = running_digest()
     for name, rows, columns in matrices:
         digest.update(f"{name} {rows} {columns}\n".encode("utf-8", "surrogatepass"))
         for half in ("left", "right"):
@@ -60,16 +71,47 @@ def projection_digest(matrices: Iterable[tuple[str, int, int]], *, seed: int, si
     return digest.hexdigest()
 
 
-class ProjectedGradients:
-    """Sums φ = P (G/√V) of a batch, block by block, while the gradients pass by.
+class BlockSums(GradientConsumer):
+    """φ of a batch: each of its layer blocks is the sum of the projected gradients of the block's matrices.
 
-    A factored V (or none) is folded into the projections here, once. An elementwise V needs every example's G: exact,
-    and slower by about a training pass.
+    Subclasses add each matrix's projected gradients to `_sums[matrix.block]`, [batch, side, side].
 
     Args:
-        model: The model, whose layer blocks φ follows.
+        model: The model, whose layer blocks φ has.
+        side: √d, the rows and columns of a block of φ.
+
+    Raises:
+        OptionError: The side is not positive.
+    """
+
+    def __init__(self, model: LanguageModel, side: int) -> None:
+        check_at_least("side", side)
+        self.side = side
+        self.dimensions = len(model.blocks) * side * side
+        self._blocks = len(model.blocks)
+        self._device = model.device
+        self._sums = torch.zeros(0)
+
+    def start(self, batch: Batch) -> None:
+        """Set all sums to zero."""
+        self._sums = torch.zeros(self._blocks, len(batch.token_ids), self.side, self.side, device=self._device)
+
+    def result(self) -> Float[Tensor, "batch dimensions"]:
+        """φ of each example of the last batch, its blocks one after the other, in float32."""
+        return self._sums.transpose(0, 1).reshape(self._sums.shape[1], self.dimensions)
+
+
+@final
+class ProjectedGradients(BlockSums):
+    """φ by two-sided projection: P₀ (G/√V) P₁ᵀ, summed over the matrices of each block (Eq. 4).
+
+    A factored V (or none) is folded into the projections once, here. An elementwise V needs each
+    example's G: exact, and slower by about a training pass.
+
+    Args:
+        model: The model, whose layer blocks φ has.
         second_moment: V, checked against the model.
-        seed: Of the projections.
+        seed: Seed of the projections.
         side: √d, the rows and columns of a block of φ.
 
     Raises:
@@ -77,13 +119,9 @@ class ProjectedGradients:
     """
 
     def __init__(self, model: LanguageModel, second_moment: SecondMoment, *, seed: int = 0, side: int = 64) -> None:
-        if side < 1:
-            raise OptionError(f"--side {side}: expected 1 or more rows and columns a layer block")
-        self.side = side
-        self.dimensions = len(model.blocks) * side * side
+        super().__init__(model, side)
         self._groups = model.input_groups
-        self._blocks = len(model.blocks)
-        self._device, self._dtype = model.device, model.dtype
+        self._dtype = model.dtype
         self._device_of = {matrix.name: model.device_of(matrix) for matrix in model.matrices}
         self._left: dict[str, Tensor] = {}
         self._right: dict[str, Tensor] = {}
@@ -96,14 +134,15 @@ class ProjectedGradients:
             group = members.setdefault(self._groups[matrix.name], [])
             self._slices[matrix.name] = slice(len(group) * side, (len(group) + 1) * side)
             group.append(right)
-        # Matrices that share an input share one product with their right projections side by side.
+        # Matrices that read the same input share one product with their right projections side by side.
         for leader, group in members.items():
-            self._right[leader] = torch.cat(group, dim=1)
+            self._right[leader] = torch.cat(group, dim=1)  # [columns, members · side]
         self._shared: dict[str, Tensor] = {}
-        self._sums = torch.zeros(0)
 
-    def _folded(self, matrix: WeightMatrix, second_moment: SecondMoment, seed: int) -> tuple[Tensor, Tensor]:
-        """P₀ᵀ and P₁ᵀ with V's inverse roots folded in where V is separable."""
+    def _folded(
+        self, matrix: WeightMatrix, second_moment: SecondMoment, seed: int
+    ) -> tuple[Float[Tensor, "rows side"], Float[Tensor, "columns side"]]:
+        """P₀ᵀ and P₁ᵀ, with 1/√V folded in if V is separable."""
         device = self._device_of[matrix.name]
         left, right = (half.T for half in projections(matrix, seed=seed, side=self.side))
         inverse_root = inverse_roots(matrix, second_moment)
@@ -116,53 +155,47 @@ class ProjectedGradients:
             return left.to(device), right.to(device)
         return left.to(device, self._dtype), right.to(device, self._dtype)
 
-    def start(self, examples: int) -> None:
-        """Begin a batch: all sums are zero."""
-        self._sums = torch.zeros(self._blocks, examples, self.side, self.side, device=self._device)
+    def start(self, batch: Batch) -> None:
+        """Set all sums to zero."""
+        super().start(batch)
         self._shared.clear()
 
-    def keep(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
-        """P₁ a of every token, 64 numbers instead of `columns`; a itself under an elementwise V."""
+    def save_for_backward(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
+        """Return P₁ a of each token, `side` numbers instead of `columns`; a itself if V is elementwise."""
         if matrix.name in self._inverse_roots:
             return inputs
         leader = self._groups[matrix.name]
         if matrix.name == leader:
             self._shared[leader] = inputs @ self._right[leader]
-        return self._shared[leader][..., self._slices[matrix.name]]
+        return self._shared[leader][..., self._slices[matrix.name]]  # [batch, tokens, side]
 
-    def add(
-        self,
-        matrix: WeightMatrix,
-        kept: Float[Tensor, "batch tokens kept"],
-        gradients: Float[Tensor, "batch tokens rows"],
-    ) -> None:
+    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
         """Add Σ_t (P₀ g_t)(P₁ a_t)ᵀ to the matrix's block."""
         if matrix.name in self._inverse_roots:
-            self._add_elementwise(matrix, kept, gradients)
+            self._add_elementwise(matrix, saved, gradients)
             return
-        left = gradients @ self._left[matrix.name]
+        left = gradients @ self._left[matrix.name]  # P₀ g of each token: [batch, tokens, side]
+        # Σ_t (P₀ g_t)(P₁ a_t)ᵀ: [batch, side, side]
         if left.device == self._device:
-            self._sums[matrix.block].baddbmm_(left.mT.float(), kept.float())
+            self._sums[matrix.block].baddbmm_(left.mT.float(), saved.float())
         else:
-            self._sums[matrix.block] += (left.mT.float() @ kept.float()).to(self._device)
+            self._sums[matrix.block] += (left.mT.float() @ saved.float()).to(self._device)
 
     def _add_elementwise(self, matrix: WeightMatrix, inputs: Tensor, gradients: Tensor) -> None:
-        left = self._left[matrix.name]
-        right = self._right[self._groups[matrix.name]][:, self._slices[matrix.name]]
+        left = self._left[matrix.name]  # [rows, side]
+        right = self._right[self._groups[matrix.name]][:, self._slices[matrix.name]]  # [columns, side]
         for example in range(inputs.shape[0]):
-            gradient = gradients[example].float().mT @ inputs[example].float()
+            gradient = gradient_matrices(inputs[example], gradients[example])
             gradient *= self._inverse_roots[matrix.name]
             self._sums[matrix.block][example] += (left.T @ gradient @ right).to(self._device)
 
-    def result(self) -> Float[Tensor, "batch dimensions"]:
-        """φ of each example of the batch that has just run, its blocks one after the other, in float32."""
-        return self._sums.transpose(0, 1).reshape(self._sums.shape[1], self.dimensions)
 
+def inverse_roots(
+    matrix: WeightMatrix, second_moment: SecondMoment
+) -> Float[Tensor, "rows columns"] | tuple[Float[Tensor, "rows"], Float[Tensor, "columns"]] | None:
+    """1/√V of a matrix: √(mean(r)/r) and 1/√c if V is factored, all entries if elementwise, None without V.
 
-def inverse_roots(matrix: WeightMatrix, second_moment: SecondMoment) -> Tensor | tuple[Tensor, Tensor] | None:
-    """1/√V of a matrix: a factor a row and one a column where V is separable, [rows, columns] where not, None without.
-
-    Small entries of V are raised to its floor first.
+    Entries below the floor of V are raised to it first.
     """
     moment: Any = second_moment.moments.get(matrix.name)
     floor = second_moment.floor
@@ -179,7 +212,10 @@ def _floored(values: Tensor, floor: float) -> Tensor:
 
 
 def floored_entries(second_moment: SecondMoment) -> Mapping[str, int]:
-    """How many entries of each matrix's V (rows and columns, where factored) the floor raises; only those with any."""
+    """Number of entries that the floor raises, by matrix, for the matrices that have any.
+
+    The entries are those of the row and column factors if V is factored.
+    """
     raised: dict[str, int] = {}
     for name, moment in second_moment.moments.items():
         parts = [moment.row, moment.column] if isinstance(moment, FactoredMoment) else [moment.entries]

@@ -1,8 +1,9 @@
-"""V, the optimizer's second moment of each weight's gradient (paper, §4.1): read from optimizer state or estimated.
+"""V, the second moment of each weight's gradient (paper, §4.1): read from optimizer state or estimated.
 
-A factored V ≈ r cᵀ / mean(r), with r the means over each row and c the means over each column, is what Adafactor
-keeps. It is separable, so that G/√V = diag(r)^(-1/2) · G · diag(c)^(-1/2) · √mean(r) folds into the projections and
-costs nothing. An elementwise V does not fold; it is the exact, slower choice.
+Adafactor maintains a factored V ≈ r cᵀ / mean(r), with r the means of the rows and c the means of
+the columns. It is separable, so G/√V = diag(r)^(-1/2) · G · diag(c)^(-1/2) · √mean(r) folds into
+the projections at no cost (`projection.py`). An elementwise V does not fold; it is the exact,
+slower choice.
 """
 
 import dataclasses
@@ -13,12 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.choices import SecondMomentKind
 from trackstar.errors import SecondMomentError
 from trackstar.model.layer_blocks import WeightMatrix
 
-# Entries of V (of its factors, where factored) below this fraction of their mean are raised to it: a weight that has
-# never had a gradient must not outweigh all others when it first gets one.
 DEFAULT_FLOOR = 1e-8
+"""Entries of V (of its factors if it is factored) below this fraction of their mean are raised to it.
+
+Otherwise a weight that has never had a gradient would outweigh all others once it gets one.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +30,8 @@ class FactoredMoment:
     """V ≈ row columnᵀ / mean(row) of one matrix.
 
     Attributes:
-        row: Mean over the columns of each row of V, in squared units of the gradient.
-        column: Mean over the rows of each column of V, in the same units.
+        row: r, the mean of each row of V, in squared units of the gradient.
+        column: c, the mean of each column of V, in the same units.
     """
 
     row: Float[Tensor, "rows"]
@@ -40,7 +44,7 @@ class FactoredMoment:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ElementwiseMoment:
-    """V of one matrix, an entry a weight, in squared units of the gradient."""
+    """V of one matrix, one entry per weight, in squared units of the gradient."""
 
     entries: Float[Tensor, "rows columns"]
 
@@ -49,7 +53,7 @@ class ElementwiseMoment:
         return self.entries
 
     def factored(self) -> FactoredMoment:
-        """Its row means and column means."""
+        """The row means and column means of V."""
         return FactoredMoment(row=self.entries.mean(dim=1), column=self.entries.mean(dim=0))
 
 
@@ -62,18 +66,18 @@ class SecondMoment:
 
     Attributes:
         kind: `none` (V = 1), `factored` or `elementwise`.
-        moments: By matrix name; empty for `none`.
-        source: Where it comes from, for people.
+        moments: V of each matrix by the matrix's name; empty for `none`.
+        source: Origin of V, for notes and manifests.
         floor: Smallest entry, as a fraction of the mean.
     """
 
-    kind: Literal["none", "factored", "elementwise"]
+    kind: Literal["none"] | SecondMomentKind
     moments: Mapping[str, Moment]
     source: str
     floor: float = DEFAULT_FLOOR
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an index keeps of it: `row/NAME` and `column/NAME`, or `entries/NAME`."""
+        """V as an index stores it: `row/NAME` and `column/NAME`, or `entries/NAME`."""
         tensors: dict[str, Tensor] = {}
         for name, moment in self.moments.items():
             if isinstance(moment, FactoredMoment):
@@ -85,12 +89,12 @@ class SecondMoment:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], *, source: str, floor: float) -> "SecondMoment":
-        """The inverse of `tensors`; what is none of a matrix's V is left out."""
+        """The inverse of `tensors`; tensors with other names, shapes or dtypes are ignored."""
         moments: dict[str, Moment] = {}
-        kept = {key: tensor for key, tensor in tensors.items() if tensor.dtype is torch.float32}
-        for key, tensor in kept.items():
+        stored = {key: tensor for key, tensor in tensors.items() if tensor.dtype is torch.float32}
+        for key, tensor in stored.items():
             part, _, name = key.partition("/")
-            column = kept.get(f"column/{name}")
+            column = stored.get(f"column/{name}")
             if part == "entries" and tensor.ndim == 2:
                 moments[name] = ElementwiseMoment(entries=tensor)
             elif part == "row" and tensor.ndim == 1 and column is not None and column.ndim == 1:
@@ -103,10 +107,11 @@ NO_SECOND_MOMENT = SecondMoment(kind="none", moments={}, source="none")
 
 
 def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[WeightMatrix]) -> SecondMoment:
-    """The same, once every matrix is known to have a finite V of its shape, nowhere negative and not zero throughout.
+    """Return V after checking that each matrix has one of its shape, finite, not negative and not all zero.
 
     Raises:
-        SecondMomentError: It lacks a matrix, has another shape, or holds values that no mean of squares can have.
+        SecondMomentError: V lacks a matrix, has another shape, or holds values that no mean of
+            squares can have.
     """
     if second_moment.kind == "none":
         return second_moment
@@ -115,12 +120,12 @@ def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[Weight
         if moment is None:
             raise SecondMomentError(f"{second_moment.source}: holds no second moment of {matrix.name}; expected one")
         parts = [moment.row, moment.column] if isinstance(moment, FactoredMoment) else [moment.entries]
-        found = (
+        shape = (
             (len(moment.row), len(moment.column)) if isinstance(moment, FactoredMoment) else tuple(moment.entries.shape)
         )
-        if found != (matrix.rows, matrix.columns):
+        if shape != (matrix.rows, matrix.columns):
             raise SecondMomentError(
-                f"{second_moment.source}: second moment of {matrix.name} is for shape {found}, expected "
+                f"{second_moment.source}: second moment of {matrix.name} is for shape {shape}, expected "
                 f"{(matrix.rows, matrix.columns)}; it belongs to another model"
             )
         for part in parts:

@@ -1,10 +1,13 @@
-"""Many independent runs that make one index: the tasks of a Slurm array, without anybody to lead them (`--shard i/n`).
+"""Independent tasks that build one index together, such as the tasks of a Slurm array, without a
+leading process.
 
-Task i of n makes shards i-1, i-1+n, ..., goes over the others, and jumps where another task's shard is there already
-and says where it ends. Whoever comes first settles what is settled once (V, W_train, the manifest) while the others
-wait. Each file appears whole or not at all, and has the same bytes whoever makes it; so a task may be killed, repeated,
-run twice at the same time or with another n, and nothing is lost or doubled. `finish_index` sees that all shards are
-there and good, sums R_train over them in their order, and completes the manifest.
+Task i of n writes shards i-1, i-1+n, ... It passes over the other shards, and skips the corpus's
+text where another task's shard is already written and holds the position at which the next one
+begins. The first task to arrive computes what is computed once (V, W_train, the manifest), while
+the others wait. Each file appears whole or not at all, and has the same bytes whichever task writes
+it. So a task may be killed, repeated, run twice at the same time or with another n, and no example
+is lost or indexed twice. `finish_index` checks that all shards are present and undamaged, sums
+R_train over them in order, and completes the manifest.
 """
 
 import collections
@@ -21,7 +24,7 @@ import filelock
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, OptionError, StoreError
 from trackstar.indexing.groups import Group, ShardGroups
 from trackstar.indexing.job import IndexJob
-from trackstar.indexing.shard_writing import Rows, RunningAutocorrelation, no_example, rows_by, shard_content
+from trackstar.indexing.shard_writing import Rows, RunningAutocorrelation, no_example_error, rows_by, shard_content
 from trackstar.progress import Progress
 from trackstar.store import (
     PREPARING_LOCK,
@@ -37,44 +40,46 @@ from trackstar.store import (
     remove_end,
 )
 
-# How often a waiting task looks again, and how often it says so, in seconds.
-_LOOK_AGAIN = 2.0
-_SAY_AGAIN = 300.0
+# Seconds between a waiting task's checks, and between its notes.
+_CHECK_EVERY = 2.0
+_NOTE_EVERY = 300.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
-    """Task `number` of `count`, from 1."""
+    """Task `number` of `count`, numbered from 1."""
 
     number: int
     count: int
 
     @classmethod
     def parsed(cls, text: str) -> "Share":
-        """From `i/n`.
+        """Parse `i/n`.
 
         Raises:
-            OptionError: It is not a number from 1 to n, a slash, and n.
+            OptionError: The text is not a number from 1 to n, a slash, and n.
         """
-        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-        share = cls(int(found.group(1)), int(found.group(2))) if found else None
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        share = cls(int(match.group(1)), int(match.group(2))) if match else None
         if share is None or not 1 <= share.number <= share.count:
-            raise OptionError(f"--shard {text}: expected i/n, such as 3/8 for the third of eight tasks, i from 1 to n")
+            raise OptionError(
+                f"`share`: expected i/n with i from 1 to n, such as 3/8 for the third of eight tasks, found {text}"
+            )
         return share
 
     def has(self, shard: int) -> bool:
-        """Whether a shard is this task's."""
+        """Whether a shard belongs to this task."""
         return shard % self.count == self.number - 1
 
 
 def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar: Progress) -> None:
-    """Make a task's shards of an index.
+    """Write a task's shards of an index.
 
     Args:
-        out: The index's folder, the same for all tasks.
-        prepared: Settles what the index is; called by one task at a time.
-        share: Which shards.
-        bar: Told of each document of these.
+        out: Folder of the index, the same for all tasks.
+        prepared: Prepares the index job; one task at a time calls it.
+        share: The task.
+        bar: Shows progress per document of its shards.
 
     Raises:
         TrackstarError: See `trackstar.errors`.
@@ -85,16 +90,18 @@ def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar:
         return
     folder = ShardFolder(out, job.manifest, on_note=bar.note)
 
-    def there(shard: int) -> ResumePoint | None:
-        # A task's own shards are read whole; those of others are their own business, and `trackstar finish`'s.
+    def finished(shard: int) -> ResumePoint | None:
+        # A task checks every byte of its own shards only; `finish_index` checks all shards.
         return folder.end_of(shard, whole=share.has(shard))
 
     start = ResumePoint(row=0, record=0, window=0, skipped=0)
-    known = job.known(lambda: _alone(out, share, bar))
-    groups = ShardGroups(job.corpus, job.model, job.manifest, start, there=there, wanted=share.has, known=known)
+    sampled = job.sampled(lambda: _exclusive(out, share, bar))
+    groups = ShardGroups(
+        job.corpus, job.model, job.manifest, start, finished=finished, wanted=share.has, sampled=sampled
+    )
     taken: collections.deque[Group] = collections.deque()
 
-    def to_be_made() -> Iterator[Group]:
+    def missing_groups() -> Iterator[Group]:
         for group in groups:
             if isinstance(group, Group):
                 taken.append(group)
@@ -102,7 +109,7 @@ def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar:
 
     made = 0
     parts: list[tuple[Group, Rows]] = []
-    for rows in rows_by(job.workers, job.model, job.setup, job.row_work, bar)(to_be_made()):
+    for rows in rows_by(job.workers, job.model, job.setup, job.row_work, bar)(missing_groups()):
         group = taken.popleft()
         if parts and parts[-1][0].shard != group.shard:
             folder.write(parts[0][0].shard, shard_content(parts))
@@ -112,69 +119,72 @@ def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar:
         folder.write(parts[0][0].shard, shard_content(parts))
         made += 1
     if not groups.rows:
-        raise no_example(job.corpus, groups.end)
+        raise no_example_error(job.corpus, groups.end)
     end = groups.end
     folder.write_end(CorpusEnd(shards=groups.shards, rows=groups.rows, records=end.record, skipped=end.skipped))
-    finished = load_manifest(out)
-    if finished is not None and finished.completion is not None:
-        remove_end(out)  # the same task, run twice, was faster
-    bar.note(f"--shard {share.number}/{share.count}: {made} shards made, {groups.shards} are the index's")
-    bar.note(f"when all tasks are done: trackstar finish {out}")
+    manifest = load_manifest(out)
+    if manifest is not None and manifest.completion is not None:
+        remove_end(out)  # a second run of the same task was faster, and the index is complete
+    bar.note(f"task {share.number}/{share.count}: wrote {made} of the index's {groups.shards} shards")
+    bar.note(f"when all tasks have finished, complete the index: `finish_index` {out}")
 
 
 def finish_index(out: str | Place, *, progress: bool = True) -> Index:
-    """Complete an index whose shards were made by an array of tasks.
+    """Complete an index whose shards were written by array tasks.
 
     Args:
-        out: Its folder.
-        progress: Whether progress is shown where stderr is a terminal.
+        out: Folder of the index.
+        progress: Whether progress is shown if stderr is a terminal.
 
     Raises:
-        IncompleteIndexError: Shards are missing or damaged, or no task has come to the corpus's end; the message names
-            them, and what is there is kept.
+        IncompleteIndexError: Shards are missing or damaged, or no task has reached the end of the
+            corpus. The message names the shards; all others are kept.
         TrackstarError: See `trackstar.errors`.
     """
     folder = as_folder(out)
     manifest = load_manifest(folder)
     if manifest is None:
         raise StoreError(
-            f"{folder}: no index is there (no manifest.json); run the tasks first (trackstar index --shard)"
+            f"{folder}: no index there (no manifest.json); run the tasks first, each `build_index` with its `share`"
         )
-    again = "run the tasks that make them again (trackstar index --shard; of n tasks, s % n + 1 makes shard s)"
+    advice = "repeat the tasks that write them (of n tasks, task s % n + 1 writes shard s)"
     if manifest.completion is not None:
-        # Whoever finished it may have been stopped before all that only unfinished indexes have was removed.
+        # The run that completed it may have been stopped before it removed the files of unfinished
+        # indexes.
         with IndexWriter.open(folder, dataclasses.replace(manifest, completion=None), whole=True) as writer:
             if not writer.completed:
                 count = len(manifest.completion.shards)
-                lost = ShardFolder(folder, manifest).missing(count)  # damaged ones are removed by now
-                what = _named(lost, count, "missing or were damaged") if lost else "what all shards need is not whole"
-                raise IncompleteIndexError(f"{folder}: was finished, and {what}; {again}")
+                missing = ShardFolder(folder, manifest).missing(count)  # damaged ones were removed by the writer
+                fault = "V, W_train or R_train is damaged"
+                if missing:
+                    fault = _named(missing, count, "missing or were damaged")
+                raise IncompleteIndexError(f"{folder}: was complete, but {fault}; {advice}")
         return Index.open(folder)
     if not is_begun(folder):
-        raise IncompleteIndexError(f"{folder}: V or W_train, which all shards need, is missing or damaged; {again}")
+        raise IncompleteIndexError(f"{folder}: V or W_train, which all shards need, is missing or damaged; {advice}")
     shards = ShardFolder(folder, manifest)
     end = shards.read_end()
     if end is None:
-        raise IncompleteIndexError(f"{folder}: no task has come to the end of the corpus; {again}")
+        raise IncompleteIndexError(f"{folder}: no task has reached the end of the corpus; {advice}")
     missing = shards.missing(end.shards)
     if missing:
-        what = _named(missing, end.shards, "missing")
-        there = (number for number in range(end.shards) if number not in missing)
-        spoiled = [number for number in there if shards.end_of(number, whole=True) is None]
-        if spoiled:
-            what += f", {_named(spoiled, end.shards, 'damaged')}"
-        raise IncompleteIndexError(f"{folder}: {what}; {again}")
+        fault = _named(missing, end.shards, "missing")
+        present = (number for number in range(end.shards) if number not in missing)
+        damaged = [number for number in present if shards.end_of(number, whole=True) is None]
+        if damaged:
+            fault += f", {_named(damaged, end.shards, 'damaged')}"
+        raise IncompleteIndexError(f"{folder}: {fault}; {advice}")
     with (
         Progress("Finishing", unit="shards", total=end.shards, shown=progress) as bar,
-        IndexWriter.open(folder, manifest) as writer,  # what is wrong is said in one line here
+        IndexWriter.open(folder, manifest) as writer,  # damaged shards are named in one line here
     ):
         done = writer.shards_done
         if len(done) != end.shards:
             damaged = [n for n in range(end.shards) if n >= len(done) and writer.end_of(n) is None]
-            raise IncompleteIndexError(f"{folder}: {_named(damaged, end.shards, 'damaged')}; {again}")
+            raise IncompleteIndexError(f"{folder}: {_named(damaged, end.shards, 'damaged')}; {advice}")
         if writer.resume_point.row != end.rows:
             raise DamagedIndexError(
-                f"{folder}: its shards hold {writer.resume_point.row} examples, expected {end.rows}; {again}"
+                f"{folder}: its shards hold {writer.resume_point.row} examples, expected {end.rows}; {advice}"
             )
         if manifest.coordinates == "projected":
             mean = RunningAutocorrelation(writer).mean()
@@ -186,13 +196,15 @@ def finish_index(out: str | Place, *, progress: bool = True) -> Index:
 
 
 def _begun(out: Place, prepared: Callable[[], IndexJob], share: Share, bar: Progress) -> IndexJob | None:
-    """The index, with all that its shards depend on written; None where it is complete.
+    """The index job, with everything written that its shards depend on; None if the index is
+    complete.
 
-    One task computes that, alone. Whoever finds all of it looks at model and corpus at the same time as others do.
+    One task computes what the shards depend on. Tasks that find it written read model and corpus in
+    parallel.
     """
     if not is_begun(out):
-        with _alone(out, share, bar, until=lambda: is_begun(out)) as alone:
-            if alone and not is_begun(out):  # who was alone before may have done it
+        with _exclusive(out, share, bar, until=lambda: is_begun(out)) as exclusive:
+            if exclusive and not is_begun(out):  # the task that held the lock before may have written it
                 job = prepared()
                 if _complete(out):
                     return None
@@ -209,19 +221,21 @@ def _complete(out: Place) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(out: Place, share: Share, bar: Progress, *, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-    """While no other task does the same; False once `until` says that another one has done it.
+def _exclusive(out: Place, share: Share, bar: Progress, *, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Hold the lock that one task at a time can hold; gives False if `until` becomes true while
+    waiting for it.
 
-    Where nothing can be locked, on other file systems, the first task goes ahead and the others wait for its manifest.
+    Remote file systems have no locks: there task 1 goes ahead, and the others wait for its
+    manifest.
     """
-    said = -math.inf
+    noted = -math.inf
 
-    def wait(whom: str) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SAY_AGAIN:
-            bar.note(f"--shard {share.number}/{share.count}: waits for {whom}, which computes what all tasks need")
-            said = time.monotonic()
-        time.sleep(_LOOK_AGAIN)
+    def wait(holder: str) -> None:
+        nonlocal noted
+        if time.monotonic() - noted >= _NOTE_EVERY:
+            bar.note(f"task {share.number}/{share.count}: waits for {holder}, which computes what all tasks need")
+            noted = time.monotonic()
+        time.sleep(_CHECK_EVERY)
 
     if not isinstance(out, Path):
         while share.number != 1 and not is_begun(out):
@@ -231,7 +245,7 @@ def _alone(out: Place, share: Share, bar: Progress, *, until: Callable[[], bool]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{out}: cannot be made ({error.strerror}); choose a folder that can be written") from error
+        raise StoreError(f"{out}: cannot be created ({error.strerror}); choose a writable folder") from error
     lock = filelock.FileLock(out / PREPARING_LOCK, timeout=0, thread_local=False)
     while True:
         try:
@@ -250,7 +264,7 @@ def _alone(out: Place, share: Share, bar: Progress, *, until: Callable[[], bool]
         lock.release()
 
 
-def _named(shards: list[int], of: int, what: str) -> str:
-    """Some shards in words, the first few by number."""
+def _named(shards: list[int], of: int, fault: str) -> str:
+    """Shards in words, the first eight by number."""
     first = ", ".join(map(str, shards[:8])) + (", ..." if len(shards) > 8 else "")
-    return f"{len(shards)} of {of} shards are {what} ({first})"
+    return f"{len(shards)} of {of} shards are {fault} ({first})"

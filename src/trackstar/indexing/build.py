@@ -1,34 +1,21 @@
-"""Build an index: corpus and model to projected gradients and R_train (Eq. 2-4)."""
+"""Build an index: a corpus and a model give φ of every training example, and R_train or W_train (Eq. 2-4)."""
 
-import math
 import sys
 from pathlib import Path
-from typing import Literal
 
-from trackstar.choices import CodecName, Coordinates, Output, ProjectionKind
+from trackstar.choices import CodecName, Coordinates, Dtype, Output, ProjectionKind, SecondMomentKind
 from trackstar.corpus import Corpus, open_corpus
 from trackstar.curvature.autocorrelation import check_autocorrelation_size
-from trackstar.errors import OptionError
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.array_tasks import Share, index_share
 from trackstar.indexing.job import IndexJob, prepare
-from trackstar.indexing.settings import IndexSettings, check_positive, chosen_windows
+from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
-from trackstar.store import (
-    Index,
-    IndexWriter,
-    Place,
-    as_folder,
-    check_codec,
-    check_quantizable,
-    quantized_bits,
-    row_bytes,
-)
+from trackstar.store import Index, IndexWriter, Place, as_folder
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
-# A shard's codes: large enough to scan well, small enough to be held in memory and lost to a kill.
-_SHARD_BYTES = 64 << 20
+_DEFAULT = IndexSettings()
 
 
 def build_index(
@@ -39,140 +26,131 @@ def build_index(
     text_field: str = "text",
     id_field: str | None = None,
     limit: int | None = None,
-    window_tokens: int | None = None,
-    overlap: int = 1,
+    window_tokens: int | None = _DEFAULT.window_tokens,
+    overlap: int = _DEFAULT.overlap,
     revision: str | None = None,
     gguf_file: str | None = None,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     device: str = "cpu",
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
     layer_blocks: int = 8,
-    second_moment: str | Path | SecondMoment = "auto",
-    second_moment_kind: Literal["factored", "elementwise"] = "factored",
-    second_moment_examples: int = 256,
-    side: int = 64,
-    seed: int = 0,
-    codec: CodecName = "1-bit",
-    coordinates: Coordinates | None = None,
-    whitening_examples: int = 16_384,
-    damping: float | None = None,
-    shard_examples: int | None = None,
-    batch_tokens: int = 2048,
-    output: Output = "loss",
-    projection: ProjectionKind = "two-sided",
+    second_moment: str | Path | SecondMoment = _DEFAULT.second_moment,
+    second_moment_kind: SecondMomentKind = _DEFAULT.second_moment_kind,
+    second_moment_examples: int = _DEFAULT.second_moment_examples,
+    side: int = _DEFAULT.side,
+    seed: int = _DEFAULT.seed,
+    codec: CodecName = _DEFAULT.codec,
+    coordinates: Coordinates | None = _DEFAULT.coordinates,
+    whitening_examples: int = _DEFAULT.whitening_examples,
+    damping: float | None = _DEFAULT.damping,
+    shard_examples: int | None = _DEFAULT.shard_examples,
+    batch_tokens: int = _DEFAULT.batch_tokens,
+    output: Output = _DEFAULT.output,
+    projection: ProjectionKind = _DEFAULT.projection,
     share: Share | str | None = None,
     workers: Workers = THIS_PROCESS,
     progress: bool = True,
 ) -> Index:
     """Index a corpus: φ = P(∇Loss/√V) of every training example, and R_train (Eq. 2-4).
 
-    A run that was interrupted goes on where it was when the same call is made again; a finished index is opened.
+    The same call resumes an interrupted run; it opens an index that is already finished.
 
     Args:
-        model: A loaded model, or where to load one from.
+        model: A loaded model, or the folder, hub name or `.gguf` file to load one from.
         data: The corpus; see `open_corpus`.
-        out: The index's folder.
-        text_field: The field that holds the text.
-        id_field: The field that names an example; None finds it.
+        out: The index's folder or URL.
+        text_field: Field that holds the text.
+        id_field: Field that names an example; None searches for one.
         limit: Most records to read.
-        window_tokens: Longer documents are split into windows of this many tokens; None is the model's context or
-            `batch_tokens`, whichever is shorter.
-        overlap: Tokens that a window repeats from the one before, as context only.
-        revision: Of a hub's model.
-        gguf_file: Of GGUF weights.
-        dtype: Of the gradients' computation, `float32` or `bfloat16`.
-        device: Where gradients are computed.
+        window_tokens: See `IndexSettings`, as for every parameter without a description here.
+        overlap: See `IndexSettings`.
+        revision: Revision of a hub's model.
+        gguf_file: Name of the file with GGUF weights, if the model's folder holds several.
+        dtype: Number format of the gradient computation, `float32` or `bfloat16`.
+        device: Device that computes gradients.
         attention_pattern: See `find_layer_blocks`.
         mlp_pattern: See `find_layer_blocks`.
-        layer_blocks: Blocks for each of attention and MLP (8 in the paper).
-        second_moment: V: `auto` reads the optimizer's state beside the model's weights and estimates V where there is
-            none; `estimate`, `none`, a file or folder of optimizer state, or a `SecondMoment`.
-        second_moment_kind: `factored` folds into the projections at no cost; `elementwise` is exact and slower.
-        second_moment_examples: How many examples V is estimated from.
-        side: √d, rows and columns of a block of φ (64 in the paper).
-        seed: Of the projections and of the sample that V is estimated from.
-        codec: How a row is stored: `float32`, `bfloat16`, `float16`, `int8`, `4-bit`, `2-bit` or `1-bit`. The default,
-            with the paper's 65,536 dimensions, is the best that 8 KB an example buy (docs/stores.md).
-        coordinates: `projected` stores φ; `whitened` stores u = W_train φ, which codes of few bits are made for. None
-            is `whitened` for int8 and fewer bits, which cannot be projected: R_train is that of the rows as stored.
-        whitening_examples: How many records R_train comes from where coordinates are whitened, drawn with `seed`: a
-            first pass, whose gradients are not computed again. A corpus of no more is taken whole.
-        damping: Where coordinates are whitened, the fraction of a block's mean eigenvalue added to R_train; None is
-            chosen by `shrinkage_damping`.
-        shard_examples: Examples of a shard; None makes shards of about 64 MiB, 4,096 examples at most.
-        batch_tokens: Most tokens of a batch, padding included; peak memory follows it.
-        output: What is differentiated: the `loss`, or to be compared with it TRAK's `margin` or the `logit`.
-        projection: `two-sided` (Eq. 4), or to be compared with it, `one-sided`: one dense matrix for flattened
-            gradients, for small models alone.
-        share: `i/n`: as the i-th of n independent runs that make one index; see `arrays.py`. `finish_index` completes
-            it.
-        workers: Who computes: this process, or a cluster's (`trackstar.workers.RayWorkers`).
-        progress: Whether progress is shown where stderr is a terminal.
+        layer_blocks: Number of blocks for each of attention and MLP (8 in the paper).
+        second_moment: See `IndexSettings`.
+        second_moment_kind: See `IndexSettings`.
+        second_moment_examples: See `IndexSettings`.
+        side: See `IndexSettings`.
+        seed: See `IndexSettings`.
+        codec: See `IndexSettings`.
+        coordinates: See `IndexSettings`.
+        whitening_examples: See `IndexSettings`.
+        damping: See `IndexSettings`.
+        shard_examples: See `IndexSettings`.
+        batch_tokens: See `IndexSettings`.
+        output: See `IndexSettings`.
+        projection: See `IndexSettings`.
+        share: `i/n` makes the i-th of n parts of one index, independently of the other parts; see
+            `array_tasks.py`. `finish_index` completes the index.
+        workers: This process, or a cluster's workers (`trackstar.workers.RayWorkers`).
+        progress: Whether progress is shown if stderr is a terminal.
 
     Returns:
-        The finished index, opened; with `share`, what is there of it.
+        The finished index, opened; with `share`, the index as far as it is finished.
 
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
+    settings = IndexSettings(
+        window_tokens=window_tokens,
+        overlap=overlap,
+        second_moment=second_moment,
+        second_moment_kind=second_moment_kind,
+        second_moment_examples=second_moment_examples,
+        side=side,
+        seed=seed,
+        output=output,
+        projection=projection,
+        codec=codec,
+        coordinates=coordinates,
+        whitening_examples=whitening_examples,
+        damping=damping,
+        shard_examples=shard_examples,
+        batch_tokens=batch_tokens,
+    )
+    share = Share.parsed(share) if isinstance(share, str) else share
     if not isinstance(model, LanguageModel):
         model = load_model(
-            model,
-            revision=revision,
-            gguf_file=gguf_file,
-            dtype=dtype,
-            device=device,
-            attention_pattern=attention_pattern,
-            mlp_pattern=mlp_pattern,
-            layer_blocks=layer_blocks,
-        )
-    share = Share.parsed(share) if isinstance(share, str) else share
-    folder = as_folder(out)
-    check_codec(codec)
-    if coordinates is None:
-        coordinates = "projected" if quantized_bits(codec) is None else "whitened"
-    check_quantizable(codec, side)
-    if coordinates == "projected" and quantized_bits(codec) is not None:
-        raise OptionError(
-            f"--coordinates projected: goes with float32, bfloat16 and float16, found --codec {codec}, whose codes are "
-            "too coarse to take R_train from; take one of these, or leave --coordinates out"
-        )
-    if damping is not None and coordinates == "projected":
-        raise OptionError(
-            f"--damping {damping}: goes with whitened coordinates; where rows are projected, R is damped in a query "
-            "(trackstar query --damping)"
-        )
-    if damping is not None and not 0 <= damping < math.inf:
-        raise OptionError(f"--damping {damping}: expected 0 or more, as a fraction of the mean eigenvalue")
-    check_positive("--shard-examples", shard_examples)
-    check_positive("--whitening-examples", whitening_examples)
-    check_positive("--side", side)
-    check_positive("--second-moment-examples", second_moment_examples)
-    check_autocorrelation_size(len(model.blocks), side, model.device)
+            model, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device,
+            attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks,
+        )  # fmt: skip
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
-    windows = chosen_windows(model, window_tokens=window_tokens, overlap=overlap, batch_tokens=batch_tokens)
-    with Progress("Indexing", unit="examples", total=_count(corpus, progress and share is None), shown=progress) as bar:
-        settings = IndexSettings(
-            second_moment=second_moment,
-            second_moment_kind=second_moment_kind,
-            second_moment_examples=second_moment_examples,
-            side=side,
-            seed=seed,
-            codec=codec,
-            coordinates=coordinates,
-            whitening_examples=whitening_examples,
-            damping=damping,
-            shard_examples=shard_examples or default_shard_examples(len(model.blocks), side, codec),
-            output=output,
-            projection=projection,
-        )
+    return index_corpus(model, corpus, out, settings, share=share, workers=workers, progress=progress)
+
+
+def index_corpus(
+    model: LanguageModel,
+    corpus: Corpus,
+    out: str | Place,
+    settings: IndexSettings,
+    *,
+    share: Share | None = None,
+    workers: Workers = THIS_PROCESS,
+    progress: bool = True,
+) -> Index:
+    """Index an opened corpus with a loaded model; see `build_index`.
+
+    Args:
+        model: The model.
+        corpus: The corpus.
+        out: The index's folder or URL.
+        settings: What the index is asked to be.
+        share: The part of the index that this call makes; None makes all of it.
+        workers: This process, or a cluster's workers.
+        progress: Whether progress is shown if stderr is a terminal.
+    """
+    folder = as_folder(out)
+    check_autocorrelation_size(len(model.blocks), settings.side, model.device)
+    total = corpus.count() if progress and share is None and sys.stderr.isatty() else None
+    with Progress("Indexing", unit="examples", total=total, shown=progress) as bar:
 
         def prepared() -> IndexJob:
-            return prepare(
-                folder, corpus, model, windows, settings,
-                batch_tokens=batch_tokens, workers=workers, bar=bar, progress=progress,
-            )  # fmt: skip
+            return prepare(folder, corpus, model, settings, workers=workers, bar=bar, progress=progress)
 
         if share is not None:
             index_share(folder, prepared, share, bar)
@@ -187,13 +165,3 @@ def build_index(
                 job.begin(writer, bar)
                 job.fill(writer, bar)
     return Index.open(folder)
-
-
-def default_shard_examples(blocks: int, side: int, codec: CodecName) -> int:
-    """Examples of a shard where nothing else is asked: about 64 MiB, 4,096 examples at most and 64 at least."""
-    return min(4096, max(64, _SHARD_BYTES // row_bytes(codec, blocks * side**2, blocks)))
-
-
-def _count(corpus: Corpus, progress: bool) -> int | None:
-    """How many records there are, for the time left; only where somebody watches."""
-    return corpus.count() if progress and sys.stderr.isatty() else None

@@ -1,6 +1,8 @@
-"""A corpus in the order of its windows, cut into the groups that gradients are taken of at once, shard by shard.
+"""Groups: a corpus's windows in order, cut into the examples whose gradients are computed at once,
+shard by shard.
 
-How it is cut follows from the manifest alone, so that a group's rows are the same wherever and whenever they are made.
+The cuts follow from the manifest alone, so that a group's rows are the same wherever and whenever
+they are computed.
 """
 
 import dataclasses
@@ -15,13 +17,15 @@ from trackstar.corpus import Example, TokenizedExample, tokenize_examples
 from trackstar.model.language_model import LanguageModel
 from trackstar.store import Index, Manifest, ResumePoint, StoredRows
 
-# Whitening reads a W_train of the size of R_train: many rows at once. A group is what is lost where a worker dies.
+# Whitening reads all of W_train, so it needs many rows at once. A worker that dies loses one group.
 GROUP_EXAMPLES = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusPosition:
-    """Where reading stands: the record and window that come next, and how many records had nothing to score."""
+    """A position in a corpus: the next record and window, and the number of records before without
+    a scorable token.
+    """
 
     record: int
     window: int
@@ -30,24 +34,26 @@ class CorpusPosition:
 
 @runtime_checkable
 class ExampleSource(Protocol):
-    """What an index is made of: examples in the order of their records."""
+    """Source of an index's examples, in the order of their records."""
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name in error messages."""
         ...
 
     def examples(self, start: int = 0) -> Iterator[Example]:
-        """The examples of record `start` and later."""
+        """The examples from record number `start` on."""
         ...
 
 
 def tokenized_windows(
     corpus: ExampleSource, model: LanguageModel, start: CorpusPosition, *, window_tokens: int, overlap: int
 ) -> Iterator[tuple[TokenizedExample | None, CorpusPosition]]:
-    """Windows in the corpus's order from `start` on, each with the position after it; None for a record without any."""
+    """Windows in order from `start` on, each with the position after it; None for a record without
+    a window.
+    """
     skipped = start.skipped
-    # Examples are needed twice: for their windows and, where there are none, for their place.
+    # Each example is used twice: for its windows, and for its record number if it has none.
     first, second = itertools.tee(corpus.examples(start.record))
     tokenized = tokenize_examples(first, model.tokenizer, window_tokens=window_tokens, overlap=overlap)
     for example, windows in zip(second, tokenized, strict=True):
@@ -63,11 +69,11 @@ def tokenized_windows(
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class KnownRows:
-    """φ of some examples of a group that a first pass has computed.
+class SampledRows:
+    """φ of those examples of a group that the first pass has computed.
 
     Attributes:
-        places: Which of the group's examples they are, ascending.
+        places: Places of these examples in the group, ascending.
         stored: Their φ, encoded.
         losses: Their losses in nats.
     """
@@ -78,8 +84,8 @@ class KnownRows:
 
 
 @final
-class KnownGradients:
-    """An index in projected coordinates that has some examples' φ already."""
+class SampledGradients:
+    """The φ that a first pass has computed, as an index in projected coordinates."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -88,54 +94,55 @@ class KnownGradients:
             places = zip(shard.records.tolist(), shard.windows.tolist(), strict=True)
             self._rows |= {place: shard.first_row + row for row, place in enumerate(places)}
 
-    def of(self, examples: Sequence[TokenizedExample]) -> KnownRows | None:
-        """What is known of these examples, in the corpus's order; None where that is nothing."""
+    def of(self, examples: Sequence[TokenizedExample]) -> SampledRows | None:
+        """φ of those examples that the first pass has; None if it has none of them."""
         keys = [(example.record, example.window) for example in examples]
         places = tuple(place for place, key in enumerate(keys) if key in self._rows)
         if not places:
             return None
         rows = [self._rows[keys[place]] for place in places]
-        return KnownRows(places=places, stored=self._index.some_rows(rows), losses=self._index.some_losses(rows))
+        return SampledRows(places=places, stored=self._index.some_rows(rows), losses=self._index.some_losses(rows))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """Examples whose rows are made at once.
+    """Examples whose rows are computed at once.
 
     Attributes:
-        shard: Number of the shard that they belong to.
-        examples: In the order of its rows.
-        after: The position after the last.
-        known: What is known of them.
+        shard: Number of their shard.
+        examples: The examples, in the order of the shard's rows.
+        after: The position after the last of them.
+        sampled: Those that the first pass has computed.
     """
 
     shard: int
     examples: tuple[TokenizedExample, ...]
     after: CorpusPosition
-    known: KnownRows | None
+    sampled: SampledRows | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Present:
-    """A shard that is there already: nothing of it is to be made."""
+class FinishedShard:
+    """A shard that is already written."""
 
     shard: int
 
 
 @final
 class ShardGroups:
-    """Groups of one shard after the other, from a place where a shard begins to the end of the corpus.
+    """Groups of consecutive shards, from the beginning of a shard to the end of the corpus.
 
-    A shard that is there is not tokenized: it says where the next one begins.
+    A finished shard is not tokenized again: its file holds the position at which the next one
+    begins.
 
     Args:
-        corpus: Where the examples come from.
-        model: Whose tokenizer splits them.
-        manifest: How long windows and shards are.
-        start: Where the first shard begins.
-        there: The end of a shard that need not be made, by number; None for one that must be.
-        wanted: Whether a shard is to be made at all; one that is not is gone over.
-        known: Has some of the examples' φ.
+        corpus: Source of the examples.
+        model: The model, for its tokenizer.
+        manifest: The index's manifest, for the sizes of windows and shards.
+        start: The beginning of the first shard.
+        finished: Returns the end of a finished shard, by number; None for a missing one.
+        wanted: Whether a missing shard is to be computed; if not, its windows are passed over.
+        sampled: φ of the first pass's examples.
     """
 
     def __init__(
@@ -145,39 +152,41 @@ class ShardGroups:
         manifest: Manifest,
         start: ResumePoint,
         *,
-        there: Callable[[int], ResumePoint | None] = lambda _shard: None,
+        finished: Callable[[int], ResumePoint | None] = lambda _shard: None,
         wanted: Callable[[int], bool] = lambda _shard: True,
-        known: KnownGradients | None = None,
+        sampled: SampledGradients | None = None,
     ) -> None:
         self._corpus = corpus
         self._model = model
         self._manifest = manifest
-        self._there = there
+        self._finished = finished
         self._wanted = wanted
-        self._known = known
-        self.shards = -(-start.row // manifest.shard_examples)  # the corpus's last shard may be a short one
-        """How many shards have been gone through, the last of the corpus included."""
+        self._sampled = sampled
+        self.shards = -(-start.row // manifest.shard_examples)  # the last shard may be short
+        """Number of shards passed so far; at the end, all shards of the index."""
         self.rows = start.row
-        """How many examples these hold."""
+        """Number of examples in these shards."""
         self.end = CorpusPosition(record=start.record, window=start.window, skipped=start.skipped)
-        """The position reached; once all groups have been taken, the corpus's end."""
+        """The position reached; at the end, that of the end of the corpus."""
 
-    def __iter__(self) -> Iterator[Group | Present]:
-        """Groups that are to be made and, in their places, shards that are there."""
-        found = self._there(self.shards)
+    def __iter__(self) -> Iterator[Group | FinishedShard]:
+        """Missing groups and finished shards, in order."""
+        end = self._finished(self.shards)
         while True:
-            if found is None:
-                found = yield from self._tokenized()
-                if found is None:
+            if end is None:
+                end = yield from self._tokenized()
+                if end is None:
                     return
-            yield Present(shard=self.shards)
+            yield FinishedShard(shard=self.shards)
             self.shards += 1
-            self.rows = found.row
-            self.end = CorpusPosition(record=found.record, window=found.window, skipped=found.skipped)
-            found = self._there(self.shards)
+            self.rows = end.row
+            self.end = CorpusPosition(record=end.record, window=end.window, skipped=end.skipped)
+            end = self._finished(self.shards)
 
     def _tokenized(self) -> Generator[Group, None, ResumePoint | None]:
-        """Groups up to a shard that is there; gives its end, None where the corpus ends before one."""
+        """Groups up to the next finished shard; returns that shard's end, or None at the end of the
+        corpus.
+        """
         manifest, held, after = self._manifest, list[TokenizedExample](), self.end
         windows = tokenized_windows(
             self._corpus, self._model, self.end, window_tokens=manifest.windows.tokens, overlap=manifest.windows.overlap
@@ -194,10 +203,10 @@ class ShardGroups:
                 held = []
             if full:
                 self.shards, in_shard = self.shards + 1, 0
-                found = self._there(self.shards)
-                if found is not None:
-                    return found
-        # Records without a token to score that end the corpus belong to no shard.
+                end = self._finished(self.shards)
+                if end is not None:
+                    return end
+        # Unscorable records at the end of the corpus belong to no shard.
         if held:
             yield from self._group(held, after)
         self.shards += in_shard > 0
@@ -205,5 +214,5 @@ class ShardGroups:
 
     def _group(self, examples: list[TokenizedExample], after: CorpusPosition) -> Iterator[Group]:
         if self._wanted(self.shards):
-            known = self._known.of(examples) if self._known is not None else None
-            yield Group(shard=self.shards, examples=tuple(examples), after=after, known=known)
+            sampled = self._sampled.of(examples) if self._sampled is not None else None
+            yield Group(shard=self.shards, examples=tuple(examples), after=after, sampled=sampled)

@@ -1,7 +1,9 @@
-"""An index that is to be made: all that decides it, settled once; then its shards, by one process or several (Eq. 2-4).
+"""An index job: the decisions that are made once for an index, then its shards, in one process or
+several (Eq. 2-4).
 
-`prepare` is what must be done once for an index: V, and for whitened coordinates R_train's first pass. `begin` writes
-what every shard depends on, `IndexJob.fill` the shards, and finishes.
+`prepare` computes what is computed once for an index: V, and W_train for whitened coordinates.
+`IndexJob.begin` writes what every shard depends on. `IndexJob.fill` writes the shards and completes
+the index.
 """
 
 import contextlib
@@ -15,32 +17,32 @@ from trackstar.errors import DamagedIndexError, IncompleteIndexError
 from trackstar.gradients.estimated_moment import SquaredGradients, SummedSquares, estimate_parts, mean_of_squares
 from trackstar.gradients.projection import floored_entries
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
-from trackstar.indexing.groups import KnownGradients
+from trackstar.indexing.groups import SampledGradients
 from trackstar.indexing.provenance import make_manifest, second_moment_entry
-from trackstar.indexing.settings import IndexSettings, chosen_second_moment
+from trackstar.indexing.second_moment import second_moment_for
+from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.shard_writing import RowWork, rows_by, write_shards
-from trackstar.indexing.train_whitening import TrainWhitening, check_begun, first_pass, sample_source
+from trackstar.indexing.train_whitening import FirstPass, TrainWhitening, check_begun, sample_source
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.store import PART_FOLDER, Index, IndexWriter, Manifest, Place, WindowsEntry, load_manifest, row_bytes
+from trackstar.store import PART_FOLDER, Index, IndexWriter, Manifest, Place, load_manifest, row_bytes
 from trackstar.workers.protocol import Advance, Workers
 from trackstar.workers.setups import GradientSetup, SquaresSetup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class IndexJob:
-    """An index whose rows can be made.
+    """An index whose rows are ready to be computed.
 
     Attributes:
-        out: Its folder.
+        out: Folder of the index.
         corpus: Its examples.
         model: The model.
-        manifest: All that decides its content.
-        setup: How φ is made.
+        manifest: Everything that decides its content.
+        setup: How φ is computed.
         train: W_train; None for projected coordinates.
-        first_pass: Gives its first pass's gradients, made again as far as they are missing; None for projected
-            coordinates.
-        workers: Who computes.
+        first_pass: The pass that W_train comes from; None for projected coordinates.
+        workers: Where φ is computed.
     """
 
     out: Place
@@ -49,24 +51,25 @@ class IndexJob:
     manifest: Manifest
     setup: GradientSetup
     train: TrainWhitening | None
-    first_pass: Callable[[], Index] | None
+    first_pass: FirstPass | None
     workers: Workers
 
     @property
     def row_work(self) -> RowWork:
-        """From groups of examples to stored rows."""
+        """Converts groups of examples to stored rows."""
         return RowWork.of(self.manifest, self.train.whitening if self.train is not None else None)
 
-    def known(
-        self, alone: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-    ) -> KnownGradients | None:
-        """The first pass's gradients, which need not be computed again; None for projected coordinates.
+    def sampled(
+        self, exclusive: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    ) -> SampledGradients | None:
+        """The first pass's φ, which is not computed again; None for projected coordinates.
 
-        Rows that were coded from a first pass's gradients are those of no others, to the bit: where that is missing or
-        damaged, it is mended first.
+        Rows coded from a first pass's φ are equal to the bit only to rows coded from the same φ. So
+        a missing or damaged first pass is repeated before any row is computed.
 
         Args:
-            alone: Held while it is mended, where several processes make the same index.
+            exclusive: Context that is held while it is repeated, if several processes build the
+                same index.
         """
         if self.first_pass is None:
             return None
@@ -75,12 +78,12 @@ class IndexJob:
             if load_manifest(part) is not None:
                 index = Index.open(part)
                 index.check()
-                return KnownGradients(index)
-        with alone():
-            return KnownGradients(self.first_pass())
+                return SampledGradients(index)
+        with exclusive():
+            return SampledGradients(self.first_pass.run())
 
     def begin(self, writer: IndexWriter, bar: Progress) -> None:
-        """Write what all shards depend on, and say what the index will be."""
+        """Write what all shards depend on, and describe the index in notes."""
         moment = self.setup.second_moment
         bar.note(f"model: {self.model.architecture}, {self.model.coverage}")
         bar.note(f"second moment: {moment.source if moment.kind == 'none' else f'{moment.kind}, {moment.source}'}")
@@ -89,8 +92,8 @@ class IndexJob:
         kib = row_bytes(manifest.codec, manifest.dimensions, blocks) / 1024
         mib = blocks * manifest.projection.side**4 * 4 / 2**20
         bar.note(
-            f"{manifest.coordinates}: {manifest.dimensions:,} dimensions, {manifest.codec}, {kib:,.1f} KiB an example; "
-            f"R: {mib:,.1f} MiB (--side)"
+            f"{manifest.coordinates}: {manifest.dimensions:,} dimensions, {manifest.codec}, {kib:,.1f} KiB per "
+            f"example; R: {mib:,.1f} MiB, which grows with the fourth power of `side`"
         )
         raised = floored_entries(moment)
         if raised:
@@ -104,9 +107,9 @@ class IndexJob:
             writer.write_tensors("whitening", {"whitening": self.train.whitening.factors})
 
     def fill(self, writer: IndexWriter, bar: Progress) -> None:
-        """Make every shard that is missing, and finish the index."""
+        """Write every missing shard, and complete the index."""
         make_rows = rows_by(self.workers, self.model, self.setup, self.row_work, bar)
-        end = write_shards(writer, self.corpus, self.model, make_rows, known=self.known(), advance=bar.advance)
+        end = write_shards(writer, self.corpus, self.model, make_rows, sampled=self.sampled(), advance=bar.advance)
         if end.skipped:
             bar.note(f"{end.skipped} of {end.record} records have no token to score and were left out")
         writer.finish(records=end.record, skipped=end.skipped)
@@ -116,65 +119,50 @@ def prepare(
     out: Place,
     corpus: Corpus,
     model: LanguageModel,
-    windows: WindowsEntry,
     settings: IndexSettings,
     *,
-    batch_tokens: int,
     workers: Workers,
     bar: Progress,
     progress: bool,
 ) -> IndexJob:
-    """Settle what decides an index: V and W_train are computed, or taken from what an earlier run kept.
+    """Compute V and W_train, or read them if an interrupted run has written them.
 
     Args:
-        out: Its folder.
+        out: Folder of the index.
         corpus: Its examples.
         model: The model.
-        windows: How documents are split.
-        settings: What it is asked to be.
-        batch_tokens: Most tokens of a batch, padding included.
-        workers: Who computes.
-        bar: Told what is done.
-        progress: Whether the first pass may show a bar of its own.
+        settings: What the index is asked to be.
+        workers: Where gradients are computed.
+        bar: Receives notes.
+        progress: Whether the first pass shows its own bar.
 
     Raises:
-        IndexMismatchError: What was begun there is something else.
+        IndexMismatchError: The index begun at `out` differs from the requested one.
         TrackstarError: V or R_train cannot be computed; see `trackstar.errors`.
     """
-    manifest = make_manifest(
-        model, corpus, windows, NO_SECOND_MOMENT, seed=settings.seed, side=settings.side, codec=settings.codec,
-        shard_examples=settings.shard_examples, output=settings.output, projection=settings.projection,
-    )  # fmt: skip
+    manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings)
+    batch_tokens = settings.batch_tokens
     squares = SquaresSetup(manifest=manifest, kind=settings.second_moment_kind, batch_tokens=batch_tokens)
-    moment = chosen_second_moment(
-        settings.second_moment,
-        model,
-        corpus,
-        windows,
-        kind=settings.second_moment_kind,
-        examples=settings.second_moment_examples,
-        seed=settings.seed,
-        batch_tokens=batch_tokens,
-        out=out,
-        note=bar.note,
+    moment = second_moment_for(
+        settings, model, corpus, manifest.windows, out=out, note=bar.note,
         estimate=functools.partial(_estimated, model, squares, workers, bar.note),
-    )
+    )  # fmt: skip
     manifest = dataclasses.replace(manifest, second_moment=second_moment_entry(moment))
     setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=batch_tokens)
-    source = sample_source(settings.whitening_examples, settings.seed)
-    check_begun(out, manifest, coordinates=settings.coordinates, source=source, damping=settings.damping)
-    train, sampled = None, None
-    if settings.coordinates == "whitened":
-        sampled = functools.partial(
-            first_pass, out, manifest, corpus, model, setup, workers,
-            examples=settings.whitening_examples, seed=settings.seed, note=bar.note, progress=progress,
+    check_begun(out, manifest, settings)
+    train, first_pass = None, None
+    if settings.whitened:
+        first_pass = FirstPass(
+            out=out, manifest=manifest, corpus=corpus, model=model, setup=setup, workers=workers, settings=settings,
+            progress=progress,
         )  # fmt: skip
-        train = TrainWhitening.kept_in(out, damping=settings.damping, source=source)
+        source = sample_source(settings.whitening_examples, settings.seed)
+        train = TrainWhitening.written_in(out, damping=settings.damping, source=source)
         if train is None:
-            train = TrainWhitening.of_index(sampled(), damping=settings.damping, source=source)
-        manifest = dataclasses.replace(manifest, coordinates=settings.coordinates, whitening=train.entry)
+            train = TrainWhitening.of_index(first_pass.run(), damping=settings.damping, source=source)
+        manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=train.entry)
     return IndexJob(
-        out=out, corpus=corpus, model=model, manifest=manifest, setup=setup, train=train, first_pass=sampled,
+        out=out, corpus=corpus, model=model, manifest=manifest, setup=setup, train=train, first_pass=first_pass,
         workers=workers,
     )  # fmt: skip
 
@@ -186,7 +174,7 @@ def _estimated(
     note: Callable[[str], None],
     examples: Sequence[TokenizedExample],
 ) -> SecondMoment:
-    """V estimated from examples, by whoever computes."""
+    """V estimated from examples by the workers."""
     parts = estimate_parts(examples, setup.kind)
     return mean_of_squares(workers.gradients(model, setup, _squares, parts, note=note), kind=setup.kind)
 

@@ -1,117 +1,119 @@
-"""What an index is made with, where its user left it open: V and windows (§3)."""
+"""What an index is asked to be: one value, checked where it is made and handed on whole.
 
-import contextlib
+Nothing heavy is imported here, so that the command line reads its defaults and choices from
+`IndexSettings`.
+"""
+
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
-from trackstar.choices import CodecName, Coordinates, Output, ProjectionKind
-from trackstar.corpus import Corpus, TokenizedExample, tokenize_examples
-from trackstar.errors import CorpusError, DamagedIndexError, OptionError, SecondMomentError
-from trackstar.gradients.estimated_moment import estimate_second_moment
-from trackstar.gradients.optimizer_state import find_optimizer_state, second_moment_from_state
-from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment, checked_second_moment
-from trackstar.model.language_model import LanguageModel
-from trackstar.store import IndexTensors, Place, WindowsEntry, load_manifest
+from trackstar.choices import (
+    CODECS,
+    COORDINATES,
+    LOW_BIT_CODECS,
+    OUTPUTS,
+    PROJECTIONS,
+    SECOND_MOMENT_KINDS,
+    CodecName,
+    Coordinates,
+    Output,
+    ProjectionKind,
+    SecondMomentKind,
+)
+from trackstar.errors import OptionError, check_at_least, check_choice, check_damping
 
-
-def check_positive(option: str, value: int | None) -> None:
-    """See that a number that was given is at least 1.
-
-    Raises:
-        OptionError: It is not; the message names the option.
-    """
-    if value is not None and value < 1:
-        raise OptionError(f"{option} {value}: expected 1 or more")
-
-
-def chosen_windows(model: LanguageModel, *, window_tokens: int | None, overlap: int, batch_tokens: int) -> WindowsEntry:
-    """How long documents are split: as asked, or into what the model reads and a batch holds.
-
-    Raises:
-        OptionError: The model reads fewer tokens than a window is asked to have.
-    """
-    check_positive("--batch-tokens", batch_tokens)
-    tokens = window_tokens or min(model.context_tokens, batch_tokens)
-    if tokens > model.context_tokens:
-        raise OptionError(
-            f"--window-tokens {tokens}: the model reads at most {model.context_tokens} tokens; give no more"
-        )
-    return WindowsEntry(tokens=tokens, overlap=overlap)
-
-
-def chosen_second_moment(
-    asked: str | Path | SecondMoment,
-    model: LanguageModel,
-    corpus: Corpus,
-    windows: WindowsEntry,
-    *,
-    kind: Literal["factored", "elementwise"],
-    examples: int,
-    seed: int,
-    batch_tokens: int,
-    out: Place | None,
-    note: Callable[[str], None],
-    estimate: Callable[[Sequence[TokenizedExample]], SecondMoment] | None = None,
-) -> SecondMoment:
-    """V as asked for: given, none, from optimizer state, or estimated; see `build_index`.
-
-    An estimate that an interrupted run has already made for the same index is taken from there. `estimate` makes it of
-    a sample; None has this process make it.
-    """
-    if isinstance(asked, SecondMoment):
-        return checked_second_moment(asked, model.matrices)
-    if str(asked) == "none":
-        return NO_SECOND_MOMENT
-    state = None
-    if str(asked) == "auto":
-        state = find_optimizer_state(model.folder) if model.folder is not None else None
-    elif str(asked) != "estimate":
-        state = Path(asked)
-        state = (find_optimizer_state(state) or state) if state.is_dir() else state
-    if state is not None:
-        return checked_second_moment(second_moment_from_state(state, model, kind=kind), model.matrices)
-    source = f"estimated from {examples} examples drawn with seed {seed}"
-    begun = load_manifest(out) if out is not None else None
-    same = begun is not None and begun.second_moment.source == source and begun.second_moment.kind == kind
-    if out is not None and begun is not None and same:
-        with contextlib.suppress(DamagedIndexError, SecondMomentError):  # it is estimated again
-            kept = IndexTensors(out).read("second_moment", begun)
-            moment = SecondMoment.from_tensors(kept, source=source, floor=begun.second_moment.floor)
-            if moment.kind == kind:
-                return checked_second_moment(moment, model.matrices)
-    note(f"second moment: {'no optimizer state beside the model, so V is ' if asked == 'auto' else ''}{source}")
-    sample = tokenize_examples(
-        corpus.sample(examples, seed), model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap
-    )
-    # A long document's first window stands for it.
-    chosen = [parts[0] for parts in sample if parts]
-    if not chosen:
-        raise CorpusError(
-            f"{corpus.name}: none of {examples} records drawn from it has a token to score, expected texts of two "
-            "tokens or more to estimate V from"
-        )
-    if estimate is None:
-        moment = estimate_second_moment(model, chosen, kind=kind, token_budget=batch_tokens, note=note)
-    else:
-        moment = estimate(chosen)
-    return checked_second_moment(dataclasses.replace(moment, source=source), model.matrices)
+if TYPE_CHECKING:
+    from trackstar.gradients.second_moment import SecondMoment
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class IndexSettings:
-    """What an index is asked to be; see `build_index`."""
+    """What an index is asked to be. The fields and their defaults are the keywords of
+    `build_index`.
 
-    second_moment: str | Path | SecondMoment
-    second_moment_kind: Literal["factored", "elementwise"]
-    second_moment_examples: int
-    side: int
-    seed: int
-    codec: CodecName
-    coordinates: Coordinates
-    whitening_examples: int
-    damping: float | None
-    shard_examples: int
-    output: Output
-    projection: ProjectionKind
+    Attributes:
+        window_tokens: Longest window, in tokens; longer documents are split. None is the model's
+            context or `batch_tokens`, whichever is shorter.
+        overlap: Tokens that a window repeats from the one before, as context only.
+        second_moment: V: `auto` reads the optimizer's state beside the model's weights and
+            estimates V if there is none; `estimate`, `none`, a file or folder of optimizer state,
+            or a `SecondMoment`.
+        second_moment_kind: `factored` folds into the projections at no cost; `elementwise` is exact
+            and slower.
+        second_moment_examples: Number of examples that V is estimated from.
+        side: √d, rows and columns of a block of φ (64 in the paper).
+        seed: Seed of the projections and of all samples.
+        output: The function that is differentiated: `loss`, or for comparisons TRAK's `margin` or
+            the `logit`.
+        projection: `two-sided` (Eq. 4), or for comparisons `one-sided`: one dense matrix for
+            flattened gradients, for small models only.
+        codec: How a row is stored. The default, with the paper's 65,536 dimensions, is the most
+            accurate in 8 KB per example (docs/stores.md).
+        coordinates: `projected` stores φ; `whitened` stores u = W_train φ, which low-bit codecs
+            need. None is `whitened` for int8 and fewer bits, else `projected`.
+        whitening_examples: Records that R_train is computed from if coordinates are whitened, drawn
+            with `seed` in a first pass, whose gradients are not computed again. A corpus of no more
+            records is taken whole.
+        damping: If coordinates are whitened, the ridge added to R_train, as a fraction of its mean
+            eigenvalue per block; None is chosen by `shrinkage_damping`. Projected rows are damped
+            when they are queried.
+        shard_examples: Examples per shard; None makes shards of about 64 MiB, at most 4,096
+            examples.
+        batch_tokens: Most tokens per batch, padding included; peak memory follows it.
+
+    Raises:
+        OptionError: A setting is out of range, or two do not fit together; the message names them.
+    """
+
+    window_tokens: int | None = None
+    overlap: int = 1
+    second_moment: "str | Path | SecondMoment" = "auto"
+    second_moment_kind: SecondMomentKind = "factored"
+    second_moment_examples: int = 256
+    side: int = 64
+    seed: int = 0
+    output: Output = "loss"
+    projection: ProjectionKind = "two-sided"
+    codec: CodecName = "1-bit"
+    coordinates: Coordinates | None = None
+    whitening_examples: int = 16_384
+    damping: float | None = None
+    shard_examples: int | None = None
+    batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        check_choice("second_moment_kind", self.second_moment_kind, SECOND_MOMENT_KINDS)
+        check_choice("output", self.output, OUTPUTS)
+        check_choice("projection", self.projection, PROJECTIONS)
+        check_choice("codec", self.codec, CODECS)
+        if self.coordinates is not None:
+            check_choice("coordinates", self.coordinates, COORDINATES)
+        for name in ("side", "second_moment_examples", "whitening_examples", "shard_examples", "batch_tokens"):
+            check_at_least(name, getattr(self, name))
+        check_damping(self.damping)
+        if self.codec in LOW_BIT_CODECS:
+            if self.coordinates == "projected":
+                raise OptionError(
+                    f'`coordinates`: expected whitened for `codec="{self.codec}"`, whose codes are too coarse to '
+                    "compute R_train from, found projected; leave `coordinates` out, or choose `codec` float32, "
+                    "bfloat16 or float16"
+                )
+            if self.side % 8:
+                raise OptionError(f'`side`: expected a multiple of 8 for `codec="{self.codec}"`, found {self.side}')
+        if self.damping is not None and not self.whitened:
+            raise OptionError(
+                f"`damping`: applies to whitened coordinates, found {self.damping} with projected ones, which are "
+                "damped when they are queried; pass `damping` to `answer_queries`"
+            )
+
+    @property
+    def whitened(self) -> bool:
+        """Whether rows are stored in whitened coordinates."""
+        return (self.coordinates or ("whitened" if self.codec in LOW_BIT_CODECS else "projected")) == "whitened"
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """The default of a setting, for interfaces that show it."""
+        (found,) = (field.default for field in dataclasses.fields(cls) if field.name == name)
+        return found

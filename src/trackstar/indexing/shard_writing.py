@@ -1,4 +1,9 @@
-"""From groups of examples to shards: gradients, projected, encoded, stored; R_train summed over them; resumable."""
+"""Write shards: φ of each group of examples is computed, encoded and stored, and R_train is summed
+over the shards.
+
+An interrupted run resumes at the first missing shard, and ends with the same bytes as an
+undisturbed one.
+"""
 
 import collections
 import dataclasses
@@ -15,35 +20,39 @@ from trackstar.curvature.autocorrelation import Autocorrelation
 from trackstar.curvature.whitening import Whitening
 from trackstar.errors import CorpusError
 from trackstar.gradients.projector import GradientProjector
-from trackstar.indexing.groups import CorpusPosition, ExampleSource, Group, KnownGradients, Present, ShardGroups
+from trackstar.indexing.groups import CorpusPosition, ExampleSource, FinishedShard, Group, SampledGradients, ShardGroups
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import IndexWriter, Manifest, Shard, ShardContent, StoredRows, encode, have_shapes
 from trackstar.workers.protocol import Workers
 from trackstar.workers.setups import GradientSetup
 
-# How often, in seconds, the sums of R_train are put aside, so that a resumed run need not add up all shards again.
+# Seconds between saves of R_train's sums, which spare a resumed run to add up all shards again.
 _SAVE_PROGRESS_EVERY = 600.0
-# Rows added to R_train at once: each shard is cut at the same rows whether it has just been made or is read again, so
-# that a resumed run's sums are those of an undisturbed one, bit for bit.
+# Rows added to R_train at once. A shard is cut at the same rows whether it was just written or is
+# read again, so that a resumed run's sums equal those of an undisturbed run bit for bit.
 _ROWS_AT_ONCE = 512
 
 Rows = tuple[StoredRows, Float32[Tensor, "_rows"]]
-"""Rows of a group as they are stored, and their losses in nats."""
+"""A group's rows as they are stored, and their losses in nats."""
 
 MakeRows = Callable[[Iterable[Group]], Iterator[Rows]]
-"""Makes rows of groups, in the groups' order; it may ask for some groups before it gives the first rows."""
+"""Converts groups to rows, in the groups' order; it may take several groups before it returns the
+first rows.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowWork:
-    """From a group to stored rows: φ, in whitened coordinates u = W_train φ, and encoded.
+    """Converts a group of examples to stored rows: φ, or u = W_train φ in whitened coordinates,
+    encoded.
 
     Attributes:
-        codec: Encodes them.
+        codec: The codec of the rows.
         blocks: Number of layer blocks.
         train: W_train; None for projected coordinates.
-        moved: W_train where gradients are computed, once it has been needed there: a gibibyte in the paper's setting.
+        moved: Copies of W_train on the devices that compute gradients: 1 GiB each in the paper's
+            setting.
     """
 
     codec: CodecName
@@ -53,30 +62,30 @@ class RowWork:
 
     @classmethod
     def of(cls, manifest: Manifest, train: Whitening | None = None) -> "RowWork":
-        """Rows of an index with this manifest."""
+        """The work for an index with this manifest."""
         return cls(codec=manifest.codec, blocks=len(manifest.layer_blocks), train=train)
 
     def __call__(
         self, projector: GradientProjector, group: Group, advance: Callable[[int], None] = lambda _examples: None
     ) -> Rows:
-        """The rows of a group's examples, and their losses.
+        """A group's rows and losses.
 
         Args:
-            projector: Gives φ.
+            projector: Computes φ.
             group: At least one example.
-            advance: Told how many documents have been done.
+            advance: Callback that receives the number of finished documents.
         """
-        examples, known = group.examples, group.known
+        examples, sampled = group.examples, group.sampled
         losses = torch.empty(len(examples))
         stored = StoredRows.empty(self.codec, len(examples), projector.dimensions, self.blocks)
         phi = torch.empty(len(examples), projector.dimensions) if self.train is not None else None
         missing = list(range(len(examples)))
-        if known is not None:
-            assert phi is not None, "what a first pass knows are whitened rows' φ"
-            places = torch.tensor(known.places)
-            phi[places], losses[places] = known.stored.decode(), known.losses
-            missing = sorted({*missing} - {*known.places})
-            advance(_documents(examples, known.places))
+        if sampled is not None:
+            assert phi is not None, "only whitened rows have a first pass"
+            places = torch.tensor(sampled.places)
+            phi[places], losses[places] = sampled.stored.decode(), sampled.losses
+            missing = sorted({*missing} - {*sampled.places})
+            advance(_documents(examples, sampled.places))
         for batch, batch_phi, batch_losses in projector.batches([examples[place] for place in missing]):
             rows = torch.tensor([missing[place] for place in batch])
             if phi is None:
@@ -94,7 +103,7 @@ class RowWork:
 
 
 def rows_by(workers: Workers, model: LanguageModel, setup: GradientSetup, work: RowWork, bar: Progress) -> MakeRows:
-    """Rows made by workers, the bar told of each document."""
+    """Rows computed by workers, with progress per document."""
     return lambda groups: workers.gradients(model, setup, work, groups, advance=bar.advance, note=bar.note)
 
 
@@ -104,21 +113,22 @@ def write_shards(
     model: LanguageModel,
     make_rows: MakeRows,
     *,
-    known: KnownGradients | None = None,
+    sampled: SampledGradients | None = None,
     advance: Callable[[int], None],
 ) -> CorpusPosition:
-    """Write every shard that is still missing.
+    """Write every missing shard.
 
     Args:
         writer: The open index.
-        corpus: Where the examples come from.
-        model: Whose tokenizer splits them.
-        make_rows: Makes rows of examples.
-        known: Has some examples' φ.
-        advance: Told how many documents a shard that is there already holds.
+        corpus: Source of the examples.
+        model: The model, for its tokenizer.
+        make_rows: Converts groups to rows.
+        sampled: φ of the first pass's examples.
+        advance: Callback that receives the number of documents in each shard that is already
+            finished.
 
     Returns:
-        The position at the corpus's end.
+        The position at the end of the corpus.
 
     Raises:
         CorpusError: No record of the corpus has a token to score.
@@ -126,21 +136,21 @@ def write_shards(
     manifest = writer.manifest
     projected = manifest.coordinates == "projected"
     r_train = RunningAutocorrelation(writer, device=model.device) if projected else None
-    groups = ShardGroups(corpus, model, manifest, writer.resume_point, there=writer.end_of, known=known)
-    waiting: collections.deque[Group | Present] = collections.deque()
+    groups = ShardGroups(corpus, model, manifest, writer.resume_point, finished=writer.end_of, sampled=sampled)
+    waiting: collections.deque[Group | FinishedShard] = collections.deque()
 
-    def to_be_made() -> Iterator[Group]:
+    def missing_groups() -> Iterator[Group]:
         for group in groups:
             waiting.append(group)
             if isinstance(group, Group):
                 yield group
 
     def adopt() -> None:
-        """Take the shards that are there and whose turn it is."""
-        while waiting and isinstance(waiting[0], Present):
+        """Add the finished shards that come next in order."""
+        while waiting and isinstance(waiting[0], FinishedShard):
             waiting.popleft()
             shard = writer.adopt_shard()
-            assert shard is not None, "seen to be good"
+            assert shard is not None, "its end was read from it"
             advance(int((shard.windows == 0).sum()))
             if r_train is not None:
                 r_train.add(shard)
@@ -151,10 +161,10 @@ def write_shards(
             r_train.add(shard)
 
     parts: list[tuple[Group, Rows]] = []
-    for rows in make_rows(to_be_made()):
+    for rows in make_rows(missing_groups()):
         adopt()
         group = waiting.popleft()
-        assert isinstance(group, Group), "others have been adopted"
+        assert isinstance(group, Group), "finished shards were adopted before"
         parts.append((group, rows))
         if sum(len(of.examples) for of, _ in parts) == manifest.shard_examples:
             write(parts)
@@ -164,24 +174,24 @@ def write_shards(
         write(parts)
     adopt()
     if not writer.shards_done:
-        raise no_example(corpus, groups.end)
+        raise no_example_error(corpus, groups.end)
     if r_train is not None:
         writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
     return groups.end
 
 
-def no_example(corpus: ExampleSource, end: CorpusPosition) -> CorpusError:
-    """The error of a corpus without any example."""
+def no_example_error(corpus: ExampleSource, end: CorpusPosition) -> CorpusError:
+    """The error for a corpus without a scorable example."""
     return CorpusError(
         f"{corpus.name}: none of its {end.record} records has a token to score, expected texts of two tokens or more"
     )
 
 
 def shard_content(parts: Sequence[tuple[Group, Rows]]) -> ShardContent:
-    """A shard of its groups, in their order, with what is needed to show and recompute its examples."""
+    """A shard's content: its groups' rows, with the tokens and texts that show and recompute its examples."""
     after = parts[-1][0].after
     return ShardContent(
-        stored=StoredRows.joined([stored for _, (stored, _) in parts]),
+        stored=StoredRows.concatenated([stored for _, (stored, _) in parts]),
         losses=torch.cat([losses for _, (_, losses) in parts]),
         examples=[example for group, _ in parts for example in group.examples],
         next_record=after.record,
@@ -191,16 +201,17 @@ def shard_content(parts: Sequence[tuple[Group, Rows]]) -> ShardContent:
 
 
 def _documents(examples: Sequence[TokenizedExample], places: Iterable[int]) -> int:
-    """How many documents begin among some examples."""
+    """Number of documents that begin among some examples."""
     return sum(examples[place].window == 0 for place in places)
 
 
 class RunningAutocorrelation:
-    """R_train over the shards as stored, so that it is a function of the finished shards and nothing else.
+    """R_train summed over shards as stored, so that it is a function of the finished shards alone.
 
     Args:
         writer: The open index.
-        device: Where the sums are kept and added to: blocks × side⁴ × 8 bytes (2 GiB in the paper's setting).
+        device: Device of the sums, which take blocks × side⁴ × 8 bytes (2 GiB in the paper's
+            setting).
     """
 
     def __init__(self, writer: IndexWriter, *, device: torch.device | str = "cpu") -> None:
@@ -208,18 +219,18 @@ class RunningAutocorrelation:
         self._writer = writer
         blocks = len(manifest.layer_blocks)
         self._sums = Autocorrelation(blocks, manifest.projection.side**2, device=device)
-        counted, kept = writer.load_progress()
-        if not have_shapes(kept, sums=tuple(self._sums.sums.shape)):
+        counted, saved = writer.load_progress()
+        if not have_shapes(saved, sums=tuple(self._sums.sums.shape)):
             counted = 0
         if counted:
-            self._sums.sums.copy_(kept["sums"])
+            self._sums.sums.copy_(saved["sums"])
             self._sums.examples = sum(shard.rows for shard in writer.shards_done[:counted])
         self._saved = time.monotonic()
         for shard in writer.shards_done[counted:]:
             self._add_rows(shard)
 
     def add(self, shard: Shard) -> None:
-        """Add a shard that has just been written; now and then put the sums aside."""
+        """Add a shard that was just written; save the sums every ten minutes."""
         self._add_rows(shard)
         if time.monotonic() - self._saved > _SAVE_PROGRESS_EVERY:
             self._writer.save_progress({"sums": self._sums.sums.cpu()})

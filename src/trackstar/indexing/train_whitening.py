@@ -1,20 +1,22 @@
-"""W_train for a whitened index, from a first pass over a sample of the corpus; no gradient is computed twice (Eq. 2).
+"""W_train of a whitened index, from a first pass over a sample of the corpus (Eq. 2).
 
-The sample's φ are kept, as an ordinary index in projected coordinates, within the index that is being made, until that
-is finished: R_train is their mean of φφᵀ, and when the corpus is gone through their rows are taken from there. A corpus
-no larger than the sample is its own sample. An interrupted first pass goes on where it was.
+The first pass stores the sample's φ as an index in projected coordinates, inside the folder of the
+index that is being built, until that index is finished. R_train is the sample's mean of φφᵀ. When
+the whole corpus is indexed, the sample's φ are read from the first pass, so that no gradient is
+computed twice. A corpus no larger than the sample is its own sample. An interrupted first pass is
+resumed.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import final
 
-from trackstar.choices import Coordinates
 from trackstar.corpus import Corpus, Example
 from trackstar.curvature.task import checked_matrices, stored_matrices
 from trackstar.curvature.whitening import Whitening, shrinkage_damping, whitening
 from trackstar.errors import DamagedIndexError, IndexMismatchError
+from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.shard_writing import RowWork, rows_by, write_shards
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
@@ -39,10 +41,10 @@ _SHARD_EXAMPLES = 512
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainWhitening:
-    """W_train, and where it comes from.
+    """W_train and its source.
 
     Attributes:
-        entry: What the manifest says of it.
+        entry: Its entry in the manifest.
         whitening: W_train.
     """
 
@@ -51,12 +53,13 @@ class TrainWhitening:
 
     @classmethod
     def of_index(cls, index: Index, *, damping: float | None, source: str) -> "TrainWhitening":
-        """Of the R_train of an index in projected coordinates.
+        """W_train from the R_train of an index in projected coordinates.
 
         Args:
             index: The index.
-            damping: Fraction of a block's mean eigenvalue added to R_train; None is chosen by `shrinkage_damping`.
-            source: Which examples these are.
+            damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
+                chosen by `shrinkage_damping`.
+            source: Description of the examples, for the manifest.
 
         Raises:
             CurvatureError: R_train cannot be inverted.
@@ -64,24 +67,25 @@ class TrainWhitening:
         r_train = stored_matrices(index, "autocorrelation")
         chosen = shrinkage_damping(r_train, index.rows) if damping is None else damping
         names = [block.name for block in index.manifest.layer_blocks]
-        found = whitening(r_train, damping=chosen, names=names).rotated(index.manifest.projection.seed)
-        digest = tensors_digest({"whitening": found.factors})
-        return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest), whitening=found)
+        rotated = whitening(r_train, damping=chosen, names=names).rotated(index.manifest.projection.seed)
+        digest = tensors_digest({"whitening": rotated.factors})
+        return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest), whitening=rotated)
 
     @classmethod
-    def kept_in(cls, out: str | Place, *, damping: float | None, source: str) -> "TrainWhitening | None":
-        """What an earlier run that made the index at `out` kept; None where there is none, or not of these examples.
+    def written_in(cls, out: str | Place, *, damping: float | None, source: str) -> "TrainWhitening | None":
+        """W_train as an earlier run wrote it at `out`; None if there is none, it is damaged, or of
+        other examples.
 
         Args:
-            out: The index's folder.
-            damping: As asked for; None fits any.
-            source: Which examples are asked for.
+            out: Folder of the index.
+            damping: The requested damping; None accepts any.
+            source: Description of the requested examples.
         """
         begun = load_manifest(out)
         entry = begun.whitening if begun is not None else None
         if begun is None or entry is None or entry.source != source or damping not in (None, entry.damping):
             return None
-        with contextlib.suppress(DamagedIndexError):  # it is made again
+        with contextlib.suppress(DamagedIndexError):
             folder = as_folder(out)
             factors = checked_matrices(IndexTensors(folder).read("whitening", begun), "whitening", folder, begun)
             return cls(entry=entry, whitening=Whitening(factors=factors, triangular=False))
@@ -90,97 +94,95 @@ class TrainWhitening:
 
 @final
 class SampledCorpus:
-    """Some examples of a corpus, with their own record numbers."""
+    """Some examples of a corpus, with their record numbers in the corpus."""
 
     def __init__(self, name: str, examples: list[Example]) -> None:
         self.name = name
         self.drawn = examples
 
     def examples(self, start: int = 0) -> Iterator[Example]:
-        """The examples of record `start` and later."""
+        """The examples from record number `start` on."""
         return (example for example in self.drawn if example.record >= start)
 
 
 def sample_source(examples: int, seed: int) -> str:
-    """How a manifest names the sample that R_train comes from."""
+    """Description of the sample that R_train is computed from, for the manifest."""
     return f"of up to {examples} records drawn with seed {seed}"
 
 
-def check_begun(
-    out: Place, manifest: Manifest, *, coordinates: Coordinates, source: str, damping: float | None
-) -> None:
-    """See that what was begun at `out` is what is asked for, before a first pass is computed for it.
+def check_begun(out: Place, manifest: Manifest, settings: IndexSettings) -> None:
+    """Raise if the index begun at `out` differs from the requested one, before its first pass is
+    computed.
 
     Args:
-        out: Folder of the index that is to be made.
-        manifest: What is asked for, in projected coordinates.
-        coordinates: What is asked for.
-        source: Which examples W_train is asked to come from.
-        damping: As asked for; None fits any.
+        out: Folder of the index.
+        manifest: The requested manifest, in projected coordinates.
+        settings: What the index is asked to be.
 
     Raises:
-        IndexMismatchError: It is not; the message names the first field that differs.
+        IndexMismatchError: The indexes differ; the message names the first field that does.
     """
     begun = load_manifest(out)
     if begun is None:
         return
-    entry = begun.whitening
-    if coordinates == "whitened":
-        asked = WhiteningEntry(source=source, damping=0.0, digest="") if entry is None else entry
+    if settings.whitened:
+        source = sample_source(settings.whitening_examples, settings.seed)
+        entry, damping = begun.whitening, settings.damping
+        requested = WhiteningEntry(source=source, damping=0.0, digest="") if entry is None else entry
         if entry is not None and (entry.source != source or damping not in (None, entry.damping)):
             wanted = source if damping is None else f"{source}, damping {damping:g}"
             raise IndexMismatchError(
-                f"{out}: the index was made with whitening by R_train {entry.source}, damping {entry.damping:g}, but "
-                f"{wanted} is asked for now; ask for the same, or choose another folder"
+                f"{out}: the existing index is whitened by R_train {entry.source}, damping {entry.damping:g}, but "
+                f"{wanted} was requested; use the same settings, or choose another folder"
             )
-        manifest = dataclasses.replace(manifest, coordinates=coordinates, whitening=asked)
+        manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=requested)
     check_same(out, begun, manifest)
 
 
-def first_pass(
-    out: Place,
-    manifest: Manifest,
-    corpus: Corpus,
-    model: LanguageModel,
-    setup: GradientSetup,
-    workers: Workers,
-    *,
-    examples: int,
-    seed: int,
-    note: Callable[[str], None],
-    progress: bool,
-) -> Index:
-    """The gradients of a sample of a corpus, an index of its own; what an interrupted run has of it is taken up.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FirstPass:
+    """The pass over a sample of a corpus that W_train is computed from.
 
-    Args:
-        out: Folder of the index that is being made.
-        manifest: That index's, in projected coordinates.
+    Attributes:
+        out: Folder of the index that is being built.
+        manifest: That index's manifest, in projected coordinates.
         corpus: Its corpus.
         model: The model.
-        setup: How φ is made.
-        workers: Who computes it.
-        examples: How many records to draw.
-        seed: Of the sample.
-        note: Told what is done.
-        progress: Whether progress is shown where stderr is a terminal.
+        setup: How φ is computed.
+        workers: Where φ is computed.
+        settings: What the index is asked to be: the sample's size and seed.
+        progress: Whether progress is shown if stderr is a terminal.
     """
-    source = sample_source(examples, seed)
-    sample = dataclasses.replace(
-        manifest, codec="float16", shard_examples=_SHARD_EXAMPLES, removed=f"all but {source}", completion=None
-    )
-    sampled = SampledCorpus(corpus.name, corpus.sample(examples, seed))
-    folder = out / PART_FOLDER
-    note(f"R_train: first pass over {len(sampled.drawn):,} records, {source}")
-    with (
-        Progress("First pass", unit="examples", total=len(sampled.drawn), shown=progress) as bar,
-        IndexWriter.open(folder, sample, on_note=bar.note, whole=True) as writer,
-    ):
-        if not writer.completed:
-            done = writer.resume_point.record
-            bar.advance(sum(example.record < done for example in sampled.drawn))
-            if setup.second_moment.kind != "none":
-                writer.write_tensors("second_moment", setup.second_moment.tensors())
-            make_rows = rows_by(workers, model, setup, RowWork.of(sample), bar)
-            end = write_shards(writer, sampled, model, make_rows, advance=bar.advance)
-            writer.finish(records=end.record, skipped=end.skipped)
-    return Index.open(folder)
+
+    out: Place
+    manifest: Manifest
+    corpus: Corpus
+    model: LanguageModel
+    setup: GradientSetup
+    workers: Workers
+    settings: IndexSettings
+    progress: bool
+
+    def run(self) -> Index:
+        """Compute the sample's φ, as an index of their own; resume what an interrupted run has begun."""
+        examples, seed = self.settings.whitening_examples, self.settings.seed
+        source = sample_source(examples, seed)
+        manifest = dataclasses.replace(
+            self.manifest, codec="float16", shard_examples=_SHARD_EXAMPLES, removed=f"all but {source}", completion=None
+        )
+        sample = SampledCorpus(self.corpus.name, self.corpus.sample(examples, seed))
+        folder = self.out / PART_FOLDER
+        with (
+            Progress("First pass", unit="examples", total=len(sample.drawn), shown=self.progress) as bar,
+            IndexWriter.open(folder, manifest, on_note=bar.note, whole=True) as writer,
+        ):
+            bar.note(f"R_train: first pass over {len(sample.drawn):,} records, {source}")
+            if not writer.completed:
+                done = writer.resume_point.record
+                bar.advance(sum(example.record < done for example in sample.drawn))
+                if self.setup.second_moment.kind != "none":
+                    writer.write_tensors("second_moment", self.setup.second_moment.tensors())
+                make_rows = rows_by(self.workers, self.model, self.setup, RowWork.of(manifest), bar)
+                end = write_shards(writer, sample, self.model, make_rows, advance=bar.advance)
+                writer.finish(records=end.record, skipped=end.skipped)
+        return Index.open(folder)

@@ -1,4 +1,5 @@
-"""The language model: loading it, its layer blocks, its batches, what it generates.
+"""The language model: load it, name its layer blocks, form its batches, generate with it.
 
-In: a folder, a hub name or GGUF weights. Out: a `LanguageModel` with named layer blocks and its tokenizer.
+In: a folder, a hub name or GGUF weights. Out: a `LanguageModel` with its tokenizer and the layer blocks
+whose matrices' loss gradients enter Eq. 2, pooled as in §4 of the paper.
 """

@@ -1,4 +1,4 @@
-"""Token-budgeted, length-sorted batches, padded on the right, that shrink when memory runs out."""
+"""Batches within a token budget, sorted by length, padded on the right, and halved if memory runs out."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from trackstar.corpus import TokenizedExample
-from trackstar.errors import OptionError
+from trackstar.errors import OptionError, check_at_least
 
 Result = TypeVar("Result")
 
@@ -20,75 +20,76 @@ class Batch:
     """Examples side by side, padded on the right.
 
     Attributes:
-        token_ids: What the model reads; padding repeats token 0, which causal attention hides from what is before it.
-        target_mask: Where true, the token's cross-entropy counts; false on padding and at the first position.
-        places: The examples' places in the sequence that the batch was made from.
+        token_ids: The model's input. Padding is token 0, which causal attention hides from the
+            tokens before it.
+        target_mask: True if the token's cross-entropy enters the loss; false on padding and at the
+            first position.
+        indices: Index of each example in the sequence that the batch was taken from.
     """
 
     token_ids: Int64[Tensor, "batch tokens"]
     target_mask: Bool[Tensor, "batch tokens"]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
 
 def make_batch(
-    examples: Sequence[TokenizedExample], places: Sequence[int], *, device: torch.device | str = "cpu", pad_to: int = 0
+    examples: Sequence[TokenizedExample], indices: Sequence[int], *, device: torch.device | str = "cpu", pad_to: int = 0
 ) -> Batch:
-    """Pad the examples at `places` to the longest of them, or to `pad_to` tokens if that is longer."""
-    chosen = [examples[place] for place in places]
-    width = max(pad_to, *(len(example.token_ids) for example in chosen))
-    token_ids = np.zeros((len(chosen), width), dtype=np.int64)
-    target_mask = np.zeros((len(chosen), width), dtype=bool)
-    for row, example in enumerate(chosen):
+    """Pad the examples at `indices` to the longest of them, or to `pad_to` tokens if that is longer."""
+    selected = [examples[index] for index in indices]
+    width = max(pad_to, *(len(example.token_ids) for example in selected))
+    token_ids = np.zeros((len(selected), width), dtype=np.int64)
+    target_mask = np.zeros((len(selected), width), dtype=bool)
+    for row, example in enumerate(selected):
         token_ids[row, : len(example.token_ids)] = example.token_ids
         target_mask[row, : len(example.token_ids)] = example.target_mask
     return Batch(
         token_ids=torch.from_numpy(token_ids).to(device),
         target_mask=torch.from_numpy(target_mask).to(device),
-        places=tuple(places),
+        indices=tuple(indices),
     )
 
 
-def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group examples of similar length so that no batch exceeds the budget once padded.
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group examples of similar length so that no padded batch exceeds `batch_tokens`.
 
-    The longest come first, so that memory runs out at once or not at all. An example longer than the budget is a
-    batch of its own.
+    The longest examples come first, so that memory runs out at once or not at all. An example longer
+    than `batch_tokens` is a batch by itself.
 
     Args:
-        lengths: Tokens of each example.
-        token_budget: Most tokens of a batch, padding included.
+        lengths: Number of tokens of each example.
+        batch_tokens: Most tokens per batch, padding included.
 
     Returns:
-        Places of each batch's examples.
+        Indices of each batch's examples.
 
     Raises:
-        OptionError: The budget is not positive.
+        OptionError: `batch_tokens` is below 1.
     """
-    if token_budget < 1:
-        raise OptionError(f"--batch-tokens {token_budget}: expected 1 or more tokens a batch")
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    check_at_least("batch_tokens", batch_tokens)
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches: list[list[int]] = []
-    for place in order:
-        # Descending lengths: a batch is as wide as its first example.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= token_budget:
-            batches[-1].append(place)
+    for index in order:
+        # Lengths descend, so a batch is as wide as its first example.
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches
 
 
 def run_adaptively(
     batches: Sequence[list[int]], run: Callable[[list[int]], Result], note: Callable[[str], None]
 ) -> Iterator[tuple[list[int], Result]]:
-    """Run every batch; one that does not fit in memory is halved, and so are all larger ones after it.
+    """Run every batch; halve a batch that does not fit in memory, and limit later ones to that size.
 
     Args:
-        batches: Places of each batch's examples.
-        run: What to do with one batch.
-        note: Told once each time that batches are made smaller.
+        batches: Indices of each batch's examples.
+        run: Callback that computes one batch's result from its indices.
+        note: Callback that receives a line each time that batches become smaller.
 
     Yields:
-        The places of a batch that ran, and its result.
+        The indices of a batch that ran, and its result.
 
     Raises:
         OptionError: A single example does not fit in memory.
@@ -96,30 +97,31 @@ def run_adaptively(
     pending = list(reversed(batches))
     most: int | None = None
     while pending:
-        places = pending.pop()
-        if most is not None and len(places) > most:
-            pending += [places[most:], places[:most]]
+        indices = pending.pop()
+        if most is not None and len(indices) > most:
+            pending += [indices[most:], indices[:most]]
             continue
         try:
-            result = run(places)
+            result = run(indices)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            if len(places) == 1:
+            if len(indices) == 1:
                 raise OptionError(
                     "one example alone does not fit in memory; expected room for its activations; "
-                    "use shorter windows (--window-tokens), bfloat16 or a larger machine"
+                    'shorten windows with `window_tokens`, load the model with `dtype="bfloat16"`, or use a larger '
+                    "machine"
                 ) from None
-            most = (len(places) + 1) // 2
-            note(f"memory ran out at {len(places)} examples a batch; going on with at most {most}")
-            pending.append(places)
+            most = (len(indices) + 1) // 2
+            note(f"memory ran out at {len(indices)} examples per batch; continuing with at most {most}")
+            pending.append(indices)
             result = None
         if result is None:
-            # Outside the except block, so that the failed pass's tensors are no longer held by its traceback.
+            # Outside the except block, where the traceback no longer holds the failed pass's tensors.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
-        yield places, result
+        yield indices, result
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

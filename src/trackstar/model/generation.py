@@ -1,4 +1,4 @@
-"""What the model itself says after a prompt, token by token, so that it or any part of it can be attributed."""
+"""Greedy generation with each token's span and probability, so that any part of it can be attributed."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ from trackstar.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SaidToken:
-    """One token that the model said.
+class GeneratedToken:
+    """One generated token.
 
     Attributes:
-        start: Where it begins in the text, in characters.
-        stop: Where it ends; `start` where it is white space that the text has lost at its ends.
-        probability: The model's, after all that comes before.
+        start: Its first character in the text.
+        stop: The character after its last; equal to `start` for white space stripped from the text's ends.
+        probability: Its probability given everything before it.
     """
 
     start: int
@@ -27,43 +27,43 @@ class SaidToken:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What the model said.
+    """The model's output after a prompt.
 
     Attributes:
-        text: Without white space at its ends.
-        tokens: Its tokens, in order; their ranges do not overlap.
+        text: Its text, without white space at its ends.
+        tokens: Its tokens, in order; their spans do not overlap.
     """
 
     text: str
-    tokens: tuple[SaidToken, ...]
+    tokens: tuple[GeneratedToken, ...]
 
 
 def generate(model: LanguageModel, prompt: str, *, max_new_tokens: int = 16) -> str:
-    """The text of `generate_tokens`."""
+    """The text that the model generates greedily after a prompt; see `generate_tokens`."""
     return generate_tokens(model, prompt, max_new_tokens=max_new_tokens).text
 
 
 @torch.no_grad()
 def generate_tokens(model: LanguageModel, prompt: str, *, max_new_tokens: int = 16) -> Generation:
-    """What the model itself says after the prompt, greedily, up to the end of the text or line.
+    """Generate greedily after a prompt, up to the end of the text or of the line.
 
-    Special tokens stand before the prompt as in training; no chat template is applied.
+    Special tokens precede the prompt as in training; no chat template is applied.
 
     Args:
         model: The model.
-        prompt: What it reads.
-        max_new_tokens: Most tokens that it says.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to generate.
 
     Raises:
-        OptionError: The prompt leaves no room in the model's context, or nothing stands before the first token.
+        OptionError: The prompt leaves no room in the model's context, or has no token.
     """
     token_ids = prompt_tokens(prompt, model.tokenizer)
     if not token_ids or len(token_ids) + max_new_tokens > model.context_tokens:
         raise OptionError(
-            f"prompt: found {len(token_ids)} tokens, expected at least 1 and room for {max_new_tokens} more in the "
-            f"model's {model.context_tokens}"
+            f"`prompt`: expected at least 1 token and room for {max_new_tokens} more in the model's "
+            f"{model.context_tokens}, found {len(token_ids)} tokens; shorten it, or pass a smaller `max_new_tokens`"
         )
-    said: list[int] = []
+    generated: list[int] = []
     texts: list[str] = []
     probabilities: list[float] = []
     ends = {token for token in (model.tokenizer.eos_token_id, model.tokenizer.pad_token_id) if token is not None}
@@ -77,9 +77,9 @@ def generate_tokens(model: LanguageModel, prompt: str, *, max_new_tokens: int = 
             token = int(logits.argmax())
             if token in ends:
                 break
-            said.append(token)
+            generated.append(token)
             probabilities.append(float(logits.softmax(0)[token]))
-            texts.append(model.tokenizer.decode(said, skip_special_tokens=True))
+            texts.append(model.tokenizer.decode(generated, skip_special_tokens=True))
             bar.advance(1)
             if "\n" in texts[-1].strip("\n"):
                 break
@@ -88,15 +88,16 @@ def generate_tokens(model: LanguageModel, prompt: str, *, max_new_tokens: int = 
 
 
 def _generation(texts: list[str], probabilities: list[float]) -> Generation:
-    """The answer from what was decoded after each token."""
+    """The generation, from the text decoded after each token."""
     whole = texts[-1] if texts else ""
     text = whole.strip().split("\n", 1)[0].rstrip()
     first = len(whole) - len(whole.lstrip())
     tokens, start = [], 0
     for decoded, probability in zip(texts, probabilities, strict=True):
-        # Of a character whose bytes are not all there yet, nothing agrees with the whole.
-        agreed = next((at for at, (a, b) in enumerate(zip(decoded, whole, strict=False)) if a != b), len(decoded))
-        stop = max(start, min(agreed - first, len(text)))
-        tokens.append(SaidToken(start=start, stop=stop, probability=probability))
+        # A token ends where its decoded text departs from the whole: at a character with bytes still to come.
+        pairs = enumerate(zip(decoded, whole, strict=False))
+        agreeing = next((position for position, (a, b) in pairs if a != b), len(decoded))
+        stop = max(start, min(agreeing - first, len(text)))
+        tokens.append(GeneratedToken(start=start, stop=stop, probability=probability))
         start = stop
     return Generation(text=text, tokens=tuple(tokens))

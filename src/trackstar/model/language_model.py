@@ -1,7 +1,6 @@
-"""Load a causal language model with its tokenizer, frozen, and split it where gradients need it: backbone and head."""
+"""Load a causal language model with its tokenizer, freeze it, and split it into backbone and head."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trackstar.errors import ModelError, OptionError
+from trackstar.choices import DTYPES
+from trackstar.corpus.digests import digest_of_bytes, running_digest
+from trackstar.errors import ModelError, OptionError, check_choice
 from trackstar.model.layer_blocks import (
     Coverage,
     LayerBlock,
@@ -22,19 +23,21 @@ from trackstar.model.layer_blocks import (
     named_layer_blocks,
 )
 from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer, spread_over_gpus
+from trackstar.text import one_line
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PROBE_TOKENS = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """From the last hidden states to logits: z = cap·tanh(scale·(h Wᵀ + b)/cap), without a cap z = scale·(h Wᵀ + b).
+    """Map from the last hidden states h to logits.
+
+    z = cap·tanh(scale·(h Wᵀ + b)/cap), or z = scale·(h Wᵀ + b) without a cap.
 
     Attributes:
-        weight: W, one row a token of the vocabulary.
+        weight: W, one row per token of the vocabulary.
         bias: b, or None.
-        scale: Factor on the logits (Cohere multiplies, Granite divides), 1 elsewhere.
+        scale: Factor on the logits: Cohere's multiplier, the inverse of Granite's divisor, else 1.
         cap: Gemma 2's soft cap, or None.
     """
 
@@ -44,7 +47,7 @@ class Head:
     cap: float | None
 
     def logits(self, hidden: Float[Tensor, "positions width"]) -> Float[Tensor, "positions vocabulary"]:
-        """Logits of each position, in the hidden states' dtype."""
+        """Logits of each position, in the dtype of the hidden states."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -56,16 +59,17 @@ class LanguageModel:
     """A frozen causal language model, its tokenizer and its layer blocks.
 
     Attributes:
-        module: The Transformers model, in evaluation mode, no parameter requiring gradients.
+        module: The Transformers model, in evaluation mode; no parameter requires gradients.
         tokenizer: Its tokenizer.
-        blocks: Its layer blocks, attention's first.
-        coverage: What share of its parameters they cover.
+        blocks: Its layer blocks, attention before MLP.
+        coverage: Share of its parameters in the layer blocks.
         head: Its output head.
-        input_groups: For each matrix, the first matrix that reads the very same input (query-key-value, gate-up).
-        source: Where it was loaded from.
-        revision: The hub's revision asked for.
-        gguf_file: The file of GGUF weights, where it was loaded from one.
-        folder: The local folder it was loaded from, or None.
+        input_groups: For each matrix, the first matrix with the same input tensor (query-key-value,
+            gate-up).
+        source: The path or hub name it was loaded from.
+        revision: The hub's revision, or None.
+        gguf_file: The file of GGUF weights that it was loaded from, or None.
+        folder: The local folder that it was loaded from, or None.
     """
 
     module: PreTrainedModel
@@ -81,68 +85,78 @@ class LanguageModel:
 
     @property
     def matrices(self) -> tuple[WeightMatrix, ...]:
-        """Every matrix whose gradient counts, block by block."""
+        """The matrices of all layer blocks, block by block."""
         return tuple(matrix for block in self.blocks for matrix in block.matrices)
 
     @property
+    def matrix_shapes(self) -> list[tuple[str, int, int]]:
+        """Name, rows and columns of each matrix, in the order of `matrices`."""
+        return [(matrix.name, matrix.rows, matrix.columns) for matrix in self.matrices]
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the head."""
         return self.head.weight.device
 
     def device_of(self, matrix: WeightMatrix) -> torch.device:
-        """Where a matrix is; not where the head is, for a model that is spread over several GPUs."""
+        """Device of a matrix, which differs from the head's if the model is spread over several GPUs."""
         return self.module.get_parameter(matrix.parameter).device
 
-    def check_on_one_device(self, what: str) -> None:
-        """See that a model is not spread over several GPUs where something cannot do with such a one.
+    def check_on_one_device(self, computation: str) -> None:
+        """Raise if the model is spread over several devices, for a computation that needs it on one.
 
         Raises:
-            OptionError: It is.
+            OptionError: It is; the message begins with the computation.
         """
         devices = len({parameter.device for parameter in self.module.parameters()})
         if devices > 1:
             raise OptionError(
-                f"{what}: needs a model on one device, found one spread over {devices} (--device auto); give --device "
-                "one GPU that holds it, or cpu"
+                f"{computation}: needs a model on one device, found one spread over {devices} "
+                '(`device="auto"`); load it with `device="cuda"` if one GPU holds it, or with `device="cpu"`'
             )
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' and the computation's dtype."""
+        """Dtype of the weights and of the computation."""
         return self.head.weight.dtype
 
     @property
+    def dtype_name(self) -> str:
+        """Name of `dtype`, such as `float32`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def architecture(self) -> str:
-        """The model's class."""
+        """Name of the model's class."""
         return type(self.module).__name__
 
     @property
     def context_tokens(self) -> int:
-        """The most tokens that the model reads at once."""
+        """Most tokens that the model reads at once."""
         return context_tokens(self.module)
 
     def embeddings(self, token_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
-        """Token embeddings, cut off from the graph."""
+        """Token embeddings, detached from the graph."""
         return self.module.get_input_embeddings()(token_ids).detach()
 
     def hidden_states(self, embeddings: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """What the head reads. Padding must be on the right: causal attention then never sees it."""
+        """The head's input. Padding must be on the right, where causal attention hides it."""
         hidden = self.module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return hidden.to(self.device)
 
     def digest(self) -> str:
         """BLAKE2b-128 of every parameter's and persistent buffer's name, shape, dtype and bytes."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = running_digest()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def tokenizer_digest(self) -> str:
-        """BLAKE2b-128 of the tokenizer's whole definition."""
+        """BLAKE2b-128 of the tokenizer's definition."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         definition = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.blake2b(definition.encode(), digest_size=16).hexdigest()
+        return digest_of_bytes(definition.encode())
 
 
 def load_model(
@@ -158,32 +172,32 @@ def load_model(
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer from a folder, a hub name or GGUF weights.
 
-    Weights are read from safetensors or GGUF alone; code that comes with a model is never run.
+    Weights are read from safetensors or GGUF only, and code that comes with a model is never run.
 
     Args:
         source: A folder, a `.gguf` file, or a hub name.
         revision: The hub's revision.
-        gguf_file: Which file of the folder or hub repository holds GGUF weights; found by itself in a folder that
-            holds one and no `config.json`.
-        dtype: Of weights and computation: `float32` or `bfloat16`.
-        device: A torch device, such as `cpu` or `cuda`, or `auto`: layers spread over all GPUs by Accelerate.
+        gguf_file: File of GGUF weights in the folder or hub repository. A folder with one such file
+            and no `config.json` needs no name.
+        dtype: Dtype of weights and computation: `float32` or `bfloat16`.
+        device: A torch device, such as `cpu` or `cuda`, or `auto`, which spreads the layers over all
+            GPUs with Accelerate.
         attention_pattern: See `find_layer_blocks`.
         mlp_pattern: See `find_layer_blocks`.
-        layer_blocks: Blocks for each of attention and MLP, or the very blocks of an index.
+        layer_blocks: Number of blocks for each of attention and MLP, or the named blocks of an index.
 
     Raises:
-        ModelError: It cannot be loaded, holds values that are not finite, or computes its logits in a way that
-            trackstar does not know.
+        ModelError: It cannot be loaded, holds values that are not finite, or does not compute its
+            logits as `Head` does.
         UnsupportedModelError: Its matrices cannot be named.
-        OptionError: The dtype or device is unknown.
+        OptionError: The dtype or device is unknown, or a pattern cannot be used.
     """
-    if dtype not in DTYPES:
-        raise OptionError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     target = None if device == "auto" else checked_device(device)
     folder, gguf_file = _resolved(source, gguf_file)
     name = str(folder or source)
     options = {option: value for option, value in (("revision", revision), ("gguf_file", gguf_file)) if value}
-    module = _loaded(name, options=options, dtype=DTYPES[dtype])
+    module = _loaded(name, options=options, dtype=getattr(torch, dtype))
     if target is None:
         spread_over_gpus(module, name)
     else:
@@ -214,7 +228,13 @@ def wrap_model(
     mlp_pattern: str | None = None,
     layer_blocks: int | Sequence[NamedBlock] = 8,
 ) -> LanguageModel:
-    """Freeze a Transformers model that is already in memory and name its layer blocks; errors as `load_model`."""
+    """Freeze a Transformers model in memory and name its layer blocks; arguments as in `load_model`.
+
+    Raises:
+        ModelError: It holds values that are not finite, or does not compute its logits as `Head` does.
+        UnsupportedModelError: Its matrices cannot be named.
+        OptionError: A pattern or the number of layer blocks cannot be used.
+    """
     if isinstance(layer_blocks, int):
         blocks = find_layer_blocks(
             module, blocks_per_kind=layer_blocks, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern
@@ -244,7 +264,7 @@ def wrap_model(
 
 
 def context_tokens(module: PreTrainedModel) -> int:
-    """The most tokens that the model reads at once; 2,048 where its configuration does not say."""
+    """Most tokens that the model reads at once; 2,048 if its configuration does not state it."""
     config = module.config.get_text_config()
     for field in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         length = getattr(config, field, None)
@@ -254,29 +274,29 @@ def context_tokens(module: PreTrainedModel) -> int:
 
 
 def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, str | None]:
-    """The local folder, and its file of GGUF weights where it has no other."""
+    """The local folder, or None for a hub name, and the name of the GGUF file, or None for safetensors."""
     path = Path(source)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{source}: a file; expected a model folder, a .gguf file or a hub name")
+            raise ModelError(f"{source}: is a file; expected a model folder, a .gguf file or a hub name")
         return path.parent, path.name
     if not path.is_dir():
         if path.is_absolute() or str(source).startswith((".", "~")):
             raise ModelError(f"{source}: no such folder; expected a model folder, a .gguf file or a hub name")
         return None, gguf_file
     if gguf_file is not None and not (path / gguf_file).is_file():
-        raise ModelError(f"{path / gguf_file}: no such file; expected the GGUF weights that --gguf-file names")
+        raise ModelError(f"{path / gguf_file}: no such file; expected GGUF weights; correct `gguf_file`")
     if gguf_file is None and not (path / "config.json").exists():
         weights = sorted(file.name for file in path.glob("*.gguf"))
         checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*") if (folder / "config.json").exists())
         if checkpoints:
             raise ModelError(
-                f"{source}: a training run's folder; expected one of its models, such as {path / checkpoints[-1]}"
+                f"{source}: is a training run's folder; expected one of its models, such as {path / checkpoints[-1]}"
             )
         if len(weights) != 1:
             raise ModelError(
                 f"{source}: found no config.json and {len(weights)} .gguf files; expected a Transformers model folder, "
-                "or one .gguf file (choose with --gguf-file)"
+                "or one .gguf file; name one of several with `gguf_file`"
             )
         gguf_file = weights[0]
     return path, gguf_file
@@ -289,7 +309,7 @@ def _loaded(name: str, *, options: dict[str, Any], dtype: torch.dtype) -> PreTra
         name=name,
         purpose="a causal language model",
         expected="a Hugging Face model folder or hub name with safetensors weights, or GGUF weights",
-        whole="a complete causal language model (its fresh random values would be traced otherwise)",
+        whole="a complete causal language model (missing weights would be random)",
         dtype=dtype,
         **options,
     )
@@ -311,7 +331,11 @@ def _head(module: PreTrainedModel, source: str) -> Head:
 
 
 def _probe(module: PreTrainedModel, head: Head, matrices: list[WeightMatrix], source: str) -> dict[str, str]:
-    """Run a few tokens: check that backbone and head give the model's own logits, and see who shares an input."""
+    """Run a few tokens: check that backbone and head give the model's logits, and group matrices by input.
+
+    Returns:
+        `LanguageModel.input_groups`.
+    """
     inputs: dict[str, Tensor] = {}
     handles = [
         module.get_submodule(matrix.name).register_forward_hook(
@@ -328,36 +352,27 @@ def _probe(module: PreTrainedModel, head: Head, matrices: list[WeightMatrix], so
             hidden = module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
             found = head.logits(hidden[0].to(head.weight.device)).float()[None].to(expected.device)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300) or type(error).__name__
         raise ModelError(f"{source}: {type(module).__name__} cannot be run from embeddings ({reason})") from None
     finally:
         for handle in handles:
             handle.remove()
     if not torch.isfinite(expected).all():
         raise ModelError(
-            f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; its weights are too "
-            "large for the computation, or damaged"
+            f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; its weights are damaged, "
+            "or too large for the computation's dtype"
         )
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
         raise ModelError(
-            f"{source}: {type(module).__name__} computes logits in a way that trackstar does not know (they differ by "
-            f"{float((found - expected).abs().max()):.3g} from a linear head's); please report this architecture"
+            f"{source}: {type(module).__name__} computes logits in a way that trackstar does not support (they differ "
+            f"by {float((found - expected).abs().max()):.3g} from those of a linear head); please report this "
+            "architecture"
         )
-    unused = [matrix.name for matrix in matrices if matrix.name not in inputs]
+    unused = [matrix for matrix in matrices if matrix.name not in inputs]
     if unused:
         raise ModelError(
-            f"{source}: {unused[0]} takes no part in the forward pass; leave it out by --attention-pattern"
+            f"{source}: {unused[0].name} takes no part in the forward pass; exclude it with `{unused[0].kind}_pattern`"
         )
     leaders: dict[int, str] = {}
     return {name: leaders.setdefault(id(tensor), name) for name, tensor in inputs.items()}
-
-
-def matrix_shapes(model: LanguageModel) -> list[tuple[str, int, int]]:
-    """Name, rows and columns of each covered matrix, in order."""
-    return [(matrix.name, matrix.rows, matrix.columns) for matrix in model.matrices]
-
-
-def dtype_name(model: LanguageModel) -> str:
-    """The name of the dtype that gradients are computed in."""
-    return str(model.dtype).removeprefix("torch.")

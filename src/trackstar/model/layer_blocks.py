@@ -1,7 +1,8 @@
-"""Which weight matrices enter the gradient, and how consecutive layers are pooled into blocks (paper, §4 and A.1.2).
+"""Layer blocks: the weight matrices in the gradient, pooled over consecutive layers (paper, §4 and A.1.2).
 
-Attention and MLP matrices are found by their module paths, the same way in every family; the token embedding and
-a head are left out. A model in which any other matrix would be missed is refused unless patterns name what to take.
+Attention and MLP matrices are found by their module paths, with the same patterns for every family. The
+token embedding and the head are left out. A model with any other weight matrix is refused unless the
+caller passes patterns.
 """
 
 import dataclasses
@@ -12,11 +13,11 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trackstar.errors import OptionError, UnsupportedModelError
+from trackstar.errors import OptionError, UnsupportedModelError, check_at_least
 
 Kind = Literal["attention", "mlp"]
-# A block's name, kind, first and last layer, and its matrices' names.
 NamedBlock = tuple[str, Kind, tuple[int, int], Sequence[str]]
+"""A block's name, its kind, its first and last layer, and its matrices' names."""
 
 # model.layers.3.self_attn.q_proj, gpt_neox.layers.3.attention.dense, transformer.h.3.attn.c_attn ...
 ATTENTION_PATTERN = r".*\.(?:layers|h)\.(\d+)\.(?:self_attn|attn|attention|self_attention)\..+"
@@ -25,16 +26,16 @@ MLP_PATTERN = r".*\.(?:layers|h)\.(\d+)\.(?:mlp|feed_forward|fc1|fc2)(?:\..+)?"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WeightMatrix:
-    """One weight matrix whose gradient counts; it maps `columns` inputs to `rows` outputs.
+    """One weight matrix of a layer block; it maps `columns` inputs to `rows` outputs.
 
     Attributes:
-        name: Its module's path in the model, such as `model.layers.0.self_attn.q_proj`.
-        layer: The layer's number.
+        name: Path of its module in the model, such as `model.layers.0.self_attn.q_proj`.
+        layer: Number of its layer.
         kind: Whether it belongs to the layer's attention or MLP.
-        block: The index of its layer block.
+        block: Index of its layer block.
         rows: Number of outputs.
         columns: Number of inputs.
-        transposed: Whether the module keeps it as [columns, rows] (GPT-2's Conv1D).
+        transposed: Whether the module stores it as [columns, rows] (GPT-2's Conv1D).
     """
 
     name: str
@@ -47,20 +48,20 @@ class WeightMatrix:
 
     @property
     def parameter(self) -> str:
-        """The name of its parameter in the model's state."""
+        """Name of its parameter in the model's state."""
         return f"{self.name}.weight"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBlock:
-    """Consecutive layers' matrices of one kind, projected and summed into one side×side block of φ.
+    """Matrices of one kind in consecutive layers, projected and summed into one side×side block of φ.
 
     Attributes:
-        name: `attention.0-3`: its kind with its first and last layer.
+        name: Its kind with its first and last layer, such as `attention.0-3`.
         kind: Attention or MLP.
-        first_layer: The first of its layers.
-        last_layer: The last of its layers.
-        matrices: The matrices pooled in it.
+        first_layer: Number of its first layer.
+        last_layer: Number of its last layer.
+        matrices: Its matrices.
     """
 
     name: str
@@ -72,13 +73,13 @@ class LayerBlock:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """What share of a model its layer blocks cover.
+    """Share of a model's parameters in its layer blocks.
 
     Attributes:
-        matrices: Number of matrices covered.
-        parameters: Number of weights in them.
-        total_parameters: Number of weights in the model, tied ones once.
-        left_out: Names of the parameters not covered that have two or more dimensions.
+        matrices: Number of matrices in the blocks.
+        parameters: Number of weights in these matrices.
+        total_parameters: Number of weights in the model; tied weights count once.
+        left_out: Names of the other parameters with two or more dimensions.
     """
 
     matrices: int
@@ -106,48 +107,52 @@ def find_layer_blocks(
 
     Args:
         module: The model.
-        blocks_per_kind: Number of blocks for attention, and as many for the MLPs (8 in the paper); a model of fewer
-            layers has a block a layer.
-        attention_pattern: Regular expression that fully matches the module paths of attention matrices and whose
-            first group is the layer's number; None finds them as the common families name them.
-        mlp_pattern: The same for MLP matrices.
+        blocks_per_kind: Number of blocks for attention, and for MLPs (8 in the paper); a model with
+            fewer layers has one block per layer.
+        attention_pattern: Regular expression that fully matches the module paths of attention
+            matrices and whose first group is the layer's number; None is `ATTENTION_PATTERN`.
+        mlp_pattern: The same for MLP matrices; None is `MLP_PATTERN`.
 
     Raises:
-        UnsupportedModelError: No matrix is found for a kind, or, without patterns, some matrix would be missed.
-        OptionError: A pattern is no regular expression with a group for the layer's number.
+        UnsupportedModelError: A pattern matches no matrix, or, with the default patterns, some weight
+            matrix is neither matched nor an embedding or head.
+        OptionError: The number of blocks is below 1, a pattern is no regular expression with a group
+            for the layer's number, or both match the same matrix.
     """
-    if blocks_per_kind < 1:
-        raise OptionError(f"layer blocks: found {blocks_per_kind}, expected 1 or more for each of attention and MLP")
+    check_at_least("layer_blocks", blocks_per_kind)
     linears = _linear_modules(module)
     patterns: dict[Kind, re.Pattern[str]] = {
-        "attention": _compiled(attention_pattern, ATTENTION_PATTERN, "--attention-pattern"),
-        "mlp": _compiled(mlp_pattern, MLP_PATTERN, "--mlp-pattern"),
+        "attention": _compiled(attention_pattern, ATTENTION_PATTERN, "attention_pattern"),
+        "mlp": _compiled(mlp_pattern, MLP_PATTERN, "mlp_pattern"),
     }
-    found: dict[Kind, dict[str, int]] = {kind: _matched(patterns[kind], kind, linears) for kind in patterns}
-    for kind, names in found.items():
-        if not names:
+    # Layer number of each matrix, by kind.
+    matched: dict[Kind, dict[str, int]] = {kind: _matched(patterns[kind], kind, linears) for kind in patterns}
+    for kind, layers in matched.items():
+        if not layers:
             raise UnsupportedModelError(
                 f"{type(module).__name__}: found no {kind} matrix among its linear layers ({_listing(list(linears))}); "
-                f"name them with --{kind}-pattern, a regular expression whose first group is the layer's number"
+                f"name them with `{kind}_pattern`, a regular expression whose first group is the layer's number"
             )
-    both = found["attention"].keys() & found["mlp"].keys()
+    both = matched["attention"].keys() & matched["mlp"].keys()
     if both:
-        raise OptionError(f"{sorted(both)[0]}: matched by both the attention and the MLP pattern; expected one")
+        raise OptionError(
+            f"{sorted(both)[0]}: matched by both `attention_pattern` and `mlp_pattern`; expected one; narrow either"
+        )
     if attention_pattern is None and mlp_pattern is None:
-        _refuse_missed(module, [*found["attention"], *found["mlp"]])
+        _check_all_matched(module, [*matched["attention"], *matched["mlp"]])
     blocks: list[LayerBlock] = []
-    for kind, names in found.items():
-        blocks += _pooled(kind, names, linears, blocks_per_kind, first_block=len(blocks))
+    for kind, layers in matched.items():
+        blocks += _pooled(kind, layers, linears, blocks_per_kind, first_block=len(blocks))
     return tuple(blocks)
 
 
 def named_layer_blocks(module: nn.Module, blocks: Sequence[NamedBlock]) -> tuple[LayerBlock, ...]:
-    """Layer blocks that were named before, such as by an index.
+    """Layer blocks with given names and matrices, such as those of an index.
 
-    A matrix's own layer is not needed any more; each gets its block's first.
+    `WeightMatrix.layer` is then the first layer of the block, since `NamedBlock` holds no more.
 
     Raises:
-        UnsupportedModelError: The model has no linear layer of that name.
+        UnsupportedModelError: The model has no linear layer with one of the matrices' names.
     """
     linears = _linear_modules(module)
     result = []
@@ -163,7 +168,7 @@ def named_layer_blocks(module: nn.Module, blocks: Sequence[NamedBlock]) -> tuple
 
 
 def coverage(module: nn.Module, blocks: tuple[LayerBlock, ...]) -> Coverage:
-    """What share of the model's parameters the blocks cover."""
+    """Share of the model's parameters in the blocks."""
     covered = {matrix.parameter for block in blocks for matrix in block.matrices}
     parameters = dict(module.named_parameters())
     return Coverage(
@@ -178,20 +183,20 @@ def _linear_modules(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, Conv1D))}
 
 
-def _compiled(given: str | None, default: str, option: str) -> re.Pattern[str]:
+def _compiled(given: str | None, default: str, parameter: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(default if given is None else given)
     except re.error as error:
-        raise OptionError(f"{option} {given!r}: not a regular expression ({error})") from None
+        raise OptionError(f"`{parameter}`: expected a regular expression, found {given!r} ({error})") from None
     if pattern.groups < 1:
         raise OptionError(
-            f"{option} {given!r}: expected a first group that captures the layer's number, such as (\\d+)"
+            f"`{parameter}`: expected a first group that captures the layer's number, such as (\\d+), found {given!r}"
         )
     return pattern
 
 
 def _matched(pattern: re.Pattern[str], kind: Kind, linears: dict[str, nn.Module]) -> dict[str, int]:
-    """Layer number of each matrix that the pattern names."""
+    """Layer number of each matrix that the pattern matches."""
     layers: dict[str, int] = {}
     for name in linears:
         match = pattern.fullmatch(name)
@@ -199,14 +204,16 @@ def _matched(pattern: re.Pattern[str], kind: Kind, linears: dict[str, nn.Module]
             continue
         if not (match[1] or "").isdigit():
             raise OptionError(
-                f"--{kind}-pattern: its first group captured {match[1]!r} of {name}, expected the layer's number"
+                f"`{kind}_pattern`: expected a first group that captures the layer's number, found {match[1]!r} in "
+                f"{name}"
             )
         layers[name] = int(match[1])
     return layers
 
 
-def _refuse_missed(module: nn.Module, covered: list[str]) -> None:
-    known = {f"{name}.weight" for name in covered}
+def _check_all_matched(module: nn.Module, matched: list[str]) -> None:
+    """Raise if a weight matrix is neither matched nor an embedding or head."""
+    parameters = {f"{name}.weight" for name in matched}
     head = getattr(module, "get_output_embeddings", lambda: None)()
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     if head is not None:
@@ -214,18 +221,18 @@ def _refuse_missed(module: nn.Module, covered: list[str]) -> None:
     missed = [
         name
         for name, parameter in module.named_parameters()
-        if parameter.ndim >= 2 and name not in known and id(parameter) not in embeddings
+        if parameter.ndim >= 2 and name not in parameters and id(parameter) not in embeddings
     ]
     if missed:
         raise UnsupportedModelError(
-            f"{type(module).__name__}: {len(missed)} weight matrices are neither attention nor MLP matrices that "
-            f"trackstar knows ({_listing(missed)}); name what to take with --attention-pattern and --mlp-pattern, "
-            "the rest is then left out and said so"
+            f"{type(module).__name__}: {len(missed)} weight matrices match no known pattern of attention or MLP "
+            f"matrices ({_listing(missed)}); name the matrices to use with `attention_pattern` and `mlp_pattern`; "
+            "this leaves out the others"
         )
 
 
 def _listing(names: list[str], most: int = 8) -> str:
-    """The distinct names with layer numbers starred, at most `most` of them."""
+    """The distinct names with `*` for layer numbers, at most `most` of them."""
     distinct = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     shown = ", ".join(distinct[:most]) or "none"
     return shown if len(distinct) <= most else f"{shown} and {len(distinct) - most} more"
@@ -233,14 +240,14 @@ def _listing(names: list[str], most: int = 8) -> str:
 
 def _pooled(
     kind: Kind,
-    names: dict[str, int],
+    layer_of: dict[str, int],
     linears: dict[str, nn.Module],
     blocks_per_kind: int,
     *,
     first_block: int,
 ) -> list[LayerBlock]:
-    """Split the layers into runs whose lengths differ by at most one."""
-    layers = sorted(set(names.values()))
+    """Blocks of one kind: the layers split into runs whose lengths differ by at most one."""
+    layers = sorted(set(layer_of.values()))
     count = min(blocks_per_kind, len(layers))
     bounds = [round(i * len(layers) / count) for i in range(count + 1)]
     blocks = []
@@ -248,7 +255,7 @@ def _pooled(
         run = layers[bounds[number] : bounds[number + 1]]
         matrices = tuple(
             _matrix(name, layer, kind, first_block + number, linears[name])
-            for name, layer in names.items()
+            for name, layer in layer_of.items()
             if layer in run
         )
         blocks.append(

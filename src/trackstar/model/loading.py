@@ -1,6 +1,5 @@
-"""Load what others have trained, by Transformers: quietly, without running its code, and only where it is complete."""
+"""Load pretrained models with Transformers: quietly, without running their code, and only if complete."""
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,16 @@ import accelerate.utils
 import torch
 from torch import nn
 
-from trackstar.corpus.data_files import one_line
+from trackstar.corpus.digests import running_digest
 from trackstar.errors import ModelError, OptionError
+from trackstar.text import first_line, one_line
 
 _CONTENT = {".json", ".safetensors", ".txt", ".model", ".gguf"}
 
 
 def load_pretrained(
     kind: str,
-    place: str | Path,
+    source: str | Path,
     *,
     name: str,
     purpose: str,
@@ -27,17 +27,17 @@ def load_pretrained(
     not_needed: str | None = None,
     **options: Any,
 ) -> Any:
-    """A Transformers model with all of its weights; safetensors alone unless `options` name GGUF weights.
+    """Load a Transformers model with all of its weights, from safetensors unless `options` names a GGUF file.
 
     Args:
-        kind: The class that loads it, such as `AutoModel`.
-        place: A folder or hub name.
-        name: What messages call it.
-        purpose: What it is loaded as, with its article, for messages.
-        expected: What it could be loaded from, for messages.
-        whole: What is expected where weights are missing, and what would happen, for messages.
-        not_needed: Beginning of names of weights that may be missing.
-        **options: Passed on.
+        kind: Name of the class that loads it, such as `AutoModel`.
+        source: A folder or hub name.
+        name: Its name in messages.
+        purpose: Its use, with an article, for messages.
+        expected: Description of a source that can be loaded, for messages.
+        whole: Description of a model without missing weights, for messages.
+        not_needed: Prefix of the names of weights that may be missing.
+        **options: Further arguments of `from_pretrained`.
 
     Raises:
         ModelError: It cannot be loaded, or weights are missing and would be random.
@@ -50,12 +50,12 @@ def load_pretrained(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # a hub out of reach is told in one line, below
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # an unreachable hub raises the error below
     try:
         module, info = getattr(transformers, kind).from_pretrained(
-            place, trust_remote_code=False, output_loading_info=True, **options
+            source, trust_remote_code=False, output_loading_info=True, **options
         )
-    except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
+    except Exception as error:  # transformers raises errors of many types for a folder that it cannot use
         raise ModelError(f"{name}: cannot be loaded as {purpose} ({_reason(error)}); expected {expected}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -68,8 +68,8 @@ def load_pretrained(
     return module
 
 
-def load_pretrained_tokenizer(place: str | Path, *, name: str, **options: Any) -> Any:
-    """Its tokenizer.
+def load_pretrained_tokenizer(source: str | Path, *, name: str, **options: Any) -> Any:
+    """Load a model's tokenizer; arguments as in `load_pretrained`.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -77,19 +77,19 @@ def load_pretrained_tokenizer(place: str | Path, *, name: str, **options: Any) -
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         raise ModelError(
             f"{name}: its tokenizer cannot be loaded ({_reason(error)}); expected tokenizer.json"
         ) from None
 
 
-def pretrained_digest(place: str | Path) -> str:
-    """A digest of a folder's configuration, tokenizer and weights; a hub's name where there is no such folder."""
-    folder = Path(place)
+def pretrained_digest(source: str | Path) -> str:
+    """Digest of a folder's configuration, tokenizer and weights; the source itself if it is no folder."""
+    folder = Path(source)
     if not folder.is_dir():
-        return str(place)
-    digest = hashlib.blake2b(digest_size=16)
+        return str(source)
+    digest = running_digest()
     for path in sorted(folder.rglob("*")):
         if path.suffix in _CONTENT and path.is_file():
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
@@ -100,42 +100,43 @@ def pretrained_digest(place: str | Path) -> str:
 
 
 def spread_over_gpus(module: nn.Module, name: str) -> None:
-    """Put a model's layers on all GPUs of this machine, one after the other, as Accelerate finds room for them.
+    """Distribute a model's layers over all GPUs of this machine in order, with Accelerate's device map.
 
-    Where there is no GPU it stays where it is.
+    Without a GPU the model is not moved.
 
     Args:
         module: The model, in main memory.
-        name: What errors call it.
+        name: Its name in messages.
 
     Raises:
         ModelError: The GPUs together are too small for it.
     """
     if not torch.cuda.is_available():
         return
-    whole = list(getattr(module, "_no_split_modules", None) or [])
-    memory = accelerate.utils.get_balanced_memory(module, no_split_module_classes=whole)
-    places = accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=whole)
-    if not all(isinstance(place, int) for place in places.values()):
+    unsplit = list(getattr(module, "_no_split_modules", None) or [])
+    memory = accelerate.utils.get_balanced_memory(module, no_split_module_classes=unsplit)
+    device_map = accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=unsplit)
+    if not all(isinstance(device, int) for device in device_map.values()):
         raise ModelError(
             f"{name}: does not fit on this machine's {torch.cuda.device_count()} GPUs; expected room for all of its "
-            "weights; give --dtype bfloat16, or more GPUs"
+            'weights; pass `dtype="bfloat16"`, or use more GPUs'
         )
-    accelerate.dispatch_model(module, places)
+    accelerate.dispatch_model(module, device_map)
 
 
 def checked_device(device: str) -> torch.device:
     """The torch device of that name, if this machine has it.
 
     Raises:
-        OptionError: It has not.
+        OptionError: This machine does not have it.
     """
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {device}: not usable here ({reason}); expected cpu or an available cuda") from None
+        raise OptionError(
+            f"`device`: expected cpu or an available cuda device, found {device} ({first_line(error, 400)})"
+        ) from None
     return target
 
 
@@ -144,4 +145,4 @@ def _begins(key: str, prefix: str | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return one_line(error)[:300] or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -1,4 +1,8 @@
-"""Train a small decoder-only language model from scratch, with checkpoints that keep the optimizer's state."""
+"""Train a small decoder-only language model from scratch, with the optimizer's state in its checkpoints.
+
+In: a corpus and a `PretrainingConfig`. Out: checkpoint folders, each a model folder to index, with
+the optimizer's second moment V beside the weights.
+"""
 
 from trackstar.pretraining.checkpoints import OPTIMIZER_FILE
 from trackstar.pretraining.config import PretrainingConfig

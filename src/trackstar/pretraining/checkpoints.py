@@ -1,12 +1,12 @@
-"""Checkpoints that are there whole or not at all: a model folder, the optimizer's state, and where the run was.
+"""Write and read atomic checkpoints: a model folder, the optimizer's state, and the run's position.
 
     OUT/checkpoint-000500/
         config.json, model.safetensors, generation_config.json      loaded by AutoModelForCausalLM
         tokenizer.json, tokenizer_config.json                       loaded by AutoTokenizer
-        optimizer.safetensors     STATE/PARAMETER to tensor; not there at step 0, where the optimizer has no state
-        training_state.json       settings, corpus, steps done, place in the order of the data
+        optimizer.safetensors     STATE/PARAMETER to tensor; absent at step 0, before there is a state
+        training_state.json       settings, corpus, steps made, position in the data order
 
-A checkpoint is written into a folder beside its place, brought to the disk (fsync) and renamed. Nothing is pickled.
+A checkpoint is written to a temporary folder, synchronized to disk (fsync) and renamed. Nothing is pickled.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from trackstar.errors import PretrainingError
 from trackstar.pretraining.optimizers import optimizer_tensors, restore_optimizer
+from trackstar.text import system_reason
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -36,25 +37,26 @@ LOCK_FILE = ".lock"
 PARTIAL_SUFFIX = ".partial"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
-_RETRY = "restore it from a copy, or delete its folder to go on from the checkpoint before"
+_ADVICE = "restore it from a copy, or delete its folder to resume from the previous checkpoint"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What a run was made with and how far it got; `training_state.json`.
+    """Settings and progress of a run, stored as `training_state.json`.
 
     Attributes:
-        format_version: Of this file.
+        format_version: Version of the file's format.
         settings: The fields of `PretrainingConfig`.
         corpus: The corpus's digest.
         tokenizer: The tokenizer's digest.
         optimizer: The optimizer's class and hyperparameters.
-        learning_rate: Of the last step that was made; 0 before the first.
-        step: Steps made.
-        epoch: Which reading of the corpus the next step is in, from 0.
-        batch: Which batch of that epoch comes next. The order of the data is a function of the seed and the epoch, and
-            nothing else in the run is random, so this is all the state that a generator would have.
-        threads: CPU threads of the run; sums come out bit for bit the same only with as many.
+        learning_rate: Learning rate of the last step; 0 before the first.
+        step: Number of steps made.
+        epoch: Epoch of the next step, from 0.
+        batch: Number of the next batch in that epoch. The data order is a function of the seed and
+            the epoch, and nothing else in the run is random, so no random generator's state is
+            stored.
+        threads: CPU threads of the run; sums are bit for bit equal only with the same number.
     """
 
     format_version: int
@@ -70,22 +72,22 @@ class TrainingState:
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
-    """The folder of the checkpoint after that many steps."""
+    """Folder of the checkpoint after `step` steps."""
     return out / f"checkpoint-{step:06d}"
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the run's folder, or check that an existing one holds a run or nothing.
+    """Create the run's folder, or check that an existing one is empty or holds a run.
 
     Raises:
-        PretrainingError: Something else is in it, or it cannot be made.
+        PretrainingError: The folder holds something else, or cannot be created.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = sorted(entry.name for entry in out.iterdir())
     except OSError as error:
         raise PretrainingError(
-            f"{out}: cannot be used as the run's folder ({error.strerror or error}); choose another"
+            f"{out}: cannot be used as the run's folder ({system_reason(error)}); choose another folder"
         ) from error
     foreign = [name for name in names if name != LOCK_FILE and not _NAME.fullmatch(name.removesuffix(PARTIAL_SUFFIX))]
     if foreign:
@@ -95,22 +97,22 @@ def prepare_folder(out: Path) -> None:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove what killed runs left unfinished."""
+    """Remove unfinished checkpoints of killed runs."""
     for folder in out.glob(f"checkpoint-*{PARTIAL_SUFFIX}"):
         shutil.rmtree(folder)
 
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The checkpoint after the most steps, or None."""
-    found = [path for path in out.iterdir() if _NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    checkpoints = [path for path in out.iterdir() if _NAME.fullmatch(path.name)]
+    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """What the checkpoint's run was made with.
+    """Read the settings and progress of a checkpoint's run.
 
     Raises:
-        PretrainingError: The file is missing or is not as it was written.
+        PretrainingError: The file is missing or damaged.
     """
     path = checkpoint / STATE_FILE
     try:
@@ -119,9 +121,9 @@ def read_state(checkpoint: Path) -> TrainingState:
             raise ValueError(f"expected format_version {FORMAT_VERSION}")
         return TrainingState(**content)
     except OSError as error:
-        raise PretrainingError(f"{path}: cannot be read ({error.strerror}); {_RETRY}") from error
+        raise PretrainingError(f"{path}: cannot be read ({system_reason(error)}); {_ADVICE}") from error
     except (ValueError, TypeError) as error:
-        raise PretrainingError(f"{path}: is not a training state ({error}); {_RETRY}") from error
+        raise PretrainingError(f"{path}: is not a training state ({error}); {_ADVICE}") from error
 
 
 def write_checkpoint(
@@ -131,10 +133,10 @@ def write_checkpoint(
     tokenizer: "PreTrainedTokenizerBase",
     optimizer: "Optimizer",
 ) -> Path:
-    """Write the checkpoint after `state.step` steps, durably, and give its folder.
+    """Write the checkpoint after `state.step` steps durably, and return its folder.
 
     Raises:
-        PretrainingError: It cannot be written; earlier checkpoints are kept, and nothing of this one is left.
+        PretrainingError: It cannot be written. Earlier checkpoints remain, and no part of this one.
     """
     final = checkpoint_path(out, state.step)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
@@ -144,7 +146,8 @@ def write_checkpoint(
         tokenizer.save_pretrained(partial)
         tensors = optimizer_tensors(model, optimizer)
         if tensors:
-            # One entry of metadata alone: several are written in any order, and equal runs should give equal files.
+            # A single entry of metadata: several are written in any order, and equal runs should
+            # give equal files.
             save_file(tensors, partial / OPTIMIZER_FILE, metadata={"optimizer": str(state.optimizer["optimizer"])})
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True)
         (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -154,37 +157,52 @@ def write_checkpoint(
         _sync(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise PretrainingError(
-            f"{final}: cannot be written ({reason}); free some space or make it writable, then run the same command "
-            "again: it goes on from the checkpoint before"
+            f"{final}: cannot be written ({system_reason(error)}); free some space or make it writable, then call "
+            "`pretrain` again: it resumes from the previous checkpoint"
         ) from error
     return final
 
 
 def restore(checkpoint: Path, model: "PreTrainedModel", optimizer: "Optimizer") -> None:
-    """Give a new model and its optimizer the weights and the state of a checkpoint.
+    """Load a checkpoint's weights and optimizer state into a new model and optimizer.
 
     Raises:
         PretrainingError: A file is missing, damaged or of another model.
     """
-    weights = _load(checkpoint / WEIGHTS_FILE)
-    own = dict(model.named_parameters())
-    wrong = next((name for name, weight in own.items() if _shape(weights.get(name)) != tuple(weight.shape)), None)
+    weights = read_tensors(checkpoint / WEIGHTS_FILE, advice=_ADVICE)
+    parameters = dict(model.named_parameters())
+    wrong = next((name for name, p in parameters.items() if _shape(weights.get(name)) != tuple(p.shape)), None)
     if wrong is not None:
         raise PretrainingError(
             f"{checkpoint / WEIGHTS_FILE}: {wrong} has shape {_shape(weights.get(wrong))}, expected "
-            f"{tuple(own[wrong].shape)}; {_RETRY}"
+            f"{tuple(parameters[wrong].shape)}; {_ADVICE}"
         )
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         parameter.data.copy_(weights[name])
     if read_state(checkpoint).step > 0:
         path = checkpoint / OPTIMIZER_FILE
-        restore_optimizer(model, optimizer, _load(path), str(path))
+        restore_optimizer(model, optimizer, read_tensors(path, advice=_ADVICE), str(path))
+
+
+def read_tensors(path: Path, *, advice: str) -> dict[str, Any]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+        advice: What the user can do if it is missing or damaged, for the message.
+
+    Raises:
+        PretrainingError: The file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PretrainingError(f"{path}: cannot be read ({system_reason(error)}); {advice}") from error
 
 
 def _save_model(model: "PreTrainedModel", folder: Path) -> None:
-    """`save_pretrained`, without the bar that it draws."""
+    """`save_pretrained` without its progress bar."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -194,20 +212,12 @@ def _save_model(model: "PreTrainedModel", folder: Path) -> None:
             transformers_logging.enable_progress_bar()
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise PretrainingError(f"{path}: cannot be read ({reason}); {_RETRY}") from error
-
-
 def _shape(tensor: Any) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or a folder's list of files, to the disk."""
+    """Synchronize a file, or a folder's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The tokenized corpus in memory, and the order in which its batches are read: a function of the seed alone."""
+"""The tokenized corpus in memory, and the order of its batches, which is a function of the seed alone."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ from trackstar.model.batching import Batch, plan_batches
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenizedCorpus:
-    """Every window of the corpus, one after the other: five bytes a token.
+    """All windows of the corpus, one after the other, in five bytes per token.
 
     Attributes:
         token_ids: The windows' tokens.
-        target_mask: Which of them are predicted.
-        offsets: Where each window begins, and where the last ends: one more than there are windows.
-        skipped: Records without a token to predict.
+        target_mask: Whether each token is predicted.
+        offsets: The first token of each window, and the end of the last.
+        skipped: Number of records without a token to predict.
     """
 
     token_ids: Int32[np.ndarray, "tokens"]
@@ -31,27 +31,27 @@ class TokenizedCorpus:
 
     @property
     def lengths(self) -> Int64[np.ndarray, "windows"]:
-        """Tokens of each window."""
+        """Number of tokens of each window."""
         return np.diff(self.offsets)
 
-    def batch(self, places: Sequence[int], *, device: torch.device | str = "cpu") -> Batch:
-        """The windows at `places`, padded on the right to the longest of them."""
-        width = max(int(self.offsets[place + 1] - self.offsets[place]) for place in places)
-        token_ids = np.zeros((len(places), width), dtype=np.int64)
-        target_mask = np.zeros((len(places), width), dtype=bool)
-        for row, place in enumerate(places):
-            window = slice(int(self.offsets[place]), int(self.offsets[place + 1]))
+    def batch(self, indices: Sequence[int], *, device: torch.device | str = "cpu") -> Batch:
+        """The windows at `indices`, padded on the right to the longest of them."""
+        width = max(int(self.offsets[index + 1] - self.offsets[index]) for index in indices)
+        token_ids = np.zeros((len(indices), width), dtype=np.int64)
+        target_mask = np.zeros((len(indices), width), dtype=bool)
+        for row, index in enumerate(indices):
+            window = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
             token_ids[row, : window.stop - window.start] = self.token_ids[window]
             target_mask[row, : window.stop - window.start] = self.target_mask[window]
         return Batch(
             token_ids=torch.from_numpy(token_ids).to(device),
             target_mask=torch.from_numpy(target_mask).to(device),
-            places=tuple(places),
+            indices=tuple(indices),
         )
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: Any, *, window_tokens: int) -> TokenizedCorpus:
-    """Tokenize the whole corpus as the indexer will.
+    """Tokenize the whole corpus as `build_index` does.
 
     Raises:
         PretrainingError: No record has a token to predict.
@@ -77,27 +77,27 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any, *, window_tokens: int) -> To
 def epoch_batches(
     lengths: Int64[np.ndarray, "windows"], *, batch_tokens: int, pool_examples: int, seed: int, epoch: int
 ) -> list[list[int]]:
-    """One epoch: every window in exactly one batch, in an order made from the seed and the epoch's number alone.
+    """One epoch: each window in exactly one batch, in an order that depends on seed and epoch alone.
 
-    Windows are dealt at random into pools, sorted by length within a pool, cut into batches of the token budget, and
-    the batches of all pools are shuffled.
+    Windows are divided at random into pools, sorted by length within each pool, and grouped into
+    batches of at most `batch_tokens`; then the batches of all pools are shuffled.
 
     Returns:
-        Places of each batch's windows.
+        Indices of each batch's windows.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     batches: list[list[int]] = []
     for start in range(0, len(order), pool_examples):
         pool = order[start : start + pool_examples]
-        batches.extend(pool[places].tolist() for places in plan_batches(lengths[pool].tolist(), batch_tokens))
-    return [batches[place] for place in generator.permutation(len(batches))]
+        batches.extend(pool[indices].tolist() for indices in plan_batches(lengths[pool].tolist(), batch_tokens))
+    return [batches[number] for number in generator.permutation(len(batches))]
 
 
 def batches_from(
     lengths: Int64[np.ndarray, "windows"], epoch: int, batch: int, *, batch_tokens: int, pool_examples: int, seed: int
 ) -> Iterator[tuple[int, int, list[int]]]:
-    """Epoch, number in it and places of every batch from the given one on, without end."""
+    """Yield epoch, number in it and window indices of each batch, from the given one on, without end."""
     while True:
         batches = epoch_batches(lengths, batch_tokens=batch_tokens, pool_examples=pool_examples, seed=seed, epoch=epoch)
         for number in range(batch, len(batches)):

@@ -11,8 +11,8 @@ from transformers.optimization import Adafactor
 from trackstar.errors import PretrainingError
 from trackstar.pretraining.config import PretrainingConfig
 
-# AdamW alone: Adafactor clips its own updates (to a root mean square of 1) and takes gradients as they are.
 ADAMW_GRADIENT_NORM = 1.0
+"""Bound on the gradient's norm, for AdamW only: Adafactor clips its updates, to a root mean square of 1."""
 
 _HYPERPARAMETERS = (
     "betas",
@@ -27,10 +27,11 @@ _HYPERPARAMETERS = (
 
 
 def learning_rate(step: int, config: PretrainingConfig) -> float:
-    """The learning rate of a step, counted from 1: base/√max(step, warmup), as in the paper's Table A.4 (T5X).
+    """Learning rate of a step, counted from 1: base/√max(step, warmup), as in the paper's Table A.4 (T5X).
 
-    Adafactor multiplies it with each weight matrix's root mean square. It stays constant for `warmup_steps`, then falls
-    with the inverse square root. AdamW, whose steps are not relative, is led up to it linearly.
+    It is constant for `warmup_steps`, then decreases with the inverse square root. Adafactor
+    multiplies it by each weight matrix's root mean square. For AdamW, whose steps are not relative,
+    it rises linearly during the warmup.
     """
     rate = config.base_learning_rate / max(step, config.warmup_steps) ** 0.5
     return rate * min(1.0, step / config.warmup_steps) if config.optimizer == "adamw" else rate
@@ -63,7 +64,7 @@ def make_optimizer(module: nn.Module, config: PretrainingConfig) -> Optimizer:
 
 
 def apply_gradients(module: nn.Module, optimizer: Optimizer, step: int, config: PretrainingConfig) -> None:
-    """Make optimizer step number `step` with the gradients that the parameters hold."""
+    """Make optimizer step number `step` with the parameters' gradients."""
     if config.optimizer == "adamw":
         nn.utils.clip_grad_norm_(module.parameters(), ADAMW_GRADIENT_NORM)
     for group in optimizer.param_groups:
@@ -72,7 +73,7 @@ def apply_gradients(module: nn.Module, optimizer: Optimizer, step: int, config: 
 
 
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's whole state as tensors named `STATE/PARAMETER`; numbers become tensors without dimensions."""
+    """The optimizer's state as tensors named `STATE/PARAMETER`; numbers become tensors without dimensions."""
     tensors = {}
     for name, parameter in module.named_parameters():
         for key, value in sorted(optimizer.state[parameter].items()):
@@ -81,43 +82,43 @@ def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 
 
 def optimizer_hyperparameters(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's class and what its steps depend on beside the learning rate, as JSON would give it back."""
+    """The optimizer's class and its hyperparameters except the learning rate, as JSON represents them."""
     package = type(optimizer).__module__.partition(".")[0]
-    found: dict[str, Any] = {"optimizer": f"{package}.{type(optimizer).__name__}"}
+    hyperparameters: dict[str, Any] = {"optimizer": f"{package}.{type(optimizer).__name__}"}
     for key in _HYPERPARAMETERS:
         if key in optimizer.param_groups[0]:
             value = optimizer.param_groups[0][key]
-            found[key] = list(value) if isinstance(value, tuple) else value
-    return found
+            hyperparameters[key] = list(value) if isinstance(value, tuple) else value
+    return hyperparameters
 
 
 def restore_optimizer(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Give a new optimizer the state that `optimizer_tensors` took from another.
+    """Load the tensors of `optimizer_tensors` into a new optimizer.
 
     Raises:
-        PretrainingError: The state is of another optimizer or model.
+        PretrainingError: The state belongs to another optimizer or model.
     """
-    advice = "restore the file from a copy, or delete its folder to go on from the checkpoint before"
+    advice = "restore the file from a copy, or delete its folder to resume from the previous checkpoint"
     states: dict[str, dict[str, Any]] = {name: {} for name, _ in module.named_parameters()}
     for key, tensor in tensors.items():
         state, _, name = key.partition("/")
         if name not in states:
-            raise PretrainingError(f"{source}: holds {key}, expected parameters of the model alone; {advice}")
+            raise PretrainingError(f"{source}: holds {key}, expected only parameters of the model; {advice}")
         states[name][state] = tensor
-    whole = isinstance(optimizer, Adafactor)
+    whole_steps = isinstance(optimizer, Adafactor)
     for name, parameter in module.named_parameters():
-        found, expected = sorted(states[name]), sorted(_state_keys(optimizer, parameter))
-        if found != expected:
-            raise PretrainingError(f"{source}: holds {found} of {name}, expected {expected}; {advice}")
-        # Copies, because memory from a file may be aligned otherwise, and sums in another order.
+        keys, expected = sorted(states[name]), sorted(_state_keys(optimizer, parameter))
+        if keys != expected:
+            raise PretrainingError(f"{source}: holds {keys} of {name}, expected {expected}; {advice}")
+        # Copies, because memory from a file may have another alignment, and then sums have another order.
         optimizer.state[parameter] = {
-            key: int(value) if key == "step" and whole else value.to(_home(key, parameter)).clone()
+            key: int(value) if key == "step" and whole_steps else value.to(_state_device(key, parameter)).clone()
             for key, value in states[name].items()
         }
 
 
-def _home(key: str, parameter: Tensor) -> torch.device:
-    """Where the optimizer keeps a state: AdamW counts its steps on the CPU."""
+def _state_device(key: str, parameter: Tensor) -> torch.device:
+    """Device of a state: AdamW counts its steps on the CPU."""
     return torch.device("cpu") if key == "step" else parameter.device
 
 

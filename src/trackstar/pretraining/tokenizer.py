@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on the corpus, which puts <s> before and </s> after training text."""
+"""Train a byte-level BPE tokenizer on the corpus, which adds <s> before and </s> after training text."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackstar.corpus.tokenization import fast_backend
 from trackstar.errors import ModelError, PretrainingError
+from trackstar.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -16,14 +17,14 @@ BOS, EOS = "<s>", "</s>"
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer; the same texts give the same tokenizer.
 
-    A text's first word is tokenized as it is after a space, so that a name is one and the same wherever it stands.
+    A text's first word is tokenized as if a space preceded it, so that a name has the same tokens everywhere.
 
     Args:
         texts: The training texts, read once.
-        vocabulary: Most tokens, the 256 bytes and the two special tokens included.
+        vocabulary: Largest vocabulary, including the 256 bytes and the two special tokens.
 
     Returns:
-        A fast tokenizer whose post-processor puts `<s>` before and `</s>` after a text.
+        A fast tokenizer whose post-processor adds `<s>` before and `</s>` after a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -48,11 +49,11 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> "PreTrainedToke
     )
 
 
-def given_tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path") -> "PreTrainedTokenizerBase":
-    """The tokenizer itself, or the one of a folder or hub name; only fast ones.
+def load_tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path") -> "PreTrainedTokenizerBase":
+    """Load a fast tokenizer from a folder or hub name, or return the tokenizer itself.
 
     Raises:
-        PretrainingError: It cannot be loaded, or is not a fast one.
+        PretrainingError: It cannot be loaded, or is not a fast tokenizer.
     """
     loaded: Any = tokenizer
     if isinstance(tokenizer, (str, Path)):
@@ -61,10 +62,9 @@ def given_tokenizer(tokenizer: "PreTrainedTokenizerBase | str | Path") -> "PreTr
         try:
             loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except Exception as error:  # transformers raises nearly anything for a folder that it cannot use
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise PretrainingError(
-                f"{tokenizer}: its tokenizer cannot be loaded ({reason}); expected a folder with tokenizer.json or a "
-                "hub name"
+                f"{tokenizer}: its tokenizer cannot be loaded ({one_line(error, 300) or type(error).__name__}); "
+                "expected a folder with tokenizer.json or a hub name"
             ) from None
     try:
         fast_backend(loaded)

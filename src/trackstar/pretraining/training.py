@@ -1,7 +1,6 @@
-"""The training run: from a corpus to the checkpoints of a language model that has read it."""
+"""The training run: from a corpus to checkpoints of a language model trained on it."""
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trackstar.corpus import Corpus, open_corpus
+from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import PretrainingError
 from trackstar.model.batching import Batch
 from trackstar.model.loading import checked_device
@@ -23,7 +23,7 @@ from trackstar.pretraining.checkpoints import TrainingState
 from trackstar.pretraining.config import FREE_TO_CHANGE, PretrainingConfig
 from trackstar.pretraining.data_order import TokenizedCorpus, batches_from, epoch_batches, tokenize_corpus
 from trackstar.pretraining.optimizers import apply_gradients, learning_rate, make_optimizer, optimizer_hyperparameters
-from trackstar.pretraining.tokenizer import given_tokenizer, train_tokenizer
+from trackstar.pretraining.tokenizer import load_tokenizer, train_tokenizer
 from trackstar.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,26 +41,29 @@ def pretrain(
     device: str = "cpu",
     progress: bool = True,
 ) -> Path:
-    """Train a decoder-only language model from scratch, or go on with a run that was interrupted.
+    """Train a decoder-only language model from scratch, or resume an interrupted run.
 
-    The loss of a step is the sum of its batch's token cross-entropies over their number. Run again after a kill at any
-    moment it goes on from the newest checkpoint, and ends with the very weights of an undisturbed run (on one machine's
-    CPU with as many threads). A finished run goes on when `config.steps` is raised.
+    The loss of a step is the mean of its batch's token cross-entropies. If a run is killed at any
+    moment, the same call resumes it from the newest checkpoint, and ends with the weights of an
+    uninterrupted run, bit for bit (on the CPU of one machine, with the same number of threads). A
+    finished run is resumed if `config.steps` is raised.
 
     Args:
-        corpus: A `Corpus`, or whatever `open_corpus` takes. Its tokens are held in memory, five bytes each.
-        out: The run's folder: a checkpoint before the first step, every `config.checkpoint_steps` steps and at the end.
+        corpus: A `Corpus`, or any argument of `open_corpus`. Its tokens are held in memory, five bytes each.
+        out: The run's folder. A checkpoint is written before the first step, every
+            `config.checkpoint_steps` steps and after the last.
         config: The settings.
-        tokenizer: A fast tokenizer, or the folder or hub name of one; None trains one on the corpus.
+        tokenizer: A fast tokenizer, or its folder or hub name; None trains one on the corpus.
         device: A torch device, such as `cpu` or `cuda`.
-        progress: Whether a bar may be shown.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The folder of the last checkpoint: a model folder for `trackstar index`, with the optimizer's state.
+        The folder of the last checkpoint: a model folder for `build_index`, with the optimizer's state.
 
     Raises:
-        PretrainingError: `out` holds something else, a run with other settings, corpus or tokenizer (the message says
-            what differs), or a damaged checkpoint; another process is writing it; a loss is not finite.
+        PretrainingError: `out` holds something else, a run with other settings, corpus or tokenizer
+            (the message names the difference), or a damaged checkpoint; another process is writing
+            it; or a loss is not finite.
         CorpusError: A record cannot be read.
         OptionError: The device is unknown.
     """
@@ -80,7 +83,7 @@ def pretrain(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Run:
-    """What the loop needs, beside the state that it starts from."""
+    """What the training loop uses besides the state that it starts from."""
 
     config: PretrainingConfig
     out: Path
@@ -100,15 +103,15 @@ def _pretrain(
     progress: bool,
 ) -> Path:
     newest = checkpoints.newest_checkpoint(out)
-    used = _tokenizer(corpus, config, tokenizer, newest)
-    model = new_model(config, used)
+    tokenizer = _tokenizer(corpus, config, tokenizer, newest)
+    model = new_model(config, tokenizer)
     nn.Module.to(model, device)
     optimizer = make_optimizer(model, config)
     start = TrainingState(
         format_version=checkpoints.FORMAT_VERSION,
         settings=dataclasses.asdict(config),
         corpus=corpus.digest(),
-        tokenizer=_tokenizer_digest(used),
+        tokenizer=_tokenizer_digest(tokenizer),
         optimizer=optimizer_hyperparameters(optimizer),
         learning_rate=0.0,
         step=0,
@@ -116,25 +119,27 @@ def _pretrain(
         batch=0,
         threads=torch.get_num_threads(),
     )
-    with Progress("Pretraining", unit="steps", total=config.steps, shown=progress) as shown:
+    with Progress("Pretraining", unit="steps", total=config.steps, shown=progress) as bar:
         state = start
         if newest is not None:
-            state = _resumed(newest, start, config, shown.note)
+            state = _resumed(newest, start, config, bar.note)
             if state.step == config.steps:
-                shown.note(f"{newest}: all {config.steps:,} steps are made already")
+                bar.note(f"{newest}: all {config.steps:,} steps are already made")
                 return newest
             checkpoints.restore(newest, model, optimizer)
-        data = tokenize_corpus(corpus, used, window_tokens=config.context_tokens)
-        run = _Run(config=config, out=out, model=model, tokenizer=used, optimizer=optimizer, data=data, device=device)
-        _describe(run, shown.note)
-        shown.advance(state.step)
+        data = tokenize_corpus(corpus, tokenizer, window_tokens=config.context_tokens)
+        run = _Run(
+            config=config, out=out, model=model, tokenizer=tokenizer, optimizer=optimizer, data=data, device=device
+        )
+        _describe(run, bar.note)
+        bar.advance(state.step)
         if newest is None:
             _save(run, start)
-        return _train(run, dataclasses.replace(start, step=state.step, epoch=state.epoch, batch=state.batch), shown)
+        return _train(run, dataclasses.replace(start, step=state.step, epoch=state.epoch, batch=state.batch), bar)
 
 
-def _train(run: _Run, state: TrainingState, shown: Progress) -> Path:
-    """Make the steps from `state` to the last, and give the last checkpoint."""
+def _train(run: _Run, state: TrainingState, bar: Progress) -> Path:
+    """Make the steps from `state` to the last, and return the last checkpoint."""
     config = run.config
     order = batches_from(
         run.data.lengths,
@@ -145,17 +150,17 @@ def _train(run: _Run, state: TrainingState, shown: Progress) -> Path:
         seed=config.seed,
     )
     run.model.train()
-    record = _Record(config, shown.note)
+    losses = _LossLog(config, bar.note)
     last = checkpoints.checkpoint_path(run.out, state.step)
     for step in range(state.step + 1, config.steps + 1):
-        epoch, number, places = next(order)
-        batch = run.data.batch(places, device=run.device)
+        epoch, number, indices = next(order)
+        batch = run.data.batch(indices, device=run.device)
         loss, targets = summed_loss(run.model, batch)
         (loss / targets).backward()
-        record.add(step, loss.item(), targets)
+        losses.add(step, loss.item(), targets)
         apply_gradients(run.model, run.optimizer, step, config)
         run.optimizer.zero_grad(set_to_none=True)
-        shown.advance(1)
+        bar.advance(1)
         if step % config.checkpoint_steps == 0 or step == config.steps:
             rate = learning_rate(step, config)
             state = dataclasses.replace(state, step=step, epoch=epoch, batch=number + 1, learning_rate=rate)
@@ -164,9 +169,9 @@ def _train(run: _Run, state: TrainingState, shown: Progress) -> Path:
 
 
 def summed_loss(model: "LlamaForCausalLM", batch: Batch) -> tuple[Tensor, int]:
-    """The sum of a batch's token cross-entropies, in nats, and how many tokens it is over.
+    """The sum of a batch's token cross-entropies, in nats, and the number of its target tokens.
 
-    Only positions that predict a target reach the output head, so that padding costs no logits.
+    Only positions that predict a target reach the output head, so padding costs no logits.
     """
     hidden = model.model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
     predicted = batch.target_mask[:, 1:]
@@ -176,7 +181,7 @@ def summed_loss(model: "LlamaForCausalLM", batch: Batch) -> tuple[Tensor, int]:
 
 
 def new_model(config: PretrainingConfig, tokenizer: Any) -> "LlamaForCausalLM":
-    """A model with the weights that the seed gives; random numbers drawn elsewhere do not matter."""
+    """A model with initial weights drawn from the seed, independent of the global random generator."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(
@@ -198,8 +203,8 @@ def new_model(config: PretrainingConfig, tokenizer: Any) -> "LlamaForCausalLM":
         return LlamaForCausalLM(shape).float()
 
 
-class _Record:
-    """Checks every loss, and says about ten times a run what they are."""
+class _LossLog:
+    """Checks each loss, and reports the mean about ten times per run."""
 
     def __init__(self, config: PretrainingConfig, note: Callable[[str], None]) -> None:
         self._config = config
@@ -208,23 +213,23 @@ class _Record:
         self._loss, self._targets, self._since = 0.0, 0, time.perf_counter()
 
     def add(self, step: int, loss: float, targets: int) -> None:
-        """Count a step's summed loss.
+        """Add a step's summed loss.
 
         Raises:
-            PretrainingError: It is not finite.
+            PretrainingError: The loss is not finite.
         """
         config = self._config
         if not math.isfinite(loss):
             raise PretrainingError(
                 f"step {step:,}: the loss is {loss}, expected a finite number; train in a new folder with a "
-                f"base_learning_rate below {config.base_learning_rate}"
+                f"`base_learning_rate` below {config.base_learning_rate}"
             )
         self._loss += loss
         self._targets += targets
         if step % self._every == 0 or step == config.steps:
             rate = self._targets / (time.perf_counter() - self._since)
             self._note(
-                f"step {step:,} of {config.steps:,}: loss {self._loss / self._targets:.3f} nats a token, "
+                f"step {step:,} of {config.steps:,}: loss {self._loss / self._targets:.3f} nats per token, "
                 f"{rate:,.0f} tokens/s"
             )
             self._loss, self._targets, self._since = 0.0, 0, time.perf_counter()
@@ -236,7 +241,7 @@ def _save(run: _Run, state: TrainingState) -> Path:
     if wrong is not None:
         raise PretrainingError(
             f"step {state.step:,}: {wrong} holds NaN or infinite weights, expected finite ones; train in a new folder "
-            f"with a base_learning_rate below {run.config.base_learning_rate}"
+            f"with a `base_learning_rate` below {run.config.base_learning_rate}"
         )
     return checkpoints.write_checkpoint(run.out, state, run.model, run.tokenizer, run.optimizer)
 
@@ -244,58 +249,58 @@ def _save(run: _Run, state: TrainingState) -> Path:
 def _tokenizer(
     corpus: Corpus,
     config: PretrainingConfig,
-    given: "PreTrainedTokenizerBase | str | Path | None",
+    existing: "PreTrainedTokenizerBase | str | Path | None",
     newest: Path | None,
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer given, or the one of the run that goes on, or a new one."""
-    chosen = newest if given is None else given
-    if chosen is not None:
-        return given_tokenizer(chosen)
+    """The existing tokenizer if there is one, else that of the resumed run, else a new one."""
+    source = newest if existing is None else existing
+    if source is not None:
+        return load_tokenizer(source)
     return train_tokenizer((example.text for example in corpus.examples()), vocabulary=config.vocabulary)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
+    return digest_of_bytes(tokenizer.backend_tokenizer.to_str().encode())
 
 
 def _resumed(
     checkpoint: Path, start: TrainingState, config: PretrainingConfig, note: Callable[[str], None]
 ) -> TrainingState:
-    """The state of the checkpoint, once it is known to be of the same run.
+    """Read the state of a checkpoint, and check that it belongs to the same run.
 
     Raises:
-        PretrainingError: It is not; the message names what differs.
+        PretrainingError: It belongs to another run; the message names the difference.
     """
     state = checkpoints.read_state(checkpoint)
-    pairs = [(name, state.settings.get(name), value) for name, value in start.settings.items()]
-    pairs = [pair for pair in pairs if pair[0] not in FREE_TO_CHANGE]
+    settings = {name: value for name, value in start.settings.items() if name not in FREE_TO_CHANGE}
+    pairs = [(f"`{name}`", state.settings.get(name), value) for name, value in settings.items()]
     pairs += [
-        ("optimizer", state.optimizer, start.optimizer),
+        ("an optimizer of settings", state.optimizer, start.optimizer),
         ("a corpus of digest", state.corpus, start.corpus),
         ("a tokenizer of digest", state.tokenizer, start.tokenizer),
     ]
-    for name, found, asked in pairs:
-        if found != asked:
+    for name, of_checkpoint, requested in pairs:
+        if of_checkpoint != requested:
             raise PretrainingError(
-                f"{checkpoint}: was made with {name} {found}, expected {asked} as asked for now; give it the same, or "
-                "train in a new folder"
+                f"{checkpoint}: was made with {name} {of_checkpoint}, expected {requested}, as requested now; request "
+                "the same, or train in a new folder"
             )
     if state.step > config.steps:
         raise PretrainingError(
-            f"{checkpoint}: {state.step:,} steps are made, expected at most steps = {config.steps:,}; raise steps, or "
-            "train in a new folder"
+            f"{checkpoint}: {state.step:,} steps are made, expected at most {config.steps:,}; raise `steps`, or train "
+            "in a new folder"
         )
     if state.threads != start.threads:
         note(
-            f"goes on with {start.threads} threads instead of {state.threads}: weights may differ in their last bits "
-            "from those of an undisturbed run"
+            f"resuming with {start.threads} threads instead of {state.threads}: weights may differ in their last bits "
+            "from those of an uninterrupted run"
         )
-    note(f"goes on from {checkpoint}")
+    note(f"resuming from {checkpoint}")
     return state
 
 
 def _describe(run: _Run, note: Callable[[str], None]) -> None:
-    """Say what is trained on what."""
+    """Note the sizes of the model, the corpus and the run."""
     data, config = run.data, run.config
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     batches = len(
@@ -307,8 +312,8 @@ def _describe(run: _Run, note: Callable[[str], None]) -> None:
             epoch=0,
         )
     )
-    skipped = f" ({data.skipped:,} records without a token to predict are left out)" if data.skipped else ""
+    skipped = f" ({data.skipped:,} records without a token to predict are skipped)" if data.skipped else ""
     note(
         f"{parameters:,} parameters, vocabulary {len(run.tokenizer):,}; {len(data.lengths):,} windows of "
-        f"{len(data.token_ids):,} tokens{skipped}; {config.steps:,} steps, {batches:,} an epoch"
+        f"{len(data.token_ids):,} tokens{skipped}; {config.steps:,} steps, {batches:,} per epoch"
     )

@@ -1,13 +1,15 @@
-"""A float16 store's exact top-k from products in float16, with a bound on their error: few candidates are scored twice.
+"""The exact top k of a float16 store, from float16 products with an error bound.
 
-The plain scan turns codes into float32 and multiplies: memory is read once and written and read twice more. Products of
-float16 codes with float16 queries need none of that, but round. A row's scale is the power of two nearest to its root
-mean square, so that ‖c‖ ≤ √(2D)·(1 + 2⁻¹⁰); and by Cauchy and Schwarz,
+The plain scan converts codes to float32 and multiplies them: memory is read once, written once and
+read again. Products of float16 codes with float16 queries skip the conversion, but round. A row's
+scale is the power of two nearest to its root mean square, so that ‖c‖ ≤ √(2D)·(1 + 2⁻¹⁰), and by
+the Cauchy-Schwarz inequality
 
     |coarse - exact| ≤ ε ‖v‖ ‖c‖,    ε = 2⁻¹¹ (query) + 2⁻¹¹ (result) + D/8 · 2⁻²⁴ (sums in float32, 8 lanes or more)
 
-so that only candidates whose coarse score plus its bound reaches the k-th best coarse score minus its bound can be
-among the first k. Those are scored again in float32, and the ranking is that of the plain scan.
+A candidate can only be among the first k if its coarse score plus its bound reaches the k-th best
+coarse score minus its bound. These few candidates are scored again in float32, and the ranking is
+that of the plain scan.
 """
 
 import math
@@ -16,15 +18,16 @@ import torch
 from jaxtyping import Float, Float16, Float32, Int64
 from torch import Tensor
 
-# Root mean square of the entries of a query in float16: far from what float16 cannot hold, as are the products.
+# Root mean square of a query's entries in float16: they and the products stay far from the limits
+# of float16.
 _QUERY_SCALE = 2.0**-5
 
 
 class CoarseQueries:
-    """Queries in float16, and what their products with float16 codes may be off by.
+    """Queries in float16, and the error bound of their products with float16 codes.
 
     Args:
-        vectors: What each query meets the candidates with.
+        vectors: One vector per query, in the index's coordinates.
     """
 
     def __init__(self, vectors: Float[Tensor, "queries dimensions"]) -> None:
@@ -39,10 +42,10 @@ class CoarseQueries:
     def scores(
         self, codes: Float16[Tensor, "rows dimensions"], factors: Float32[Tensor, "rows"]
     ) -> tuple[Float32[Tensor, "queries rows"], Float32[Tensor, "queries rows"]]:
-        """Coarse scores of stored rows and the most that each may be off by.
+        """Coarse scores of stored rows, and the error bound of each.
 
         Args:
-            codes: As stored.
+            codes: The rows' codes, as stored.
             factors: Each row's scale times its multiplier.
         """
         products = torch.nn.functional.linear(self._half, codes).float()
@@ -50,7 +53,7 @@ class CoarseQueries:
 
 
 class Finalists:
-    """Candidates that can still be among the k best of a query."""
+    """Candidates that may be among the k best of a query."""
 
     def __init__(self, k: int) -> None:
         self._k = k
@@ -59,7 +62,7 @@ class Finalists:
         self._low = torch.empty(0)
 
     def add(self, first_row: int, coarse: Float32[Tensor, "rows"], slack: Float32[Tensor, "rows"]) -> None:
-        """Take in consecutive candidates and drop those that are out of reach."""
+        """Add consecutive candidates, and drop those that can no longer be among the k best."""
         low, high = coarse - slack, coarse + slack
         joined = torch.cat([self._low, low])
         k = min(self._k, len(joined))
@@ -71,7 +74,7 @@ class Finalists:
         self._low = torch.cat([self._low[stay], low[near]])
 
     def bound(self, exact: Float32[Tensor, "finalists"]) -> bool:
-        """Whether the finalists' exact scores lie within their bounds, as they must."""
+        """Whether the finalists' exact scores lie within their bounds."""
         return bool(((self._low <= exact) & (exact <= self._high)).all())
 
     def rows(self) -> Int64[Tensor, "finalists"]:

@@ -1,9 +1,13 @@
-"""Inner products of low-bit codes with many queries: a matrix product of bytes, one layer block at a time.
+"""Inner products of low-bit codes with many queries, as matrix products of bytes per layer block.
 
-The levels of every codec are whole numbers from -128 to 127 over one unit, and a query's block, rounded to 15 bits, is
-128·high + low with both in that range. So a block's inner products are one product of bytes with twice the queries as
-columns, summed in 32 bits without rounding; processors since 2019 have instructions for just that (VNNI, AMX), which
-are several times as fast as the float32 product.
+The levels of every codec are integers from -128 to 127 times one unit. A query's block is rounded
+to a 15-bit integer q = 128·high + low, with high and low in the same range:
+
+    Σ code·q = 128 · Σ code·high + Σ code·low
+
+So a block's inner products are one matrix product of bytes with two columns per query, summed in 32
+bits without rounding. Processors since 2019 have instructions for it (VNNI, AMX), which are several
+times as fast as the float32 product.
 """
 
 import functools
@@ -19,19 +23,20 @@ from trackstar.retrieval.packed_scan import byte_words, compiled, in_parts
 from trackstar.store import Bits, StoredRows
 from trackstar.store.quantization import whole_levels
 
+# Largest absolute value of a rounded query.
 _MOST = 2**14 - 1
 _ROWS = 2048
-# Fewer columns are slower than as many.
+# The product pads its columns to a multiple of this; fewer columns would be slower.
 _COLUMNS = 32
 
 
 class ByteQueries:
-    """Query vectors, rounded block by block, ready to meet many rows of codes.
+    """Query vectors, rounded per block, for products with many rows of codes.
 
     Args:
-        vectors: What each query meets decoded rows with.
+        vectors: One vector per query, in the index's coordinates.
         blocks: Number of layer blocks.
-        bits: A dimension's, of the codes.
+        bits: Bits per dimension of the codes.
     """
 
     def __init__(self, vectors: Float[Tensor, "queries dimensions"], blocks: int, bits: Bits) -> None:
@@ -45,11 +50,11 @@ class ByteQueries:
         self._columns = torch.zeros(blocks, q.shape[2], columns, dtype=torch.int8)
         self._columns[:, :, : len(vectors)] = (rounded >> 7).permute(1, 2, 0)
         self._columns[:, :, len(vectors) : 2 * len(vectors)] = (rounded & 127).permute(1, 2, 0)
-        # One block's levels of some rows, reused: fresh memory would cost as much as the product.
+        # One buffer for a block's levels: allocating memory would cost as much as the product.
         self._levels = torch.empty(_ROWS, q.shape[2], dtype=torch.int8)
 
     def scores(self, stored: StoredRows) -> Float32[Tensor, "rows queries"]:
-        """Inner products of the queries with rows as `StoredRows.decode` gives them, but for the queries' rounding."""
+        """Inner products with the decoded rows, but for the rounding of the queries."""
         out = np.zeros((len(stored), self._count), dtype=np.float32)
         factors = stored.scales.numpy()
         codes = stored.codes.numpy().reshape(*factors.shape, -1)
@@ -79,7 +84,7 @@ def _multiply(left: Int8[Tensor, "rows dim"], right: Int8[Tensor, "dim columns"]
 
 @functools.cache
 def byte_products_serve() -> bool:
-    """Whether this machine multiplies bytes fast, and without a sum of two products that overflows 16 bits."""
+    """Whether this machine multiplies bytes fast, and without overflow in sums of two 16-bit products."""
     features = binding.get_host_cpu_features()
     if not any(features.get(name) for name in ("avx512vnni", "avxvnni", "amx-int8")):
         return False
@@ -87,10 +92,10 @@ def byte_products_serve() -> bool:
     left = torch.randint(0, 2, (64, 512), generator=generator) * 255 - 128
     right = torch.randint(0, 2, (512, _COLUMNS), generator=generator) * 255 - 128
     try:
-        found = _multiply(left.to(torch.int8), right.to(torch.int8))
-    except (AttributeError, RuntimeError):  # torch has no such product, or not on this machine
+        product = _multiply(left.to(torch.int8), right.to(torch.int8))
+    except (AttributeError, RuntimeError):  # torch lacks this product, at least on this machine
         return False
-    return torch.equal(found.long(), left @ right)
+    return torch.equal(product.long(), left @ right)
 
 
 @compiled
@@ -106,7 +111,7 @@ def _look_up(codes, table, out):
 @compiled
 @no_type_check
 def _flip(codes, table, out):
-    """The same for a level a byte, k - 128, without the table: many bytes an instruction."""
+    """`_look_up` for one level per byte, code - 128, without the table: many bytes per instruction."""
     rows, width = codes.shape
     for row in range(rows):
         for i in range(width):
@@ -116,7 +121,10 @@ def _flip(codes, table, out):
 @compiled
 @no_type_check
 def _add_halves(products, units, factors, out):
-    """out[row, query] += (128·high + low)·unit·factor; products [rows, high of each query, then low, then nothing]."""
+    """out[row, query] += (128·high + low)·unit·factor.
+
+    Columns of `products`: high of each query, then low of each query, then padding.
+    """
     rows, queries = out.shape
     for row in range(rows):
         factor = factors[row]

@@ -1,16 +1,18 @@
-"""Inner products of low-bit codes with a few queries, straight from the packed bytes, in whole numbers.
+"""Inner products of low-bit codes with a few queries, in integers, straight from the packed bytes.
 
-A query's block is rounded to whole numbers of its own (12 bits or so for int8 and 4-bit codes, 8 bits for 2-bit and
-1-bit codes), so that a row's block costs integer instructions over the bytes as stored, never a decoded copy:
+A query's block is rounded to integers q (about 12 bits for int8 and 4-bit codes, 7 bits for 2-bit
+and 1-bit codes). A row's block then costs integer instructions over the stored bytes, and no copy
+of it is decoded:
 
-* int8: Σ code·q with codes widened to 16 bits, less 128·Σq.
-* 4-bit: the same after a table that turns a byte into its two levels, which are whole numbers over a unit.
-* 2-bit and 1-bit: a code's level is linear in its bits (-b + (a+b)·high + (b-a)·low for the levels -b, -a, a, b), so
-  that the product is a sum over the query's binary places of popcount(code bits AND query bits).
+* int8: a level is code - 128, so Σ level·q = Σ code·q - 128·Σ q, with codes widened to 16 bits.
+* 4-bit: a table converts each byte to its two levels, which are integers times a unit.
+* 2-bit and 1-bit: a level is linear in the code's bits. For the 2-bit levels -b, -a, a, b it is
+  -b + (a+b)·high + (b-a)·low. With the places of q + 64 = Σ_p 2^p·q_p,
+  Σ_i bit_i·q_i = Σ_p 2^p · popcount(code bits AND bits q_p) - 64 · popcount(code bits).
 
-The rounding of the query is small beside that of the codes: its relative size is 10⁻³ and 2·10⁻² against 10⁻² and 10⁻¹
-(int8 and 4-bit), and against a third or more. Kernels are compiled by Numba, release the interpreter's lock and run on
-as many threads as torch has.
+The relative rounding error of the query is small beside that of the codes: 10⁻³ against 10⁻² (int8)
+and 10⁻¹ (4-bit), and 2·10⁻² against one third or more (2-bit, 1-bit). Numba compiles the kernels.
+They release the interpreter's lock, and run on as many threads as torch has.
 """
 
 import functools
@@ -30,25 +32,26 @@ from torch import Tensor
 from trackstar.store import Bits, StoredRows, quantized_bits
 from trackstar.store.quantization import levels, whole_levels
 
-# Queries for which a scan from the bytes is faster than decoding them once and a matrix product.
+# Most queries for which a scan of the bytes is faster than decoding them and a matrix product.
 MOST_QUERIES: dict[Bits, int] = {8: 2, 4: 2, 2: 3, 1: 6}
+# Binary places of a rounded query for 2-bit and 1-bit codes.
 _PLANES = 7
 _INT32_MAX = 2**31 - 1
 
 
 @no_type_check
 def compiled(kernel):
-    """Compiled when it is first called; the machine code is kept beside the module, or in the user's cache."""
+    """Compile a kernel at its first call. Machine code is cached beside the module, or for the user."""
     try:
         return numba.njit(nogil=True, cache=True)(kernel)
-    except RuntimeError:  # neither folder can be written
+    except RuntimeError:  # neither folder is writable
         return numba.njit(nogil=True)(kernel)
 
 
 @intrinsic
 @no_type_check
 def _popcount(typingctx, word):
-    """Number of set bits of a 64-bit word: one instruction, and LLVM knows how to do many at once."""
+    """Number of set bits of a 64-bit word, in one instruction that LLVM can vectorize."""
 
     def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
@@ -57,7 +60,7 @@ def _popcount(typingctx, word):
 
 
 def _multiply_add(signed: bool):
-    """total + code·q in 32 bits; written out, since Numba would widen whole numbers to 64."""
+    """total + code·q in 32 bits; Numba's own addition would widen integers to 64 bits."""
 
     @intrinsic
     @no_type_check
@@ -79,7 +82,7 @@ _add_unsigned, _add_signed = _multiply_add(False), _multiply_add(True)
 @intrinsic
 @no_type_check
 def _prefetch(typingctx, address):
-    """Ask for the cache line at an address, which need not be there."""
+    """Prefetch the cache line at an address, which may be invalid."""
 
     def generate(context, builder, signature, arguments):
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -95,11 +98,12 @@ def _prefetch(typingctx, address):
 @compiled
 @no_type_check
 def _int8_products(codes, queries, offsets, units, factors, out):
-    """out[row, query] += Σ_block factor·unit·(Σ code·q - offset); codes [rows, blocks, dim] u8, queries [queries,
-    blocks, dim] i16, offsets and units [queries, blocks], factors [rows, blocks].
+    """out[row, query] += Σ_block factor·unit·(Σ code·q - offset), offset = 128·Σ q.
 
-    Eight rows at a time, the next block of each asked for beforehand: one stream of addresses, stopping at every page,
-    would leave half of the memory's bandwidth unused.
+    Shapes: codes [rows, blocks, dim] u8, queries [queries, blocks, dim] i16, offsets and units
+    [queries, blocks], factors [rows, blocks]. Eight rows are multiplied at a time, and the next
+    block of each is prefetched: a single stream of addresses, which stops at every page, uses half
+    of the memory's bandwidth.
     """
     rows, blocks, dim = codes.shape
     start = codes.ctypes.data
@@ -140,7 +144,10 @@ def _int8_products(codes, queries, offsets, units, factors, out):
 @compiled
 @no_type_check
 def _table_products(codes, table, queries, units, factors, out):
-    """The same for 4-bit codes [rows, blocks, dim/2]: `table` turns a byte into two levels, as one 16-bit word."""
+    """`_int8_products` for 4-bit codes [rows, blocks, dim/2].
+
+    `table` maps a byte to its two levels, as one 16-bit word.
+    """
     rows, blocks, width = codes.shape
     words = np.empty(width, np.uint16)
     decoded = words.view(np.int8)
@@ -159,11 +166,14 @@ def _table_products(codes, table, queries, units, factors, out):
 @compiled
 @no_type_check
 def _plane_products(codes, planes, ones, steps, offsets, units, factors, out):
-    """out[row, query] += Σ_block factor·unit·(Σ_bit step·(Σ bit·q) - offset), Σ bit·q being over the seven places of
-    q + 64 less 64 times the number of bits that are set.
+    """out[row, query] += Σ_block factor·unit·(Σ_bit step·(Σ_i bit_i·q_i) - offset).
 
-    codes [rows, blocks, words] u64; planes [queries, blocks, bits, 7, words] u64; ones [bits] u64: where a bit lies in
-    a word. Two rows at a time meet the planes, which do not fit into the smallest cache.
+    Σ_i bit_i·q_i = Σ_p 2^p·popcount(bits AND plane_p) - 64·popcount(bits), over the seven binary
+    places p of q + 64.
+
+    Shapes: codes [rows, blocks, words] u64; planes [queries, blocks, bits, 7, words] u64; ones
+    [bits] u64, the places of each code bit in a word. Two rows are multiplied at a time, since the
+    planes do not fit into the smallest cache.
     """
     rows, blocks, width = codes.shape
     s1, s2, s3, s4, s5, s6 = np.uint64(1), np.uint64(2), np.uint64(3), np.uint64(4), np.uint64(5), np.uint64(6)
@@ -214,7 +224,7 @@ def _decode(codes, table, factors, out):
 
 
 def decode_into(stored: StoredRows, out: Float32[Tensor, "rows dim"]) -> None:
-    """`StoredRows.decode` of quantized rows into memory that is there, on as many threads as torch has."""
+    """Decode low-bit rows into existing memory, on as many threads as torch has."""
     bits = quantized_bits(stored.codec)
     assert bits is not None, stored.codec
     blocks = stored.scales.shape[1]
@@ -225,12 +235,12 @@ def decode_into(stored: StoredRows, out: Float32[Tensor, "rows dim"]) -> None:
 
 
 class QuantizedQueries:
-    """Query vectors, rounded block by block, ready to meet codes of so many bits.
+    """Query vectors, rounded per block, for products with a few rows of codes.
 
     Args:
-        vectors: What each query meets decoded rows with.
+        vectors: One vector per query, in the index's coordinates.
         blocks: Number of layer blocks.
-        bits: A dimension's, of the codes.
+        bits: Bits per dimension of the codes.
     """
 
     def __init__(self, vectors: Float[Tensor, "queries dimensions"], blocks: int, bits: Bits) -> None:
@@ -240,7 +250,8 @@ class QuantizedQueries:
         largest = np.maximum(np.abs(q).max(axis=2, keepdims=True), 1e-300)
         most = min(2**15 - 1, _INT32_MAX // (255 * dim)) if bits >= 4 else 2 ** (_PLANES - 1) - 1
         rounded = np.rint(q / largest * most).astype(np.int16)
-        # What a unit of the whole-number product stands for, and the product of a code of zeros.
+        # units: value of 1 in the integer product; offsets: the integer product of a row of zero
+        # codes, negated.
         self._units = largest[:, :, 0] / most
         sums = rounded.sum(axis=2, dtype=np.int64)
         self._queries = np.ascontiguousarray(rounded)
@@ -253,7 +264,7 @@ class QuantizedQueries:
             self._planes = _planes(rounded, bits)
 
     def scores(self, stored: StoredRows) -> Float32[Tensor, "rows queries"]:
-        """Inner products of the queries with rows as `StoredRows.decode` gives them, but for the queries' rounding."""
+        """Inner products with the decoded rows, but for the rounding of the queries."""
         out = np.zeros((len(stored), len(self._units)), dtype=np.float32)
         factors = stored.scales.numpy()
         codes = stored.codes.numpy().reshape(*factors.shape, -1)
@@ -272,7 +283,7 @@ class QuantizedQueries:
 
 
 def _planes(rounded: np.ndarray, bits: Bits) -> np.ndarray:
-    """Binary places of q + 64 as masks over the packed codes, for each bit: [queries, blocks, bits, 7, words]."""
+    """Binary places of q + 64 as masks over the packed codes: [queries, blocks, bits, 7, words]."""
     queries, blocks, dim = rounded.shape
     shifted = (rounded + 2 ** (_PLANES - 1)).astype(np.uint8)
     spread = np.zeros((queries, blocks, bits, _PLANES, dim, bits), dtype=np.uint8)
@@ -285,35 +296,35 @@ def _planes(rounded: np.ndarray, bits: Bits) -> np.ndarray:
 
 @functools.cache
 def _bit_places(bits: Bits) -> np.ndarray:
-    """Where each bit of the codes lies in a word."""
+    """The places of each code bit in a 64-bit word."""
     whole, every = 2**64 - 1, sum(1 << place for place in range(0, 64, bits))
     return np.array([(every << bit) & whole for bit in range(bits)], dtype=np.uint64)
 
 
 @functools.cache
 def _steps(bits: Bits) -> np.ndarray:
-    """What each bit adds to the level. 1-bit: from -1 to 1. 2-bit, levels -b, -a, a, b: b - a, and a + b."""
+    """The amount that each code bit adds to the level: 2 for 1-bit codes; b - a and a + b for 2-bit codes."""
     table = levels(bits).numpy()
     return np.array([table[1 << bit] - table[0] for bit in range(bits)], dtype=np.float64)
 
 
 @functools.cache
 def byte_words(bits: Bits) -> np.ndarray:
-    """Of each byte the whole levels of its codes, low bits first, as one word of 8/bits bytes."""
+    """Integer levels of the codes in each byte, low bits first, as one word of 8/bits bytes."""
     table, places = whole_levels(bits)[0].numpy(), np.arange(8 // bits)
-    found = table[(np.arange(256)[:, None] >> (bits * places)) & (2**bits - 1)]
-    return np.ascontiguousarray(found).view(f"u{8 // bits}")[:, 0]
+    unpacked = table[(np.arange(256)[:, None] >> (bits * places)) & (2**bits - 1)]
+    return np.ascontiguousarray(unpacked).view(f"u{8 // bits}")[:, 0]
 
 
 @functools.cache
 def _byte_levels(bits: Bits) -> np.ndarray:
-    """Of each byte the levels of its codes, low bits first."""
+    """Levels of the codes in each byte, low bits first."""
     table, steps = levels(bits).numpy(), np.arange(8 // bits)
     return table[(np.arange(256)[:, None] >> (bits * steps)) & (2**bits - 1)]
 
 
 def in_parts(rows: int, run: Callable[[slice], None]) -> None:
-    """Run over consecutive rows in as many parts as torch has threads."""
+    """Run a function over consecutive rows, in as many parts as torch has threads."""
     threads = max(1, min(torch.get_num_threads(), rows // 32))
     if threads == 1:
         run(slice(0, rows))

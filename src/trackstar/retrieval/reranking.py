@@ -1,17 +1,18 @@
-"""Exact influences of chosen candidates, or of all of them, from gradients computed again (Eq. 1-2).
+"""Re-ranking: exact influences of chosen candidates, or of all, from recomputed gradients (Eq.
+1-2).
 
-A store of few bits ranks coarsely: its best N candidates are recomputed from their tokens, which the index keeps, and
-ranked by what Eq. 1 gives without any rounding. How likely it is that one of the true first k is not among the N is
-estimated from the N themselves.
+A low-bit store ranks coarsely. The gradients of its best N candidates are recomputed from their
+tokens, which the index stores, and the candidates are ranked by Eq. 1 without rounding. The chance
+that one of the true first k is not among the N is estimated from the N themselves:
 
-Given a candidate's coarse score, its exact score is taken to be normal around a line in the coarse one, with the same
-spread everywhere. Line and spread are fitted to the candidates ranked again; choosing these by their coarse scores does
-not bias such a fit, since the coarse score is what it is given. A candidate that was not ranked again then belongs to
-the first k with the probability that it exceeds the k-th exact score.
+Given a candidate's coarse score, its exact score is modelled as normal around a line in the coarse
+score, with the same spread everywhere. Line and spread are fitted to the N re-ranked candidates.
+Their selection by coarse score does not bias the fit, since the fit is conditional on the coarse
+score. A candidate that was not re-ranked then belongs to the first k with the probability that it
+exceeds the k-th exact score.
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,52 +22,37 @@ from torch import Tensor
 
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
+from trackstar.corpus.digests import digest_of_bytes
 from trackstar.curvature.task import TaskCorrection
 from trackstar.errors import OptionError
 from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.retrieval.scoring import Scorer, inverse_of, scores_of
-from trackstar.retrieval.top_candidates import TopCandidates, best_of, top_candidates
+from trackstar.retrieval.top_candidates import RunningTop, TopCandidates, best_of, top_candidates
 from trackstar.store import Index, have_shapes
 from trackstar.workers.protocol import THIS_PROCESS, Advance, Workers
 from trackstar.workers.setups import GradientSetup
 
 # Examples whose gradients are held at once.
 _ROWS_AT_ONCE = 256
-# Of the coarse ranking this many times N are kept: those beyond the N are what may have been missed. Of the candidates
-# beyond these, whose number makes up for how unlikely each is, this many are looked at.
-_LOOKED_AT = 4
+# Coarse scores that the miss estimate reads: those of the best 4 N candidates, and of a sample of
+# 2,048 of the index, each of which stands for many.
+_NEAR = 4
 _SAMPLED = 2048
-# Fewer pairs of scores than this say nothing of the codes' error.
-_FEWEST = 12
+# Fewer pairs of scores than this do not determine the error of the codes.
+_FEWEST_PAIRS = 12
 
 RERANKED: dict[CodecName, int] = {
     "float32": 0, "bfloat16": 0, "float16": 0, "int8": 20, "4-bit": 50, "2-bit": 200, "1-bit": 500,
 }  # fmt: skip
-"""How many candidates of each query are ranked again by default: in docs/stores.md's curve 98.9% of the exact first ten
-of 1-bit codes are among them, and all of the others."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reranked:
-    """A ranking whose first candidates are exact.
-
-    Attributes:
-        top: The candidates.
-        missed: For each query the estimated chance that one of its true first k is not among those ranked again; None
-            where too few were ranked again to say.
-        recomputed: How many candidates' gradients were computed.
-    """
-
-    top: TopCandidates
-    missed: tuple[float | None, ...]
-    recomputed: int
+"""Candidates per query that are re-ranked by default: they hold 98.9% of the exact first ten for
+1-bit codes, and all of them for the other codecs (docs/stores.md)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Influences:
-    """Eq. 1 of examples whose gradients are computed."""
+    """Influences on the queries of examples whose gradients are computed."""
 
     correction: TaskCorrection
     vectors: Float[Tensor, "queries dimensions"]
@@ -82,22 +68,28 @@ def influences(
     vectors: Float[Tensor, "queries dimensions"],
     phi: Float[Tensor, "examples dimensions"],
 ) -> Float[Tensor, "queries examples"]:
-    """Eq. 1 of gradients, without any rounding: what queries' vectors meet in the index's coordinates, by its norm."""
+    """Influences of examples from their φ, without rounding (Eq. 1).
+
+    Args:
+        correction: The correction for the task.
+        vectors: The queries' vectors; see `unit_queries`.
+        phi: φ of the examples.
+    """
     coordinates = correction.coordinates(phi)
     return vectors @ coordinates.T * inverse_of(correction.whitening.norms(coordinates))
 
 
 class ExactScores:
-    """Influences of an index's candidates on queries, from the model instead of the store.
+    """Influences of an index's candidates, from recomputed gradients.
 
     Args:
         index: The candidates.
         model: The model that was indexed.
-        setup: How φ is made.
-        correction: R for the task.
-        vectors: What each query meets candidates with, in the index's coordinates.
-        workers: Who computes gradients.
-        progress: Whether progress is shown where stderr is a terminal.
+        setup: How φ is computed.
+        correction: The correction for the task.
+        vectors: The queries' vectors; see `unit_queries`.
+        workers: Where gradients are computed.
+        progress: Whether progress is shown if stderr is a terminal.
     """
 
     def __init__(
@@ -124,31 +116,24 @@ class ExactScores:
         return len(self._work.vectors)
 
     def queries_digest(self) -> str:
-        """Names the queries."""
-        return hashlib.blake2b(self._work.vectors.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
-
-    def of(self, rows: Sequence[int]) -> Float[Tensor, "queries rows"]:
-        """Scores of some rows of the index, in their order."""
-        found = torch.empty(len(self._work.vectors), len(rows))
-        for first, part in self.parts(rows):
-            found[:, first : first + part.shape[1]] = part
-        return found
+        """Digest of the queries' vectors."""
+        return digest_of_bytes(self._work.vectors.contiguous().numpy().tobytes(), bits=64)
 
     def of_each(self, rows: Int64[Tensor, "queries own"]) -> Float[Tensor, "queries own"]:
-        """Each query's scores of rows of its own; no more is held at a time than these and some hundred rows'."""
+        """Each query's scores of its own rows. Memory holds these and the scores of some hundred rows."""
         union = rows.unique()
         places = torch.searchsorted(union, rows)
-        found = torch.empty(rows.shape)
+        scores = torch.empty(rows.shape)
         for first, part in self.parts(union.tolist()):
-            there = (places >= first) & (places < first + part.shape[1])
+            inside = (places >= first) & (places < first + part.shape[1])
             chosen = part.gather(1, (places - first).clamp(0, part.shape[1] - 1))
-            found[there] = chosen[there]
-        return found
+            scores[inside] = chosen[inside]
+        return scores
 
     def parts(self, rows: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "queries part"]]]:
-        """The same, some hundred rows at a time: the place of the first, and their scores."""
+        """Scores of the rows, some hundred at a time: the place of the first, and queries × rows."""
         first = 0
-        with Progress("Ranking again", unit="examples", total=len(rows), shown=self._progress) as bar:
+        with Progress("Re-ranking", unit="examples", total=len(rows), shown=self._progress) as bar:
             for part in self._workers.gradients(
                 self._model, self._setup, self._work, self._examples(rows), advance=bar.advance, note=bar.note
             ):
@@ -160,53 +145,126 @@ class ExactScores:
             yield [stored.example for stored in self._index.some_examples(rows[first : first + _ROWS_AT_ONCE])]
 
 
-def rerank(
-    index: Index,
-    scorer: Scorer,
-    exact: ExactScores,
-    k: int,
-    *,
-    reranked: int,
-    workers: Workers = THIS_PROCESS,
-    progress: bool = False,
-) -> Reranked:
-    """The k proponents and opponents of each query: the best N of each by the store, ranked by exact scores.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CoarseRanking:
+    """The store's ranking: of each query the best and worst candidates, and a sample of all others.
+
+    Attributes:
+        top: The best and worst candidates, at least the N that are re-ranked.
+        sampled: Rows of the sample; empty if `top` holds every candidate.
+        sampled_scores: Their scores.
+        candidates: Number of candidates in the index.
+    """
+
+    top: TopCandidates
+    sampled: Int64[Tensor, "sampled"]
+    sampled_scores: Float[Tensor, "queries sampled"]
+    candidates: int
+
+    @classmethod
+    def by_scan(
+        cls, index: Index, scorer: Scorer, reranked: int, *, workers: Workers = THIS_PROCESS, progress: bool = False
+    ) -> "CoarseRanking":
+        """Rank an index's candidates by one pass over its store.
+
+        Args:
+            index: The candidates.
+            scorer: Scores the candidates.
+            reranked: N.
+            workers: Where the index is scanned.
+            progress: Whether the pass is shown.
+        """
+        top = top_candidates(index, scorer, min(index.rows, _NEAR * reranked), workers=workers, progress=progress)
+        count = min(_SAMPLED, index.rows) if top.proponents.shape[1] < index.rows else 0
+        sampled = torch.arange(count) * index.rows // max(count, 1)
+        return cls(top=top, sampled=sampled, sampled_scores=scores_of(index, scorer, sampled), candidates=index.rows)
+
+    @classmethod
+    def of_scores(cls, scores: Float[Tensor, "queries candidates"]) -> "CoarseRanking":
+        """Rank candidates whose coarse scores are all known."""
+        queries, count = scores.shape
+        running = RunningTop(count)
+        running.add(scores, torch.arange(count))
+        return cls(
+            top=running.top, sampled=torch.empty(0, dtype=torch.int64), sampled_scores=torch.empty(queries, 0),
+            candidates=count,
+        )  # fmt: skip
+
+    def others(
+        self, query: int, reranked: Int64[Tensor, "own"]
+    ) -> tuple[Float[Tensor, "others"], Float[Tensor, "others"]]:
+        """Coarse scores of candidates that were not re-ranked, and the number that each of them
+        stands for.
+        """
+        next_best = self.top.proponent_scores[query][~torch.isin(self.top.proponents[query], reranked)]
+        beyond = self.candidates - self.top.proponents.shape[1]
+        if not beyond:
+            return next_best, torch.ones(len(next_best))
+        below = self.sampled_scores[query] < self.top.proponent_scores[query, -1]
+        weight = beyond / max(1, int(below.sum()))
+        far = self.sampled_scores[query][below & ~torch.isin(self.sampled, reranked)]
+        return torch.cat([next_best, far]), torch.cat([torch.ones(len(next_best)), torch.full((len(far),), weight)])
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reranked:
+    """A ranking whose first candidates are exact.
+
+    Attributes:
+        top: The k proponents and opponents of each query.
+        missed: Per query, the estimated chance that one of its true first k was not re-ranked; None
+            if too few were re-ranked to estimate it.
+        rows: Per query, the rows of its re-ranked candidates, ascending. In a small index a row
+            stands twice if it is among the best and the worst.
+        scores: Their exact scores.
+    """
+
+    top: TopCandidates
+    missed: tuple[float | None, ...]
+    rows: Int64[Tensor, "queries own"]
+    scores: Float[Tensor, "queries own"]
+
+    @property
+    def recomputed(self) -> int:
+        """Number of candidates whose gradients were recomputed, over all queries."""
+        return len(self.rows.unique())
+
+
+def rerank(coarse: CoarseRanking, exact: ExactScores, k: int, *, reranked: int) -> Reranked:
+    """The k proponents and opponents of each query: the store's best and worst N, ranked by exact
+    scores.
+
+    A query's ranking depends on its own candidates alone, not on the other queries.
 
     Args:
-        index: The candidates.
-        scorer: How they are scored by the store.
-        exact: Gives exact scores.
-        k: How many to give.
+        coarse: The store's ranking.
+        exact: Computes exact scores.
+        k: Candidates per query at each end.
         reranked: N, at least k.
-        workers: Who goes through the index.
-        progress: Whether the pass over the index is shown.
 
     Raises:
         OptionError: N is less than k.
     """
     if reranked < k:
-        raise OptionError(f"--rerank {reranked}: expected at least as many as --top {k}, or 0 to leave it out")
-    looked_at = min(index.rows, _LOOKED_AT * reranked)
-    coarse = top_candidates(index, scorer, looked_at, workers=workers, progress=progress)
-    count = min(reranked, index.rows)
-    # A query's ranking is of its own candidates alone: it does not depend on what else is asked at the same time.
-    own = torch.cat([coarse.proponents[:, :count], coarse.opponents[:, :count]], dim=1).sort(dim=1).values
-    scores = exact.of_each(own)
+        raise OptionError(f"`reranked`: expected at least `k={k}`, or 0 to skip re-ranking, found {reranked}")
+    count = min(reranked, coarse.candidates)
+    best_rows, worst_rows = coarse.top.proponents[:, :count], coarse.top.opponents[:, :count]
+    rows = torch.cat([best_rows, worst_rows], dim=1).sort(dim=1).values
+    scores = exact.of_each(rows)
     # In a small index a candidate may be among the best and the worst; it counts once.
-    again = torch.zeros_like(own, dtype=torch.bool)
-    again[:, 1:] = own[:, 1:] == own[:, :-1]
-    most = min(k, index.rows)
-    proponents = best_of(scores.masked_fill(again, -math.inf), own, most)
-    opponents = best_of((-scores).masked_fill(again, -math.inf), own, most)
-    others = _Others(index, scorer, coarse)
+    repeated = torch.zeros_like(rows, dtype=torch.bool)
+    repeated[:, 1:] = rows[:, 1:] == rows[:, :-1]
+    most = min(k, coarse.candidates)
+    proponents = best_of(scores.masked_fill(repeated, -math.inf), rows, most)
+    opponents = best_of((-scores).masked_fill(repeated, -math.inf), rows, most)
     missed = []
     for query in range(len(scores)):
-        left, weights = others.of(query, own[query])
+        others, weights = coarse.others(query, rows[query])
         missed.append(
             missed_chance(
-                coarse.proponent_scores[query, :count],
-                scores[query, torch.searchsorted(own[query], coarse.proponents[query, :count].contiguous())],
-                left,
+                coarse.top.proponent_scores[query, :count],
+                scores[query, torch.searchsorted(rows[query], best_rows[query].contiguous())],
+                others,
                 threshold=float(proponents[0][query, -1]),
                 weights=weights,
             )
@@ -217,24 +275,24 @@ def rerank(
         opponents=opponents[1],
         opponent_scores=-opponents[0],
     )
-    return Reranked(top=top, missed=tuple(missed), recomputed=len(own.unique()))
+    return Reranked(top=top, missed=tuple(missed), rows=rows, scores=scores)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What a coarse score says of the exact one: a line, and the spread around it."""
+    """The exact score as a function of the coarse one: a line, and the spread around it."""
 
     slope: float
     intercept: float
     spread: float
 
     def expected(self, coarse: Float[Tensor, "candidates"]) -> Float[Tensor, "candidates"]:
-        """The exact scores to be expected of candidates with these coarse ones."""
+        """The expected exact scores of candidates with these coarse scores."""
         return self.intercept + self.slope * coarse
 
 
 def calibration(coarse: Float[Tensor, "reranked"], exact: Float[Tensor, "reranked"]) -> Calibration:
-    """The line of least squares through candidates whose exact scores are known."""
+    """The least-squares line through the scores of re-ranked candidates."""
     x, y = coarse.double(), exact.double()
     centred = x - x.mean()
     slope = float((centred * y).sum() / centred.square().sum().clamp_min(1e-300))
@@ -251,99 +309,81 @@ def missed_chance(
     threshold: float,
     weights: Float[Tensor, "others"] | None = None,
 ) -> float | None:
-    """The chance that a candidate that was not ranked again belongs to the true first k.
+    """The estimated chance that a candidate that was not re-ranked belongs to the true first k.
 
     Args:
-        coarse: Coarse scores of the candidates that were ranked again for this query.
+        coarse: Coarse scores of the query's re-ranked candidates.
         exact: Their exact scores.
-        others: Coarse scores of candidates that were not.
+        others: Coarse scores of candidates that were not re-ranked.
         threshold: The k-th best exact score.
-        weights: How many candidates each of these stands for; None is one.
+        weights: Number of candidates that each of the others stands for; None is one.
 
     Returns:
-        1 - Π(1 - p), each p that of an exact score above the threshold. None where too few were ranked again.
+        1 - Π(1 - p), p the probability of an exact score above the threshold, over the others. None
+        if too few candidates were re-ranked to estimate it.
     """
     if not len(others):
         return 0.0
-    if len(exact) < _FEWEST:
+    if len(exact) < _FEWEST_PAIRS:
         return None
     fitted = calibration(coarse, exact)
-    # log Π(1 - p) with p = Φ(z), and 1 - p = Φ(-z)
+    # p = Φ(z) with z in units of the spread, and log(1 - p) = log Φ(-z).
     z = (fitted.expected(others.double()) - threshold) / max(fitted.spread, 1e-300)
     logarithms = torch.special.log_ndtr(-z)
     # Adding zero turns -0 into 0.
     return float(-torch.expm1((logarithms if weights is None else weights * logarithms).sum())) + 0.0
 
 
-class _Others:
-    """Candidates that were not ranked again: the next best of each query, and a sample of all that come after these.
+def exact_top(index: Index, exact: ExactScores, k: int, *, key: str) -> TopCandidates:
+    """The k proponents and opponents of each query, with every candidate's gradient recomputed.
+
+    Partial results are cached with the index, and a later call resumes from them.
 
     Args:
         index: The candidates.
-        scorer: How the store scores them.
-        coarse: Of each query the next best, in order, and before them those that were ranked again.
+        exact: Computes exact scores.
+        k: Candidates per query at each end.
+        key: Identifies the correction; the cache's name adds the queries and k.
     """
-
-    def __init__(self, index: Index, scorer: Scorer, coarse: TopCandidates) -> None:
-        self._coarse = coarse
-        self._beyond = index.rows - coarse.proponents.shape[1]
-        count = min(_SAMPLED, index.rows) if self._beyond else 0
-        self._sampled = torch.arange(count) * index.rows // max(count, 1)
-        self._scores = scores_of(index, scorer, self._sampled)
-
-    def of(self, query: int, again: Int64[Tensor, "again"]) -> tuple[Float[Tensor, "others"], Float[Tensor, "others"]]:
-        """Coarse scores, and how many candidates each stands for, but for the rows that were ranked again."""
-        near = ~torch.isin(self._coarse.proponents[query], again)
-        next_best = self._coarse.proponent_scores[query][near]
-        if not self._beyond:
-            return next_best, torch.ones(len(next_best))
-        below = self._scores[query] < self._coarse.proponent_scores[query, -1]
-        weight = self._beyond / max(1, int(below.sum()))
-        sampled = self._scores[query][below & ~torch.isin(self._sampled, again)]
-        return torch.cat([next_best, sampled]), torch.cat(
-            [torch.ones(len(next_best)), torch.full((len(sampled),), weight)]
+    name = f"exact-{key}-{exact.queries_digest()}-{k}"
+    saved = index.load_derived(name)
+    if saved is not None and not _have_partial_shapes(saved, exact.queries, k, index.rows):
+        saved = None
+    done, top = 0, None
+    if saved is not None:
+        done = int(saved["done"])
+        top = TopCandidates(
+            proponents=saved["best_rows"],
+            proponent_scores=saved["best"],
+            opponents=saved["worst_rows"],
+            opponent_scores=-saved["worst"],
         )
-
-
-def _whole(kept: Mapping[str, Tensor], queries: int, k: int, rows: int) -> bool:
-    """Whether what was kept is what `exact_top` keeps of so many queries and of an index of so many rows."""
-    if not have_shapes(kept, done=()) or kept["done"].dtype is not torch.int64 or not 1 <= int(kept["done"]) <= rows:
-        return False
-    shape = (queries, min(k, int(kept["done"])))
-    if not have_shapes(kept, best=shape, best_rows=shape, worst=shape, worst_rows=shape):
-        return False
-    places = torch.cat([kept["best_rows"], kept["worst_rows"]])
-    return places.dtype is torch.int64 and bool(((places >= 0) & (places < rows)).all())
-
-
-def exact_top(index: Index, exact: ExactScores, k: int, *, key: str) -> TopCandidates:
-    """The k proponents and opponents of each query with every candidate's gradient computed again.
-
-    What has been gone through is kept with the index under a name made of `key`, which names the R, the queries and k:
-    a later call goes on from there.
-    """
-    best: tuple[Tensor, Tensor] | None = None
-    worst: tuple[Tensor, Tensor] | None = None
-    key = f"{key}-{exact.queries_digest()}-{k}"
-    kept = index.load_derived(f"exact-{key}")
-    if kept is not None and not _whole(kept, exact.queries, k, index.rows):
-        kept = None
-    start = int(kept["done"]) if kept is not None else 0
-    if kept is not None:
-        best, worst = (kept["best"], kept["best_rows"]), (kept["worst"], kept["worst_rows"])
-    for first, part in exact.parts(range(start, index.rows)):
-        rows = torch.arange(start + first, start + first + part.shape[1])
-        best, worst = best_of(part, rows, k, before=best), best_of(-part, rows, k, before=worst)
+    running = RunningTop(k, top)
+    for first, part in exact.parts(range(done, index.rows)):
+        rows = torch.arange(done + first, done + first + part.shape[1])
+        running.add(part, rows)
+        top = running.top
         index.save_derived(
-            f"exact-{key}",
+            name,
             {
                 "done": torch.tensor(int(rows[-1]) + 1),
-                "best": best[0],
-                "best_rows": best[1],
-                "worst": worst[0],
-                "worst_rows": worst[1],
+                "best": top.proponent_scores,
+                "best_rows": top.proponents,
+                "worst": -top.opponent_scores,
+                "worst_rows": top.opponents,
             },
         )
-    assert best is not None, "an index has at least one example"
-    assert worst is not None, "an index has at least one example"
-    return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
+    return running.top
+
+
+def _have_partial_shapes(saved: Mapping[str, Tensor], queries: int, k: int, rows: int) -> bool:
+    """Whether a saved partial result has the shapes that `exact_top` writes for this many queries
+    and rows.
+    """
+    if not have_shapes(saved, done=()) or saved["done"].dtype is not torch.int64 or not 1 <= int(saved["done"]) <= rows:
+        return False
+    shape = (queries, min(k, int(saved["done"])))
+    if not have_shapes(saved, best=shape, best_rows=shape, worst=shape, worst_rows=shape):
+        return False
+    places = torch.cat([saved["best_rows"], saved["worst_rows"]])
+    return places.dtype is torch.int64 and bool(((places >= 0) & (places < rows)).all())

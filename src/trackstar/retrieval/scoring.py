@@ -1,8 +1,10 @@
-"""Influence of every candidate on every query, and the most positive and negative of them (Eq. 1-2), exactly.
+"""Scores of candidates: inner products with query vectors, times one multiplier per candidate (Eq.
+1-2).
 
-With W the whitening (WᵀW = R⁻¹), Eq. 1 is φ_q R⁻¹ φ_m / (‖Wφ_q‖ ‖Wφ_m‖). The query's side, R⁻¹φ_q / ‖Wφ_q‖, is made
-once; a candidate meets it as stored, and its norm under R comes from one pass over the index that is kept with it.
-Every method that scores by inner products is of this form: query vectors and a multiplier a candidate.
+With W the whitening (WᵀW = R⁻¹), the influence of Eq. 1 is φ_q R⁻¹ φ_m / (‖Wφ_q‖ ‖Wφ_m‖). The
+query's vector R⁻¹φ_q / ‖Wφ_q‖ is computed once. Its inner products with stored rows need no
+whitening of candidates. The multipliers 1/‖Wφ_m‖ come from one pass over the index, and are cached
+with it. Every method that scores by inner products has this form.
 """
 
 import dataclasses
@@ -20,27 +22,30 @@ from trackstar.retrieval.packed_scan import MOST_QUERIES, QuantizedQueries, deco
 from trackstar.store import Bits, CodeChunk, Index, have_shapes, quantized_bits
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
-# A part of a chunk's codes as float32: small enough that it is multiplied while still in the processor's cache. (Codes
-# of few bits are decoded whole rows at a time.) More rows make the product of many queries faster.
+# Bytes of codes that are converted to float32 at once: few enough to stay in the processor's cache
+# until they are multiplied. Low-bit codes are decoded whole rows at a time. More rows make the
+# product with many queries faster.
 SCAN_BYTES = 4 << 20
 _ONE_QUERY_ROWS, _VALUE_ROWS = 16, 256
 _QUANTIZED_ROWS = 4096
 
-# Decoded rows held at once on a GPU.
+# Bytes of decoded rows held at once on a GPU.
 _DEVICE_BYTES = 512 << 20
 
-# Rows whitened at once: enough for an efficient matrix product.
+# Bytes of rows whitened at once: enough for an efficient matrix product.
 _WHITENING_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scorer:
-    """Inner products with a multiplier a candidate: score(q, m) = vector_q · row_m · multiplier_m.
+    """Inner products with one multiplier per candidate: score(q, m) = (vector_q · row_m) ·
+    multiplier_m.
 
     Attributes:
-        vectors: What each query meets the candidates' rows with, in the index's coordinates; on the device that the
-            products are made on.
-        multipliers: A factor for each candidate; 0 for one without any gradient, which is then never a proponent.
+        vectors: One vector per query, in the index's coordinates, on the device that computes the
+            products.
+        multipliers: One factor per candidate; 0 for a candidate without a gradient, which is never
+            a proponent.
     """
 
     vectors: Float[Tensor, "queries dimensions"]
@@ -56,18 +61,18 @@ def trackstar_scorer(
     workers: Workers = THIS_PROCESS,
     progress: bool = False,
 ) -> Scorer:
-    """Eq. 1-2: whitened by R and of unit norm on both sides.
+    """The scorer of Eq. 1-2: both sides are whitened by R and of unit norm.
 
     Args:
         index: The candidates.
-        queries: Each query in the index's coordinates: φ, or W_train φ.
-        whitening: By the R that both sides are corrected by, of rows in these coordinates.
-        key: Names that R: the candidates' norms under it are kept with the index by this name.
-        workers: Who goes through the index.
+        queries: The queries in the index's coordinates: φ, or W_train φ.
+        whitening: Whitening of rows in these coordinates.
+        key: Identifies the whitening; candidates' norms are cached with the index under it.
+        workers: Where the index is scanned.
         progress: Whether the pass over the index is shown.
 
     Raises:
-        GradientError: A query's gradient is zero, so that its direction says nothing.
+        GradientError: A query's gradient is zero and has no direction.
     """
     vectors = unit_queries(queries, whitening)
     norms = whitened_norms(index, whitening, key=key, workers=workers, progress=progress)
@@ -77,15 +82,16 @@ def trackstar_scorer(
 def unit_queries(
     queries: Float[Tensor, "queries dimensions"], whitening: StoredWhitening
 ) -> Float[Tensor, "queries dimensions"]:
-    """R⁻¹q / ‖q‖ in an index's coordinates: what each query meets the candidates with (Eq. 1-2).
+    """One vector per query, in the index's coordinates; its inner products with candidates' rows,
+    divided by their norms under R, are the influences: R⁻¹φ_q / ‖Wφ_q‖ (Eq. 1-2).
 
     Raises:
-        GradientError: A query's gradient is zero, so that its direction says nothing.
+        GradientError: A query's gradient is zero and has no direction.
     """
     norms = whitening.norms(queries)
     zero = (norms == 0).nonzero()
     if len(zero):
-        raise GradientError(f"query {int(zero[0])}: its projected gradient is zero, expected one that is not")
+        raise GradientError(f"query {int(zero[0])}: expected a projected gradient other than zero, found zero")
     return whitening.apply_inverse(queries) / norms[:, None]
 
 
@@ -108,10 +114,10 @@ def whitened_norms(
     workers: Workers = THIS_PROCESS,
     progress: bool = False,
 ) -> Float[Tensor, "candidates"]:
-    """The norm of Eq. 1 of every candidate: one pass, kept with the index under `key`, which names the R."""
-    kept = index.load_derived(f"norms-{key}") if key else None
-    if have_shapes(kept, norms=(index.rows,)):
-        return kept["norms"]
+    """Every candidate's norm under R: one pass over the index, cached with it under `key`."""
+    cached = index.load_derived(f"norms-{key}") if key else None
+    if have_shapes(cached, norms=(index.rows,)):
+        return cached["norms"]
     norms = torch.cat(workers.scan(index, _Norms(whitening=whitening, progress=progress), progress=progress))
     if key:
         index.save_derived(f"norms-{key}", {"norms": norms})
@@ -120,22 +126,22 @@ def whitened_norms(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Norms:
-    """Norms under R of an index's rows, or of a part's."""
+    """Norms under R of the rows of an index, or of a part of it."""
 
     whitening: StoredWhitening
     progress: bool
 
     def __call__(self, index: Index) -> Float[Tensor, "rows"]:
-        found = []
+        norms = []
         with scan_progress(self.progress, "Candidates' norms under R", index.rows) as bar:
             for chunk in index.iterate(max(1, _WHITENING_BYTES // (4 * index.dimensions))):
-                found.append(self.whitening.stored_norms(chunk.stored))
+                norms.append(self.whitening.stored_norms(chunk.stored))
                 bar.advance(len(chunk.stored))
-        return torch.cat(found)
+        return torch.cat(norms)
 
 
 def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "queries candidates"]]]:
-    """Scores of consecutive candidates: the first one's row, and queries × candidates; one pass over the index."""
+    """Scores of consecutive candidates, in one pass: the first one's row, and queries × candidates."""
     vectors = scorer.vectors.float()
     bits = quantized_bits(index.manifest.codec)
     if vectors.device.type != "cpu":
@@ -150,18 +156,18 @@ def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "q
 
 
 def _products_on_device(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
-    """Codes go to the vectors' device as they are, and are decoded and multiplied there."""
+    """Move codes to the vectors' device, and decode and multiply them there."""
     columns = vectors.T.contiguous()
     for chunk in index.iterate(max(1, _DEVICE_BYTES // (4 * index.dimensions))):
         yield chunk, (chunk.stored.to(vectors.device).decode() @ columns).cpu()
 
 
 def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
-    """Codes are turned into float32, a few rows and dimensions at a time, and multiplied."""
+    """Convert codes to float32, a few rows and dimensions at a time, and multiply them."""
     rows, dimensions = (_VALUE_ROWS if len(vectors) > 1 else _ONE_QUERY_ROWS), index.dimensions
     quantized = quantized_bits(index.manifest.codec) is not None
     width = dimensions if quantized else max(1, min(dimensions, SCAN_BYTES // (4 * rows)))
-    # One part's codes in float32, reused: fresh memory a part would cost more than the product.
+    # One buffer for all parts: allocating memory for each part would cost more than its product.
     values = torch.empty(rows, width)
     columns = vectors.T.contiguous()
     for chunk in index.iterate(rows):
@@ -179,7 +185,7 @@ def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChu
 def _products_of_codes(
     index: Index, vectors: Tensor, bits: Bits
 ) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
-    """Products in whole numbers from the packed bytes, which are read once."""
+    """Integer products straight from the packed bytes, which are read once."""
     kind = QuantizedQueries if len(vectors) <= MOST_QUERIES[bits] else ByteQueries
     queries = kind(vectors, len(index.manifest.layer_blocks), bits)
     for chunk in index.iterate(_QUANTIZED_ROWS):
@@ -187,7 +193,7 @@ def _products_of_codes(
 
 
 def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidates"]:
-    """Every candidate's score for every query, in memory; for pools that are small enough."""
+    """Every candidate's score for every query, in memory; for small pools."""
     result = torch.empty(len(scorer.vectors), index.rows)
     for first, part in scores(index, scorer):
         result[:, first : first + part.shape[1]] = part
@@ -195,18 +201,18 @@ def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidate
 
 
 def scores_of(index: Index, scorer: Scorer, rows: Int64[Tensor, "some"]) -> Float[Tensor, "queries some"]:
-    """Scores of a few candidates, their rows ascending."""
-    found = torch.empty(len(scorer.vectors), len(rows))
+    """Scores of a few candidates, given their rows in ascending order."""
+    scored = torch.empty(len(scorer.vectors), len(rows))
     at_once = max(1, _WHITENING_BYTES // (4 * index.dimensions))
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
         values = index.some_rows(rows[part].tolist()).decode()
-        found[:, part] = scorer.vectors.float().cpu() @ values.T * scorer.multipliers[rows[part]]
-    return found
+        scored[:, part] = scorer.vectors.float().cpu() @ values.T * scorer.multipliers[rows[part]]
+    return scored
 
 
 def inverse_of(norms: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
-    """1/norm, which Eq. 1 multiplies by; 0 for a zero norm: a candidate without a gradient has no influence."""
+    """1/norm; 0 for a zero norm, since a candidate without a gradient has no influence."""
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 

@@ -1,23 +1,25 @@
-"""Exact top-k candidates of each query by one pass over the index."""
+"""The k most positive and most negative candidates of each query, exactly, in one pass over an index."""
 
 import dataclasses
 from collections.abc import Iterator
+from typing import final
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trackstar.errors import DamagedIndexError, OptionError
+from trackstar.errors import DamagedIndexError, check_at_least
 from trackstar.retrieval.float16_scan import CoarseQueries, Finalists
 from trackstar.retrieval.scoring import SCAN_BYTES, Scorer, scan_progress, scores
 from trackstar.store import Index
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
-# Rows scored in float16 at once, and for how many queries at once that is the faster way.
+# Rows scored in float16 at once, and the most queries for which that is faster than float32.
 _COARSE_ROWS = 1024
 _MOST_COARSE_QUERIES = 4
 
-# Candidates beside the k best, and k itself, up to which some are scored again rather than all.
+# Largest k, and most further candidates, for which scoring a few candidates twice is cheaper than a
+# scan in float32.
 _MOST_FINALISTS = 2048
 
 
@@ -38,41 +40,70 @@ class TopCandidates:
     opponent_scores: Float[Tensor, "queries k"]
 
 
+@final
+class RunningTop:
+    """The k most positive and most negative candidates among those added so far.
+
+    Candidates are added in the order of their rows. Among candidates with equal scores the first
+    one ranks first.
+
+    Args:
+        k: Candidates per query at each end.
+        top: The candidates before the first addition, if there are any.
+    """
+
+    def __init__(self, k: int, top: TopCandidates | None = None) -> None:
+        self._k = k
+        self._best = None if top is None else (top.proponent_scores, top.proponents)
+        self._worst = None if top is None else (-top.opponent_scores, top.opponents)
+
+    def add(self, scores: Float[Tensor, "queries rows"], rows: Int64[Tensor, "rows"]) -> None:
+        """Add the next candidates' scores."""
+        self._best = best_of(scores, rows, self._k, before=self._best)
+        self._worst = best_of(-scores, rows, self._k, before=self._worst)
+
+    @property
+    def top(self) -> TopCandidates:
+        """The candidates; something must have been added."""
+        assert self._best is not None, "an index has at least one example"
+        assert self._worst is not None, "an index has at least one example"
+        return _joined_ends(self._best, self._worst)
+
+
 def top_candidates(
     index: Index, scorer: Scorer, k: int, *, workers: Workers = THIS_PROCESS, progress: bool = False
 ) -> TopCandidates:
     """The k proponents and k opponents of each query, exactly, by one pass over the index.
 
-    Of candidates with equal scores the one that comes first in the index ranks first.
+    Among candidates with equal scores the first in the index ranks first.
 
     Args:
         index: The candidates.
-        scorer: How they are scored.
-        k: How many; all of them where there are fewer.
-        workers: Who goes through the index.
+        scorer: Scores the candidates.
+        k: Candidates per query at each end; all of them if the index has fewer.
+        workers: Where the index is scanned.
         progress: Whether the pass is shown.
 
     Raises:
         OptionError: k is not positive.
-        DamagedIndexError: A score is not finite, which rows as they were written do not give.
+        DamagedIndexError: A score is not finite, as undamaged rows never give.
     """
-    if k < 1:
-        raise OptionError(f"--top {k}: expected 1 or more candidates a query")
+    check_at_least("k", k)
     top = _joined(workers.scan(index, _Top(scorer=scorer, k=k, progress=progress), progress=progress), k)
-    # What is not finite sorts to one of the two ends.
-    for rows, found in ((top.proponents, top.proponent_scores), (top.opponents, top.opponent_scores)):
-        bad = (~found.isfinite()).nonzero()
+    # Scores that are not finite sort to one of the two ends.
+    for rows, ends in ((top.proponents, top.proponent_scores), (top.opponents, top.opponent_scores)):
+        bad = (~ends.isfinite()).nonzero()
         if len(bad):
             row = int(rows[tuple(bad[0].tolist())])
             raise DamagedIndexError(
-                f"{index.path}: row {row} has a score that is not finite; `trackstar verify` finds the damaged file"
+                f"{index.path}: expected finite scores, found NaN or infinity for row {row}; `verify` finds the damage"
             )
     return top
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Top:
-    """The first and last k of an index, or of a part."""
+    """The k candidates at each end of an index, or of a part of it."""
 
     scorer: Scorer
     k: int
@@ -83,16 +114,23 @@ class _Top:
 
 
 def _joined(parts: list[TopCandidates], k: int) -> TopCandidates:
-    """The first and last k of all parts, which come in the order of their rows."""
+    """The k candidates at each end of all parts, which are in the order of their rows."""
     if len(parts) == 1:
         return parts[0]
     best = _strongest([part.proponent_scores for part in parts], [part.proponents for part in parts], k)
     worst = _strongest([-part.opponent_scores for part in parts], [part.opponents for part in parts], k)
+    return _joined_ends(best, worst)
+
+
+def _joined_ends(best: tuple[Tensor, Tensor], worst: tuple[Tensor, Tensor]) -> TopCandidates:
+    """Both ends, each as scores and rows; the scores of the worst are negated."""
     return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
 
 
 def _strongest(scores: list[Tensor], rows: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each query; a part has its own equals by row already, and parts come in the order of rows."""
+    """The k largest per query. Each part lists equal scores by row, and parts are in the order of
+    their rows.
+    """
     values = torch.cat(scores, dim=1)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return values.gather(1, order), torch.cat(rows, dim=1).gather(1, order)
@@ -106,21 +144,20 @@ def _top_by_scan(index: Index, scorer: Scorer, k: int, *, progress: bool) -> Top
 
 
 def _top_by_plain_scan(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
-    """Every candidate is scored in float32."""
-    best: tuple[Tensor, Tensor] | None = None
-    worst: tuple[Tensor, Tensor] | None = None
+    """Score every candidate in float32."""
+    running = RunningTop(k)
     with scan_progress(progress, "Scan", index.rows) as bar:
-        # Merging is done for many chunks at once: it costs more than a small chunk's product.
+        # Merging costs more than a small chunk's product, so it is done for many chunks at once.
         for rows, part in _gathered(scores(index, scorer), 4096):
-            best, worst = best_of(part, rows, k, before=best), best_of(-part, rows, k, before=worst)
+            running.add(part, rows)
             bar.advance(len(rows))
-    assert best is not None, "an index has at least one example"
-    assert worst is not None, "an index has at least one example"
-    return TopCandidates(proponents=best[1], proponent_scores=best[0], opponents=worst[1], opponent_scores=-worst[0])
+    return running.top
 
 
 def _top_by_coarse_scan(index: Index, scorer: Scorer, k: int, *, progress: bool = False) -> TopCandidates:
-    """Every candidate is scored in float16 with a bound, those that can be among the k best in float32."""
+    """Score every candidate in float16 with an error bound, and those that may be among the k best
+    in float32.
+    """
     coarse = CoarseQueries(scorer.vectors)
     count = len(scorer.vectors)
     best, worst = ([Finalists(k) for _ in range(count)] for _ in range(2))
@@ -134,12 +171,13 @@ def _top_by_coarse_scan(index: Index, scorer: Scorer, k: int, *, progress: bool 
                 worst[query].add(chunk.first_row, -values[query], slack[query])
             bar.advance(len(stored))
         if max(len(finalists.rows()) for finalists in (*best, *worst)) > k + _MOST_FINALISTS:
-            # So many candidates are so close together that the plain scan is cheaper than scoring them again.
+            # Too many candidates lie within the bound; the plain scan is cheaper than scoring them
+            # twice.
             return _top_by_plain_scan(index, scorer, k, progress=progress)
         proponents = [_rescored(index, scorer, query, best[query], k, sign=1.0) for query in range(count)]
         opponents = [_rescored(index, scorer, query, worst[query], k, sign=-1.0) for query in range(count)]
     if not all(within for _, _, within in (*proponents, *opponents)):
-        # This machine does not sum float16 products in float32: the bound does not hold, and nothing is built on it.
+        # This machine does not sum float16 products in float32, so the bound does not hold.
         return _top_by_plain_scan(index, scorer, k, progress=progress)
     return TopCandidates(
         proponents=torch.stack([rows for rows, _, _ in proponents]),
@@ -152,27 +190,30 @@ def _top_by_coarse_scan(index: Index, scorer: Scorer, k: int, *, progress: bool 
 def _rescored(
     index: Index, scorer: Scorer, query: int, finalists: Finalists, k: int, *, sign: float
 ) -> tuple[Int64[Tensor, "k"], Float[Tensor, "k"], bool]:
-    """The k best (or with sign -1, worst) finalists by their scores in float32, earlier rows first among equals.
+    """Rows and float32 scores of the k best finalists, or with sign -1 the worst, and whether all
+    are within bounds.
 
-    Also, whether all are within their bounds. Products are summed in float64: in float32 their bits would follow the
-    number of finalists, which is another one where parts of the index are gone through apart.
+    Among equal scores earlier rows come first. Products are summed in float64: in float32 their
+    last bits would depend on the number of finalists, which differs if parts of the index are
+    scanned separately.
     """
     rows = finalists.rows()
-    found = torch.empty(len(rows))
+    exact = torch.empty(len(rows))
     at_once = max(1, SCAN_BYTES // (8 * index.dimensions))
     vector = scorer.vectors[query].double()
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
         stored = index.some_rows(rows[part].tolist())
         factors = stored.scales * scorer.multipliers[rows[part]]
-        found[part] = (stored.codes.double() @ vector).float() * factors
-    order = (sign * found).sort(descending=True, stable=True).indices[:k]
-    return rows[order], found[order], finalists.bound(sign * found)
+        exact[part] = (stored.codes.double() @ vector).float() * factors
+    order = (sign * exact).sort(descending=True, stable=True).indices[:k]
+    return rows[order], exact[order], finalists.bound(sign * exact)
 
 
 def _gathered(
     parts: Iterator[tuple[int, Tensor]], candidates: int
 ) -> Iterator[tuple[Int64[Tensor, "rows"], Float[Tensor, "queries rows"]]]:
+    """Rows and scores of at least `candidates` candidates at a time."""
     held: list[Tensor] = []
     first, count = 0, 0
     for start, part in parts:
@@ -193,13 +234,14 @@ def best_of(
     *,
     before: tuple[Float[Tensor, "queries found"], Int64[Tensor, "queries found"]] | None = None,
 ) -> tuple[Float[Tensor, "queries k"], Int64[Tensor, "queries k"]]:
-    """The k largest of what was best before and of new values, with their rows; earlier rows win ties.
+    """The k largest of the earlier best and of new values, with their rows; earlier rows win ties.
 
     Args:
-        values: Scores.
-        rows: Their rows in the index, ascending and after those of `before`: the same for all queries, or each its own.
-        k: How many; all of them where there are fewer.
-        before: What this gave for earlier rows.
+        values: The new scores.
+        rows: Their rows in the index, ascending and after those of `before`; shared by all queries,
+            or one list each.
+        k: Values per query; all of them if there are fewer.
+        before: This function's result for earlier rows.
     """
     rows = rows.expand(len(values), -1)
     if before is not None:
@@ -209,10 +251,10 @@ def best_of(
 
 
 def _largest(values: Float[Tensor, "queries rows"], k: int) -> Int64[Tensor, "queries k"]:
-    """Places of the k largest values, descending, the first places among equals."""
-    found, places = values.topk(k, dim=1)
-    if (values >= found[:, -1:]).sum() > found.numel():
-        # Equals of the last one were left out, and which ones is anyone's guess.
+    """Places of the k largest values, descending; among equal values the first places."""
+    largest, places = values.topk(k, dim=1)
+    if (values >= largest[:, -1:]).sum() > largest.numel():
+        # topk left out values equal to the smallest, and does not specify which.
         return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     places = places.sort(dim=1).values
     return places.gather(1, values.gather(1, places).sort(dim=1, descending=True, stable=True).indices)

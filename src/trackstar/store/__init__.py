@@ -1,24 +1,19 @@
-"""The index on disk: its manifest, its shards, writing and reading them. FORMAT.md says what lies where."""
+"""The index on disk.
 
-from trackstar.store.codecs import (
-    CODECS,
-    StoredRows,
-    check_codec,
-    check_quantizable,
-    codec_bits,
-    encode,
-    quantized_bits,
-    row_bytes,
-)
+Projected gradients φ (Eq. 4) or whitened ones u = W_train φ go in, with V, R_train or W_train,
+losses, tokens and texts; the same come out, in shards of a format that FORMAT.md specifies byte by
+byte, with a digest over every file.
+"""
+
+from trackstar.store.codecs import StoredRows, codec_bits, encode, quantized_bits, row_bytes
 from trackstar.store.files.places import Place, as_folder, is_url, lies_in, place_name
 from trackstar.store.index_tensors import IndexTensors, have_shapes, tensors_digest
-from trackstar.store.manifest import (
-    FORMAT_VERSION,
+from trackstar.store.manifest import FORMAT_VERSION, Manifest, differences, load_manifest
+from trackstar.store.manifest_entries import (
     CompletionEntry,
     CorpusEntry,
     CoverageEntry,
     LayerBlockEntry,
-    Manifest,
     MatrixEntry,
     ModelEntry,
     ProjectionEntry,
@@ -27,8 +22,6 @@ from trackstar.store.manifest import (
     TokenizerEntry,
     WhiteningEntry,
     WindowsEntry,
-    differences,
-    load_manifest,
 )
 from trackstar.store.quantization import Bits
 from trackstar.store.reader import CodeChunk, Index
@@ -39,7 +32,6 @@ from trackstar.store.verification import VerificationReport, verify
 from trackstar.store.writer import IndexWriter, check_same
 
 __all__ = [
-    "CODECS",
     "FORMAT_VERSION",
     "PART_FOLDER",
     "PREPARING_LOCK",
@@ -71,8 +63,6 @@ __all__ = [
     "WhiteningEntry",
     "WindowsEntry",
     "as_folder",
-    "check_codec",
-    "check_quantizable",
     "check_same",
     "codec_bits",
     "differences",

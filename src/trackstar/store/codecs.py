@@ -1,94 +1,78 @@
-"""How rows of coordinates become the numbers that a shard stores, and back.
+"""Encode rows of coordinates as the numbers that a shard stores, and decode them.
 
-float32, bfloat16, float16: a row is stored as codes c and one scale s, a power of two: row ≈ c·s. Multiplying by a
-power of two is exact, so the only rounding is that of the codec's own number format; and a row of any magnitude fits
-into it.
+float32, bfloat16, float16: codes c and one scale s per row, a power of two: row ≈ c·s.
+Multiplication by a power of two is exact, so the only rounding is that of the codec's number
+format, and a row of any magnitude fits the format.
 
-int8, 4-bit, 2-bit, 1-bit: whole numbers, and a factor for each layer block that makes inner products unbiased; see
-`quantization.py`. They are made for whitened coordinates.
+int8, 4-bit, 2-bit, 1-bit: integer codes and one factor per layer block, which makes inner products
+unbiased; see `quantization.py`. These codecs need whitened coordinates.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
-from trackstar.choices import CodecName
-from trackstar.errors import OptionError
+from trackstar.choices import CODECS, LOW_BIT_CODECS, CodecName
+from trackstar.errors import check_choice
 from trackstar.store.quantization import Bits, dequantize, quantize
 
-CODECS: tuple[CodecName, ...] = get_args(CodecName)
-_FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOAT_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _BITS: dict[str, Bits] = {"int8": 8, "4-bit": 4, "2-bit": 2, "1-bit": 1}
+assert {*_FLOAT_DTYPES, *_BITS} == set(CODECS)
+assert _BITS.keys() == set(LOW_BIT_CODECS)
 
-# The scale and its inverse are then both normal float32 numbers.
+# With these exponents a scale and its inverse are both normal float32 numbers.
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 126
 
 
-def check_codec(codec: str) -> None:
-    """See that there is a codec of this name.
-
-    Raises:
-        OptionError: There is none.
-    """
-    if codec not in CODECS:
-        raise OptionError(f"--codec {codec}: expected one of {', '.join(CODECS)}")
-
-
-def check_quantizable(codec: CodecName, side: int) -> None:
-    """See that a layer block of side² dimensions fills whole words of a codec's codes.
-
-    Raises:
-        OptionError: It does not.
-    """
-    if codec in _BITS and side % 8:
-        raise OptionError(f"--side {side}: expected a multiple of 8 for --codec {codec}")
-
-
 def quantized_bits(codec: CodecName) -> Bits | None:
-    """Bits a dimension of a codec with factors; None for a floating-point one."""
+    """Bits per dimension of a low-bit codec; None for a floating-point codec."""
     return _BITS.get(codec)
 
 
 def codec_bits(codec: CodecName) -> int:
-    """Bits a dimension."""
+    """Bits per dimension."""
     return _BITS[codec] if codec in _BITS else _FLOAT_DTYPES[codec].itemsize * 8
 
 
 def codec_dtype(codec: CodecName) -> torch.dtype:
-    """The dtype of a codec's codes."""
+    """Dtype of a codec's codes."""
     return _FLOAT_DTYPES.get(codec, torch.uint8)
 
 
 def code_columns(codec: CodecName, dimensions: int) -> int:
-    """Number of codes that a row is stored in: dimensions, or bytes."""
+    """Number of elements in a row of codes: one per dimension, or one per byte of packed codes."""
     return dimensions * _BITS[codec] // 8 if codec in _BITS else dimensions
 
 
 def scales_shape(codec: CodecName, rows: int, blocks: int) -> tuple[int, ...]:
-    """Shape of the scales of so many rows: one a row, or one a row and layer block."""
+    """Shape of the scales: one per row, or for low-bit codecs one per row and layer block."""
     return (rows, blocks) if codec in _BITS else (rows,)
 
 
 def row_bytes(codec: CodecName, dimensions: int, blocks: int) -> int:
-    """Bytes that a row takes in a store: codes, scales and norm. Its tokens and text are beside it."""
+    """Bytes of a stored row: codes, scales and norm, without its tokens and text."""
     scales = blocks if codec in _BITS else 1
     return code_columns(codec, dimensions) * codec_dtype(codec).itemsize + 4 * scales + 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredRows:
-    """Rows of coordinates as a shard keeps them.
+    """Encoded rows of coordinates, as a shard stores them.
 
     Attributes:
         codec: The codec.
-        codes: Numbers in the codec's own format, or packed codes [rows, bytes].
-        scales: A row's power of two [rows], or the factors of a quantizing codec [rows, blocks].
-        norms: Euclidean norm of each row before it was coded.
+        codes: Numbers in the codec's format [rows, dim], or packed codes [rows, bytes].
+        scales: A power of two per row [rows], or the factors of a low-bit codec [rows, blocks].
+        norms: Euclidean norm of each row before encoding.
     """
 
     codec: CodecName
@@ -109,7 +93,7 @@ class StoredRows:
 
     @classmethod
     def empty(cls, codec: CodecName, rows: int, dimensions: int, blocks: int) -> "StoredRows":
-        """Memory for so many rows."""
+        """Uninitialized memory for `rows` rows."""
         return cls(
             codec=codec,
             codes=torch.empty(rows, code_columns(codec, dimensions), dtype=codec_dtype(codec)),
@@ -118,8 +102,8 @@ class StoredRows:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["StoredRows"]) -> "StoredRows":
-        """Rows of one part after the other; a single part is given back as it is."""
+    def concatenated(cls, parts: Sequence["StoredRows"]) -> "StoredRows":
+        """The rows of the parts, one part after the other; a single part is returned without a copy."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -130,17 +114,16 @@ class StoredRows:
         )
 
     def contiguous(self) -> "StoredRows":
-        """The same with codes that lie one after the other; those that do are not copied."""
+        """The same rows with contiguous codes; contiguous codes are not copied."""
         return dataclasses.replace(self, codes=self.codes.contiguous())
 
     def to(self, device: torch.device | str) -> "StoredRows":
-        """The same on another device."""
-        moved = (part.to(device) for part in (self.codes, self.scales, self.norms))
-        codes, scales, norms = moved
+        """The same rows on another device."""
+        codes, scales, norms = (part.to(device) for part in (self.codes, self.scales, self.norms))
         return StoredRows(codec=self.codec, codes=codes, scales=scales, norms=norms)
 
     def decode(self) -> Float32[Tensor, "rows dim"]:
-        """The coordinates that inner products are taken with, always a new tensor on the codes' device."""
+        """The decoded coordinates, as a new tensor on the codes' device."""
         bits = quantized_bits(self.codec)
         if bits is None:
             return self.codes.to(torch.float32) * self.scales[:, None]
@@ -148,13 +131,14 @@ class StoredRows:
 
 
 def encode(coordinates: Float[Tensor, "rows dim"], codec: CodecName, blocks: int = 1) -> StoredRows:
-    """Rows of coordinates as they are stored.
+    """Encode rows of coordinates.
 
-    float32 is lossless: codes are the values, scales are 1. For bfloat16 and float16 the scale is the power of two
-    nearest to the row's root mean square (1 where the row is zero), so that codes are of the order of 1: no row is too
-    large or too small, and a code's relative error is at most 2^-9 (bfloat16) or 2^-11 (float16, for values above
-    2^-14 of the row's root mean square; its absolute error below that is at most 2^-25 of it). The others are
-    `quantization.quantize`.
+    float32 is lossless: codes are the values, scales are 1. For bfloat16 and float16 the scale is
+    the power of two nearest to the row's root mean square (1 for a row of zeros), so codes are of
+    the order of 1 and no row is too large or too small. A code's relative error is at most 2^-9 for
+    bfloat16, and 2^-11 for float16 if the value is above 2^-14 of the row's root mean square; below
+    that, the absolute error is at most 2^-25 of the root mean square. Low-bit codecs use
+    `quantize`.
 
     Args:
         coordinates: φ or u, finite, on any device.
@@ -165,11 +149,11 @@ def encode(coordinates: Float[Tensor, "rows dim"], codec: CodecName, blocks: int
         Codes, scales and norms, on the same device.
 
     Raises:
-        OptionError: There is no codec of that name, or the dimensions of a block do not fill whole bytes.
+        OptionError: The codec is unknown, or the dimensions of a block do not fill whole bytes.
     """
-    check_codec(codec)
+    check_choice("codec", codec, CODECS)
     values = coordinates.to(torch.float32)
-    # In float64 the square of no float32 overflows or vanishes.
+    # In float64, no square of a float32 overflows or underflows.
     norms = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
     bits = quantized_bits(codec)
     if bits is not None:
@@ -185,7 +169,7 @@ def encode(coordinates: Float[Tensor, "rows dim"], codec: CodecName, blocks: int
 
 
 def _nearest_exponents(sizes: Float[Tensor, "rows"]) -> Tensor:
-    """The e for which 2^e is nearest to each size, as a ratio; 0 where it is zero."""
+    """The exponent e for which 2^e is nearest to each size, as a ratio; 0 for a size of zero."""
     mantissas, exponents = torch.frexp(sizes)
     nearest = torch.where(mantissas < math.sqrt(0.5), exponents - 1, exponents)
     return torch.where(sizes > 0, nearest.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT), 0)

@@ -1,6 +1,5 @@
-"""Results of later computations kept beside an index; they may be deleted at any time and are then computed again."""
+"""Cached results of computations with an index, stored in its folder; they can be deleted at any time."""
 
-import hashlib
 import os
 import re
 import secrets
@@ -9,28 +8,30 @@ from typing import final
 
 from torch import Tensor
 
+from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import StoreError
 from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder
 from trackstar.store.files.places import Place
-from trackstar.store.index_tensors import in_order
+from trackstar.store.index_tensors import sorted_tensors
 from trackstar.store.manifest import Manifest
-from trackstar.store.tensor_file import checked_tensors, open_tensor_file, write_tensor_file
+from trackstar.store.tensor_file import open_tensor_file, write_tensor_file
+from trackstar.store.tensor_reading import checked_tensors
 
 DERIVED_FORMAT = "trackstar-derived-1"
 
 
 @final
 class DerivedCache:
-    """The files under derived/ that were computed from the index with this manifest."""
+    """The files in derived/ that were computed from the index with this manifest."""
 
     def __init__(self, folder: Place, manifest: Manifest) -> None:
         self._folder = folder
         self._finished = manifest.completion is not None
-        self._index = hashlib.blake2b(manifest.to_json().encode("ascii"), digest_size=32).hexdigest()
+        self._index = digest_of_bytes(manifest.to_json().encode("ascii"), bits=256)
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """What is kept under `key`; None where nothing is, or it is damaged or of another index."""
-        path = self._place(key)
+        """The tensors saved under `key` for this index; None if there are none, or if they are damaged."""
+        path = self._file(key)
         try:
             if not self._finished or not exists(path):
                 return None
@@ -40,20 +41,21 @@ class DerivedCache:
             return None
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Keep `tensors` under `key`; False where that cannot be done."""
-        path = self._place(key)
+        """Save `tensors` under `key`; False if they cannot be saved."""
+        path = self._file(key)
         if not self._finished:
             return False
-        # Several readers may compute the same at once: each writes a file of its own, and the last rename stays.
+        # Several processes may save the same result at once: each writes its own file, and the last
+        # rename wins.
         suffix = f".{os.getpid()}-{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
         try:
             make_folder(self._folder)
-            write_tensor_file(path, in_order(tensors), self._metadata(key), partial_suffix=suffix)
+            write_tensor_file(path, sorted_tensors(tensors), self._metadata(key), partial_suffix=suffix)
         except StoreError:
             return False
         return True
 
-    def _place(self, key: str) -> Place:
+    def _file(self, key: str) -> Place:
         assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,150}", key), key
         return self._folder / f"{key}.safetensors"
 

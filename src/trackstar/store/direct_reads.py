@@ -1,8 +1,9 @@
-"""Reading a tensor's rows past the page cache, the next part while one is used: for stores larger than memory.
+"""Read a tensor's rows without the page cache, ahead of their use: for stores larger than memory.
 
-Mapped memory is best for what fits into it. A larger store would push everything else out and wait for the disk at
-every page; here large parts are read ahead by a thread into two buffers that are used in turn (O_DIRECT, where the file
-system has it; elsewhere plain reads, whose pages are given back at once).
+Mapped files are fastest for a store that fits into memory. A larger store would evict everything
+else and wait for the disk at each page. Here, a thread reads large parts ahead into two alternating
+buffers, with O_DIRECT if the file system supports it, else with plain reads whose pages are
+released at once.
 """
 
 import errno
@@ -17,35 +18,35 @@ import torch
 from torch import Tensor
 
 from trackstar.errors import StoreError
-from trackstar.store.tensor_file import PAGE, TensorFile, damaged
+from trackstar.store.tensor_file import PAGE, TensorFile, damaged, unreadable
 
 
 def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Tensor]:
-    """Consecutive rows of a tensor, `rows_per_part` at a time; each part may be used until the next is asked for.
+    """The rows of a tensor in parts of `rows_per_part`; a part is valid until the next one is requested.
 
     Raises:
-        DamagedIndexError: The file is gone or has become too short.
-        StoreError: It cannot be read.
+        DamagedIndexError: The file was removed or has become too short.
+        StoreError: The file cannot be read.
     """
-    place = file.places[name]
-    rows = place.shape[0]
-    row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
+    info = file.tensors[name]
+    rows = info.shape[0]
+    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
     starts = range(0, rows, rows_per_part)
     buffers = [mmap.mmap(-1, _aligned(rows_per_part * row_bytes) + 2 * PAGE) for _ in range(2)]
-    descriptor = _opened(file)
+    descriptor = _open(file)
 
     def read(number: int) -> Tensor:
         first = starts[number]
         count = min(rows_per_part, rows - first)
-        begin = place.start + first * row_bytes
+        begin = info.start + first * row_bytes
         stop = begin + count * row_bytes
         offset = begin // PAGE * PAGE
         _read(file, descriptor, memoryview(buffers[number % 2])[: _aligned(stop - offset)], offset, stop)
-        if not _passes_cache_by(descriptor):
+        if not _bypasses_cache(descriptor):
             os.posix_fadvise(descriptor, offset, stop - offset, os.POSIX_FADV_DONTNEED)
-        numbers = count * row_bytes // place.dtype.itemsize
-        flat = torch.frombuffer(buffers[number % 2], dtype=place.dtype, count=numbers, offset=begin - offset)
-        return flat.view(count, *place.shape[1:])
+        numbers = count * row_bytes // info.dtype.itemsize
+        flat = torch.frombuffer(buffers[number % 2], dtype=info.dtype, count=numbers, offset=begin - offset)
+        return flat.view(count, *info.shape[1:])
 
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
@@ -59,28 +60,28 @@ def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Ten
         os.close(descriptor)
 
 
-def _opened(file: TensorFile) -> int:
-    """A descriptor that reads past the page cache, where the file system can."""
+def _open(file: TensorFile) -> int:
+    """A descriptor that bypasses the page cache if the file system supports it."""
     for flags in (os.O_DIRECT, 0):
         try:
             return os.open(str(file.path), os.O_RDONLY | os.O_CLOEXEC | flags)
         except FileNotFoundError:
-            raise damaged(file.path, "missing, expected it to be there") from None
+            raise damaged(file.path, "missing") from None
         except OSError as error:
             if not flags or error.errno != errno.EINVAL:
-                raise StoreError(f"{file.path}: cannot be read ({error.strerror}); make the file readable") from error
+                raise unreadable(file.path, error) from error
     raise AssertionError("unreachable")
 
 
 def _read(file: TensorFile, descriptor: int, buffer: memoryview, offset: int, stop: int) -> None:
-    """Fill the buffer from `offset` on, at least up to `stop`."""
+    """Fill the buffer from byte `offset` of the file, at least up to byte `stop`."""
     position = offset
     while position < stop:
         try:
             count = os.preadv(descriptor, [buffer[position - offset :]], position)
         except OSError as error:
-            if error.errno == errno.EINVAL and _passes_cache_by(descriptor):
-                _read_through_cache(descriptor)  # some file systems take O_DIRECT and then refuse to read so
+            if error.errno == errno.EINVAL and _bypasses_cache(descriptor):
+                _read_through_cache(descriptor)  # some file systems accept O_DIRECT and then refuse to read
                 continue
             raise StoreError(f"{file.path}: cannot be read ({error.strerror})") from error
         if count == 0:
@@ -88,7 +89,7 @@ def _read(file: TensorFile, descriptor: int, buffer: memoryview, offset: int, st
         position += count
 
 
-def _passes_cache_by(descriptor: int) -> bool:
+def _bypasses_cache(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
 
 

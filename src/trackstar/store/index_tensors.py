@@ -1,4 +1,4 @@
-"""The tensors that an index keeps beside its shards: V, R_train or W_train, and what an interrupted run had summed."""
+"""The tensors of an index beside its shards: V, R_train or W_train, and the sums of an interrupted run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from trackstar.store.manifest import Manifest
 from trackstar.store.shards import Shard
 from trackstar.store.tensor_file import (
     TensorFile,
-    checked_tensors,
     damaged,
-    digest_of,
     open_tensor_file,
+    tensor_file_digest,
     write_tensor_file,
 )
+from trackstar.store.tensor_reading import checked_tensors
 from trackstar.text import cut
 
 SECOND_MOMENT = "second_moment"
@@ -31,20 +31,20 @@ PROGRESS_FORMAT = "trackstar-progress-1"
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b-256, in hexadecimal, of the file that an index keeps these tensors in.
+    """Digest of the file that an index stores these tensors in, such as a manifest's `second_moment.digest`.
 
-    It depends on names, dtypes, shapes and values, not on the mapping's order; a manifest's `second_moment.digest`.
+    It depends on names, dtypes, shapes and values, not on the mapping's order.
     """
-    return digest_of(in_order(tensors), TENSORS_METADATA)
+    return tensor_file_digest(sorted_tensors(tensors), TENSORS_METADATA)
 
 
-def in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by decreasing item size, so that each lies at a multiple of its item size, then by name."""
+def sorted_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by decreasing item size, which aligns each to its item size, then by name."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
 def have_shapes(tensors: Mapping[str, Tensor] | None, **shapes: tuple[int, ...]) -> TypeGuard[Mapping[str, Tensor]]:
-    """Whether these are tensors of the names and shapes: a file with a good digest may still hold others."""
+    """Whether the tensors have these names and shapes, which a valid digest does not guarantee."""
     return tensors is not None and all(
         name in tensors and tuple(tensors[name].shape) == shape for name, shape in shapes.items()
     )
@@ -59,19 +59,19 @@ class IndexTensors:
         self._copies: dict[tuple[str, str], dict[str, Tensor]] = {}  # by name and digest
 
     def write(self, name: str, tensors: Mapping[str, Tensor], manifest: Manifest) -> str:
-        """Write `second_moment`, `autocorrelation` or `whitening`; gives its digest."""
-        path = self._place(name)
+        """Write `second_moment`, `autocorrelation` or `whitening` and return the file's digest."""
+        path = self._file(name)
         if name != AUTOCORRELATION:
-            found, expected = tensors_digest(tensors), _known_digest(name, manifest)
+            found, expected = tensors_digest(tensors), _manifest_digest(name, manifest)
             if found != expected:
                 raise IndexMismatchError(
-                    f"{path}: the index was made with {name}.digest {expected!r}, but {found!r} is given now; "
-                    "use what the index was begun with, or choose another folder"
+                    f"{path}: {name}.digest is {found!r}, but the index was begun with {expected!r}; use the settings "
+                    "that the index was begun with, or choose another folder"
                 )
-        return write_tensor_file(path, in_order(tensors), TENSORS_METADATA)
+        return write_tensor_file(path, sorted_tensors(tensors), TENSORS_METADATA)
 
     def read(self, name: str, manifest: Manifest) -> dict[str, Tensor]:
-        """What `write` wrote, checked; where the manifest knows the digest, against that."""
+        """The tensors that `write` wrote, after a comparison with the digests of file and manifest."""
         file = self.open(name, manifest)
         if isinstance(file.path, Path):
             return checked_tensors(file)
@@ -81,22 +81,22 @@ class IndexTensors:
         return dict(self._copies[key])
 
     def open(self, name: str, manifest: Manifest) -> TensorFile:
-        """The file of one of them: its header, against the manifest, not its data."""
-        file = open_tensor_file(self._place(name))
-        known = _known_digest(name, manifest)
-        if known is not None and file.digest != known:
-            raise damaged(file.path, f"digest {file.digest}, expected {cut(known)} as the manifest says")
+        """Open a file of tensors and compare its header with the manifest; the data are not read."""
+        file = open_tensor_file(self._file(name))
+        expected = _manifest_digest(name, manifest)
+        if expected is not None and file.digest != expected:
+            raise damaged(file.path, f"digest {file.digest}, expected {cut(expected)}, the manifest's")
         return file
 
     def check(self, manifest: Manifest, *, whole: bool) -> None:
-        """Check that the files which the manifest needs are there.
+        """Check that the files of the tensors that the manifest needs are intact.
 
         Args:
-            manifest: The index's.
-            whole: Whether all of them is compared with their digests; otherwise their data are not read.
+            manifest: The index's manifest.
+            whole: Whether to compare all bytes with the digests; otherwise the data are not read.
 
         Raises:
-            DamagedIndexError: One is missing, cut off, damaged, or not the manifest's.
+            DamagedIndexError: A file is missing, cut off, damaged or not the manifest's.
         """
         for name in needed_tensors(manifest):
             if whole:
@@ -105,13 +105,13 @@ class IndexTensors:
                 self.open(name, manifest)
 
     def save_progress(self, tensors: Mapping[str, Tensor], shards: Sequence[Shard]) -> None:
-        """Keep what was accumulated over `shards`."""
+        """Save sums over `shards`."""
         last = shards[-1].digest if shards else ""
         metadata = {"format": PROGRESS_FORMAT, "shards": str(len(shards)), "last_shard": last}
-        write_tensor_file(self._path / f"{PROGRESS}.safetensors", in_order(tensors), metadata)
+        write_tensor_file(self._path / f"{PROGRESS}.safetensors", sorted_tensors(tensors), metadata)
 
     def load_progress(self, shards: Sequence[Shard]) -> tuple[int, dict[str, Tensor]]:
-        """What was kept over the first of `shards`, and over how many; (0, {}) where that is not so."""
+        """Number of leading `shards` that the saved sums cover, and the sums; (0, {}) if none do."""
         path = self._path / f"{PROGRESS}.safetensors"
         if not exists(path):
             return 0, {}
@@ -125,19 +125,19 @@ class IndexTensors:
                 return count, tensors
         return 0, {}
 
-    def _place(self, name: str) -> Place:
+    def _file(self, name: str) -> Place:
         assert name in NAMES, name
         return self._path / f"{name}.safetensors"
 
 
 def needed_tensors(manifest: Manifest) -> tuple[str, ...]:
-    """Which of the files a finished index has."""
-    kept = () if manifest.second_moment.digest is None else (SECOND_MOMENT,)
-    return (*kept, AUTOCORRELATION if manifest.whitening is None else WHITENING)
+    """Names of the tensors that a finished index with this manifest has."""
+    second_moment = () if manifest.second_moment.digest is None else (SECOND_MOMENT,)
+    return (*second_moment, AUTOCORRELATION if manifest.whitening is None else WHITENING)
 
 
-def _known_digest(name: str, manifest: Manifest) -> str | None:
-    """What the manifest says of a file's digest, if anything."""
+def _manifest_digest(name: str, manifest: Manifest) -> str | None:
+    """The digest of a file of tensors according to the manifest, if it has one."""
     if name == SECOND_MOMENT:
         return manifest.second_moment.digest
     if name == WHITENING:

@@ -1,4 +1,4 @@
-"""Whether what a shard holds makes sense: what its digest cannot tell, since whoever wrote it wrote the digest too."""
+"""Check that a shard's values are plausible, which a digest from the same writer cannot show."""
 
 import numpy as np
 import torch
@@ -11,27 +11,28 @@ ROWS_AT_ONCE = 256
 
 
 def check_content(shard: Shard, *, begin: ResumePoint) -> None:
-    """Check every value of a shard that was opened; its bytes are as its digest says.
+    """Check every value of an open shard whose bytes agree with its digest.
 
     Args:
         shard: The shard.
-        begin: Where the shard before it ended.
+        begin: End of the previous shard.
 
     Raises:
-        DamagedIndexError: A value cannot be that of a shard; the message names the file and the row.
+        DamagedIndexError: A value is impossible for a shard; the message names the file and the
+            row.
     """
     _check_numbers(shard)
     _check_examples(shard, begin)
 
 
 def _check_numbers(shard: Shard) -> None:
-    """Scales, norms, losses and codes can be such."""
+    """Check scales, norms, losses and floating-point codes."""
     assert len(shard.scales) == len(shard.norms) == shard.rows
     wrong = torch.nonzero(~torch.isfinite(shard.losses)).flatten()
     if len(wrong):
         raise damaged(shard.path, f"row {int(wrong[0])} has a loss that is not finite")
     if quantized_bits(shard.codec) is not None:
-        return  # whatever the bits, they are codes
+        return  # any bits are valid codes
     row = 0
     for part in shard.parts():
         for codes in part.codes.split(ROWS_AT_ONCE):
@@ -42,9 +43,9 @@ def _check_numbers(shard: Shard) -> None:
 
 
 def _check_examples(shard: Shard, begin: ResumePoint) -> None:
-    """Offsets cover all values; masks and counts agree; places in the corpus rise from `begin` to the shard's end."""
+    """Check that offsets cover all values, masks agree with counts, and records and windows rise."""
     for kind, names in RAGGED.items():
-        offsets, length = shard.read(f"{kind}_offsets"), shard.file.places[names[0]].shape[0]
+        offsets, length = shard.read(f"{kind}_offsets"), shard.file.tensors[names[0]].shape[0]
         if offsets[0] != 0 or offsets[-1] != length or np.any(offsets[1:] < offsets[:-1]):
             raise damaged(shard.path, f"{kind}_offsets do not rise from 0 to {length}")
     counts = shard.target_counts.tolist()

@@ -1,4 +1,4 @@
-"""What a shard is written from, and the tensors that this becomes."""
+"""The content of a shard, and the tensors that it is written as."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from trackstar.store.manifest import Manifest
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
-    """What all shards of an index have in common.
+    """The properties that all shards of an index share.
 
     Attributes:
-        index: The identity digest of the index's manifest.
-        examples: The number of examples in every shard but the last.
+        index: Identity digest of the index's manifest.
+        examples: Number of examples in every shard but the last.
         dimensions: Number of dimensions of a row.
         blocks: Number of layer blocks.
         codec: How rows are stored.
@@ -34,7 +34,7 @@ class ShardPlan:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "ShardPlan":
-        """The plan that a manifest fixes."""
+        """The plan of the index with this manifest."""
         return cls(
             index=manifest.identity_digest(),
             examples=manifest.shard_examples,
@@ -46,15 +46,15 @@ class ShardPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ShardContent:
-    """What a shard is written from.
+    """The content of a shard.
 
     Attributes:
-        stored: The coordinates as the codec stores them, contiguous, in main memory.
+        stored: The encoded coordinates, contiguous, in main memory.
         losses: Summed cross-entropy of each example's target tokens, in nats.
         examples: The examples, in the order of the rows.
-        next_record: The record that the example after the shard's last comes from.
-        next_window: That example's window of the record.
-        skipped: Number of records, of all before `next_record`, without a scorable token.
+        next_record: Record of the example that follows the shard's last.
+        next_window: Window of that example within its record.
+        skipped: Number of records before `next_record` without a target token.
     """
 
     stored: StoredRows
@@ -66,7 +66,7 @@ class ShardContent:
 
 
 def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
-    """The tensors of a shard's file, in their order in it; the codes are not copied."""
+    """The tensors of a shard's file, in the file's order; the codes are not copied."""
     examples = content.examples
     rows = len(examples)
     assert 1 <= rows <= plan.examples, rows
@@ -104,6 +104,7 @@ def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
 
 
 def _ragged(parts: Sequence[np.ndarray], dtype: type) -> tuple[Tensor, Tensor]:
+    """Offsets [parts + 1] and concatenated values: part i has the values offsets[i] to offsets[i + 1]."""
     offsets = np.zeros(len(parts) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
     return torch.from_numpy(offsets), torch.from_numpy(np.concatenate(parts).astype(dtype))

@@ -1,6 +1,7 @@
-"""The shards of an index that several processes make at the same time, none of which leads or waits for another.
+"""The shards of an index that several processes write at the same time, without a coordinator.
 
-`IndexWriter` is for the one process that writes an index alone, and finishes it. Here each shard stands for itself.
+`IndexWriter` is for the one process that writes an index alone, or finishes it. Here each shard is
+independent.
 """
 
 import contextlib
@@ -15,31 +16,33 @@ from typing import final
 import torch
 
 from trackstar.errors import DamagedIndexError
-from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, remove_if_there
+from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, remove_file
 from trackstar.store.files.places import Place
 from trackstar.store.index_tensors import AUTOCORRELATION, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_content import ShardContent, ShardPlan
-from trackstar.store.shards import ResumePoint, open_shard, write_shard_file
-from trackstar.store.tensor_file import check_digest, checked_tensors, open_tensor_file, write_tensor_file
+from trackstar.store.shard_files import open_shard, write_shard_file
+from trackstar.store.shards import ResumePoint
+from trackstar.store.tensor_file import open_tensor_file, write_tensor_file
+from trackstar.store.tensor_reading import check_digest, checked_tensors
 
 CORPUS_END = "corpus_end"
 PART_FOLDER = "part"
-"""Within an unfinished index: an index that it is made from, of a first pass's examples or of those to be added."""
+"""Folder within an unfinished index: an index of the first pass's examples, or of the examples to add."""
 PREPARING_LOCK = ".preparing.lock"
-"""Locked while what is done once for an index is done."""
+"""File that is locked while one task does the work that all shards depend on."""
 _END_FORMAT = "trackstar-corpus-end-1"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusEnd:
-    """What a process knows that has gone through the whole corpus.
+    """Totals that are known once a process has read the whole corpus.
 
     Attributes:
-        shards: How many shards the index has.
-        rows: How many examples.
-        records: How many records the corpus has.
-        skipped: How many of these have no scorable token.
+        shards: Number of shards of the index.
+        rows: Number of examples.
+        records: Number of records of the corpus.
+        skipped: Number of these records without a target token.
     """
 
     shards: int
@@ -50,12 +53,12 @@ class CorpusEnd:
 
 @final
 class ShardFolder:
-    """Shards of the index at `path`, made and looked at one by one.
+    """The shards of the index at `path`, written and checked one by one.
 
     Args:
-        path: The index's folder.
-        manifest: What the index is made with.
-        on_note: Told of damaged shards.
+        path: Folder of the index.
+        manifest: The index's manifest.
+        on_note: Callback that receives a note of one line for each damaged shard.
     """
 
     def __init__(self, path: Place, manifest: Manifest, *, on_note: Callable[[str], None] = lambda _note: None) -> None:
@@ -64,11 +67,11 @@ class ShardFolder:
         self._on_note = on_note
 
     def end_of(self, number: int, *, whole: bool) -> ResumePoint | None:
-        """Where shard `number` ends; None where it is not there, or not good.
+        """End of shard `number`; None if the shard is missing or damaged.
 
         Args:
-            number: Its number.
-            whole: Whether all of it is read and compared with its digest, or only its header.
+            number: Number of the shard.
+            whole: Whether to compare all bytes with the digest; otherwise only the header is read.
         """
         path = self._file(number)
         if not exists(path):
@@ -79,25 +82,26 @@ class ShardFolder:
                 check_digest(shard.file)
         except DamagedIndexError as error:
             if not exists(path):
-                return None  # whoever found it damaged took it away
-            self._on_note(f"shard {number} is damaged{' and will be made again' if whole else ''}: {error}")
+                return None  # another process has noticed the damage and removed the file
+            self._on_note(f"shard {number} is damaged{' and will be written again' if whole else ''}: {error}")
             return None
         return shard.end
 
     def write(self, number: int, content: ShardContent) -> None:
-        """Write shard `number`, durably. A good one that is there by now is left: an index may be finished with it.
+        """Write shard `number`, durably.
 
-        Where another process writes it at the same moment, the last one's is kept, all of it.
+        An intact file is left as it is, since a finished index may contain it.         If several
+        processes write the shard at the same time, the complete file of the last one remains.
 
         Raises:
-            StoreError: It cannot be written; nothing is left of it.
+            StoreError: The shard cannot be written; nothing of it remains.
         """
-        if self._is_good(number):
+        if self._is_intact(number):
             return
         make_folder(self._path / "shards")
-        write_shard_file(self._path / "shards", self._plan, number, content, partial_suffix=_own_suffix())
+        write_shard_file(self._path / "shards", self._plan, number, content, partial_suffix=_unique_suffix())
 
-    def _is_good(self, number: int) -> bool:
+    def _is_intact(self, number: int) -> bool:
         with contextlib.suppress(DamagedIndexError):
             if exists(self._file(number)):
                 check_digest(open_shard(self._file(number), self._plan, number).file)
@@ -105,21 +109,21 @@ class ShardFolder:
         return False
 
     def missing(self, count: int) -> list[int]:
-        """Which of the first `count` shards have no file."""
+        """Numbers of those of the first `count` shards that have no file."""
         return [number for number in range(count) if not exists(self._file(number))]
 
     def write_end(self, end: CorpusEnd) -> None:
-        """Keep where the corpus ends.
+        """Save the totals of the corpus.
 
         Raises:
-            StoreError: It cannot be written.
+            StoreError: They cannot be written.
         """
         metadata = {"format": _END_FORMAT, "manifest_digest": self._plan.index}
         values = {"end": torch.tensor([end.shards, end.rows, end.records, end.skipped])}
-        write_tensor_file(_end_file(self._path), values, metadata, partial_suffix=_own_suffix())
+        write_tensor_file(_end_file(self._path), values, metadata, partial_suffix=_unique_suffix())
 
     def read_end(self) -> CorpusEnd | None:
-        """What `write_end` kept; None where there is none of this index, or it is damaged."""
+        """The totals that `write_end` saved; None if there are none of this index, or if they are damaged."""
         path = _end_file(self._path)
         if not exists(path):
             return None
@@ -138,10 +142,10 @@ class ShardFolder:
 
 
 def is_begun(path: Place) -> bool:
-    """Whether an index has been begun at `path` and all that its shards depend on is there, whole.
+    """Whether `path` holds an index with everything that its shards depend on, intact.
 
     Raises:
-        DamagedIndexError: Its manifest cannot be read.
+        DamagedIndexError: The manifest is damaged.
     """
     manifest = load_manifest(path)
     if manifest is None:
@@ -157,20 +161,20 @@ def is_begun(path: Place) -> bool:
 
 
 def is_partial_of_task(name: str) -> bool:
-    """Whether a file of this name is, or was, being written by a `ShardFolder`."""
+    """Whether this is the name of an unfinished file of a `ShardFolder`, which may be written right now."""
     return re.search(r"\.[0-9]+-[0-9a-f]{16}\.partial$", name) is not None
 
 
-def _own_suffix() -> str:
-    """Behind the name of a file that this process, and maybe another, is writing."""
+def _unique_suffix() -> str:
+    """Suffix of an unfinished file that other processes may be writing, too."""
     return f".{os.getpid()}-{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
 
 
 def remove_end(path: Place) -> None:
-    """Remove what only unfinished indexes have of this."""
-    remove_if_there(_end_file(path))
+    """Remove the files of array tasks that only an unfinished index has."""
+    remove_file(_end_file(path))
     if isinstance(path, Path):
-        remove_if_there(path / PREPARING_LOCK)
+        remove_file(path / PREPARING_LOCK)
 
 
 def _end_file(path: Place) -> Place:

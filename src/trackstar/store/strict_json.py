@@ -1,4 +1,4 @@
-"""JSON into frozen dataclasses, strictly: no field missing, added, repeated or of another type."""
+"""Parse JSON into frozen dataclasses; refuse missing, unknown and repeated fields and other types."""
 
 import dataclasses
 import json
@@ -13,26 +13,27 @@ T = TypeVar("T")
 
 
 class FieldError(ValueError):
-    """A field of a JSON text is not what it must be; the message is `FIELD is FOUND, expected EXPECTED`."""
+    """A field of a JSON text has an invalid value; the message is `FIELD is FOUND, expected EXPECTED`."""
 
     def __init__(self, field: str, found: object, expected: str) -> None:
         super().__init__(f"{cut(field)} is {abridged(found)}, expected {expected}")
 
 
 def read_strictly(text: str) -> dict[str, Any]:
-    """The JSON object that `text` holds.
+    """Parse a JSON object.
 
     Raises:
-        FieldError: It is no JSON object, repeats a key, or has a number that JSON does not know (NaN, Infinity).
+        FieldError: The text is not a JSON object, repeats a key, or has a number that JSON does not
+            allow (NaN, Infinity).
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
+        fields: dict[str, object] = {}
         for key, value in pairs:
-            if key in found:
-                raise FieldError(abridged(key), Words("there more than once"), "one value")
-            found[key] = value
-        return found
+            if key in fields:
+                raise FieldError(abridged(key), Words("repeated"), "one value")
+            fields[key] = value
+        return fields
 
     def constant(name: str) -> object:
         raise FieldError("a number", Words(name), "a finite number")
@@ -51,10 +52,15 @@ def read_strictly(text: str) -> dict[str, Any]:
 
 
 def parse_object(kind: type[T], content: object, field: str = "") -> T:
-    """`content`, as read from JSON, as an instance of the dataclass `kind`.
+    """Parse a JSON value as an instance of a dataclass.
+
+    Args:
+        kind: The dataclass; its fields' types are the expected types.
+        content: The value, as `read_strictly` returns it.
+        field: Name of the value, which messages put before the names of its fields.
 
     Raises:
-        FieldError: A field is missing, unknown or has another type; `field` is put before its name.
+        FieldError: A field is missing, is unknown or has another type.
     """
     if not isinstance(content, dict):
         raise FieldError(field or "the text", content, "a JSON object")
@@ -83,7 +89,7 @@ def _parse(hint: Any, value: Any, field: str) -> Any:
     elif hint is float:
         accepted = type(value) is float and math.isfinite(value)
     elif hint is int:
-        # What numbers are computed from them can then be computed, and shown.
+        # Such numbers can be shown, and so can numbers computed from them.
         accepted = type(value) is int and abs(value) < 2**64
     else:
         accepted = type(value) is hint

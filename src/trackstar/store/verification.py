@@ -1,4 +1,4 @@
-"""Checking every byte of an index."""
+"""Verify every byte of an index."""
 
 import contextlib
 import dataclasses
@@ -13,27 +13,29 @@ from trackstar.store.index_tensors import NAMES, PROGRESS, IndexTensors, needed_
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_check import check_content
 from trackstar.store.shard_content import ShardPlan
+from trackstar.store.shard_files import open_shard, shard_rows
 from trackstar.store.shard_folder import CORPUS_END, PART_FOLDER, PREPARING_LOCK
-from trackstar.store.shards import ResumePoint, open_shard, shard_rows
-from trackstar.store.tensor_file import TensorFile, check_digest, open_tensor_file
+from trackstar.store.shards import ResumePoint
+from trackstar.store.tensor_file import TensorFile, open_tensor_file
+from trackstar.store.tensor_reading import check_digest
 
-OWN_NAMES = {".lock", PREPARING_LOCK, "manifest.json", "shards", "derived"} | {
+INDEX_NAMES = {".lock", PREPARING_LOCK, "manifest.json", "shards", "derived"} | {
     f"{name}.safetensors" for name in (*NAMES, PROGRESS, CORPUS_END)
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
-        path: The index's folder.
-        completed: Whether its manifest says that it is finished.
-        good_shards: The numbers of the shards that are whole.
-        rows: Number of examples in them.
+        path: Folder of the index.
+        completed: Whether the index is finished, according to its manifest.
+        good_shards: Numbers of the intact shards.
+        rows: Number of examples in the intact shards.
         checked_bytes: Number of bytes that were read and compared with a digest.
-        problems: One line for each thing that is wrong: which file, what was found, what to do.
-        notes: One line for each thing that does no harm, such as a file that is not the index's.
+        problems: One line per problem: the file, what was found, what to do.
+        notes: One line per harmless observation, such as a file that does not belong to the index.
     """
 
     path: Place
@@ -46,25 +48,27 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; an unfinished index can be ok as far as it goes."""
+        """Whether there are no problems; an unfinished index can be ok so far."""
         return not self.problems
 
 
 def verify(path: str | Place, *, on_file: Callable[[Place], None] = lambda file: None) -> VerificationReport:
-    """Read every file of an index and compare it with its digest, its manifest and its own sense.
+    """Compare every file of an index with its digest and the manifest, and check its values.
 
-    Whatever is wrong is told in the report; nothing is changed.
+    The report lists all problems. Nothing is changed.
 
     Args:
-        path: The index's folder.
-        on_file: Called with each file before it is read.
+        path: Folder of the index: a path or URL.
+        on_file: Callback that receives each file before it is read.
 
     Raises:
-        StoreError: There is no index.
+        StoreError: There is no index at `path`.
     """
     folder = as_folder(path)
     if not exists(folder / "manifest.json") and not _is_folder(folder / "shards"):
-        raise StoreError(f"{folder}: no index is there (no manifest.json); give the folder of `trackstar index --out`")
+        raise StoreError(
+            f"{folder}: not an index (no manifest.json); pass the folder that `build_index` wrote as `out`"
+        )
     verification = _Verification(folder, on_file)
     verification.run()
     manifest = verification.manifest
@@ -80,7 +84,7 @@ def verify(path: str | Place, *, on_file: Callable[[Place], None] = lambda file:
 
 
 class _Verification:
-    """One pass over an index's files, and what has been found so far."""
+    """One pass over the files of an index, with its findings so far."""
 
     def __init__(self, folder: Place, on_file: Callable[[Place], None]) -> None:
         self._folder = folder
@@ -117,17 +121,17 @@ class _Verification:
         self.checked_bytes += file.size
 
     def _check_shards(self, manifest: Manifest) -> None:
-        there = self._shard_numbers()
+        existing = self._shard_numbers()
         if manifest.completion is None:
-            count = max(there, default=-1) + 1
-            numbers = there
+            count = max(existing, default=-1) + 1
+            numbers = existing
             self.notes.append(
-                f"{self._folder}: the index is not finished; run the command that began it again to finish it"
+                f"{self._folder}: the index is not finished; make it again with the same settings to finish it"
             )
-            if missing := count - len(there):
-                # Not by a set of all numbers: a file's name may give any.
-                first = next(place for place, number in enumerate(there) if number != place)
-                self.notes.append(f"{self._folder}: {missing} shards are not there yet, the first of them {first}")
+            if missing := count - len(existing):
+                # No set of all numbers is made: a file's name may contain any number.
+                first = next(expected for expected, number in enumerate(existing) if number != expected)
+                self.notes.append(f"{self._folder}: {missing} shards are missing so far, the first of them {first}")
         else:
             count = len(manifest.completion.shards)
             numbers = range(count)
@@ -135,7 +139,7 @@ class _Verification:
         for number in numbers:
             with self._collecting():
                 self._check_shard(manifest, plan, number)
-        for number in there:
+        for number in existing:
             if number >= count:
                 path = self._shard_path(number)
                 self.problems.append(f"{path}: not among the {count} shards of the manifest; move it away")
@@ -151,7 +155,7 @@ class _Verification:
         self.good[number] = shard.rows
 
     def _check_shards_alone(self) -> None:
-        """Without a manifest, each shard still says whether it is whole."""
+        """Check the shards of an index without a manifest by their digests."""
         for number in self._shard_numbers():
             path = self._shard_path(number)
             with self._collecting():
@@ -176,8 +180,8 @@ class _Verification:
         derived = [folder / name for name in names if name.endswith(".safetensors")]
         if derived:
             self.notes.append(
-                f"{folder}: {len(derived)} files, kept to answer sooner, that no digest of the manifest vouches for; "
-                "remove the folder from an index that you have from others"
+                f"{folder}: {len(derived)} cached files, which the manifest has no digests of; delete the folder if "
+                "someone else built the index"
             )
         for path in [*(self._folder / f"{name}.safetensors" for name in (PROGRESS, CORPUS_END)), *derived]:
             if exists(path):
@@ -189,11 +193,13 @@ class _Verification:
         for name in files_below(self._folder):
             path = self._folder / name
             if name.split("/")[0] == PART_FOLDER and (self.manifest is None or self.manifest.completion is None):
-                continue  # what the index is made from
+                continue  # an index that this one is made from
             if name.endswith(PARTIAL_SUFFIX):
-                self.notes.append(f"{path}: left by an interrupted run, or being written now")
-            elif name not in OWN_NAMES and re.fullmatch(r"(shards/[0-9]{6,}|derived/[^/]+)\.safetensors", name) is None:
-                self.notes.append(f"{path}: not a file of the index")
+                self.notes.append(f"{path}: unfinished, left by an interrupted run or being written now")
+            elif (
+                name not in INDEX_NAMES and re.fullmatch(r"(shards/[0-9]{6,}|derived/[^/]+)\.safetensors", name) is None
+            ):
+                self.notes.append(f"{path}: does not belong to the index")
 
     def _shard_path(self, number: int) -> Place:
         return self._folder / "shards" / shard_file_name(number)
@@ -204,5 +210,5 @@ class _Verification:
 
 
 def _is_folder(path: Place) -> bool:
-    """Whether a folder is there; on other file systems, whether anything is in it."""
+    """Whether a folder exists; on other file systems, whether it contains a file."""
     return path.is_dir() if isinstance(path, Path) else bool(names_in(path))

@@ -1,7 +1,7 @@
-"""Writing an index: one process at a time, shard after shard, so that it can be killed at any moment and go on.
+"""Write an index: one process, shard by shard, so that a run that is killed at any moment can be resumed.
 
-What is finished is on the disk and says so itself: a shard counts when its file is there under its own name and its
-content has its digest. Nothing else needs to be remembered between two runs.
+A shard is finished if its file exists under its final name and its content agrees with its digest.
+Nothing else records the progress of a run.
 """
 
 import dataclasses
@@ -20,18 +20,20 @@ from trackstar.store.files.durable import (
     file_size,
     make_folder,
     names_in,
+    remove_file,
     remove_folder,
-    remove_if_there,
     write_text,
 )
 from trackstar.store.files.places import Place, as_folder
 from trackstar.store.index_tensors import AUTOCORRELATION, PROGRESS, IndexTensors, needed_tensors
-from trackstar.store.manifest import CompletionEntry, Manifest, ShardEntry, differences, load_manifest, shard_file_name
+from trackstar.store.manifest import Manifest, differences, load_manifest, shard_file_name
+from trackstar.store.manifest_entries import CompletionEntry, ShardEntry
 from trackstar.store.shard_content import ShardContent, ShardPlan
+from trackstar.store.shard_files import open_shard, write_shard_file
 from trackstar.store.shard_folder import PART_FOLDER, PREPARING_LOCK, is_partial_of_task, remove_end
-from trackstar.store.shards import ResumePoint, Shard, open_shard, write_shard_file
+from trackstar.store.shards import ResumePoint, Shard
 from trackstar.store.strict_json import FieldError
-from trackstar.store.tensor_file import check_digest
+from trackstar.store.tensor_reading import check_digest
 from trackstar.text import abridged
 
 LOCK_FILE = ".lock"
@@ -40,10 +42,10 @@ Note = Callable[[str], None]
 
 @final
 class IndexWriter:
-    """The one process that writes an index. Made by `open`; a context manager that gives the index free at its end.
+    """The one process that writes an index; a context manager that unlocks it. `open` makes one.
 
-    A process that is killed, or fails, at any moment leaves at most the shard in flight unwritten. Opening again with
-    the same manifest goes on after the last finished shard.
+    A process that fails or is killed loses at most the shard that it is writing. Opening the index
+    again with the same manifest resumes after the last finished shard.
     """
 
     def __init__(
@@ -62,31 +64,34 @@ class IndexWriter:
     def open(
         cls, path: str | Place, manifest: Manifest, *, on_note: Note = lambda note: None, whole: bool = False
     ) -> "IndexWriter":
-        """Begin an index at `path`, or go on with the one that is there.
+        """Begin an index at `path`, or resume an existing one.
 
-        The shards of an unfinished index are read and compared with their digests, up to the first that is missing or
-        damaged; a damaged one is removed. A finished index whose files are missing or cut off becomes unfinished again.
+        The shards of an unfinished index are compared with their digests, up to the first that is
+        missing or damaged; a damaged one is removed. A finished index whose files are missing or
+        cut off becomes unfinished again.
 
         Args:
-            path: A folder, here or on another file system, that is empty, missing, or an index made with the same
-                manifest.
-            manifest: What the index is made with; its `completion` is None.
-            on_note: Told, in one line each, whatever is found there and done about it.
-            whole: Whether a finished index is read and compared with its digests as well, not only looked at.
+            path: A folder that is missing or empty, or an index with the same manifest; a path or
+                URL.
+            manifest: The index's manifest, with `completion` None.
+            on_note: Callback that receives notes of one line about the existing files and the
+                repairs.
+            whole: Whether to compare all bytes of a finished index with their digests, not only
+                sizes and headers.
 
         Raises:
             IndexLockedError: Another process is writing this index.
-            IndexMismatchError: The index there was made with something else, or holds a shard of another index; the
-                message names the first field that differs.
-            DamagedIndexError: Its manifest cannot be read.
-            OptionError: A value of the manifest cannot be that of an index.
-            StoreError: The folder holds something else, or cannot be written.
+            IndexMismatchError: The existing index has other settings, or contains a shard of
+                another index; the message names the first field that differs.
+            DamagedIndexError: The existing manifest is damaged.
+            OptionError: A value of `manifest` is impossible for an index.
+            StoreError: The folder contains something else, or is not writable.
         """
         assert manifest.completion is None, "an index begins unfinished"
         try:
             manifest.check()
         except FieldError as error:
-            raise OptionError(f"{path}: no index can be made where {error}; choose another value") from error
+            raise OptionError(f"{path}: an index cannot have these settings: {error}; choose another value") from error
         folder = as_folder(path)
         _refuse_foreign_folder(folder)
         make_folder(folder)
@@ -105,40 +110,40 @@ class IndexWriter:
         self.close()
 
     def close(self) -> None:
-        """Give the index free for other writers; what is finished stays."""
+        """Unlock the index for other writers; finished shards remain."""
         if self._lock is not None:
             self._lock.release()
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest on the disk; its descriptive fields are those of the run that began the index."""
+        """The manifest on the disk; its descriptive fields come from the run that began the index."""
         return self._manifest
 
     @property
     def completed(self) -> bool:
-        """Whether the index is finished, and nothing is left to write."""
+        """Whether the index is finished."""
         return self._manifest.completion is not None
 
     @property
     def shards_done(self) -> tuple[Shard, ...]:
-        """The finished shards, from the first without a gap."""
+        """The finished shards from the first one, without a gap."""
         return tuple(self._shards)
 
     @property
     def resume_point(self) -> ResumePoint:
-        """Where the next shard begins."""
+        """The position at which the next shard begins."""
         return self._shards[-1].end if self._shards else ResumePoint(row=0, record=0, window=0, skipped=0)
 
     def write_shard(self, content: ShardContent) -> Shard:
-        """Write the next shard, durably. Every shard but the last has exactly the manifest's `shard_examples` rows.
+        """Write the next shard, durably; every shard but the last has `shard_examples` rows.
 
         Raises:
-            StoreError: It cannot be written, such as where the disk is full; nothing is left of it, and finished shards
-                are kept.
+            StoreError: The shard cannot be written, for example because the disk is full; nothing
+                of it remains. Finished shards are kept.
         """
         assert not self.completed, "the index is finished"
         before = self.resume_point
-        assert before.row == len(self._shards) * self._manifest.shard_examples, "the last shard was written already"
+        assert before.row == len(self._shards) * self._manifest.shard_examples, "a short shard must be the last one"
         assert (before.record, before.window) < (content.next_record, content.next_window), content.next_record
         assert before.skipped <= content.skipped, content.skipped
         shard = write_shard_file(self._path / "shards", self._plan, len(self._shards), content)
@@ -146,80 +151,82 @@ class IndexWriter:
         return shard
 
     def adopt_shard(self) -> Shard | None:
-        """The next shard, where a good file of it is there already: one after a shard that had to be made again.
-
-        It then counts among `shards_done`, and `resume_point` is where it ends; nothing needs to be computed for it.
+        """Add the next shard to `shards_done` if an intact file of it exists.
 
         Returns:
-            None where there is no such file, or it is damaged (which is said, and the file removed).
+            The shard; None if there is no file, or if it is damaged. A damaged file is noted and
+            removed.
         """
         assert not self.completed, "the index is finished"
         if self.resume_point.row < len(self._shards) * self._manifest.shard_examples:
-            return None  # the last shard was a short one, and none can come after it
+            return None  # the last shard is a short one, after which there are no others
         path = self._path / "shards" / shard_file_name(len(self._shards))
-        shard = self._good_shard(path, len(self._shards)) if exists(path) else None
+        shard = self._intact_shard(path, len(self._shards)) if exists(path) else None
         if shard is not None:
             self._shards.append(shard)
         return shard
 
     def end_of(self, number: int) -> ResumePoint | None:
-        """Where shard `number` ends, of those that are not among `shards_done`: None where no good file of it is there.
+        """End of shard `number`, which is not among `shards_done`; None if it has no intact file.
 
-        A damaged file is said and removed.
+        A damaged file is noted and removed.
         """
         path = self._path / "shards" / shard_file_name(number)
-        shard = self._good_shard(path, number) if exists(path) else None
+        shard = self._intact_shard(path, number) if exists(path) else None
         return shard.end if shard is not None else None
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write `second_moment`, `autocorrelation` or `whitening`, durably, and give the digest that `tensors_digest`
-        gives.
+        """Write `second_moment`, `autocorrelation` or `whitening`, durably.
+
+        Returns:
+            The tensors' digest, equal to that of `tensors_digest`.
 
         Raises:
-            StoreError: It cannot be written.
-            IndexMismatchError: It is a second moment or whitening other than the manifest's.
+            StoreError: The file cannot be written.
+            IndexMismatchError: The second moment or whitening is not the manifest's.
         """
         return self._tensors.write(name, tensors, self._manifest)
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
-        """What `write_tensors` wrote, checked against its digest, memory-mapped.
+        """The tensors that `write_tensors` wrote, memory-mapped and compared with their digest.
 
         Raises:
-            DamagedIndexError: It is missing or not what was written.
+            DamagedIndexError: The file is missing or damaged.
         """
         return self._tensors.read(name, self._manifest)
 
     def save_progress(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what was accumulated over the finished shards, so that a later run need not go over them again.
+        """Save sums over the finished shards, so that a later run does not compute them again.
 
         Raises:
-            StoreError: It cannot be written.
+            StoreError: They cannot be written.
         """
         self._tensors.save_progress(tensors, self._shards)
 
     def load_progress(self) -> tuple[int, dict[str, Tensor]]:
-        """What `save_progress` last kept, and over how many of `shards_done`, from the first.
+        """The sums that `save_progress` saved last, and the number of leading `shards_done` that they cover.
 
         Returns:
-            (0, {}) where nothing was kept, or not over shards that are still these.
+            The number of shards and the sums; (0, {}) if there are none, or if the shards have
+            changed since.
         """
         count, tensors = self._tensors.load_progress(self._shards)
         if count == 0 and self._shards:
-            self._on_note("what was accumulated over the finished shards was not kept and is computed from them again")
+            self._on_note("the sums over the finished shards were not saved and are computed again")
         return count, tensors
 
     def finish(self, *, records: int, skipped: int) -> Manifest:
-        """Write the completed manifest: the index is finished from the moment that its file is renamed.
+        """Write the manifest with its `completion`: the index is finished once this file is renamed.
 
-        What the manifest names (`second_moment`, `whitening`) and for projected coordinates `autocorrelation` must have
-        been written.
+        The tensors that the manifest needs (`second_moment`; `autocorrelation` or `whitening`) must
+        have been written.
 
         Args:
-            records: Number of the corpus's records that were read.
-            skipped: Number of those without a scorable token.
+            records: Number of records that were read from the corpus.
+            skipped: Number of these records without a target token.
 
         Raises:
-            StoreError: It cannot be written.
+            StoreError: The manifest cannot be written.
         """
         assert not self.completed, "the index is finished"
         assert self._shards, "an index has at least one shard"
@@ -241,13 +248,14 @@ class IndexWriter:
         return self._manifest
 
     def _begin_or_resume(self) -> None:
-        found = load_manifest(self._path)
-        if found is None:
+        existing = load_manifest(self._path)
+        if existing is None:
             _refuse_foreign_folder(self._path)
             self._remove_leftovers()
             self._replace_manifest(self._manifest)
         else:
-            self._adopt(found)
+            check_same(self._path, existing, self._manifest)
+            self._manifest = existing
             self._remove_leftovers()
         make_folder(self._path / "shards")
         if self.completed:
@@ -255,11 +263,8 @@ class IndexWriter:
         if not self.completed:
             self._find_shards()
 
-    def _adopt(self, found: Manifest) -> None:
-        check_same(self._path, found, self._manifest)
-        self._manifest = found
-
     def _check_completed(self) -> None:
+        """Open the files of a finished index; if one is damaged, the index becomes unfinished again."""
         completion = self._manifest.completion
         assert completion is not None
         damage: list[DamagedIndexError] = []
@@ -278,12 +283,13 @@ class IndexWriter:
         except DamagedIndexError as error:
             damage.append(error)
         for error in damage:
-            self._on_note(f"the finished index is damaged and will be finished again: {error}")
+            self._on_note(f"the finished index is damaged and will be repaired: {error}")
         if damage:
             self._shards = []
             self._replace_manifest(dataclasses.replace(self._manifest, completion=None))
 
     def _find_shards(self) -> None:
+        """Find the finished shards of an unfinished index."""
         folder = self._path / "shards"
         numbers = _shard_numbers(folder)
         if numbers:
@@ -294,14 +300,14 @@ class IndexWriter:
         missing = len(self._shards)
         later = [number for number in numbers if number > missing]
         if later:
-            self._on_note(f"shard {missing} is missing and will be made again; {len(later)} after it are there")
+            self._on_note(f"shard {missing} is missing and will be written again; {len(later)} later shards exist")
 
-    def _good_shard(self, path: Place, number: int) -> Shard | None:
+    def _intact_shard(self, path: Place, number: int) -> Shard | None:
         try:
             shard = open_shard(path, self._plan, number)
             check_digest(shard.file)
         except DamagedIndexError as error:
-            self._on_note(f"shard {number} is damaged and will be made again: {error}")
+            self._on_note(f"shard {number} is damaged and will be written again: {error}")
             _remove_damaged(path)
             return None
         return shard
@@ -311,54 +317,54 @@ class IndexWriter:
         self._manifest = manifest
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed runs left unfinished, and once the index is finished, its progress file."""
+        """Remove unfinished files and, once the index is finished, what only an unfinished one has."""
         for folder in (self._path, self._path / "shards", self._path / "derived"):
             for name in names_in(folder):
-                # What is a task's of an array may be written now.
-                left = name.endswith(PARTIAL_SUFFIX) and (self.completed or not is_partial_of_task(name))
-                if left and remove_if_there(folder / name):
-                    self._on_note(f"removed {name}, left unfinished by an interrupted run")
+                # A file of an array task may be written by it right now.
+                unfinished = name.endswith(PARTIAL_SUFFIX) and (self.completed or not is_partial_of_task(name))
+                if unfinished and remove_file(folder / name):
+                    self._on_note(f"removed {name}, which an interrupted run left unfinished")
         if self.completed:
-            remove_if_there(self._path / f"{PROGRESS}.safetensors")
+            remove_file(self._path / f"{PROGRESS}.safetensors")
             remove_end(self._path)
             if names_in(self._path / PART_FOLDER):
                 remove_folder(self._path / PART_FOLDER)
 
 
-def check_same(path: Place, found: Manifest, asked: Manifest) -> None:
-    """See that an index that is there is the one that is asked for.
+def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
+    """Raise if an existing index has other settings than the requested one.
 
     Args:
-        path: Its folder.
-        found: Its manifest.
-        asked: The manifest of what is asked for.
+        path: Folder of the existing index.
+        existing: Its manifest.
+        requested: Manifest of the requested index.
 
     Raises:
-        IndexMismatchError: It is not; the message names the first field that differs.
+        IndexMismatchError: The manifests differ; the message names the first field that does.
     """
-    different = differences(found, asked)
+    different = differences(existing, requested)
     if different:
-        field, was, wanted = different[0]
-        more = f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""
+        field, old, new = different[0]
+        more = f" (and {len(different) - 1} more fields differ)" if len(different) > 1 else ""
         raise IndexMismatchError(
-            f"{path}: the index was made with {field} {abridged(was)}, but {abridged(wanted)} is asked for now{more}; "
-            "ask for the same, or choose another folder"
+            f"{path}: the existing index has {field} {abridged(old)}, but {abridged(new)} was requested{more}; use the "
+            "same settings, or choose another folder"
         )
 
 
 def _refuse_foreign_folder(folder: Place) -> None:
-    """An index begins in a folder that has nothing but what an interrupted beginning leaves."""
+    """Raise if a folder without a manifest contains more than the files of an interrupted beginning."""
     names = set(names_in(folder))
     foreign = names - {LOCK_FILE, PREPARING_LOCK, PART_FOLDER, f"manifest.json{PARTIAL_SUFFIX}"}
     if foreign and "manifest.json" not in names:
         raise StoreError(
-            f"{folder}: holds {abridged(min(foreign))} but no manifest.json, expected an index or an empty folder; "
+            f"{folder}: contains {abridged(min(foreign))} but no manifest.json, expected an index or an empty folder; "
             "choose another folder"
         )
 
 
 def _remove_damaged(path: Place) -> None:
-    remove_if_there(path)
+    remove_file(path)
     if exists(path):
         raise StoreError(f"{path}: damaged, and cannot be removed; make its folder writable")
 
@@ -368,7 +374,7 @@ def _shard_numbers(folder: Place) -> list[int]:
 
 
 def _locked(folder: Place) -> filelock.BaseFileLock | None:
-    """The lock of the one writer; none on other file systems, where nothing can be locked."""
+    """Lock the index for this writer; on other file systems there are no locks."""
     if not isinstance(folder, Path):
         return None
     lock = filelock.FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
@@ -376,7 +382,7 @@ def _locked(folder: Place) -> filelock.BaseFileLock | None:
         lock.acquire()
     except filelock.Timeout:
         raise IndexLockedError(
-            f"{folder}: another process is writing this index; wait until it ends, or choose another folder"
+            f"{folder}: another process is writing this index; wait for its end, or choose another folder"
         ) from None
     except (OSError, NotImplementedError) as error:
         raise StoreError(f"{folder}: cannot be locked for writing ({error}); make the folder writable") from error

@@ -1,8 +1,8 @@
-"""The backbone with parameters of their own for every row of a batch, shared by the gradient and the patched pass.
+"""Run the backbone with separate parameters for each row of a batch, for gradients and for patches.
 
-Norms' vectors [batch, width] take the place of the modules' own: of torch's norms by computing them here, of others
-(which multiply their weight with the normalised input) by giving the module a weight that broadcasts. What else is done
-to linear layers' outputs and to position embeddings, the caller does.
+Vectors of norms, [batch, width], replace the modules' parameters. A norm of torch is computed here;
+other norms, which multiply the normalized input by their weight, get a weight that broadcasts. The
+caller's hooks handle linear layers and position embeddings.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trackstar.model.language_model import LanguageModel
-from trackstar.tail_patch.layout import Layout, LinearPlace, NormPlace, TablePlace, by_row, is_standard, norm_output
+from trackstar.tail_patch.layout import EmbeddingTable, Layout, LinearLayer, NormLayer, by_row, is_standard, norm_output
 
-# Given a linear layer's place, inputs and outputs, which it may change in place.
-OnLinear = Callable[[LinearPlace, Tensor, Tensor], None]
-# Given a table's place, the ids that were looked up and what was found; returns what takes its place.
-OnTable = Callable[[TablePlace, Tensor, Tensor], Tensor]
+OnLinear = Callable[[LinearLayer, Tensor, Tensor], None]
+"""Called with a linear layer, its inputs and its outputs; may change the outputs in place."""
+OnTable = Callable[[EmbeddingTable, Tensor, Tensor], Tensor]
+"""Called with a table, the ids that were looked up and their embeddings; returns their replacement."""
 Run = Callable[[Tensor], Tensor]
 
 
@@ -32,19 +32,20 @@ def row_backbone(
     on_linear: OnLinear,
     on_table: OnTable,
 ) -> Iterator[Run]:
-    """Yields the function from token embeddings [batch, tokens, width] to hidden states of the same shape.
+    """Yield the function from token embeddings [batch, tokens, width] to hidden states of the same shape.
 
     Args:
         model: The model.
-        layout: Where its parameters take part.
-        vectors: Weights and biases of the norms by name, a row for each of the batch; the modules' own otherwise.
-        on_linear: Sees what a linear layer reads and gives, and may change the latter in place.
-        on_table: Changes what a table of the backbone gives.
+        layout: The modules of its parameters.
+        vectors: Weights and biases of norms by name, one row per row of the batch; other norms use
+            the modules'.
+        on_linear: Receives the inputs and outputs of linear layers, and may change the outputs in place.
+        on_table: Replaces the embeddings from the backbone's tables.
     """
     swapped: dict[str, Tensor] = {}
     hooks: list[tuple[nn.Module, Callable[..., Tensor | None]]] = []
-    hooks += [(place.module, _linear_hook(place, on_linear)) for place in layout.linears]
-    hooks += [(place.module, _table_hook(place, on_table)) for place in layout.positions]
+    hooks += [(layer.module, _linear_hook(layer, on_linear)) for layer in layout.linears]
+    hooks += [(table.module, _table_hook(table, on_table)) for table in layout.positions]
     for norm in layout.norms:
         rows = _rows(norm, vectors)
         if is_standard(norm.module):
@@ -65,28 +66,28 @@ def row_backbone(
             handle.remove()
 
 
-def _rows(place: NormPlace, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The norm's `weight` and `bias` where rows have their own, shaped to be broadcast."""
-    names = {"weight": place.weight, "bias": place.bias}
-    return {key: by_row(place, vectors[name]) for key, name in names.items() if name is not None and name in vectors}
+def _rows(norm: NormLayer, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norm's `weight` and `bias` for which there are separate rows, shaped to broadcast."""
+    names = {"weight": norm.weight, "bias": norm.bias}
+    return {key: by_row(norm, vectors[name]) for key, name in names.items() if name is not None and name in vectors}
 
 
-def _linear_hook(place: LinearPlace, on_linear: OnLinear) -> Callable[..., None]:
+def _linear_hook(layer: LinearLayer, on_linear: OnLinear) -> Callable[..., None]:
     def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        on_linear(place, arguments[0], output)
+        on_linear(layer, arguments[0], output)
 
     return hook
 
 
-def _table_hook(place: TablePlace, on_table: OnTable) -> Callable[..., Tensor]:
+def _table_hook(table: EmbeddingTable, on_table: OnTable) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        return on_table(place, arguments[0], output)
+        return on_table(table, arguments[0], output)
 
     return hook
 
 
-def _norm_hook(place: NormPlace, rows: dict[str, Tensor]) -> Callable[..., Tensor]:
+def _norm_hook(norm: NormLayer, rows: dict[str, Tensor]) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, arguments: tuple[Any, ...], _output: Tensor) -> Tensor:
-        return norm_output(place, arguments[0], rows)
+        return norm_output(norm, arguments[0], rows)
 
     return hook

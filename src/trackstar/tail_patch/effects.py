@@ -1,4 +1,4 @@
-"""What a tail-patch measurement is, as data: pairs, probabilities before and after, and their averages (paper, §5.2).
+"""Results of a tail-patch measurement: pairs, probabilities before and after, and averages (paper, §5.2).
 
 effect(q, m) = p(completion of q | θ after one step on m) - p(completion of q | θ)
 average      = mean over queries of the mean over the query's top k proponents
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from trackstar.errors import OptionError
+from trackstar.errors import OptionError, check_at_least
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +18,8 @@ class Pair:
     """A query and one of its proponents.
 
     Attributes:
-        query: The query's place in the sequence of queries.
-        proponent: The proponent's place in the sequence of proponents; several queries may share one.
+        query: Index of the query in the sequence of queries.
+        proponent: Index of the proponent in the sequence of proponents; several queries may share one.
     """
 
     query: int
@@ -28,13 +28,13 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TailPatch:
-    """What one training step on a proponent did to a query's completion, pair by pair.
+    """The effect of one training step on a proponent on a query's completion, pair by pair.
 
     Attributes:
-        pairs: What was measured.
-        before: p(completion | prompt) under the model as it is, the product over the completion's tokens.
-        after: The same after one training step on the pair's proponent.
-        step: What the step was, for people: `TrainingStep.description`.
+        pairs: The measured pairs.
+        before: p(completion | prompt) before the step, the product over the completion's tokens.
+        after: p(completion | prompt) after one training step on the pair's proponent.
+        step: Description of the step: `TrainingStep.description`.
     """
 
     pairs: tuple[Pair, ...]
@@ -52,44 +52,39 @@ def top_effects(result: TailPatch, k: int) -> Float64[np.ndarray, "queries"]:
     """Each query's mean effect over its top k proponents, a fraction (paper, §5.2).
 
     Args:
-        result: The measurement; a query's pairs stand in it from the best proponent on.
-        k: How many of a query's first pairs count (1, 3, 5 and 10 in the paper).
+        result: The measurement, with a query's pairs in descending order of their proponents' influence.
+        k: Number of a query's first pairs to average over (1, 3, 5 and 10 in the paper).
 
     Returns:
-        One mean a query, in the order in which the queries first appear among the pairs.
+        One mean per query, in the order in which the queries first appear among the pairs.
 
     Raises:
         OptionError: k is not positive, there is no pair, or a query has fewer than k.
     """
-    if k < 1:
-        raise OptionError(f"tail-patch: found k = {k}, expected 1 or more proponents to average over")
-    places: dict[int, list[int]] = {}
-    for place, pair in enumerate(result.pairs):
-        places.setdefault(pair.query, []).append(place)
-    if not places:
+    check_at_least("k", k)
+    by_query: dict[int, list[int]] = {}  # query to the indices of its pairs
+    for number, pair in enumerate(result.pairs):
+        by_query.setdefault(pair.query, []).append(number)
+    if not by_query:
         raise OptionError("tail-patch: found no pair to average over, expected one or more")
-    _refuse_short(places, k)
+    for query, numbers in by_query.items():
+        if len(numbers) < k:
+            raise OptionError(
+                f"`k`: expected at most {len(numbers)}, the number of proponents measured for query {query}, found "
+                f"{k}; average over fewer, or measure more"
+            )
     effect = result.effect
-    return np.array([effect[of_query[:k]].mean() for of_query in places.values()])
+    return np.array([effect[numbers[:k]].mean() for numbers in by_query.values()])
 
 
 def mean_top_effect(result: TailPatch, k: int) -> float:
-    """The paper's tail-patch score: the mean over queries of `top_effects`, as a fraction; errors as there."""
+    """The paper's tail-patch score: the mean of `top_effects` over queries, a fraction; errors as there."""
     return float(top_effects(result, k).mean())
 
 
-def _refuse_short(places: dict[int, list[int]], k: int) -> None:
-    for query, of_query in places.items():
-        if len(of_query) < k:
-            raise OptionError(
-                f"tail-patch: query {query} was measured with {len(of_query)} proponents, expected at least k = {k}; "
-                "average over fewer, or measure more"
-            )
-
-
 def by_proponent(pairs: Sequence[Pair]) -> dict[int, list[int]]:
-    """Places of each proponent's pairs, proponents in the order in which they first appear."""
-    places: dict[int, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        places.setdefault(pair.proponent, []).append(place)
-    return places
+    """Indices of each proponent's pairs; proponents are in the order in which they first appear."""
+    numbers: dict[int, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        numbers.setdefault(pair.proponent, []).append(number)
+    return numbers

@@ -1,9 +1,11 @@
-"""Tail-patch by the optimizer itself: step on the proponent in place, ask its queries, undo bit for bit.
+"""Tail-patch by the optimizer itself: step on the proponent in place, measure its queries, undo bit for bit.
 
-    θ' = optimizer step of θ on Loss(proponent);   log p(completion | prompt; θ') for all of its queries;   θ ← θ
+    θ' = optimizer step of θ on Loss(proponent)
+    log p(completion | prompt; θ')     for all of its queries
+    θ ← θ
 
-Nothing of the step is rewritten here: gradients are autograd's, clipping and step are torch's. One copy of the weights
-and of the optimizer's state is kept for all proponents.
+No part of the step is reimplemented: autograd computes gradients, and torch clips them and steps.
+One copy of the weights and of the optimizer's state serves all proponents.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,22 +39,22 @@ def exact_log_probabilities(
 ) -> Float64[np.ndarray, "pairs"]:
     """log p(completion | prompt) of each pair's query after one step on its proponent, in nats.
 
-    Dropout is off, as in the model's evaluation mode. Weights, their `requires_grad` and `grad`, and the optimizer's
-    state are what they were afterwards, also after an exception.
+    Dropout is off, as in the model's evaluation mode. Weights, their `requires_grad` and `grad`,
+    and the optimizer's state are restored afterwards, also after an exception.
 
     Raises:
         GradientError: The loss of a proponent is not finite.
     """
     after = np.zeros(len(pairs))
     with _undoable(step.optimizer) as undo:
-        for proponent, places in by_proponent(pairs).items():
+        for proponent, numbers in by_proponent(pairs).items():
             try:
                 _make_step(model, step, proponents[proponent])
-                chosen = [queries[pairs[place].query] for place in places]
-                after[places] = measured_log_probabilities(model, chosen, batch_tokens=batch_tokens)
+                of_proponent = [queries[pairs[number].query] for number in numbers]
+                after[numbers] = measured_log_probabilities(model, of_proponent, batch_tokens=batch_tokens)
             finally:
                 undo()
-            advance(len(places))
+            advance(len(numbers))
     return after
 
 
@@ -60,13 +62,14 @@ def exact_log_probabilities(
 def measured_log_probabilities(
     model: LanguageModel, queries: Sequence[TokenizedExample], *, batch_tokens: int
 ) -> Float64[np.ndarray, "queries"]:
-    """log p(completion | prompt) of each query under the model as it is now, in nats."""
-    found = np.zeros(len(queries))
-    for places in plan_batches([len(query.token_ids) for query in queries], batch_tokens):
-        batch = make_batch(queries, places, device=model.device)
+    """log p(completion | prompt) of each query under the model's current weights, in nats."""
+    measured = np.zeros(len(queries))
+    for indices in plan_batches([len(query.token_ids) for query in queries], batch_tokens):
+        batch = make_batch(queries, indices, device=model.device)
         _, targets, counts = shifted(batch)
-        found[places] = log_probabilities(model.head, _hidden_states(model, batch), targets, counts).cpu().numpy()
-    return found
+        hidden = _hidden_states(model, batch)
+        measured[indices] = log_probabilities(model.head, hidden, targets, counts).cpu().numpy()
+    return measured
 
 
 def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
@@ -74,7 +77,7 @@ def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
 
 
 def _make_step(model: LanguageModel, step: TrainingStep, proponent: TokenizedExample) -> None:
-    """One optimizer step on one example, in place; the gradients are left for `undo` to remove."""
+    """Make one optimizer step on one example, in place; `undo` removes the gradients."""
     batch = make_batch([proponent], [0], device=model.device)
     _, targets, counts = shifted(batch)
     with torch.enable_grad():
@@ -93,12 +96,12 @@ def _make_step(model: LanguageModel, step: TrainingStep, proponent: TokenizedExa
 
 @contextmanager
 def _undoable(optimizer: Optimizer) -> Iterator[Callable[[], None]]:
-    """Make the optimizer's parameters trainable; what it yields puts them, and its state, back bit for bit."""
+    """Make the parameters trainable; yield a function that restores them and the optimizer's state."""
     parameters: list[nn.Parameter] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     trainable = [parameter.requires_grad for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
     weights = [parameter.detach().clone() for parameter in parameters]
-    # The optimizer's own tensors, which it may change in place or replace, and copies of what they hold.
+    # The optimizer's tensors, which it may change in place or replace, and copies of their values.
     states: list[dict[str, Any]] = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
     copies = [{k: v.clone() for k, v in state.items() if isinstance(v, Tensor)} for state in states]
 

@@ -1,11 +1,11 @@
-"""The gradient of every parameter that a training step moves, example by example, as factors.
+"""The gradient of each parameter that a training step moves, example by example, as factors.
 
-    linear layer    G = Σ_t g_t a_tᵀ          g the loss's gradient by the outputs, a the inputs; a bias: Σ_t g_t
-    norm            Σ_t g_t ∘ x̂_t             by autograd: each row of the batch has a weight of its own
-    table           Σ_t onehot(token_t) g_tᵀ  rows for the example's own tokens alone
+    linear layer    G = Σ_t g_t a_tᵀ          g the gradient by the outputs, a the inputs; a bias: Σ_t g_t
+    norm            Σ_t g_t ∘ x̂_t             by autograd: each row of the batch has a separate weight
+    table           Σ_t onehot(token_t) g_tᵀ  rows of the example's own tokens only
     head            Σ_t d_t h_tᵀ              d = (softmax - onehot) ∘ cap's slope · scale, by h Wᵀ + b
 
-The last token of an example is never read, so that S tokens make factors of S - 1.
+The last token of an example is never an input, so S tokens give S - 1 factors.
 """
 
 import dataclasses
@@ -17,20 +17,21 @@ from torch import Tensor
 from trackstar.model.batching import Batch
 from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.backbone import row_backbone
-from trackstar.tail_patch.layout import Layout, LinearPlace, TablePlace
+from trackstar.tail_patch.layout import EmbeddingTable, Layout, LinearLayer
 from trackstar.tail_patch.probabilities import position_chunks, shifted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GradientFactors:
-    """The gradients of a batch of examples; positions beyond an example's own have zero gradients.
+    """Gradients of a batch of examples; gradients of padding are zero.
 
     Attributes:
         losses: Each example's loss in nats: the mean or the sum over its targets.
-        linears: Inputs, and gradients by the outputs, of each layer whose weight moves, by its path.
+        linears: Inputs a, and gradients g by the outputs, of each layer whose weight moves, by the
+            layer's path.
         vectors: Gradients of norms' weights and biases, and of linear layers' and the head's biases, by name.
-        tables: What was looked up, and the gradients by what was found, by the table's name.
-        head: d and h of the head's weight, where it moves.
+        tables: Ids that were looked up, and gradients by their embeddings, by the table's name.
+        head: d and h of the head's weight if it moves, else None.
     """
 
     losses: Float[Tensor, "batch"]
@@ -41,7 +42,7 @@ class GradientFactors:
 
 
 class _Recorder:
-    """Keeps what the gradients are made of while a batch of so many rows runs forward and backward."""
+    """Records the factors of the gradients while a batch of `rows` examples runs forward and backward."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -49,33 +50,33 @@ class _Recorder:
         self.gradients: dict[str, Tensor] = {}
         self.lookups: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def on_linear(self, place: LinearPlace, inputs: Tensor, outputs: Tensor) -> None:
-        if place.weight is not None:
-            self.inputs[place.path] = inputs.detach()
-        outputs.register_hook(lambda gradients: self.gradients.__setitem__(place.path, gradients))
+    def on_linear(self, layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> None:
+        if layer.weight is not None:
+            self.inputs[layer.path] = inputs.detach()
+        outputs.register_hook(lambda gradients: self.gradients.__setitem__(layer.path, gradients))
 
-    def on_table(self, place: TablePlace, ids: Tensor, found: Tensor) -> Tensor:
-        """The same for every row of the batch, each with a gradient of its own."""
-        leaf = found.detach().expand(self._rows, *found.shape[1:]).clone().requires_grad_()
-        self.lookups[place.weight] = (ids.expand(self._rows, -1), leaf)
+    def on_table(self, table: EmbeddingTable, ids: Tensor, embeddings: Tensor) -> Tensor:
+        """The same embeddings for each row of the batch, as leaves with separate gradients."""
+        leaf = embeddings.detach().expand(self._rows, *embeddings.shape[1:]).clone().requires_grad_()
+        self.lookups[table.weight] = (ids.expand(self._rows, -1), leaf)
         return leaf
 
 
 def gradient_factors(model: LanguageModel, layout: Layout, batch: Batch, *, mean: bool) -> GradientFactors:
-    """Every example's gradient of its own loss.
+    """The gradient of each example's own loss.
 
     Args:
         model: The model, its weights frozen.
-        layout: Where the parameters that are wanted take part.
+        layout: The modules of the parameters to differentiate by.
         batch: The examples.
-        mean: Whether the loss is the mean over an example's targets, or else their sum.
+        mean: Whether the loss is the mean over an example's targets; if not, it is their sum.
     """
     token_ids, targets, counts = shifted(batch)
     rows = len(token_ids)
     leaves = {
         name: layout.parameters[name].detach().expand(rows, -1).clone().requires_grad_()
-        for place in layout.norms
-        for name in (place.weight, place.bias)
+        for norm in layout.norms
+        for name in (norm.weight, norm.bias)
         if name is not None
     }
     recorder = _Recorder(rows)
@@ -91,15 +92,15 @@ def gradient_factors(model: LanguageModel, layout: Layout, batch: Batch, *, mean
         hidden.backward(by_states)
     vectors = {name: _gradient(leaf) for name, leaf in leaves.items()}
     linears: dict[str, tuple[Tensor, Tensor]] = {}
-    for place in layout.linears:
-        gradients = recorder.gradients.pop(place.path)
-        if place.bias is not None:
-            vectors[place.bias] = gradients.sum(dim=1)
-        if place.weight is not None:
-            linears[place.path] = (recorder.inputs.pop(place.path), gradients)
+    for layer in layout.linears:
+        gradients = recorder.gradients.pop(layer.path)
+        if layer.bias is not None:
+            vectors[layer.bias] = gradients.sum(dim=1)
+        if layer.weight is not None:
+            linears[layer.path] = (recorder.inputs.pop(layer.path), gradients)
     if layout.head_bias is not None and by_linear is not None:
         vectors[layout.head_bias] = by_linear.sum(dim=1)
-    tables = {place.weight: _looked_up(place, *recorder.lookups[place.weight]) for place in layout.positions}
+    tables = {table.weight: _looked_up(table, *recorder.lookups[table.weight]) for table in layout.positions}
     if layout.tokens is not None:
         tables[layout.tokens.weight] = _looked_up(layout.tokens, token_ids, embeddings)
     head = (by_linear, states) if layout.head_weight is not None and by_linear is not None else None
@@ -110,11 +111,11 @@ def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _looked_up(place: TablePlace, ids: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids, and the gradients by the table's entries; an entry for padding has none, as in torch."""
-    gradients = _gradient(leaf) * place.scale
-    if place.padding_id is not None:
-        gradients = gradients.masked_fill((ids == place.padding_id)[..., None], 0)
+def _looked_up(table: EmbeddingTable, ids: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids, and the gradients by the table's entries; the padding entry has none, as in torch."""
+    gradients = _gradient(leaf) * table.scale
+    if table.padding_id is not None:
+        gradients = gradients.masked_fill((ids == table.padding_id)[..., None], 0)
     return ids, gradients
 
 
@@ -127,7 +128,7 @@ def _head_gradients(
     counts: Bool[Tensor, "batch positions"],
     divisors: Int[Tensor, "batch"],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, gradients by the hidden states and, where the head moves, by h Wᵀ + b; chunk by chunk."""
+    """Losses, gradients by the hidden states and, if the head moves, by h Wᵀ + b; chunk by chunk."""
     head = model.head
     losses = hidden.new_zeros(len(hidden))
     by_states = torch.zeros_like(hidden)
@@ -136,13 +137,15 @@ def _head_gradients(
     rows, positions = counts.nonzero(as_tuple=True)
     for part in position_chunks(len(rows), head, hidden.dtype):
         row, position = rows[part], positions[part]
-        places, chosen = torch.arange(len(row), device=row.device), targets[row, position]
-        logits = head.logits(hidden[row, position])
+        numbers, target = torch.arange(len(row), device=row.device), targets[row, position]
+        logits = head.logits(hidden[row, position])  # [positions, vocabulary]
+        # ∂z/∂(h Wᵀ + b) = scale · (1 - (z/cap)²)
         slope = head.scale if head.cap is None else head.scale * (1 - (logits / head.cap).square())
         log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
-        losses.index_add_(0, row, -log_probabilities[places, chosen] / divisors[row])
+        losses.index_add_(0, row, -log_probabilities[numbers, target] / divisors[row])
+        # ∂CE/∂z = softmax(z) - onehot(target)
         gradients = log_probabilities.exp_()
-        gradients[places, chosen] -= 1.0
+        gradients[numbers, target] -= 1.0
         gradients.mul_(slope / divisors[row, None])
         by_states[row, position] = gradients @ head.weight
         if by_linear is not None:

@@ -1,10 +1,12 @@
-"""Tail-patch without touching a weight: gradients of a group of proponents once, then their queries through adapters.
+"""Tail-patch without changing weights: gradients of some proponents, then their queries through adapters.
 
-A group's proponents are run forward and backward together, each step is made from the gradients' factors
-(`adafactor`), and all pairs of the group go through patched forward passes (`patched`). Groups are bounded by tokens
-and by the memory of their factors; where memory runs out all the same, they are halved.
+The proponents of a group run forward and backward together (`factors`), their steps are computed
+from the gradients' factors (`adafactor`), and all pairs of the group run through patched forward
+passes (`patched`). Groups are bounded by tokens and by the memory of their factors. If memory runs
+out nevertheless, they are halved.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,7 +24,7 @@ from trackstar.tail_patch.layout import Layout, find_layout
 from trackstar.tail_patch.patched import make_adapters, patched_log_probabilities
 from trackstar.tail_patch.step import TrainingStep
 
-# The factors of a group of proponents take about this many bytes; a single proponent may take more.
+# Bytes of the factors of a group of proponents; a single proponent may need more.
 FACTOR_BYTES = 1 << 30
 
 
@@ -46,69 +48,79 @@ def fast_log_probabilities(
     """
     if model.dtype not in (torch.float32, torch.float64):
         raise OptionError(
-            f"tail-patch: found weights of {str(model.dtype).removeprefix('torch.')}, to which a real step would be "
-            "rounded; expected float32 (--dtype float32), or use the exact path"
+            f"tail-patch: found weights of {model.dtype_name}, to which a real step would be "
+            'rounded, expected float32; load the model with `dtype="float32"`, or use the exact path, `path="exact"`'
         )
     layout = find_layout(model, step)
-    steps = parameter_steps(step, layout.parameters)
-    group = _Group(model, step, layout, steps, queries, proponents, pairs, batch_tokens)
-    of_proponent = by_proponent(pairs)
-    used = list(of_proponent)
-    lengths = [len(proponents[place].token_ids) for place in used]
+    measurement = _Measurement(
+        model=model,
+        layout=layout,
+        steps=parameter_steps(step, layout.parameters),
+        mean=step.loss == "mean",
+        queries=queries,
+        proponents=proponents,
+        pairs=pairs,
+        batch_tokens=batch_tokens,
+    )
+    pairs_of = by_proponent(pairs)
+    used = list(pairs_of)
+    lengths = [len(proponents[proponent].token_ids) for proponent in used]
     bytes_per_token = layout.numbers_per_token * model.head.weight.element_size()
     budget = min(batch_tokens, max(1, FACTOR_BYTES // bytes_per_token))
     after = np.zeros(len(pairs))
-    groups = [[used[place] for place in places] for places in plan_batches(lengths, budget)]
-    for chosen, (places, found) in run_adaptively(
-        groups, lambda chosen: group.measured(chosen, [of_proponent[proponent] for proponent in chosen]), note
+    groups = [[used[index] for index in indices] for indices in plan_batches(lengths, budget)]
+    for group, (numbers, log_probabilities) in run_adaptively(
+        groups, lambda group: measurement.of_group(group, [pairs_of[proponent] for proponent in group]), note
     ):
-        after[places] = found
-        advance(sum(len(of_proponent[proponent]) for proponent in chosen))
+        after[numbers] = log_probabilities
+        advance(sum(len(pairs_of[proponent]) for proponent in group))
     return after
 
 
-class _Group:
-    """Measures the pairs of some proponents at a time."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Measurement:
+    """Measures the pairs of a group of proponents at a time."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        step: TrainingStep,
-        layout: Layout,
-        steps: dict[str, ParameterStep],
-        queries: Sequence[TokenizedExample],
-        proponents: Sequence[TokenizedExample],
-        pairs: Sequence[Pair],
-        batch_tokens: int,
-    ) -> None:
-        self._model, self._layout, self._steps = model, layout, steps
-        self._mean = step.loss == "mean"
-        self._queries, self._proponents, self._pairs = queries, proponents, pairs
-        self._batch_tokens = batch_tokens
+    model: LanguageModel
+    layout: Layout
+    steps: dict[str, ParameterStep]
+    mean: bool
+    queries: Sequence[TokenizedExample]
+    proponents: Sequence[TokenizedExample]
+    pairs: Sequence[Pair]
+    batch_tokens: int
 
-    def measured(self, chosen: list[int], of_chosen: list[list[int]]) -> tuple[list[int], np.ndarray]:
-        """The places of these proponents' pairs, and their queries' log-probabilities after the step."""
-        batch = make_batch(self._proponents, chosen, device=self._model.device)
-        factors = gradient_factors(self._model, self._layout, batch, mean=self._mean)
+    def of_group(self, group: list[int], pairs_of_group: list[list[int]]) -> tuple[list[int], np.ndarray]:
+        """Measure the pairs of a group.
+
+        Args:
+            group: Indices of the proponents.
+            pairs_of_group: Indices of each proponent's pairs.
+
+        Returns:
+            The indices of all these pairs, and the log-probabilities of their queries after the step.
+        """
+        batch = make_batch(self.proponents, group, device=self.model.device)
+        factors = gradient_factors(self.model, self.layout, batch, mean=self.mean)
         finite = torch.isfinite(factors.losses)
         if not finite.all():
-            worst = self._proponents[chosen[int(finite.int().argmin())]]
-            raise GradientError(f"{worst.example_id}: its loss is not finite; expected a number; check the weights")
-        adapters = make_adapters(self._layout, self._steps, factors)
+            wrong = self.proponents[group[int(finite.int().argmin())]]
+            raise GradientError(f"{wrong.example_id}: its loss is not finite; expected a number; check the weights")
+        adapters = make_adapters(self.layout, self.steps, factors)
         del factors
-        owners = {place: owner for owner, places in enumerate(of_chosen) for place in places}
-        places = list(owners)
-        found = np.zeros(len(places))
-        lengths = [len(self._queries[self._pairs[place].query].token_ids) for place in places]
-        for rows in plan_batches(lengths, self._batch_tokens):
-            rows.sort()  # as `places`: by proponent
-            queries = [self._pairs[places[row]].query for row in rows]
+        owners = {number: owner for owner, numbers in enumerate(pairs_of_group) for number in numbers}
+        numbers = list(owners)
+        log_probabilities = np.zeros(len(numbers))
+        lengths = [len(self.queries[self.pairs[number].query].token_ids) for number in numbers]
+        for rows in plan_batches(lengths, self.batch_tokens):
+            rows.sort()  # in the order of `numbers`: by proponent
+            queries = [self.pairs[numbers[row]].query for row in rows]
             patched = patched_log_probabilities(
-                self._model,
-                self._layout,
+                self.model,
+                self.layout,
                 adapters,
-                make_batch(self._queries, queries, device=self._model.device),
-                [owners[places[row]] for row in rows],
+                make_batch(self.queries, queries, device=self.model.device),
+                [owners[numbers[row]] for row in rows],
             )
-            found[rows] = patched.cpu().numpy()
-        return places, found
+            log_probabilities[rows] = patched.cpu().numpy()
+        return numbers, log_probabilities

@@ -1,4 +1,4 @@
-"""Tail-patch of pairs of queries and proponents: the checks, the two paths, and the probabilities (paper, §5.2)."""
+"""Tail-patch of pairs of queries and proponents: checks, the two paths, probabilities (paper, §5.2)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from trackstar.corpus import TokenizedExample
-from trackstar.errors import GradientError, OptionError
+from trackstar.errors import GradientError, OptionError, check_choice
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.tail_patch.effects import Pair, TailPatch
@@ -27,38 +27,38 @@ def tail_patch(
     batch_tokens: int = 2048,
     progress: bool = False,
 ) -> TailPatch:
-    """The change of each query's completion's probability after one training step on its proponent (paper, §5.2).
+    """Measure how one step on a proponent changes the probability of a query's completion (paper, §5.2).
 
-    Each step starts from the model as it is. A proponent is stepped on once, whatever the number of its queries.
+    Each step starts from the model as it is. Each proponent is stepped on once for all of its queries.
 
     Args:
         model: The model; its weights are unchanged afterwards, bit for bit.
-        step: What a training step is.
-        queries: Prompts with completions, the completion's tokens their targets (`tokenize_query`).
+        step: The training step.
+        queries: Prompts with completions, whose tokens are the targets (`tokenize_query`).
         proponents: Training examples.
-        pairs: What to measure; a query's pairs from its best proponent on, for `mean_top_effect`.
-        path: `exact` makes the optimizer's own step, whatever the optimizer. `fast` gives the same for Adafactor from
-            low-rank factors, many pairs at a time; it takes float32 weights.
-        batch_tokens: Most tokens of a batch, padding included.
-        progress: Whether a bar may be shown.
+        pairs: The pairs to measure; a query's pairs in descending order of influence, for `mean_top_effect`.
+        path: `exact` makes the optimizer's own step, for any optimizer. `fast` computes the same
+            for Adafactor from low-rank factors, many pairs at a time, and needs float32 weights.
+        batch_tokens: Most tokens per batch, padding included.
+        progress: Whether to show a progress bar.
 
     Returns:
         Probabilities before and after, pair by pair.
 
     Raises:
-        OptionError: A pair names what is not there; an example is too long, has no target or has tokens that the model
-            lacks; the step is another model's; or the fast path does not take the optimizer or the weights' precision.
+        OptionError: A pair has an index out of range; an example is too long, has no target or has
+            tokens that the model lacks; the step is another model's; or the fast path does not
+            support the optimizer or the dtype.
         ModelError: The fast path cannot move one of the step's parameters; the message names it.
         GradientError: A probability is not finite; the message names the examples.
     """
-    if path not in ("fast", "exact"):
-        raise OptionError(f"tail-patch: found path {path!r}, expected fast or exact")
+    check_choice("path", path, ("fast", "exact"))
     model.check_on_one_device("tail-patch")
     step.check_model(model)
     _check(model, queries, proponents, pairs)
     used = sorted({pair.query for pair in pairs})
     before = np.zeros(len(queries))
-    with Progress("Tail-patch", unit="pairs", total=len(pairs), shown=progress) as shown:
+    with Progress("Tail-patch", unit="pairs", total=len(pairs), shown=progress) as bar:
         before[used] = measured_log_probabilities(model, [queries[q] for q in used], batch_tokens=batch_tokens)
         for query in used:
             if not np.isfinite(before[query]):
@@ -68,20 +68,13 @@ def tail_patch(
                 )
         if path == "exact":
             after = exact_log_probabilities(
-                model, step, queries, proponents, pairs, batch_tokens=batch_tokens, advance=shown.advance
+                model, step, queries, proponents, pairs, batch_tokens=batch_tokens, advance=bar.advance
             )
         else:
             after = fast_log_probabilities(
-                model,
-                step,
-                queries,
-                proponents,
-                pairs,
-                batch_tokens=batch_tokens,
-                note=shown.note,
-                advance=shown.advance,
+                model, step, queries, proponents, pairs, batch_tokens=batch_tokens, note=bar.note, advance=bar.advance
             )
-    _refuse_not_finite(after, queries, proponents, pairs)
+    _check_finite(after, queries, proponents, pairs)
     return TailPatch(
         pairs=tuple(pairs),
         before=np.exp(before[[pair.query for pair in pairs]]),
@@ -96,20 +89,20 @@ def _check(
     proponents: Sequence[TokenizedExample],
     pairs: Sequence[Pair],
 ) -> None:
-    """That every pair names two examples that the model can read, each with a target.
+    """Raise unless each pair is of two examples that the model can read, each with a target.
 
     Raises:
-        OptionError: One does not.
+        OptionError: A pair or an example cannot be used; the message names it.
     """
     used: dict[tuple[str, int], TokenizedExample] = {}
     for number, pair in enumerate(pairs):
-        for what, place, examples in (("query", pair.query, queries), ("proponent", pair.proponent, proponents)):
-            if not 0 <= place < len(examples):
-                raise OptionError(f"tail-patch: pair {number} names {what} {place}, expected 0 to {len(examples) - 1}")
-            used[what, place] = examples[place]
+        for role, index, examples in (("query", pair.query, queries), ("proponent", pair.proponent, proponents)):
+            if not 0 <= index < len(examples):
+                raise OptionError(f"`pairs`: pair {number} has {role} {index}, expected 0 to {len(examples) - 1}")
+            used[role, index] = examples[index]
     vocabulary = len(model.module.get_input_embeddings().get_parameter("weight"))
-    for (what, _), example in used.items():
-        name, tokens = f"{what} {example.example_id}", len(example.token_ids)
+    for (role, _), example in used.items():
+        name, tokens = f"{role} {example.example_id}", len(example.token_ids)
         if not example.target_mask[1:].any():
             raise OptionError(f"{name}: found no target token after its first, expected at least one")
         if tokens > model.context_tokens:
@@ -118,7 +111,7 @@ def _check(
             raise OptionError(f"{name}: found a token that the model's vocabulary of {vocabulary} lacks")
 
 
-def _refuse_not_finite(
+def _check_finite(
     after: Float64[np.ndarray, "pairs"],
     queries: Sequence[TokenizedExample],
     proponents: Sequence[TokenizedExample],

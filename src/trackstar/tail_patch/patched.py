@@ -1,11 +1,16 @@
-"""One training step a proponent as adapters, and a forward pass in which every row of a batch has its proponent's.
+"""One training step per proponent as adapters, and a forward pass with each row's proponent's adapters.
 
-    linear layer    y = W a + b + B (A a) + δb       ΔW = B A of rank S - 1 (Adafactor's update, `adafactor`)
+    linear layer    y = W a + b + B (A a) + δb       ΔW = B A of rank at most S - 1 (see `adafactor`)
     norm            y = (w + δw)∘x̂ + b + δb
     table           y = E[token] + ΔE[token]
     head            z = h Wᵀ + b + h ΔWᵀ + δb
 
-No weight is copied or changed; rows with the same proponent are multiplied with its factors together.
+Of an example with S tokens, S - 1 are inputs, so G = Σ_t g_t a_tᵀ has at most S - 1 terms.
+Adafactor rescales rows and columns, which keeps the rank: ΔW = Σ_t ĝ_t â_tᵀ = B A with B = ĝᵀ of
+shape [rows, S - 1] and A = â of shape [S - 1, columns], and ΔW a = B (A a) costs (S - 1)(rows +
+columns) per position instead of rows · columns.
+
+No weight is copied or changed. Rows with the same proponent are multiplied with its factors together.
 """
 
 import dataclasses
@@ -22,18 +27,18 @@ from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.adafactor import ParameterStep, TableUpdate, low_rank_update, table_update, vector_update
 from trackstar.tail_patch.backbone import row_backbone
 from trackstar.tail_patch.factors import GradientFactors
-from trackstar.tail_patch.layout import Layout, LinearPlace, TablePlace
+from trackstar.tail_patch.layout import EmbeddingTable, Layout, LinearLayer
 from trackstar.tail_patch.probabilities import log_probabilities, shifted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapters:
-    """What one training step on each of some proponents changes.
+    """The changes that one training step on each of some proponents makes.
 
     Attributes:
-        linears: A and B of each linear layer, by path: the change of its outputs is (a Aᵀ) B.
+        linears: A and Bᵀ of each linear layer, by its path: the change of its outputs is (a Aᵀ) Bᵀ.
         vectors: Changes of norms' weights and of all biases, by name.
-        tables: Changes of tables and of the head's weight, by name, a table a proponent.
+        tables: Changes of tables and of the head's weight, by name, one per proponent.
     """
 
     linears: dict[str, tuple[Float[Tensor, "proponents positions _"], Float[Tensor, "proponents positions _"]]]
@@ -43,17 +48,17 @@ class Adapters:
 
 @torch.no_grad()
 def make_adapters(layout: Layout, steps: dict[str, ParameterStep], factors: GradientFactors) -> Adapters:
-    """The step of every parameter, from the factors of its gradient; uses the factors up."""
+    """The step of each parameter, from its gradient's factors; empties `factors.linears` to save memory."""
     linears: dict[str, tuple[Tensor, Tensor]] = {}
-    for place in layout.linears:
-        if place.weight is None:
+    for layer in layout.linears:
+        if layer.weight is None:
             continue
-        inputs, gradients = factors.linears.pop(place.path)
-        if place.transposed:
-            linears[place.path] = low_rank_update(steps[place.weight], inputs, gradients)
+        inputs, gradients = factors.linears.pop(layer.path)
+        if layer.transposed:
+            linears[layer.path] = low_rank_update(steps[layer.weight], inputs, gradients)
         else:
-            up, down = low_rank_update(steps[place.weight], gradients, inputs)
-            linears[place.path] = (down, up)
+            up, down = low_rank_update(steps[layer.weight], gradients, inputs)
+            linears[layer.path] = (down, up)
     vectors = {name: vector_update(steps[name], gradients) for name, gradients in factors.vectors.items()}
     names = {*factors.tables, *([layout.head_weight] if layout.head_weight else [])}
     tables = {
@@ -80,21 +85,21 @@ def _table(layout: Layout, step: ParameterStep, name: str, factors: GradientFact
 def patched_log_probabilities(
     model: LanguageModel, layout: Layout, adapters: Adapters, batch: Batch, owners: Sequence[int]
 ) -> Float64[Tensor, "batch"]:
-    """log p of each row's targets after the step on the row's own proponent, in nats.
+    """log p of each row's targets after the step on the row's proponent, in nats.
 
     Args:
         model: The model.
-        layout: Where the parameters that the step moves take part.
-        adapters: What the steps change.
+        layout: The modules of the parameters that the step moves.
+        adapters: The changes that the steps make.
         batch: Queries.
-        owners: For each row, its proponent's place among the adapters', ascending.
+        owners: The proponent of each row, as its index in the adapters; ascending.
     """
     token_ids, targets, counts = shifted(batch)
     patch = _Patch(layout, adapters, owners, model.device)
     vectors = {
         name: patch.vector(name, layout.parameters[name])
-        for place in layout.norms
-        for name in (place.weight, place.bias)
+        for norm in layout.norms
+        for name in (norm.weight, norm.bias)
         if name is not None
     }
     with row_backbone(model, layout, vectors, on_linear=patch.on_linear, on_table=patch.on_table) as run:
@@ -106,13 +111,13 @@ def patched_log_probabilities(
 
 
 class _Patch:
-    """Adds each row's changes to what the modules give."""
+    """Adds each row's changes to the outputs of the modules."""
 
     def __init__(self, layout: Layout, adapters: Adapters, owners: Sequence[int], device: Any) -> None:
         self._layout = layout
         self._adapters = adapters
         self._owners = torch.tensor(owners, device=device)
-        # Consecutive rows of one proponent: its place, and which rows.
+        # Runs of consecutive rows with one proponent: the proponent's index, and the rows.
         self._runs: list[tuple[int, slice]] = []
         start = 0
         for owner, group in itertools.groupby(owners):
@@ -120,26 +125,26 @@ class _Patch:
             self._runs.append((owner, slice(start, stop)))
             start = stop
 
-    def vector(self, name: str, own: Tensor) -> Tensor:
-        """A vector with each row's change."""
-        return own + self._adapters.vectors[name][self._owners]
+    def vector(self, name: str, weights: Tensor) -> Tensor:
+        """A vector plus each row's change."""
+        return weights + self._adapters.vectors[name][self._owners]
 
-    def on_linear(self, place: LinearPlace, inputs: Tensor, outputs: Tensor) -> None:
-        if place.bias is not None:
-            outputs += self._adapters.vectors[place.bias][self._owners][:, None]
-        if place.weight is None:
+    def on_linear(self, layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> None:
+        if layer.bias is not None:
+            outputs += self._adapters.vectors[layer.bias][self._owners][:, None]
+        if layer.weight is None:
             return
-        down, up = self._adapters.linears[place.path]
+        down, up = self._adapters.linears[layer.path]
         for owner, rows in self._runs:
-            flat = outputs[rows].view(-1, outputs.shape[-1])
+            flat = outputs[rows].view(-1, outputs.shape[-1])  # [rows · tokens, outputs]
             flat.addmm_(inputs[rows].reshape(-1, inputs.shape[-1]) @ down[owner].T, up[owner])
 
-    def on_table(self, place: TablePlace, ids: Tensor, found: Tensor) -> Tensor:
+    def on_table(self, table: EmbeddingTable, ids: Tensor, embeddings: Tensor) -> Tensor:
         ids = ids.expand(len(self._owners), -1)
-        changed = found.expand(len(self._owners), *found.shape[1:]).clone()
+        changed = embeddings.expand(len(self._owners), *embeddings.shape[1:]).clone()
         for owner, rows in self._runs:
-            change = self._adapters.tables[place.weight][owner].looked_up(ids[rows].reshape(-1))
-            changed[rows] += place.scale * change.view_as(changed[rows])
+            change = self._adapters.tables[table.weight][owner].looked_up(ids[rows].reshape(-1))
+            changed[rows] += table.scale * change.view_as(changed[rows])
         return changed
 
     def on_head(self, linear: Tensor, states: Tensor, rows: Tensor) -> None:

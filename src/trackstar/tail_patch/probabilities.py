@@ -1,9 +1,10 @@
-"""Log-probabilities of completions, from hidden states on.
+"""Log-probabilities of completions, from hidden states.
 
     log p(completion | prompt) = Σ over the completion's tokens of log softmax(z)[token]
-    z = cap·tanh(scale·(h Wᵀ + b)/cap), without a cap z = scale·(h Wᵀ + b)
+    z = cap·tanh(scale·(h Wᵀ + b)/cap), or z = scale·(h Wᵀ + b) without a cap
 
-The token at position t + 1 is predicted from the hidden state at t, so the last token of a sequence is never read.
+The token at position t + 1 is predicted from the hidden state at t, so the last token of a sequence
+is never an input.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,22 +16,22 @@ from torch import Tensor, nn
 from trackstar.model.batching import Batch
 from trackstar.model.language_model import Head
 
-# Logits of a chunk of positions take about this many bytes.
+# Bytes that the logits of a chunk of positions take.
 CHUNK_BYTES = 32 << 20
 
-# Changes h Wᵀ + b of some positions in place; given those, the states h and the batch's row of each.
 HeadPatch = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with h Wᵀ + b of some positions, their states h and their rows of the batch; changes the first."""
 
 
 def shifted(
     batch: Batch,
 ) -> tuple[Int[Tensor, "batch positions"], Int[Tensor, "batch positions"], Bool[Tensor, "batch positions"]]:
-    """What is read, the token that each position predicts, and whether it counts: one position fewer than tokens."""
+    """Inputs, the token that each position predicts, and whether it is a target; one fewer than tokens."""
     return batch.token_ids[:, :-1], batch.token_ids[:, 1:], batch.target_mask[:, 1:]
 
 
 def bounded_logits(head: Head, linear: Float[Tensor, "positions vocabulary"]) -> Float[Tensor, "positions vocabulary"]:
-    """z of h Wᵀ + b: scaled and capped, in float32 at least."""
+    """z from h Wᵀ + b: scaled and capped, in float32 or more."""
     logits = linear if head.scale == 1.0 else linear * head.scale
     if head.cap is not None:
         logits = torch.tanh(logits / head.cap) * head.cap
@@ -38,7 +39,7 @@ def bounded_logits(head: Head, linear: Float[Tensor, "positions vocabulary"]) ->
 
 
 def position_chunks(positions: int, head: Head, dtype: torch.dtype) -> Iterator[slice]:
-    """Parts of so many positions whose logits take about `CHUNK_BYTES`."""
+    """Slices of the positions, whose logits take about `CHUNK_BYTES` each."""
     size = max(16, CHUNK_BYTES // (dtype.itemsize * len(head.weight)))
     for start in range(0, positions, size):
         yield slice(start, start + size)
@@ -52,14 +53,14 @@ def log_probabilities(
     *,
     patch: HeadPatch | None = None,
 ) -> Float64[Tensor, "batch"]:
-    """Each row's log-probability of its counting targets, in nats.
+    """Each row's log-probability of its targets, in nats.
 
     Args:
         head: The output head.
-        hidden: What the head reads.
+        hidden: The head's inputs.
         targets: The token that each position predicts.
-        counts: Which positions count.
-        patch: What changes the head's linear part, if anything does.
+        counts: Whether that token is a target.
+        patch: Changes the head's linear part; None leaves it.
     """
     rows, positions = counts.nonzero(as_tuple=True)
     totals = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
@@ -70,6 +71,6 @@ def log_probabilities(
         if patch is not None:
             patch(linear, states, row)
         logits = bounded_logits(head, linear)
-        chosen = logits.gather(1, targets[row, position][:, None])[:, 0]
-        totals.index_add_(0, row, (chosen - logits.logsumexp(dim=-1)).double())
+        of_target = logits.gather(1, targets[row, position][:, None])[:, 0]
+        totals.index_add_(0, row, (of_target - logits.logsumexp(dim=-1)).double())
     return totals

@@ -1,13 +1,14 @@
-"""The training step that tail-patch makes on a proponent: a real optimizer with the state that training left it in.
+"""The training step that tail-patch makes on a proponent: a real optimizer with its state after training.
 
-The paper (§5.2) continues training from the final checkpoint: one step on the proponent alone, with the optimizer's
-state and hyperparameters of pretraining. The step's loss is
+The paper (§5.2) continues training from the final checkpoint: one step on the proponent alone, with
+the optimizer's state and hyperparameters of pretraining. The step's loss is
 
-    mean    Σ cross-entropies of the example's target tokens / their number      (as `trackstar.pretraining`)
-    sum     Σ cross-entropies of the example's target tokens                     (in the units of an estimated V)
+    mean    Σ cross-entropies of the example's target tokens / their number    (as in `trackstar.pretraining`)
+    sum     Σ cross-entropies of the example's target tokens                   (as for an estimated V)
 
-A model without optimizer state has only V, estimated as E[G²] of summed losses. Its step is Adafactor's relative step
-with that V, not updated by the example: β̂₂ = 1 - step^(-∞) = 1 for every step from the second on.
+For a model without optimizer state, V is estimated as E[G²] of summed losses. Its step is
+Adafactor's relative step with that V, which the example does not update: β̂₂ = 1 - step^(-∞) = 1
+for every step from the second on.
 """
 
 import dataclasses
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
@@ -27,7 +26,7 @@ from trackstar.gradients.second_moment import FactoredMoment, SecondMoment, chec
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 from trackstar.pretraining import OPTIMIZER_FILE, PretrainingConfig, learning_rate
-from trackstar.pretraining.checkpoints import WEIGHTS_FILE, TrainingState, read_state
+from trackstar.pretraining.checkpoints import WEIGHTS_FILE, TrainingState, read_state, read_tensors
 from trackstar.pretraining.optimizers import (
     ADAMW_GRADIENT_NORM,
     make_optimizer,
@@ -35,10 +34,13 @@ from trackstar.pretraining.optimizers import (
     restore_optimizer,
 )
 
-# Adafactor's own: the bound on the root mean square of an update, and the least scale of a parameter.
+# Adafactor's defaults: d, the bound on the root mean square of an update; ε₂, the least scale of a
+# parameter; ε₁.
 _CLIP = 1.0
 _LEAST_SCALE = 1e-3
 _REGULARIZATION = 1e-30
+
+_ADVICE = "restore it from a copy"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,11 +48,12 @@ class TrainingStep:
     """One optimizer step on one example.
 
     Attributes:
-        optimizer: A torch optimizer of the model's own parameters, with its state, and with the learning rate of the
-            step set. It is stepped and put back; between measurements its state is what it was.
+        optimizer: A torch optimizer of the model's own parameters, with its state and the step's
+            learning rate. Measurements step it, and restore its state.
         loss: Whether the step's loss is the mean or the sum over the example's target tokens.
-        max_gradient_norm: The norm to which the whole gradient is cut before the step; None leaves it as it is.
-        description: What the step is, for tables.
+        max_gradient_norm: The norm to which the whole gradient is clipped before the step; None
+            does not clip.
+        description: Description of the step, for tables.
     """
 
     optimizer: Optimizer
@@ -60,16 +63,16 @@ class TrainingStep:
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, model: LanguageModel) -> "TrainingStep":
-        """The step that would have come next in the run of `trackstar pretrain` that left this checkpoint.
+        """The next step of the pretraining run that wrote a checkpoint.
 
         Args:
-            folder: The checkpoint: `training_state.json`, `model.safetensors`, and `optimizer.safetensors` (but
-                before the first step).
+            folder: The checkpoint: `training_state.json`, `model.safetensors`, and, after the first step,
+                `optimizer.safetensors`.
             model: The model of that checkpoint.
 
         Raises:
-            PretrainingError: A file is missing, damaged, of another model, or of an optimizer that this version would
-                not make.
+            PretrainingError: A file is missing, damaged, of another model, or of an optimizer that
+                this version does not create.
             ModelError: The model's weights are not the checkpoint's; the message names a parameter.
         """
         folder = Path(folder)
@@ -77,12 +80,14 @@ class TrainingStep:
         config = _config(folder, state)
         _check_weights(folder, model)
         optimizer = make_optimizer(model.module, config)
-        found, expected = dict(state.optimizer), optimizer_hyperparameters(optimizer)
-        if found != expected:
-            raise PretrainingError(f"{folder}: was trained with optimizer {found}, expected {expected}; train it anew")
+        of_run, expected = dict(state.optimizer), optimizer_hyperparameters(optimizer)
+        if of_run != expected:
+            raise PretrainingError(
+                f"{folder}: was trained with optimizer {of_run}, expected {expected}; train the model again"
+            )
         if state.step > 0:
             path = folder / OPTIMIZER_FILE
-            restore_optimizer(model.module, optimizer, _tensors(path), str(path))
+            restore_optimizer(model.module, optimizer, read_tensors(path, advice=_ADVICE), str(path))
         rate = learning_rate(state.step + 1, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -99,13 +104,13 @@ class TrainingStep:
     def from_optimizer(
         cls, optimizer: Optimizer, model: LanguageModel, *, max_gradient_norm: float | None = None
     ) -> "TrainingStep":
-        """The next step of a live optimizer of the model's own parameters, its learning rates as they are set.
+        """The next step of a live optimizer of the model's own parameters, with its current learning rates.
 
         Raises:
-            OptionError: It moves something that is no parameter of the model, or no gradient can have that norm.
+            OptionError: It moves a parameter that is not the model's, or the norm is not positive.
         """
         if max_gradient_norm is not None and not max_gradient_norm > 0:
-            raise OptionError(f"max_gradient_norm is {max_gradient_norm}; expected a number above 0, or None")
+            raise OptionError(f"`max_gradient_norm`: expected a number above 0, or None, found {max_gradient_norm}")
         step = cls(
             optimizer=optimizer,
             max_gradient_norm=max_gradient_norm,
@@ -123,27 +128,28 @@ class TrainingStep:
         learning_rate: float = 0.01,
         loss: Literal["mean", "sum"] = "sum",
     ) -> "TrainingStep":
-        """Adafactor's relative step with V as it is given, for models without optimizer state.
+        """Adafactor's relative step with a fixed V, for models without optimizer state.
 
-        Of each covered matrix, W ← W - η·max(ε₂, RMS(W))·U/max(1, RMS(U)) with U = G/√V and ε₂ = 10⁻³ (Shazeer and
-        Stern 2018, Algorithm 4, with V not updated by the example). Everything that V does not cover (embeddings,
-        head, norms, biases) stays.
+        For each covered matrix, W ← W - η·max(ε₂, RMS(W))·U/max(1, RMS(U)) with U = G/√V and ε₂ =
+        10⁻³ (Shazeer and Stern 2018, Algorithm 4, except that the example does not update V).
+        Parameters that V does not cover (embeddings, head, norms, biases) do not move.
 
         Args:
-            moment: A factored V of every covered matrix; entries of its factors below its floor are raised to it.
-            model: Whose matrices V is of.
+            moment: A factored V of every covered matrix; entries of its factors below its floor are
+                raised to it.
+            model: The model that V belongs to.
             learning_rate: η, relative to each matrix's root mean square.
-            loss: What V's unit is the square of: `sum` for a V that `estimate_second_moment` made of summed losses;
-                `mean` for one that a training run on mean losses left.
+            loss: The loss whose squared gradients V estimates: `sum` for `estimate_second_moment`,
+                `mean` for the state of a training run on mean losses.
 
         Raises:
             SecondMomentError: V does not fit the model.
             OptionError: V is not factored, or the learning rate is not positive.
         """
         if moment.kind != "factored":
-            raise OptionError(f"tail-patch: found a second moment of kind {moment.kind}, expected a factored one")
+            raise OptionError(f"`moment`: expected a factored second moment, found one of kind {moment.kind}")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
-            raise OptionError(f"tail-patch: found learning rate {learning_rate}, expected a finite number above 0")
+            raise OptionError(f"`learning_rate`: expected a finite number above 0, found {learning_rate}")
         checked_second_moment(moment, model.matrices)
         parameters = dict(model.module.named_parameters())
         optimizer = Adafactor(
@@ -175,17 +181,17 @@ class TrainingStep:
         )
 
     def check_model(self, model: LanguageModel) -> None:
-        """That the step moves parameters of this very model.
+        """Raise if the step moves parameters that are not this model's.
 
         Raises:
-            OptionError: It moves others.
+            OptionError: It moves another model's parameters.
         """
-        own = {id(parameter) for parameter in model.module.parameters()}
+        parameters = {id(parameter) for parameter in model.module.parameters()}
         for group in self.optimizer.param_groups:
-            if any(id(parameter) not in own for parameter in group["params"]):
+            if any(id(parameter) not in parameters for parameter in group["params"]):
                 raise OptionError(
-                    "tail-patch: the training step moves parameters that are not the model's, expected the very model "
-                    "that the step was made for"
+                    "`step`: moves parameters that are not the model's, expected those of the model object that is "
+                    "measured; create the step for this model"
                 )
 
 
@@ -194,30 +200,22 @@ def _config(folder: Path, state: TrainingState) -> PretrainingConfig:
         return PretrainingConfig(**state.settings)
     except (TypeError, OptionError) as error:
         raise PretrainingError(
-            f"{folder}: its settings are not those of a pretraining run ({error}); restore it from a copy"
+            f"{folder}: its settings are not those of a pretraining run ({error}); {_ADVICE}"
         ) from None
 
 
 def _check_weights(folder: Path, model: LanguageModel) -> None:
-    """That the model has the checkpoint's weights: the state of an optimizer belongs to them and no others."""
+    """Raise if the model's weights are not the checkpoint's, which the optimizer's state belongs to."""
     path = folder / WEIGHTS_FILE
-    weights = _tensors(path)
+    weights = read_tensors(path, advice=_ADVICE)
     for name, parameter in model.module.named_parameters():
         saved = weights.get(name)
         if saved is None or saved.shape != parameter.shape or not (saved.to(parameter) == parameter).all():
-            raise ModelError(f"{model.source}: {name} is not what {path} holds; expected the model of that checkpoint")
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise PretrainingError(f"{path}: cannot be read ({reason}); restore it from a copy") from None
+            raise ModelError(f"{model.source}: {name} differs from {path}; expected the model of that checkpoint")
 
 
 def _stored_factors(matrix: WeightMatrix, moment: SecondMoment) -> tuple[Tensor, Tensor]:
-    """r and c of V = r cᵀ/mean(r), in the order in which the parameter is stored, small entries raised to the floor."""
+    """r and c of V = r cᵀ/mean(r) in the parameter's stored order, entries below the floor raised to it."""
     factors = moment.moments[matrix.name]
     if not isinstance(factors, FactoredMoment):
         raise SecondMomentError(f"{moment.source}: second moment of {matrix.name} is not factored; expected r and c")
@@ -226,5 +224,5 @@ def _stored_factors(matrix: WeightMatrix, moment: SecondMoment) -> tuple[Tensor,
     column = column.clamp_min(moment.floor * float(column.mean()))
     if not matrix.transposed:
         return row, column
-    # Stored as Wᵀ: V's rows are the columns there, and V = c rᵀ/mean(r) must be divided by mean(c) instead.
+    # Stored as Wᵀ: Vᵀ = c rᵀ/mean(r) = c (r·mean(c)/mean(r))ᵀ/mean(c).
     return column, row * (column.mean() / row.mean())

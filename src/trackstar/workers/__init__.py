@@ -1,13 +1,14 @@
-"""Where gradients are computed and stores are scanned: this process, or a Ray cluster.
+"""Compute gradients (Eq. 1-4) and scan indexes, in this process or on a Ray cluster.
 
-In: parts of work that do not depend on who does them. Out: their results, in the parts' order, with the same bits
-whoever computed them. `RayWorkers` needs the extra `ray`, and is imported when it is first used:
+In: parts of work that do not depend on which worker computes them. Out: their results in the parts'
+order, with the same bits on any number of workers of the same hardware. `RayWorkers` is imported on
+first use, so that nothing else here needs Ray, which the extra `ray` installs:
 
     with trackstar.workers.RayWorkers("auto") as workers:
         trackstar.build_index(model, corpus, "s3://bucket/index", workers=workers)
 
-The process that calls leads: it reads and tokenizes the corpus, hands out groups of examples, writes shards in their
-order and sums R_train, so that the index is that of one process alone. See docs/how-to/clusters.md.
+The calling process reads and tokenizes the corpus, distributes groups of examples, writes shards in
+order and sums R_train; the index is the one that it would build alone. See docs/how-to/clusters.md.
 """
 
 from typing import TYPE_CHECKING, Any

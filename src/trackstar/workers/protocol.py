@@ -1,7 +1,8 @@
-"""Where gradients are computed and stores are gone through: by this process alone, or by many (`cluster/`).
+"""Interface of workers, which compute gradients and scan indexes, and its form in this process alone.
 
-Whatever is computed of many examples or rows is cut into parts that do not depend on who computes them, and put
-together in the parts' order: the same bits come of one process and of a hundred of the same kind.
+Work on many examples or rows is split into parts that do not depend on which worker computes them, and
+results are combined in the parts' order. So one process and a hundred of the same hardware give the
+same bits.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,41 +13,41 @@ from trackstar.model.language_model import LanguageModel
 from trackstar.store import Index, Manifest
 
 Advance = Callable[[int], None]
+"""Callback that receives numbers of completed examples."""
 GradientWork = Callable[[Any, Any, Advance], Any]
-"""What is done with one part: given what its setup opens and the part, and to be told of each example done, it gives
-the result.
+"""Function that computes one part's result, given what `Setup.opened` gives, the part and a progress callback.
 
-It, parts and results go from process to process, so they hold plain data and tensors on the CPU."""
+The function, parts and results are sent between processes: they hold plain data and tensors on the CPU."""
 IndexWork = Callable[[Index], Any]
-"""What is done with an index, or with some shards of it."""
+"""Function that computes the result of an index, or of an `Index` with some of its shards."""
 
 
 def ignore(_: object) -> None:
-    """Told something that nobody wants to know."""
+    """Callback that does nothing."""
 
 
 @runtime_checkable
 class Setup(Protocol):
-    """What must be known, and opened once on a model, before parts can be done; it goes from process to process."""
+    """Description of what to open on a model before computing parts; it is sent between processes."""
 
     @property
     def manifest(self) -> Manifest:
-        """Says which model it is, and what its layer blocks are."""
+        """Manifest that identifies the model and its layer blocks."""
         ...
 
     def opened(self, model: LanguageModel, note: Callable[[str], None]) -> AbstractContextManager[Any]:
-        """What parts are done with.
+        """The first argument of `GradientWork`, as a context manager.
 
         Args:
-            model: The manifest's.
-            note: Told what a user should know, such as memory that ran out.
+            model: The manifest's model.
+            note: Callback that receives lines for the user, for example when memory runs out.
         """
         ...
 
 
 @runtime_checkable
 class Workers(Protocol):
-    """Who computes gradients and goes through stores."""
+    """Computes gradients and scans indexes."""
 
     def gradients(
         self,
@@ -58,32 +59,32 @@ class Workers(Protocol):
         advance: Advance = ignore,
         note: Callable[[str], None] = ignore,
     ) -> Iterator[Any]:
-        """The results of all parts, in their order; parts are taken as there is somebody to do them.
+        """Results of all parts, in the order of the parts, which are taken as workers become free.
 
         Args:
             model: The model.
-            setup: What parts are done with.
-            work: What is done with a part.
+            setup: Opened once per worker.
+            work: Computes a part's result.
             parts: The parts.
-            advance: Told of examples as they are done.
-            note: Told what a user should know, such as memory that ran out.
+            advance: Callback that receives numbers of completed examples.
+            note: Callback that receives lines for the user, for example when memory runs out.
         """
         ...
 
     def scan(self, index: Index, work: IndexWork, *, progress: bool = False) -> list[Any]:
-        """What `work` gives for consecutive parts of an index that together are all of it, in their order.
+        """Results of `work` for consecutive groups of shards that make up the index, in order.
 
         Args:
             index: The index.
-            work: What is done with a part; it shows its own progress where this process does it.
-            progress: Whether what others have done is shown.
+            work: Computes a group's result; in this process it shows its own progress bar.
+            progress: Whether to show a progress bar for other processes' work.
         """
         ...
 
 
 @final
 class ThisProcess:
-    """One part after the other, by the model that the caller has."""
+    """Computes one part after the other with the caller's model."""
 
     def gradients(
         self,

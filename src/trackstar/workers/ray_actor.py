@@ -1,4 +1,4 @@
-"""What runs in a worker's process: it holds the model and what it was told about the work, and does part after part."""
+"""The Ray actor of a worker's process: it holds a model and a job, and computes part after part."""
 
 import dataclasses
 import os
@@ -11,20 +11,20 @@ import torch
 from trackstar.errors import IndexMismatchError, ModelError, StoreError, TrackstarError
 from trackstar.model.language_model import LanguageModel
 from trackstar.store import Index, Manifest, Place
-from trackstar.workers.made_with import model_of_manifest
+from trackstar.workers.index_model import model_of_manifest
 from trackstar.workers.protocol import GradientWork, IndexWork, Setup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GradientOrder:
-    """What a worker must know to compute gradients.
+class GradientJob:
+    """What a worker needs to compute gradients.
 
     Attributes:
-        source: Where the model is loaded from: the same place on every node.
-        revision: Of a hub's model.
-        gguf_file: Of GGUF weights.
-        setup: What parts are done with.
-        work: What is done with a part.
+        source: Path or hub name that every node loads the model from.
+        revision: The hub's revision, or None.
+        gguf_file: The file of GGUF weights, or None.
+        setup: Opened on the model before the first part.
+        work: Computes a part's result.
     """
 
     source: str
@@ -35,13 +35,13 @@ class GradientOrder:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ScanOrder:
-    """What a worker must know to go through an index.
+class ScanJob:
+    """What a worker needs to scan an index.
 
     Attributes:
         path: The index's folder; the same on every node.
-        manifest: What the index is.
-        work: What is done with some of its shards.
+        manifest: The index's manifest.
+        work: Computes the result of some of its shards.
     """
 
     path: Place
@@ -50,13 +50,13 @@ class ScanOrder:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Done:
-    """What a part gave.
+class PartResult:
+    """Result of one part.
 
     Attributes:
-        result: It.
-        advanced: How many examples that was.
-        notes: What its user should know.
+        result: The result.
+        advanced: Number of examples completed.
+        notes: Lines for the user.
     """
 
     result: Any
@@ -69,87 +69,93 @@ class Worker:
     """One process of the cluster.
 
     Args:
-        threads: CPU threads to compute with.
-        device: Where to compute.
+        threads: Number of CPU threads.
+        device: Torch device, or `auto`.
     """
 
     def __init__(self, threads: int, device: str) -> None:
         torch.set_num_threads(threads)
         self._device = device
         self._model: LanguageModel | None = None
-        self._model_is: tuple[object, ...] = ()
-        self._order: GradientOrder | ScanOrder | None = None
+        self._model_key: tuple[object, ...] = ()
+        self._job: GradientJob | ScanJob | None = None
         self._opened: Any = None
-        self._open = ExitStack()
+        self._exit_stack = ExitStack()
         self._notes: list[str] = []
 
-    def prepare(self, order: GradientOrder | ScanOrder) -> str:
-        """Get ready for parts of this order; gives the worker's name.
+    def prepare(self, job: GradientJob | ScanJob) -> str:
+        """Load what the job needs, and return the worker's name.
 
         Raises:
-            TrackstarError: The model or index is not there, or is another; the message names the node.
+            TrackstarError: The model or index is missing or is another one; the message names the node.
         """
         name = f"{socket.gethostname()}/{os.getpid()}"
         try:
-            self._open.close()
+            self._exit_stack.close()
             self._opened = None
-            if isinstance(order, GradientOrder):
-                opened = order.setup.opened(self._loaded(order), self._notes.append)
-                self._opened = self._open.enter_context(opened)
+            if isinstance(job, GradientJob):
+                opened = job.setup.opened(self._loaded(job), self._notes.append)
+                self._opened = self._exit_stack.enter_context(opened)
             else:
-                self._opened = self._index(order)
+                self._opened = self._index(job)
         except TrackstarError as error:
             raise type(error)(f"on node {socket.gethostname()}: {error}") from None
-        self._order = order
+        self._job = job
         return name
 
-    def do(self, part: Any) -> Done:
-        """Do one part of the order that the worker is prepared for."""
-        order = self._order
+    def compute(self, part: Any) -> PartResult:
+        """Compute one part of the job that the worker is prepared for."""
+        job = self._job
         advanced = 0
 
         def advance(examples: int) -> None:
             nonlocal advanced
             advanced += examples
 
-        assert order is not None, "prepared"
+        assert job is not None, "prepared"
         assert self._opened is not None, "prepared"
-        if isinstance(order, GradientOrder):
-            result = order.work(self._opened, part, advance)
+        if isinstance(job, GradientJob):
+            result = job.work(self._opened, part, advance)
         else:
             index = self._opened.part(part)
-            result = order.work(index)
+            result = job.work(index)
             advance(index.rows)
         notes = tuple(self._notes)
         self._notes.clear()
-        return Done(result=result, advanced=advanced, notes=notes)
+        return PartResult(result=result, advanced=advanced, notes=notes)
 
-    def _loaded(self, order: GradientOrder) -> LanguageModel:
-        manifest, source = order.setup.manifest, order.source
+    def _loaded(self, job: GradientJob) -> LanguageModel:
+        """The job's model, loaded unless the worker has it already."""
+        manifest, source = job.setup.manifest, job.source
         digest = manifest.model.digest
-        wanted = (digest, manifest.model.dtype, manifest.layer_blocks)
-        if self._model is None or self._model_is != wanted:
-            self._model = None  # before another takes its place
+        key = (digest, manifest.model.dtype, manifest.layer_blocks)
+        if self._model is None or self._model_key != key:
+            self._model = None  # free its memory before the next is loaded
             try:
-                place = dataclasses.replace(
-                    manifest.model, source=source, revision=order.revision, gguf_file=order.gguf_file
+                entry = dataclasses.replace(
+                    manifest.model, source=source, revision=job.revision, gguf_file=job.gguf_file
                 )
-                model = model_of_manifest(dataclasses.replace(manifest, model=place), source, device=self._device)
+                model = model_of_manifest(dataclasses.replace(manifest, model=entry), source, device=self._device)
             except ModelError as error:
-                raise ModelError(f"{error}; a cluster's nodes all read the model from the same place") from None
+                raise ModelError(
+                    f"{error}; expected the model at the same path on all of the cluster's nodes"
+                ) from None
             found = model.digest()
             if found != digest:
                 raise IndexMismatchError(
-                    f"{source}: the model's digest is {found}, expected {digest}; give all nodes the same"
+                    f"{source}: the model's digest is {found}, expected {digest}; give all nodes the same model"
                 )
-            self._model, self._model_is = model, wanted
+            self._model, self._model_key = model, key
         return self._model
 
-    def _index(self, order: ScanOrder) -> Index:
+    def _index(self, job: ScanJob) -> Index:
+        """The job's index."""
         try:
-            index = Index.open(order.path)
+            index = Index.open(job.path)
         except StoreError as error:
-            raise type(error)(f"{error}; a cluster's nodes all read the index from the same place") from None
-        if index.manifest != order.manifest:
-            raise IndexMismatchError(f"{order.path}: is another index than the one asked; give all nodes the same")
+            raise type(error)(f"{error}; expected the index at the same path on all of the cluster's nodes") from None
+        if index.manifest != job.manifest:
+            raise IndexMismatchError(
+                f"{job.path}: is another index than on the calling node; give all nodes the same index"
+            )
         return index

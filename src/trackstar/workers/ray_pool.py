@@ -1,8 +1,8 @@
-"""A pool of Ray actors that do parts of an order: parts of lost workers are done again, workers may come and go.
+"""A pool of Ray actors that compute a job's parts: workers come and go, and lost ones' parts go to others.
 
-A worker is asked for its next part while it does one, unless too few are left for those that have none or get ready. No
-part is taken from its source before there is somebody for it: what waits is two parts a worker, and as many results,
-whatever the number of parts.
+A worker receives its next part while it computes one, unless too few parts are left for the workers
+that have none or are being prepared. A part is taken from its source only when a worker can take it:
+at most two parts per worker wait, and as many results, however many parts there are.
 """
 
 import collections
@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
 from trackstar.errors import ClusterError, TrackstarError
-from trackstar.workers.ray_actor import Done, GradientOrder, ScanOrder, Worker
+from trackstar.text import first_line
+from trackstar.workers.ray_actor import GradientJob, PartResult, ScanJob, Worker
 
-# Parts that a worker has at a time: the one that it does, and the next.
-_AT_A_TIME = 2
-# A part that this many workers did not survive is not given to another.
+# Parts assigned to a worker at a time: the one that it computes, and the next.
+_PARTS_PER_WORKER = 2
+# A part is given up once this many workers were lost while they had it.
 _MOST_ATTEMPTS = 5
-# How often, in seconds, is looked whether there is room for a further worker; how seldom at least, where some have been
-# refused; and how often waiting is said.
-_GROW_EVERY, _GROW_SELDOM, _SAY_EVERY = 5.0, 300.0, 60.0
+# Seconds between two attempts to add workers; the most that refusals double this to; and seconds
+# between two notes about waiting.
+_GROW_EVERY, _GROW_SELDOM, _NOTE_EVERY = 5.0, 300.0, 60.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
@@ -38,11 +39,12 @@ class _Member:
     """A worker of the pool."""
 
     actor: Any
-    order: int = -1
-    """Number of the order that it is prepared for, or is being prepared for."""
+    job: int = -1
+    """Number of the job that it is prepared for, or is being prepared for."""
     preparing: Any = None
-    """A reference to the worker's name, until that is there."""
+    """Reference to the result of `Worker.prepare` while that runs."""
     parts: dict[Any, _Part] = dataclasses.field(default_factory=dict)
+    """Its parts, by the references to their results."""
 
 
 @final
@@ -50,10 +52,10 @@ class Pool:
     """Workers on a Ray cluster that this process is connected to.
 
     Args:
-        most: How many workers at most; None is as many as the cluster has room for.
-        cpus: CPU cores of a worker.
-        gpus: GPUs of a worker, or a fraction of one.
-        note: Told of workers that come and go.
+        most: Most workers; None is as many as the cluster has room for.
+        cpus: CPU cores per worker.
+        gpus: GPUs per worker, or a fraction of one.
+        note: Callback that receives a line when workers come or go.
     """
 
     def __init__(self, *, most: int | None, cpus: int, gpus: float, note: Callable[[str], None]) -> None:
@@ -62,33 +64,33 @@ class Pool:
         self._cpus, self._gpus = cpus, gpus
         self._note = note
         self._members: list[_Member] = []
-        self._orders = 0
-        self._grown = -math.inf
+        self._jobs = 0
+        self._last_growth = -math.inf
         self._grow_every = _GROW_EVERY
-        self._said = time.monotonic()
+        self._last_note = time.monotonic()
         self._refused = 0
         self._grow()
 
     @property
     def size(self) -> int:
-        """How many workers there are, and could be at once."""
+        """Number of workers, with those that there is room for now."""
         return len(self._members) + self._room()
 
-    def do(
+    def run(
         self,
-        order: GradientOrder | ScanOrder,
+        job: GradientJob | ScanJob,
         parts: Iterable[Any],
         *,
         advance: Callable[[int], None],
         note: Callable[[str], None],
     ) -> Iterator[Any]:
-        """Results of the parts, in the parts' order.
+        """Results of the job's parts, in the order of the parts.
 
         Raises:
-            TrackstarError: A part has none; the error is what the worker raised.
-            ClusterError: No worker survives a part, or the cluster is gone.
+            TrackstarError: A worker raised it for a part.
+            ClusterError: No worker survives a part, or the cluster fails.
         """
-        self._orders += 1
+        self._jobs += 1
         self._refused, self._grow_every = 0, _GROW_EVERY
         self._note = note
         source = enumerate(parts)
@@ -96,192 +98,192 @@ class Pool:
         results: dict[int, Any] = {}
         due, exhausted = 0, False
         try:
-            reference = self._ray.put(order)
+            reference = self._ray.put(job)
             while True:
                 self._grow()
                 for member in self._members:
-                    self._prepared(member, reference)
-                wanted = sum(1 if member.preparing is not None else _AT_A_TIME for member in self._members)
-                while not exhausted and self._given + len(waiting) < wanted:
-                    if self._given + len(waiting) + len(results) >= _AT_A_TIME * (len(self._members) + 1):
+                    self._prepare(member, reference)
+                wanted = sum(1 if member.preparing is not None else _PARTS_PER_WORKER for member in self._members)
+                while not exhausted and self._assigned + len(waiting) < wanted:
+                    if self._assigned + len(waiting) + len(results) >= _PARTS_PER_WORKER * (len(self._members) + 1):
                         break
                     number, content = next(source, (-1, None))
                     exhausted = number < 0
                     if not exhausted:
                         waiting.append(_Part(number=number, content=content))
-                self._give(waiting)
+                self._assign(waiting)
                 while due in results:
                     yield results.pop(due)
                     due += 1
                 if exhausted and not waiting and not any(member.parts for member in self._members):
                     return
-                for part, done in self._next(waiting):
-                    results[part.number] = done.result
-                    advance(done.advanced)
-                    for line in done.notes:
+                for part, result in self._completed(waiting):
+                    results[part.number] = result.result
+                    advance(result.advanced)
+                    for line in result.notes:
                         note(line)
         except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise ClusterError(
-                f"the Ray cluster fails ({_one_line(error)}); see that it runs, and run again"
+                f"the Ray cluster fails ({_summary(error)}); check that it runs, and run again"
             ) from error
         finally:
-            # Workers finish what they have before they get ready for another order. It is not cancelled: Ray then lets
-            # an actor wait half a minute for the call that does not come, and gives it up.
+            # Workers finish their parts before they prepare another job. The parts are not cancelled:
+            # Ray would let an actor wait half a minute for the cancelled call, and then give it up.
             for member in self._members:
                 member.parts.clear()
 
     def close(self) -> None:
-        """Give all workers' resources back."""
+        """Release all workers' resources."""
         for member in self._members:
-            # Where the cluster is gone, so are they.
+            # If the cluster is gone, so are its workers.
             with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError):
                 self._ray.kill(member.actor)
         self._members.clear()
 
     @property
-    def _given(self) -> int:
-        """How many parts workers have."""
+    def _assigned(self) -> int:
+        """Number of parts that workers have."""
         return sum(len(member.parts) for member in self._members)
 
-    def _give(self, waiting: collections.deque[_Part]) -> None:
-        """Give parts to workers: to each that has none, then further ones while enough are left for those without."""
-        for parts in range(_AT_A_TIME):
+    def _assign(self, waiting: collections.deque[_Part]) -> None:
+        """Assign a part to each worker without one, then second parts while enough are left for the others."""
+        for parts in range(_PARTS_PER_WORKER):
             for member in self._members:
-                free = sum(not other.parts for other in self._members)
-                if member.preparing is None and len(member.parts) == parts and len(waiting) > (free if parts else 0):
+                idle = sum(not other.parts for other in self._members)
+                if member.preparing is None and len(member.parts) == parts and len(waiting) > (idle if parts else 0):
                     part = waiting.popleft()
-                    member.parts[member.actor.do.remote(part.content)] = part
+                    member.parts[member.actor.compute.remote(part.content)] = part
 
-    def _prepared(self, member: _Member, order: Any) -> None:
-        """Have a worker prepared for the present order."""
-        if member.order != self._orders:
-            member.order = self._orders
-            member.preparing = member.actor.prepare.remote(order)
+    def _prepare(self, member: _Member, job: Any) -> None:
+        """Start a worker's preparation for the current job, unless it has been started."""
+        if member.job != self._jobs:
+            member.job = self._jobs
+            member.preparing = member.actor.prepare.remote(job)
 
-    def _next(self, waiting: collections.deque[_Part]) -> Iterator[tuple[_Part, Done]]:
-        """What is done next, once something is; lost workers' parts wait again."""
+    def _completed(self, waiting: collections.deque[_Part]) -> Iterator[tuple[_Part, PartResult]]:
+        """Wait for a call to complete, and yield the completed parts; lost workers' parts wait once more."""
         owners = {member.preparing: member for member in self._members if member.preparing is not None}
         owners |= {reference: member for member in self._members for reference in member.parts}
         if not owners:
-            self._say("no worker is there; waiting until the cluster has room for one")
+            self._note_seldom("the cluster has no worker; waiting for room for one")
             time.sleep(0.5)
             return
-        ready, _ = self._asked(self._ray.wait, list(owners), num_returns=1, timeout=1.0)
+        ready, _ = self._call(self._ray.wait, list(owners), num_returns=1, timeout=1.0)
         if not ready and all(member.preparing is not None for member in self._members):
-            self._say("no worker is ready; waiting until the cluster has started one and it has loaded what it needs")
+            self._note_seldom("no worker is ready; waiting for the cluster to start one and for it to load its model")
         for reference in ready:
             member = owners[reference]
             if member not in self._members:
                 continue
             try:
-                found = self._asked(self._ray.get, reference)
+                result = self._call(self._ray.get, reference)
             except self._ray.exceptions.RayTaskError as error:
-                self._failed(member, reference, error)
+                self._handle_error(member, reference, error)
                 continue
             except self._ray.exceptions.RayError as error:
-                self._lost(member, waiting, error)
+                self._handle_loss(member, waiting, error)
                 continue
             if reference == member.preparing:
                 member.preparing = None
                 self._refused, self._grow_every = 0, _GROW_EVERY
             else:
-                yield member.parts.pop(reference), found
+                yield member.parts.pop(reference), result
 
     @staticmethod
-    def _asked(call: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """What Ray gives; an end that a signal's handler asks for within comes out as that, not as Ray's own error."""
+    def _call(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call Ray, and unwrap the `SystemError` that it makes of a signal handler's exception."""
         try:
-            return call(*given, **options)
+            return function(*arguments, **options)
         except SystemError as error:
             raise (error.__cause__ or error) from None
 
-    def _failed(self, member: _Member, reference: Any, error: Any) -> None:
-        """A worker is well, but says that it cannot: everybody's end, unless others may be on better nodes."""
+    def _handle_error(self, member: _Member, reference: Any, error: Any) -> None:
+        """Raise a living worker's error, unless it failed to prepare and other workers are left."""
         cause = error.cause if isinstance(error.cause, TrackstarError) else None
         if reference == member.preparing:
             self._members.remove(member)
             self._ray.kill(member.actor)
-            self._another_refused()
+            self._count_refusal()
             if self._members:
-                self._note(f"a worker cannot be used and is left out: {cause or _one_line(error)}")
+                self._note(f"a worker cannot be used and is left out: {cause or _summary(error)}")
                 return
         raise cause or error.cause or error from None
 
-    def _another_refused(self) -> None:
-        """Of nodes where a worker cannot be used, more and more seldom is tried whether it can now."""
+    def _count_refusal(self) -> None:
+        """Double the time until the next worker is tried, up to a limit."""
         self._refused += 1
         self._grow_every = min(2 * self._grow_every, _GROW_SELDOM)
 
-    def _lost(self, member: _Member, waiting: collections.deque[_Part], error: Any) -> None:
-        """A worker or its node is gone: its parts go to others, first."""
+    def _handle_loss(self, member: _Member, waiting: collections.deque[_Part], error: Any) -> None:
+        """Remove a worker that is gone, with its node or alone; its parts are the next to be assigned."""
         self._members.remove(member)
         self._ray.kill(member.actor)
         parts = sorted(member.parts.values(), key=lambda part: part.number)
         self._note(
-            f"a worker was lost ({_one_line(error)}); {len(self._members)} are left, {len(parts)} parts go to them"
+            f"a worker was lost ({_summary(error)}); {len(self._members)} are left, {len(parts)} parts go to them"
         )
         if member.preparing is not None:
-            self._another_refused()
+            self._count_refusal()
             if self._refused >= _MOST_ATTEMPTS and not self._members:
                 raise ClusterError(
-                    f"{self._refused} workers were lost while they loaded the model ({_one_line(error)}); give a "
-                    "worker more memory, or see Ray's logs"
+                    f"{self._refused} workers were lost while they loaded the model ({_summary(error)}); give a "
+                    "worker more memory, or read Ray's logs"
                 )
         for part in parts:
             part.attempts += 1
             if part.attempts >= _MOST_ATTEMPTS:
                 raise ClusterError(
-                    f"part {part.number} was given to {part.attempts} workers, and all were lost ({_one_line(error)}); "
-                    "try a smaller --batch-tokens, or see Ray's logs"
+                    f"part {part.number} was given to {part.attempts} workers, and all were lost ({_summary(error)}); "
+                    "try a smaller `batch_tokens`, or read Ray's logs"
                 )
         waiting.extendleft(reversed(parts))
         if member.preparing is None:
-            self._grown = -math.inf
+            self._last_growth = -math.inf
 
     def _grow(self) -> None:
-        """Start workers where the cluster has room for more."""
+        """Start workers if the cluster has room for more."""
         now = time.monotonic()
         if self._refused >= 2 * _MOST_ATTEMPTS and not self._members:
             raise ClusterError(
-                f"{self._refused} workers could not be used or were lost while they got ready, and none is left; "
-                "see Ray's logs"
+                f"{self._refused} workers could not be used or were lost while they were prepared, and none is left; "
+                "read Ray's logs"
             )
-        if now - self._grown < (self._grow_every if self._members else _GROW_EVERY):
+        if now - self._last_growth < (self._grow_every if self._members else _GROW_EVERY):
             return
-        self._grown = now
+        self._last_growth = now
         room = self._room()
         device = "auto" if self._gpus > 1 else "cuda" if self._gpus else "cpu"
         for _ in range(room):
-            made = self._ray.remote(Worker).options(
+            actor_class = self._ray.remote(Worker).options(
                 num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy="SPREAD"
             )
-            self._members.append(_Member(actor=made.remote(self._cpus, device)))
+            self._members.append(_Member(actor=actor_class.remote(self._cpus, device)))
         if room > 0:
             self._note(f"cluster: {len(self._members)} workers")
 
     def _room(self) -> int:
-        """How many further workers the cluster has room for now."""
+        """Number of further workers that the cluster has room for now."""
         needed = {"cpus": self._cpus, "gpus": self._gpus}
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        # What is free is told late, and of all nodes together.
+        # Available resources are reported late, and summed over nodes; each node's total bounds them.
         most = sum(workers_within(node, **needed) for node in nodes)
         most = most if self._most is None else min(most, self._most)
         free = workers_within(self._ray.available_resources(), **needed)
         return max(0, min(free, most - len(self._members)))
 
-    def _say(self, line: str) -> None:
-        if time.monotonic() - self._said > _SAY_EVERY:
+    def _note_seldom(self, line: str) -> None:
+        """Pass a note on, unless one was passed within the last `_NOTE_EVERY` seconds."""
+        if time.monotonic() - self._last_note > _NOTE_EVERY:
             self._note(line)
-            self._said = time.monotonic()
+            self._last_note = time.monotonic()
 
 
 def workers_within(resources: Mapping[str, float], *, cpus: int, gpus: float) -> int:
-    """How many workers of this size some resources are enough for."""
+    """Number of workers with these cores and GPUs that the resources suffice for."""
     room = int(resources.get("CPU", 0) // cpus)
     return min(room, int(resources.get("GPU", 0) / gpus)) if gpus else room
 
 
-def _one_line(error: BaseException) -> str:
-    """An error's first sentence; Ray's go on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+def _summary(error: BaseException) -> str:
+    """An error's type and first line; Ray's errors run over pages."""
+    return f"{type(error).__name__}: {first_line(error)}"

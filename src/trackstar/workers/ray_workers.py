@@ -1,4 +1,4 @@
-"""A Ray cluster as `Workers`: connects, keeps a pool for gradients and scans, and lets go."""
+"""A Ray cluster as `Workers`: connect, run gradients and scans on a pool of workers, and disconnect."""
 
 import contextlib
 import importlib
@@ -12,68 +12,68 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, final
 
-from trackstar.errors import ClusterError, OptionError
+from trackstar.errors import ClusterError, OptionError, check_at_least
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import Index
+from trackstar.text import first_line
 from trackstar.workers.protocol import Advance, GradientWork, IndexWork, Setup, ignore
-from trackstar.workers.ray_actor import GradientOrder, ScanOrder
+from trackstar.workers.ray_actor import GradientJob, ScanJob
 from trackstar.workers.ray_pool import Pool, workers_within
 
-# Parts of an index that each worker gets: more even out what workers need.
-_PARTS_A_WORKER = 2
-# Ray divides a GPU into so many parts; more GPUs a machine does not have.
+# Groups of shards per worker in a scan: more than one evens out the workers' speeds.
+_GROUPS_PER_WORKER = 2
+# The smallest fraction that Ray divides a GPU into, and more GPUs than a machine has.
 _LEAST_GPU, _MOST_GPUS = 0.0001, 64
-# How long, in seconds, a cluster's address may take to answer.
-_ANSWERS_WITHIN = 10.0
+# Seconds until a connection to the cluster's address counts as failed.
+_CONNECTION_TIMEOUT = 10.0
 
 
 @contextlib.contextmanager
-def _own_end() -> Iterator[None]:
-    """While Ray begins: it would answer SIGTERM itself afterwards, and this process's own ending be lost."""
+def _sigterm_handler_restored() -> Iterator[None]:
+    """Restore this process's SIGTERM handler at the end, as Ray replaces it while it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, kept)
+        signal.signal(signal.SIGTERM, handler)
 
 
 @final
 class RayWorkers:
-    """Workers on a Ray cluster; a context manager that lets them go at its end.
+    """Workers on a Ray cluster; a context manager that releases them at its end.
 
-    Models, indexes and corpora are read from where this process reads them: give paths or URLs that all nodes share.
-    The corpus is read by this process alone, and it alone writes.
+    Workers read models and indexes from the paths or URLs that this process uses, so all nodes must
+    share them. Only this process reads the corpus, and only this process writes.
 
     Args:
-        address: `auto` for the cluster that this machine is part of, `HOST:PORT`, a `ray://` URL, or `local` for one
-            that is started on this machine and ends with this process.
-        workers: How many at most; None is as many as the cluster has room for, also if it grows.
-        cpus: CPU cores of a worker, which it computes with.
-        gpus: GPUs of a worker, or a fraction of one; None is 1 where the cluster has any, else 0. The model is spread
-            over more than one.
+        address: `auto` for the cluster that this machine is part of, `HOST:PORT`, a `ray://` URL, or
+            `local` for a cluster that starts on this machine and ends with this process.
+        workers: Most workers; None is as many as the cluster has room for, also if it grows.
+        cpus: CPU cores per worker.
+        gpus: GPUs per worker, or a fraction of one; None is 1 if the cluster has any, else 0. The
+            model is spread over a worker's GPUs if there are several.
 
     Raises:
         OptionError: Ray is not installed, or a number is out of range.
-        ClusterError: There is no such cluster, or it has no room for a worker at all.
+        ClusterError: The cluster cannot be reached, or no node has room for a worker.
     """
 
     def __init__(
         self, address: str = "auto", *, workers: int | None = None, cpus: int = 1, gpus: float | None = None
     ) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise OptionError("ray is not installed; --ray needs it: pip install 'trackstar-tda[ray]'")
-        for option, value in (("--ray-workers", workers), ("--ray-cpus", cpus)):
-            if value is not None and value < 1:
-                raise OptionError(f"{option} {value}: expected 1 or more")
+            raise OptionError("a cluster's workers need Ray, which is not installed; pip install 'trackstar-tda[ray]'")
+        check_at_least("workers", workers)
+        check_at_least("cpus", cpus)
         whole = gpus is not None and 0 <= gpus <= _MOST_GPUS and gpus % 1 == 0
         if gpus is not None and not (whole or _LEAST_GPU <= gpus <= 1):
             raise OptionError(
-                f"--ray-gpus {gpus:g}: expected 0, a part of one ({_LEAST_GPU} or more), or a whole number up to "
-                f"{_MOST_GPUS}"
+                f"`gpus`: expected 0, a fraction of one ({_LEAST_GPU} or more), or a whole number up to {_MOST_GPUS}, "
+                f"found {gpus:g}"
             )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -88,8 +88,8 @@ class RayWorkers:
             most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")}
             self._disconnect()
             raise ClusterError(
-                f"--ray {address}: the cluster's nodes have up to {most['CPU']:g} CPU cores and {most['GPU']:g} GPUs, "
-                f"a worker needs {cpus} and {gpus:g} (--ray-cpus, --ray-gpus)"
+                f"`address`: the nodes of the cluster {address} have up to {most['CPU']:g} CPU cores and "
+                f"{most['GPU']:g} GPUs, a worker needs {cpus} and {gpus:g}; pass smaller `cpus` or `gpus`"
             )
         try:
             self._pool = Pool(most=workers, cpus=cpus, gpus=gpus, note=ignore)
@@ -104,7 +104,7 @@ class RayWorkers:
         self.close()
 
     def close(self) -> None:
-        """Let the workers go, and the cluster where this connected to it."""
+        """Release the workers, and disconnect from the cluster if this object connected to it."""
         self._pool.close()
         self._disconnect()
 
@@ -121,25 +121,28 @@ class RayWorkers:
         """See `trackstar.workers.protocol.Workers`.
 
         Raises:
-            OptionError: The model is nowhere that a worker could load it from.
-            ClusterError: Workers are lost again and again.
+            OptionError: The model is in memory only, so that workers cannot load it.
+            ClusterError: Workers are lost repeatedly, or the cluster fails.
         """
         if model.source == "in memory":
-            raise OptionError("the model is in memory only; a cluster's workers load theirs from a folder or a hub")
+            raise OptionError(
+                "`model`: expected one loaded from a folder or a hub, as a cluster's workers load it too, found one in "
+                "memory only"
+            )
         source = os.path.abspath(model.source) if model.folder is not None else model.source
-        order = GradientOrder(source=source, revision=model.revision, gguf_file=model.gguf_file, setup=setup, work=work)
-        return self._pool.do(order, parts, advance=advance, note=note)
+        job = GradientJob(source=source, revision=model.revision, gguf_file=model.gguf_file, setup=setup, work=work)
+        return self._pool.run(job, parts, advance=advance, note=note)
 
     def scan(self, index: Index, work: IndexWork, *, progress: bool = False) -> list[Any]:
         """See `trackstar.workers.protocol.Workers`."""
-        count = min(len(index.shards), max(1, _PARTS_A_WORKER * self._pool.size))
-        bounds = [len(index.shards) * place // count for place in range(count + 1)]
-        parts = [range(first, last) for first, last in itertools.pairwise(bounds)]
-        # Workers run in a folder of their own.
+        count = min(len(index.shards), max(1, _GROUPS_PER_WORKER * self._pool.size))
+        bounds = [len(index.shards) * number // count for number in range(count + 1)]
+        groups = [range(first, last) for first, last in itertools.pairwise(bounds)]
+        # Absolute, as workers run in a different folder.
         path = index.path.absolute() if isinstance(index.path, Path) else index.path
-        order = ScanOrder(path=path, manifest=index.manifest, work=work)
+        job = ScanJob(path=path, manifest=index.manifest, work=work)
         with Progress("Scan", unit="examples", total=index.rows, shown=progress) as bar:
-            return list(self._pool.do(order, parts, advance=bar.advance, note=bar.note))
+            return list(self._pool.run(job, groups, advance=bar.advance, note=bar.note))
 
     def _connect(self, address: str) -> None:
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -148,15 +151,14 @@ class RayWorkers:
         try:
             host, _, port = address.rpartition(":")
             if "://" not in address and host and port.isdecimal():
-                # Ray itself waits for minutes, and then ends the process.
-                socket.create_connection((host, int(port)), timeout=_ANSWERS_WITHIN).close()
-            with _own_end():
+                # If nothing answers, Ray waits for minutes and then ends the process.
+                socket.create_connection((host, int(port)), timeout=_CONNECTION_TIMEOUT).close()
+            with _sigterm_handler_restored():
                 self._ray.init(address=address, **options)
         except (OSError, OverflowError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ClusterError(
-                f"--ray {address}: no cluster can be reached there ({first[:200]}); expected auto, local, HOST:PORT "
-                "or a ray:// URL"
+                f"`address`: expected auto, local, HOST:PORT or a ray:// URL of a running cluster, found {address} "
+                f"({first_line(error)})"
             ) from error
 
     def _disconnect(self) -> None:

@@ -1,9 +1,9 @@
-"""What a worker opens once before it computes: the projector of gradients, or the sums of squares."""
+"""Setups that a worker opens once before it computes parts: φ's projector, or sums of squared gradients."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
+from trackstar.choices import SecondMomentKind
 from trackstar.gradients.estimated_moment import SquaredGradients
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import SecondMoment
@@ -19,7 +19,7 @@ def projector_of(
     batch_tokens: int,
     note: Callable[[str], None] = lambda note: None,
 ) -> GradientProjector:
-    """Gives φ as an index with this manifest keeps it; V is the manifest's."""
+    """Projector that computes φ as an index with this manifest stores it, with the manifest's V."""
     return GradientProjector(
         model,
         second_moment,
@@ -34,12 +34,13 @@ def projector_of(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GradientSetup:
-    """How φ is made.
+    """Setup for projected gradients φ.
 
     Attributes:
-        manifest: Of the index: the model's digest, layer blocks, projection and output function.
-        second_moment: V, the manifest's.
-        batch_tokens: Most tokens of a batch, padding included.
+        manifest: The index's manifest, with the model's digest, layer blocks, projection and output
+            function.
+        second_moment: The manifest's V.
+        batch_tokens: Most tokens per batch, padding included.
     """
 
     manifest: Manifest
@@ -53,18 +54,18 @@ class GradientSetup:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SquaresSetup:
-    """How squared gradients are summed, for an estimate of V.
+    """Setup for sums of squared gradients, of which V is estimated.
 
     Attributes:
-        manifest: Of the index, whose V is not known yet.
-        kind: Whether only the row and column means are kept.
-        batch_tokens: Most tokens of a batch, padding included.
+        manifest: The index's manifest, before V is known.
+        kind: Kind of V.
+        batch_tokens: Most tokens per batch, padding included.
     """
 
     manifest: Manifest
-    kind: Literal["factored", "elementwise"]
+    kind: SecondMomentKind
     batch_tokens: int
 
     def opened(self, model: LanguageModel, note: Callable[[str], None]) -> SquaredGradients:
         """See `Setup`."""
-        return SquaredGradients(model, kind=self.kind, token_budget=self.batch_tokens, note=note)
+        return SquaredGradients(model, kind=self.kind, batch_tokens=self.batch_tokens, note=note)

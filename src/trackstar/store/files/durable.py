@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all, whatever happens to the process or the machine while they are written.
+"""Files that are complete or absent, even if the process or the machine fails while they are written.
 
-On this machine a file is written beside its place, under its name with `.partial` at the end, brought to the disk
-(fsync), renamed, and the rename brought to the disk as well. Readers see the old file or the new one, never a part.
-`remote_files` does the same elsewhere, by other means.
+A local file is written under its name with `.partial` appended, synced to the disk (fsync) and
+renamed, and its folder is synced. Readers see the old file or the new one, never a part.
+`remote.py` does the same on other file systems.
 """
 
 import contextlib
@@ -17,20 +17,22 @@ from trackstar.store.files.places import Place
 
 PARTIAL_SUFFIX = ".partial"
 
-# A full disk, a full quota, a file over the largest size allowed.
+# A full disk, a full quota, a file larger than the limit.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextlib.contextmanager
 def replacing(path: Place, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[int]:
-    """A descriptor of a new file that takes the place of `path` when the block ends without an error.
+    """Context manager that yields the descriptor of a new file, which replaces `path` on success.
 
     Args:
         path: The file to write.
-        partial_suffix: What is put behind its name until it is whole; unique where several processes may write it.
+        partial_suffix: Suffix of the file's name until it is complete; unique if several processes
+            may write the file.
 
     Raises:
-        StoreError: The file cannot be written; nothing is left of it, and what was at `path` is still there.
+        StoreError: The file cannot be written; nothing of it remains, and an earlier file at `path`
+            is unchanged.
     """
     if not isinstance(path, Path):
         with remote_files.replacing(path, partial_suffix=partial_suffix) as descriptor:
@@ -46,36 +48,36 @@ def replacing(path: Place, *, partial_suffix: str = PARTIAL_SUFFIX) -> Iterator[
             os.close(descriptor)
         os.replace(partial, path)
     except OSError as error:
-        remove_if_there(partial)
+        remove_file(partial)
         raise write_error(path, error) from error
     except BaseException:
-        remove_if_there(partial)
+        remove_file(partial)
         raise
     sync_folder(path.parent)
 
 
 def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
-    """Write every byte of `content`; a single write may take only a part of them."""
+    """Write all of `content`, although a single `write` may write only part of it."""
     remaining = memoryview(content)
     while remaining:
         remaining = remaining[os.write(descriptor, remaining) :]
 
 
 def write_text(path: Place, text: str) -> None:
-    """Replace the file at `path` by `text` in UTF-8.
+    """Replace the file at `path` by `text` in UTF-8, durably.
 
     Raises:
-        StoreError: It cannot be written.
+        StoreError: The file cannot be written.
     """
     with replacing(path) as descriptor:
         write_all(descriptor, text.encode("utf-8"))
 
 
 def make_folder(path: Place) -> None:
-    """Make a folder and those above it, durably.
+    """Make a folder and its missing parents, durably.
 
     Raises:
-        StoreError: It cannot be made, or a file is in its place.
+        StoreError: The folder cannot be made, or a file has its name.
     """
     if not isinstance(path, Path):
         remote_files.make_folder(path)
@@ -90,7 +92,7 @@ def make_folder(path: Place) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's list of files to the disk, so that a rename in it survives a power cut.
+    """Sync a folder's list of files to the disk, so that a rename survives a power failure.
 
     Raises:
         StoreError: The folder cannot be opened or synced.
@@ -105,8 +107,8 @@ def sync_folder(path: Path) -> None:
         raise write_error(path, error) from error
 
 
-def remove_if_there(path: Place) -> bool:
-    """Remove a file; False where it cannot be removed, and on this machine where there is none."""
+def remove_file(path: Place) -> bool:
+    """Remove a file; False if it cannot be removed or, on a local disk, does not exist."""
     if not isinstance(path, Path):
         return remote_files.remove(path)
     try:
@@ -117,22 +119,22 @@ def remove_if_there(path: Place) -> bool:
 
 
 def remove_folder(path: Place) -> None:
-    """Remove a folder with all that is in it, as far as it can be removed; links are not followed."""
+    """Remove a folder and its content as far as possible; links are not followed."""
     if not isinstance(path, Path):
         remote_files.remove_folder(path)
         return
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
-            remove_if_there(Path(folder) / name)
+            remove_file(Path(folder) / name)
         with contextlib.suppress(OSError):
             os.rmdir(folder)
 
 
 def exists(path: Place) -> bool:
-    """Whether a file is there.
+    """Whether a file exists.
 
     Raises:
-        StoreError: The file system that it is on cannot tell.
+        StoreError: Its file system does not answer.
     """
     if isinstance(path, Path):
         return path.exists()
@@ -144,30 +146,30 @@ def exists(path: Place) -> bool:
 
 
 def file_size(path: Place) -> int:
-    """A file's length in bytes.
+    """Length of a file in bytes.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        StoreError: The file system that it is on cannot tell.
+        FileNotFoundError: The file does not exist.
+        StoreError: Its file system does not answer.
     """
     return path.stat().st_size if isinstance(path, Path) else remote_files.size_of(path)
 
 
 def read_bytes(path: Place) -> bytes:
-    """All of a small file.
+    """Content of a small file.
 
     Raises:
-        OSError: It is not there, or on this machine, cannot be read.
-        StoreError: The file system that it is on cannot give it.
+        OSError: The file does not exist or, on a local disk, cannot be read.
+        StoreError: The file cannot be read from its file system.
     """
     return path.read_bytes() if isinstance(path, Path) else remote_files.read_whole(path)
 
 
 def names_in(folder: Place) -> list[str]:
-    """The names of what is in a folder, sorted; none where there is no such folder.
+    """Names of the files and folders in a folder, sorted; none if the folder does not exist.
 
     Raises:
-        StoreError: They cannot be told, or a file is in the folder's place.
+        StoreError: The folder cannot be listed, or is a file.
     """
     if not isinstance(folder, Path):
         return remote_files.names_in(folder)
@@ -180,10 +182,10 @@ def names_in(folder: Place) -> list[str]:
 
 
 def files_below(folder: Place) -> list[str]:
-    """Everything in a folder and those below it, as paths from the folder on; of other file systems, files alone.
+    """Relative paths of everything below a folder, sorted; from other file systems, of files only.
 
     Raises:
-        StoreError: The file system that it is on cannot tell.
+        StoreError: The folder cannot be listed.
     """
     if isinstance(folder, Path):
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
@@ -191,9 +193,9 @@ def files_below(folder: Place) -> list[str]:
 
 
 def write_error(path: Path, error: OSError) -> StoreError:
-    """The one-line error for a file that could not be written."""
+    """The error for a file that could not be written."""
     if error.errno in NO_SPACE:
-        advice = "free some space and run the same command again: finished shards are kept"
+        advice = "free some space and try again: finished shards are kept"
     else:
-        advice = "make the place writable, or choose another"
+        advice = "make its folder writable, or choose another folder"
     return StoreError(f"{path}: cannot be written ({error.strerror or error}); {advice}")

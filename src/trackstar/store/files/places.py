@@ -1,19 +1,19 @@
-"""Where an index is: a folder of this machine, or a URL of a file system that fsspec knows (`s3://`, `gs://` ...).
+"""Locations of indexes: local folders, or URLs of file systems that fsspec supports (`s3://` ...).
 
-A folder of this machine is a `pathlib.Path`, and nothing here changes how it is read and written. A URL becomes a
-`upath.UPath`; neither that nor fsspec is imported for anything else.
+A local folder is a `pathlib.Path`, read and written as usual. A URL becomes a `upath.UPath`; upath
+and fsspec are only imported for URLs.
 """
 
-# ruff: noqa: D102 - the protocol's attributes are explained by its class.
+# ruff: noqa: D102 - the class explains the protocol's attributes.
 import re
 import warnings
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from trackstar.errors import StoreError
-from trackstar.text import one_line
+from trackstar.text import system_reason
 
-# A word and "://", so that neither `C:x` nor a file's name with a colon is one.
+# A word and "://": neither `C:x` nor a file name with a colon matches.
 _URL = re.compile(r"([a-z0-9+]+)://")
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 _LOCAL_PROTOCOLS = ("", "file", "local")
@@ -22,14 +22,14 @@ _S3_PROTOCOLS = ("s3", "s3a")
 
 @runtime_checkable
 class RemotePath(Protocol):
-    """What is used of a `upath.UPath` of another file system than this machine's, and some that it shares with `Path`.
+    """A `upath.UPath` on another file system: the attributes that trackstar uses.
 
     Attributes:
-        fs: Its fsspec file system.
-        path: Its path there.
-        protocol: The URL's beginning.
-        name: Its last part.
-        parent: What it is in.
+        fs: The fsspec file system.
+        path: Path on that file system.
+        protocol: Protocol of the URL, such as `s3`.
+        name: Last part of the path.
+        parent: Folder that contains it.
     """
 
     @property
@@ -48,7 +48,7 @@ class RemotePath(Protocol):
     def parent(self) -> "RemotePath": ...
 
     def with_name(self, name: str, /) -> "RemotePath":
-        """Another name in the same place."""
+        """The same path with another last part."""
         ...
 
     def __truediv__(self, name: str, /) -> "RemotePath": ...
@@ -65,49 +65,49 @@ class RemotePath(Protocol):
 
 
 Place = Path | RemotePath
-"""A file or folder, here or elsewhere."""
+"""A file or folder on a local disk or another file system."""
 
 
 def is_url(path: object) -> bool:
-    """Whether a text is a URL rather than a path of this machine."""
+    """Whether this is a URL, not a local path."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
 def as_folder(path: str | Place) -> Place:
-    """The place that a path or URL names; a URL of this machine's files is a path as well.
+    """The location of a path or URL; a URL of local files (`file://`) becomes a `Path`.
 
     Raises:
-        StoreError: It is a URL that cannot be used: a package is missing, or nothing knows its protocol.
+        StoreError: The URL cannot be used: a package is missing, or its protocol is unknown.
     """
     if isinstance(path, Path):
         return Path(str(path)) if hasattr(path, "protocol") else path
     if isinstance(path, str):
         if "::" in path and "://" in path:
-            raise StoreError(f"{path}: a URL within a URL, expected one file system; give its URL alone")
+            raise StoreError(f"{path}: a URL within a URL, expected one file system; pass its URL alone")
         if not is_url(path):
             return Path(path)
         if _PASSWORD.search(path):
             shown = _PASSWORD.sub("://", path)
             raise StoreError(
-                f"{shown}: was given with a password, which would be told wherever the index is named; give it by the "
-                "environment or fsspec's configuration (docs/how-to/remote-stores.md)"
+                f"{shown}: the URL contains a password, which messages and manifests would show; set it in the "
+                "environment or in fsspec's configuration (docs/how-to/remote-stores.md)"
             )
     place = _from_url(path) if isinstance(path, str) else path
     if place.protocol in _LOCAL_PROTOCOLS:
         return Path(place.path)
     try:
-        place.fs  # noqa: B018 - is made at first use
+        place.fs  # noqa: B018 - the file system is made at first use
     except ImportError as error:
         raise _package_missing(str(path), place.protocol, error) from error
-    except Exception as error:  # a file system raises whatever its client library does
+    except Exception as error:  # a file system raises any error of its client library
         raise StoreError(
-            f"{path}: its file system cannot be reached ({one_line(error)}); check the address and the connection"
+            f"{path}: its file system cannot be reached ({system_reason(error)}); check the address and the connection"
         ) from error
     return cast("RemotePath", place)
 
 
 def lies_in(path: str | Place, folder: str | Place) -> bool:
-    """Whether a place is a folder, or anywhere in it."""
+    """Whether a file or folder is this folder or lies below it."""
     inner, outer = as_folder(path), as_folder(folder)
     if isinstance(inner, Path) and isinstance(outer, Path):
         inner, outer = inner.resolve(), outer.resolve()
@@ -119,7 +119,7 @@ def lies_in(path: str | Place, folder: str | Place) -> bool:
 
 
 def place_name(place: Place) -> str:
-    """A folder's own name, without those that it is in."""
+    """Last part of a folder's path."""
     return place.resolve().name if isinstance(place, Path) else place.name or str(place)
 
 
@@ -135,14 +135,13 @@ def _from_url(url: str) -> Any:
         raise _package_missing(url, protocol, error) from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of protocols that UPath has no class of its own for
+            warnings.simplefilter("ignore", UserWarning)  # about protocols without a class in UPath
             return UPath(url)
     except ImportError as error:
         raise _package_missing(url, protocol, error) from error
     except Exception as error:
         raise StoreError(
-            f"{url}: not a URL that an index can be at ({one_line(error)}); give a folder, or a URL such as "
-            "s3://bucket/index"
+            f"{url}: not a URL of a folder ({system_reason(error)}); pass a folder, or a URL such as s3://bucket/index"
         ) from error
 
 
@@ -150,5 +149,5 @@ def _package_missing(url: str, protocol: str, error: ImportError) -> StoreError:
     if protocol in _S3_PROTOCOLS or error.name == "upath":
         advice = "pip install 'trackstar-tda[remote]'"
     else:
-        advice = f"install it beside pip install 'trackstar-tda[remote]' ({one_line(error)})"
-    return StoreError(f"{url}: a package for {protocol}:// is missing; {advice}")
+        advice = f"install it, and pip install 'trackstar-tda[remote]' ({system_reason(error)})"
+    return StoreError(f"{url}: the package for {protocol}:// is missing; {advice}")

@@ -1,4 +1,4 @@
-"""Reading what will be wanted next while what is there is used; and many small things at the same time."""
+"""Read in threads: the next parts of a file while one is in use, or many small parts at the same time."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,16 +9,17 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 AHEAD = 2
-"""How many reads are on their way at most."""
+"""Largest number of reads that run ahead of their use."""
 
-AT_ONCE = 16
-"""How many small reads are on their way at most."""
+PARALLEL_READS = 16
+"""Largest number of small reads at the same time."""
 
 
 def read_ahead(reads: Iterable[Callable[[], Value]]) -> Iterator[Value]:
-    """What each read gives, in their order, while threads make the next `AHEAD` of them.
+    """The results of reads, in order, while threads run the next `AHEAD` reads.
 
-    What a read raises is raised in its turn. None is begun before the first value is asked for.
+    An error of a read is raised when its result is due. The first read begins when the first result
+    is requested.
     """
     waiting: collections.deque[Future[Value]] = collections.deque()
     with ThreadPoolExecutor(AHEAD, thread_name_prefix="read") as readers:
@@ -34,13 +35,13 @@ def read_ahead(reads: Iterable[Callable[[], Value]]) -> Iterator[Value]:
                 future.cancel()
 
 
-def each(function: Callable[[Item], Value], items: Sequence[Item], *, at_once: bool) -> list[Value]:
-    """What a function gives for each item; where `at_once`, for several at the same time."""
-    if not at_once or len(items) < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(AT_ONCE, len(items)), thread_name_prefix="read") as readers:
+def read_each(read: Callable[[Item], Value], items: Sequence[Item], *, parallel: bool) -> list[Value]:
+    """The result of a read for each item; if `parallel`, up to `PARALLEL_READS` run at the same time."""
+    if not parallel or len(items) < 2:
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(min(PARALLEL_READS, len(items)), thread_name_prefix="read") as readers:
         try:
-            return list(readers.map(function, items))
+            return list(readers.map(read, items))
         except BaseException:
             readers.shutdown(cancel_futures=True)
             raise

@@ -1,9 +1,10 @@
-"""Files on another file system, through fsspec: written whole, read in ranges of bounded size, listed, removed.
+"""Files on other file systems, through fsspec: write whole files, read ranges, list and remove.
 
-Whatever fails may only have failed this once, so that each step is tried several times. What still fails is one line.
+Each step is retried, since its failure may be temporary; after the last try it raises an error of
+one line.
 
-An object store shows a file when all of it has arrived. On others it is written under its name with `.partial` behind
-it and then renamed, as on this machine's disks.
+An object store shows a file only when it is complete. On other file systems a file is written under
+its name with `.partial` appended and then renamed, as on a local disk.
 """
 
 import contextlib
@@ -16,40 +17,40 @@ from typing import TypeVar
 
 from trackstar.errors import StoreError
 from trackstar.store.files.places import Place, RemotePath
-from trackstar.text import one_line
+from trackstar.text import system_reason
 
 Value = TypeVar("Value")
-_Piece = tuple[int, memoryview]  # the place of its first byte in the file, and where its bytes go
+_Part = tuple[int, memoryview]  # position of the first byte in the file, and the buffer to fill
 
 WAITS = (0.5, 4.0)
-"""Seconds to wait before each further try."""
+"""Seconds to wait before each retry."""
 
 RANGE_BYTES = 4 << 20
-"""Most bytes of one request."""
+"""Largest number of bytes in one request."""
 
 GAP_BYTES = 64 << 10
-"""Parts of a file that are no further from one another are asked for together."""
+"""Largest gap, in bytes, between parts of a file that are read in one request."""
 
 PART_BYTES = 16 << 20
-"""Most bytes that are asked for at the same time."""
+"""Largest number of bytes in the requests that are sent together."""
 
 WHOLE_AT_ONCE = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "tos"})
-"""Object stores: a file is there when all of it is, and there are no folders to be made."""
+"""Object stores: a file appears when it is complete, and there are no folders to make."""
 
-# What trying again does not mend.
-_LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+# Errors that a retry does not resolve.
+_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _WRITE_ADVICE = (
-    "see that the place is there and may be written, and that the connection holds, and run the same command again: "
-    "finished shards are kept"
+    "check that the location exists, that it is writable and that the connection is stable, then try again: finished "
+    "shards are kept"
 )
-_READ_ADVICE = "see that it may be read and that the connection holds, and run the same command again"
+_READ_ADVICE = "check that the file is readable and that the connection is stable, then try again"
 
 
 class CutOffError(Exception):
-    """A file is shorter than what was asked of it.
+    """A file ends before a requested part.
 
     Attributes:
-        size: Its length in bytes.
+        size: Length of the file in bytes.
     """
 
     def __init__(self, size: int) -> None:
@@ -58,21 +59,21 @@ class CutOffError(Exception):
 
 
 def size_of(path: RemotePath) -> int:
-    """A file's length in bytes.
+    """Length of a file in bytes.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        StoreError: That cannot be told.
+        FileNotFoundError: The file does not exist.
+        StoreError: The file system does not answer.
     """
 
-    def ask() -> int:
+    def request() -> int:
         path.fs.invalidate_cache(path.path)
-        found = path.fs.info(path.path)
-        if found["type"] != "file":
+        info = path.fs.info(path.path)
+        if info["type"] != "file":
             raise FileNotFoundError(str(path))
-        return int(found["size"])
+        return int(info["size"])
 
-    return _reading(path, ask)
+    return _reading(path, request)
 
 
 def fill(path: RemotePath, targets: Sequence[tuple[int, memoryview]]) -> None:
@@ -80,31 +81,30 @@ def fill(path: RemotePath, targets: Sequence[tuple[int, memoryview]]) -> None:
 
     Args:
         path: The file.
-        targets: The place of each part's first byte in the file, and where its bytes go.
+        targets: Position of each part's first byte in the file, and the buffer that the part fills.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CutOffError: It ends before a part does.
-        StoreError: It cannot be read.
+        FileNotFoundError: The file does not exist.
+        CutOffError: The file ends before a part does.
+        StoreError: The file cannot be read.
     """
-    waiting: list[_Joined] = []
-    for joined in _joined(targets):
-        if waiting and sum(map(len, waiting)) + len(joined) > PART_BYTES:
-            _read_joined(path, waiting)
-            waiting = []
-        waiting.append(joined)
-    if waiting:
-        _read_joined(path, waiting)
+    batch: list[_Request] = []
+    for request in _requests(targets):
+        if batch and sum(map(len, batch)) + len(request) > PART_BYTES:
+            _send(path, batch)
+            batch = []
+        batch.append(request)
+    if batch:
+        _send(path, batch)
 
 
 def read_whole(path: RemotePath) -> bytes:
-    """All of a small file.
+    """Content of a small file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        StoreError: It cannot be read.
+        FileNotFoundError: The file does not exist.
+        StoreError: The file cannot be read, or changes while it is read.
     """
-
     size = size_of(path)
     for _ in range(len(WAITS) + 1):
         content = bytearray(size)
@@ -113,52 +113,52 @@ def read_whole(path: RemotePath) -> bytes:
         before, size = size, size_of(path)
         if size == before:
             return bytes(content)
-    raise StoreError(f"{path}: changes while it is read; run the same command again when nothing writes it any more")
+    raise StoreError(f"{path}: changes while it is read; try again when no other process writes it")
 
 
 def names_in(folder: RemotePath) -> list[str]:
-    """The names of what is in a folder, sorted; none where there is no such folder.
+    """Names of the files and folders in a folder, sorted; none if the folder does not exist.
 
     Raises:
-        StoreError: They cannot be told, or a file is in the folder's place.
+        StoreError: The folder cannot be listed, or is a file.
     """
 
-    def ask() -> list[str]:
+    def request() -> list[str]:
         folder.fs.invalidate_cache(folder.path)
         return list(folder.fs.ls(folder.path, detail=False))
 
     try:
-        found = [path.strip("/") for path in _reading(folder, ask)]
+        paths = [path.strip("/") for path in _reading(folder, request)]
     except FileNotFoundError:
         return []
-    own = folder.path.strip("/")
+    folder_path = folder.path.strip("/")
     # Some stores list an empty object that stands for the folder itself.
-    names = sorted(path.rpartition("/")[2] for path in found if path != own)
-    if found and not names and folder.fs.isfile(folder.path):
-        raise StoreError(f"{folder}: is a file, expected a folder; choose another place")
+    names = sorted(path.rpartition("/")[2] for path in paths if path != folder_path)
+    if paths and not names and folder.fs.isfile(folder.path):
+        raise StoreError(f"{folder}: is a file, expected a folder; choose another location")
     return names
 
 
 def files_below(folder: RemotePath) -> list[str]:
-    """Every file in a folder and those below it, as paths from the folder on, sorted.
+    """Relative paths of all files below a folder, sorted.
 
     Raises:
-        StoreError: They cannot be told.
+        StoreError: The folder cannot be listed.
     """
 
-    def ask() -> list[str]:
+    def request() -> list[str]:
         folder.fs.invalidate_cache(folder.path)
         return list(folder.fs.find(folder.path))
 
-    own = folder.path.strip("/") + "/"
-    return sorted(path.strip("/").removeprefix(own) for path in _reading(folder, ask))
+    prefix = folder.path.strip("/") + "/"
+    return sorted(path.strip("/").removeprefix(prefix) for path in _reading(folder, request))
 
 
 def make_folder(folder: RemotePath) -> None:
-    """Make a folder and those above it, where the file system has folders; a bucket is never made.
+    """Make a folder and its missing parents if the file system has folders; a bucket is never made.
 
     Raises:
-        StoreError: It cannot be made.
+        StoreError: The folder cannot be made.
     """
     if not _whole_at_once(folder):
         _writing(folder, lambda: folder.fs.makedirs(folder.path, exist_ok=True))
@@ -166,14 +166,15 @@ def make_folder(folder: RemotePath) -> None:
 
 @contextlib.contextmanager
 def replacing(path: RemotePath, *, partial_suffix: str) -> Iterator[int]:
-    """A descriptor of a nameless file of this machine that takes the place of `path` when the block ends well.
+    """Context manager that yields the descriptor of a local file, which replaces `path` on success.
 
     Args:
         path: The file to write.
-        partial_suffix: What is put behind its name until it is whole, where that is not at once.
+        partial_suffix: Suffix of the file's name until it is complete, where the file system needs
+            one.
 
     Raises:
-        StoreError: The file cannot be written there; what was at `path` is still there, or again.
+        StoreError: The file cannot be written; an earlier file at `path` is unchanged.
     """
     try:
         with tempfile.TemporaryFile(prefix="trackstar-", buffering=0) as local:
@@ -181,19 +182,19 @@ def replacing(path: RemotePath, *, partial_suffix: str) -> Iterator[int]:
             target = path if _whole_at_once(path) else path.with_name(path.name + partial_suffix)
             _upload(path, target, f"/proc/self/fd/{local.fileno()}", os.fstat(local.fileno()).st_size)
     except OSError as error:
-        raise no_room(path, "put together in", error) from error
+        raise no_local_space(path, "assembled in", error) from error
 
 
-def no_room(path: Place, verb: str, error: OSError) -> StoreError:
-    """The one-line error for a file that this machine cannot hold for a while."""
+def no_local_space(path: Place, verb: str, error: OSError) -> StoreError:
+    """The error for a file that does not fit into this machine's folder for temporary files."""
     return StoreError(
-        f"{path}: cannot be {verb} {tempfile.gettempdir()} ({one_line(error)}); free some space there, or set TMPDIR "
-        "to another folder"
+        f"{path}: cannot be {verb} {tempfile.gettempdir()} ({system_reason(error)}); free some space there, or set "
+        "TMPDIR to another folder"
     )
 
 
 def remove(path: RemotePath) -> bool:
-    """Remove a file; False where that cannot be done."""
+    """Remove a file; False if it cannot be removed."""
     try:
         _attempts(lambda: path.fs.rm_file(path.path))
     except Exception:
@@ -202,20 +203,20 @@ def remove(path: RemotePath) -> bool:
 
 
 def remove_folder(path: RemotePath) -> None:
-    """Remove a folder with all that is in it, as far as it can be removed."""
+    """Remove a folder and its content as far as possible."""
     with contextlib.suppress(Exception):
         _attempts(lambda: path.fs.rm(path.path, recursive=True))
 
 
 def _upload(path: RemotePath, target: RemotePath, source: str, size: int) -> None:
-    """Send a file of this machine to `target`, and give it its name, which `path` is."""
+    """Send the local file `source` to `target`, then rename it to `path` if that is another name."""
 
     def send() -> None:
         path.fs.put_file(source, target.path)
         path.fs.invalidate_cache(target.path)
-        found = path.fs.info(target.path)["size"]
-        if found != size:
-            raise OSError(f"{found} bytes have arrived, expected {size}")
+        arrived = path.fs.info(target.path)["size"]
+        if arrived != size:
+            raise OSError(f"{arrived} bytes have arrived, expected {size}")
         if target is not path:
             path.fs.mv(target.path, path.path)
 
@@ -228,99 +229,101 @@ def _upload(path: RemotePath, target: RemotePath, source: str, size: int) -> Non
         raise
 
 
-class _Joined:
-    """Pieces that are so near to one another that one request is less than several."""
+class _Request:
+    """A range of a file that covers one or several parts close to one another."""
 
-    def __init__(self, piece: _Piece) -> None:
-        self.pieces = [piece]
-        self.first, self.stop = piece[0], piece[0] + len(piece[1])
+    def __init__(self, part: _Part) -> None:
+        self.parts = [part]
+        self.first, self.stop = part[0], part[0] + len(part[1])
 
     def __len__(self) -> int:
         return self.stop - self.first
 
-    def takes(self, piece: _Piece) -> bool:
-        """Add a piece that begins no earlier than the last, where it is near."""
-        stop = max(self.stop, piece[0] + len(piece[1]))
-        near = piece[0] - self.stop <= GAP_BYTES and stop - self.first <= RANGE_BYTES
-        if near:
-            self.pieces.append(piece)
+    def extend(self, part: _Part) -> bool:
+        """Add a part if it is close enough; it begins no earlier than the last one."""
+        stop = max(self.stop, part[0] + len(part[1]))
+        close = part[0] - self.stop <= GAP_BYTES and stop - self.first <= RANGE_BYTES
+        if close:
+            self.parts.append(part)
             self.stop = stop
-        return near
+        return close
 
 
-def _joined(targets: Sequence[_Piece]) -> list[_Joined]:
-    """What is to be read, as requests of at most `RANGE_BYTES`, in their order in the file."""
-    pieces = [
+def _requests(targets: Sequence[_Part]) -> list[_Request]:
+    """The parts to read, grouped into requests of at most `RANGE_BYTES`, in the file's order."""
+    parts = [
         (offset + first, target[first : first + RANGE_BYTES])
         for offset, target in targets
         for first in range(0, len(target), RANGE_BYTES)
     ]
-    requests: list[_Joined] = []
-    for piece in sorted(pieces, key=operator.itemgetter(0)):
-        if not (requests and requests[-1].takes(piece)):
-            requests.append(_Joined(piece))
+    requests: list[_Request] = []
+    for part in sorted(parts, key=operator.itemgetter(0)):
+        if not (requests and requests[-1].extend(part)):
+            requests.append(_Request(part))
     return requests
 
 
-def _read_joined(path: RemotePath, requests: list[_Joined]) -> None:
-    """Answer requests at the same time."""
-    contents = [one.pieces[0][1] if len(one.pieces) == 1 else memoryview(bytearray(len(one))) for one in requests]
-    _fill(path, [(one.first, content) for one, content in zip(requests, contents, strict=True)])
-    for one, content in zip(requests, contents, strict=True):
-        if len(one.pieces) > 1:
-            for offset, target in one.pieces:
-                target[:] = content[offset - one.first : offset - one.first + len(target)]
+def _send(path: RemotePath, requests: list[_Request]) -> None:
+    """Send requests together and copy the answers into the parts' buffers."""
+    contents = [
+        request.parts[0][1] if len(request.parts) == 1 else memoryview(bytearray(len(request))) for request in requests
+    ]
+    _fill(path, [(request.first, content) for request, content in zip(requests, contents, strict=True)])
+    for request, content in zip(requests, contents, strict=True):
+        if len(request.parts) > 1:
+            for offset, target in request.parts:
+                target[:] = content[offset - request.first : offset - request.first + len(target)]
 
 
-def _fill(path: RemotePath, pieces: list[_Piece]) -> None:
-    """Read pieces at once; what a short answer leaves over is asked for again."""
+def _fill(path: RemotePath, parts: list[_Part]) -> None:
+    """Read parts together; request the rest of a part whose answer is short, and retry after errors."""
     waits = iter(WAITS)
     while True:
-        left, error = _placed(pieces, _answers(path, pieces))
-        if not left:
+        missing, error = _missing_parts(parts, _answers(path, parts))
+        if not missing:
             return
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(str(path)) from error
         size = size_of(path)
-        if any(offset + len(target) > size for offset, target in left):
+        if any(offset + len(target) > size for offset, target in missing):
             raise CutOffError(size)
-        if error is not None or _length(left) == _length(pieces):
-            wait = None if isinstance(error, _LASTING) else next(waits, None)
+        if error is not None or _length(missing) == _length(parts):
+            wait = None if isinstance(error, _PERMANENT) else next(waits, None)
             if wait is None:
-                reason = one_line(error) if error is not None else "no answer has a byte"
+                reason = system_reason(error) if error is not None else "the answers are empty"
                 raise StoreError(f"{path}: cannot be read ({reason}); {_READ_ADVICE}") from error
             time.sleep(wait)
-        pieces = left
+        parts = missing
 
 
-def _answers(path: RemotePath, pieces: list[_Piece]) -> Sequence[bytes | Exception]:
-    """Each piece's bytes, or why they did not come."""
-    begins = [offset for offset, _ in pieces]
-    ends = [offset + len(target) for offset, target in pieces]
+def _answers(path: RemotePath, parts: list[_Part]) -> Sequence[bytes | Exception]:
+    """The bytes of each part, or the error that its request ended with."""
+    begins = [offset for offset, _ in parts]
+    ends = [offset + len(target) for offset, target in parts]
     try:
-        return path.fs.cat_ranges([path.path] * len(pieces), begins, ends, on_error="return")
+        return path.fs.cat_ranges([path.path] * len(parts), begins, ends, on_error="return")
     except Exception as error:
-        return [error] * len(pieces)
+        return [error] * len(parts)
 
 
-def _placed(pieces: list[_Piece], answers: Sequence[bytes | Exception]) -> tuple[list[_Piece], Exception | None]:
-    """Put answers where they belong; gives what is still to be asked for, and the first error."""
-    left, first_error = [], None
-    for (offset, target), answer in zip(pieces, answers, strict=True):
+def _missing_parts(parts: list[_Part], answers: Sequence[bytes | Exception]) -> tuple[list[_Part], Exception | None]:
+    """Copy answers into the buffers; return the parts that are still missing and the first error."""
+    missing, first_error = [], None
+    for (offset, target), answer in zip(parts, answers, strict=True):
         if not isinstance(answer, Exception) and len(answer) > len(target):
-            answer = OSError(f"{len(answer)} bytes came of {len(target)} asked for")
+            answer = OSError(f"{len(answer)} bytes arrived, expected {len(target)}")
         if isinstance(answer, Exception):
             first_error = first_error or answer
-            left.append((offset, target))
+            missing.append((offset, target))
             continue
         target[: len(answer)] = answer
         if len(answer) < len(target):
-            left.append((offset + len(answer), target[len(answer) :]))
-    return left, first_error
+            missing.append((offset + len(answer), target[len(answer) :]))
+    return missing, first_error
 
 
-def _length(pieces: list[_Piece]) -> int:
-    return sum(len(target) for _, target in pieces)
+def _length(parts: list[_Part]) -> int:
+    return sum(len(target) for _, target in parts)
 
 
 def _reading(path: RemotePath, action: Callable[[], Value]) -> Value:
@@ -331,24 +334,24 @@ def _reading(path: RemotePath, action: Callable[[], Value]) -> Value:
     except NotADirectoryError as error:
         raise FileNotFoundError(str(path)) from error
     except Exception as error:
-        raise StoreError(f"{path}: cannot be read ({one_line(error)}); {_READ_ADVICE}") from error
+        raise StoreError(f"{path}: cannot be read ({system_reason(error)}); {_READ_ADVICE}") from error
 
 
 def _writing(path: RemotePath, action: Callable[[], Value]) -> Value:
     try:
         return _attempts(action)
     except Exception as error:
-        raise StoreError(f"{path}: cannot be written ({one_line(error)}); {_WRITE_ADVICE}") from error
+        raise StoreError(f"{path}: cannot be written ({system_reason(error)}); {_WRITE_ADVICE}") from error
 
 
 def _attempts(action: Callable[[], Value]) -> Value:
-    """What an action gives, tried again after each of `WAITS` where it fails for a reason that may pass."""
+    """The result of an action, retried after each of `WAITS` if its error may be temporary."""
     for wait in WAITS:
         try:
             return action()
-        except _LASTING:
+        except _PERMANENT:
             raise
-        except Exception:  # a file system raises whatever its client library does
+        except Exception:  # a file system raises any error of its client library
             time.sleep(wait)
     return action()
 

@@ -1,4 +1,4 @@
-"""A report as files: Markdown, CSV, JSON with versions, and figures."""
+"""Write a report as files: Markdown, CSV, JSON with versions, figures, and result files for the explorer."""
 
 import importlib.metadata
 import json
@@ -19,13 +19,16 @@ _PACKAGES = ("trackstar-tda", "torch", "transformers", "tokenizers", "numpy")
 
 
 def write_report(report: EvaluationReport, out: Path) -> Path:
-    """Write `report.md`, `report.json`, a CSV a table under `tables/`, figures, and each method's `results/`.
+    """Write a report.
+
+    The files are `report.md`, `report.json`, one CSV file per table in `tables/`, one PNG file per
+    figure in `figures/`, and one result file per method in `results/`.
 
     Returns:
-        The path of `report.md`.
+        Path of `report.md`.
 
     Raises:
-        OptionError: They cannot be written.
+        OptionError: A file cannot be written.
     """
     made = tables(report)
     for table in made:
@@ -38,13 +41,13 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
     _remove_others(out / "results", "*.jsonl", {result_file_name(method) for method in report.config.methods})
     figures = draw_figures(report, out / "figures")
     _remove_others(out / "figures", "*.png", {figure.name for figure in figures})
-    right = int(report.correct.sum())
+    correct = int(report.correct.sum())
     lines = [
         "# Fact tracing",
         "",
         *(f"* {line}" for line in report.description),
-        f"* queries: {len(report.facts):,}, half {report.config.half}; the model answers {right:,} right "
-        f"({right / len(report.facts):.1%})",
+        f"* queries: {len(report.facts):,} (half: {report.config.half}); the model answers {correct:,} correctly "
+        f"({correct / len(report.facts):.1%})",
         "",
         *(table.to_markdown() for table in made),
         *(f"![{path.stem}](figures/{path.name})\n" for path in figures),
@@ -53,15 +56,15 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
     return out / "report.md"
 
 
-def _remove_others(folder: Path, pattern: str, kept: set[str]) -> None:
-    """Remove what an earlier run with other settings has left."""
+def _remove_others(folder: Path, pattern: str, names: set[str]) -> None:
+    """Remove files that an earlier run with other settings left."""
     for path in folder.glob(pattern):
-        if path.name not in kept:
+        if path.name not in names:
             path.unlink()
 
 
 def to_json(report: EvaluationReport) -> dict[str, Any]:
-    """Every figure of the report with its interval, its settings and versions; no texts."""
+    """All figures of a report with their intervals, and versions; no texts of the corpus."""
     methods: dict[str, Any] = {}
     for (method, template), ranking in report.rankings.items():
         metrics = ranking.metrics()
@@ -93,5 +96,5 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
 
 
 def _estimate(values: np.ndarray) -> dict[str, float]:
-    found = estimate(values)
-    return {"mean": found.mean, "low": found.low, "high": found.high, "queries": found.queries}
+    interval = estimate(values)
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "queries": interval.queries}

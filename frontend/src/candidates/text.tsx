@@ -1,4 +1,4 @@
-// A passage's text with entity marks and own highlights, hidden characters shown.
+// A candidate's text with entity marks and highlights; hidden characters are shown by number.
 import { useMemo } from "preact/hooks";
 import type { Mark } from "../api/types";
 import { Plain } from "../ui/text";
@@ -8,7 +8,7 @@ import { cut, findAll, opening, type EntitySpan, type Piece, type Span } from ".
 const LONGEST_OPENING = 640;
 
 export function className(piece: Piece): string {
-  return [piece.subject && "subject", piece.object && "object", piece.own && "own"].filter(Boolean).join(" ");
+  return [piece.subject && "subject", piece.object && "object", piece.highlighted && "highlighted"].filter(Boolean).join(" ");
 }
 
 export function entitySpans(text: string, marks: readonly Mark[]): EntitySpan[] {
@@ -16,7 +16,7 @@ export function entitySpans(text: string, marks: readonly Mark[]): EntitySpan[] 
   return marks.map((mark) => ({ start: units(mark.start), stop: units(mark.stop), entity: mark.entity }));
 }
 
-/** What is drawn of a text: all, or its opening. */
+/** The part of a text that is drawn: the whole, or its opening. */
 export function range(text: string, entities: readonly Span[], whole: boolean): Span {
   if (whole) return { start: 0, stop: text.length };
   const part = opening(text, entities, LONGEST_OPENING);
@@ -25,14 +25,14 @@ export function range(text: string, entities: readonly Span[], whole: boolean): 
 
 const TITLES = { subject: "subject", object: "object" };
 
-export function PassageText(props: { text: string; marks: Mark[]; highlights: string[]; whole: boolean }) {
+export function CandidateText(props: { text: string; marks: Mark[]; highlights: string[]; whole: boolean }) {
   const { text, marks, highlights, whole } = props;
   const drawn = useMemo(() => {
     const entities = entitySpans(text, marks);
     const shown = range(text, entities, whole);
     const pieces = cut(shown.start, shown.stop, entities, findAll(text, highlights));
     return (
-      <div class="passage-text" dir="auto">
+      <div class="candidate-text" dir="auto">
         {shown.start > 0 && <span class="elided">… </span>}
         {pieces.map((piece) => {
           const name = className(piece);

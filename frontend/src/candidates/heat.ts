@@ -1,15 +1,15 @@
-// Influence over tokens: the diverging scale's steps, shares joined where they share characters, the densest window.
+// Influence over tokens: steps of the diverging colour scale, tokens from shares, and the densest window.
 import type { Share } from "../api/types";
 
 export const STEPS = 5;
 const THRESHOLDS = [0.02, 0.1, 0.25, 0.45, 0.7];
 
-/** The largest absolute influence, which gets the strongest colour. */
+/** The largest absolute influence; it gets the strongest colour. */
 export function limit(shares: readonly { influence: number }[]): number {
   return shares.reduce((most, share) => Math.max(most, Number.isFinite(share.influence) ? Math.abs(share.influence) : 0), 0);
 }
 
-/** The scale's step of a value, from -STEPS to STEPS; 0 is no colour. */
+/** The step of a value on the scale, from -STEPS to STEPS; 0 has no colour. */
 export function step(value: number, most: number): number {
   if (!(most > 0) || !Number.isFinite(value)) return 0;
   const part = Math.abs(value) / most;
@@ -25,7 +25,7 @@ export interface Token {
   tokens: number;
 }
 
-/** The shares as tokens of a text; those that overlap are one. Special tokens (start = stop) stay alone. */
+/** The shares as tokens of a text; overlapping shares become one token. Special tokens (start = stop) stay alone. */
 export function tokensOf(shares: readonly Share[], units: (point: number) => number): Token[] {
   const tokens: Token[] = [];
   for (const share of shares) {

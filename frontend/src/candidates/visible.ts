@@ -1,4 +1,4 @@
-// Characters that would act on the page or hide (controls, bidi, zero width): found, so that they are shown instead.
+// Finds control, bidirectional and zero-width characters, so that the page shows their numbers instead.
 
 const HIDDEN =
   "\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f" +
@@ -6,7 +6,7 @@ const HIDDEN =
 const RUN = new RegExp(`([${HIDDEN}])\\1*`, "gu");
 const ANY = new RegExp(`[${HIDDEN}]`, "u");
 
-/** A stretch of text, or `count` times a character that is shown by its number. */
+/** Visible text, or a run of `count` equal hidden characters, shown by number. */
 export type Shown = { text: string } | { code: string; name: string; count: number };
 
 const NAMES: Record<string, string> = {
@@ -24,7 +24,7 @@ function codeOf(character: string): string {
   return `U+${(character.codePointAt(0) ?? 0).toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
-/** The text in parts; at most `most` characters are numbered, further ones become U+FFFD. */
+/** The text in parts; at most `most` hidden runs are numbered, further ones become U+FFFD. */
 export function parts(text: string, most = 500): Shown[] {
   if (!ANY.test(text)) return text ? [{ text }] : [];
   const found: Shown[] = [];
@@ -45,7 +45,7 @@ export function parts(text: string, most = 500): Shown[] {
   return found;
 }
 
-/** The text in one string for titles, labels and tables: hidden characters as their numbers. */
+/** The text as one string for titles, labels and tables, with hidden characters as their numbers. */
 export function plain(text: string): string {
   if (!ANY.test(text)) return text;
   return text.replace(RUN, (run: string, character: string) => {

@@ -1,6 +1,6 @@
 // Offsets: the server counts Unicode code points, JavaScript counts UTF-16 units.
 
-/** A function from an offset in code points to one in UTF-16 units; what lies outside is moved to the ends. */
+/** A function from an offset in code points to one in UTF-16 units; offsets outside the text are clamped. */
 export function toUnits(text: string): (point: number) => number {
   if (!/[\ud800-\udbff][\udc00-\udfff]/.test(text)) {
     return (point) => Math.max(0, Math.min(point, text.length));
@@ -14,14 +14,14 @@ export function toUnits(text: string): (point: number) => number {
   return (point) => starts[Math.max(0, Math.min(point, starts.length - 1))] ?? text.length;
 }
 
-/** How many code points a text has. */
+/** Number of code points in a text. */
 export function countPoints(text: string): number {
   let count = 0;
   for (let unit = 0; unit < text.length; count += 1) unit += (text.codePointAt(unit) ?? 0) > 0xffff ? 2 : 1;
   return count;
 }
 
-/** A place near `unit` that does not lie inside a surrogate pair. */
+/** The offset, moved back by one if it lies inside a surrogate pair. */
 export function wholeUnit(text: string, unit: number): number {
   const code = text.charCodeAt(unit);
   const before = text.charCodeAt(unit - 1);

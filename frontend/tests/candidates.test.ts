@@ -1,9 +1,9 @@
 // Offsets, hidden characters, pieces of text, and the heat scale.
 import { describe, expect, it } from "vitest";
-import { countPoints, toUnits, wholeUnit } from "../src/passages/codepoints";
-import { STEPS, densest, limit, step, tokensOf } from "../src/passages/heat";
-import { cut, findAll, opening } from "../src/passages/segments";
-import { brief, parts, plain } from "../src/passages/visible";
+import { countPoints, toUnits, wholeUnit } from "../src/candidates/codepoints";
+import { STEPS, densest, limit, step, tokensOf } from "../src/candidates/heat";
+import { cut, findAll, opening } from "../src/candidates/segments";
+import { brief, parts, plain } from "../src/candidates/visible";
 
 describe("offsets", () => {
   it("count code points", () => {
@@ -42,7 +42,7 @@ describe("pieces", () => {
   it("overlap", () => {
     const pieces = cut(0, 10, [{ start: 1, stop: 5, entity: "subject" }, { start: 3, stop: 8, entity: "object" }], [{ start: 4, stop: 20 }]);
     expect(pieces.map(({ start, stop }) => [start, stop])).toEqual([[0, 1], [1, 3], [3, 4], [4, 5], [5, 8], [8, 10]]);
-    expect(pieces[3]).toMatchObject({ subject: true, object: true, own: true });
+    expect(pieces[3]).toMatchObject({ subject: true, object: true, highlighted: true });
   });
   it("find needles as they are written, whatever the case", () => {
     expect(findAll("a.B a.b aXb", ["A.b"])).toEqual([{ start: 0, stop: 3 }, { start: 4, stop: 7 }]);

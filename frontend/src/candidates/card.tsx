@@ -1,14 +1,14 @@
-// A ranked training example: rank, score, what is known about it, its text, and what can be done with it.
+// A candidate's card: rank, score, labels, text, and buttons.
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
-import type { Passage, TextPart } from "../api/types";
+import type { Candidate, TextPart } from "../api/types";
 import type { ApiError } from "../api/client";
 import { count, score } from "../format";
 import { asError } from "../hooks";
 import { Bar, Chip, Problem } from "../ui/parts";
 import { Outside } from "../ui/text";
 import { countPoints } from "./codepoints";
-import { PassageText, entitySpans, range } from "./text";
+import { CandidateText, entitySpans, range } from "./text";
 import { plain } from "./visible";
 
 export interface Twin {
@@ -17,8 +17,8 @@ export interface Twin {
   go: () => void;
 }
 
-export function PassageCard(props: {
-  passage: Passage;
+export function CandidateCard(props: {
+  candidate: Candidate;
   id: string;
   most: number;
   highlights: string[];
@@ -28,23 +28,23 @@ export function PassageCard(props: {
   twin?: Twin | null;
   hover?: (id: string | null) => void;
   actions?: ComponentChildren;
-  /** Stands in the place of the text. */
+  /** Replaces the text. */
   instead?: ComponentChildren;
 }) {
-  const { passage } = props;
+  const { candidate } = props;
   const [whole, open] = useState(false);
-  const [text, extend] = useState(passage.text);
+  const [text, extend] = useState(candidate.text);
   const [fetching, fetches] = useState(false);
   const [error, fail] = useState<ApiError | null>(null);
   const alive = useRef(true);
   useEffect(() => () => void (alive.current = false), []);
-  const shown = range(text, entitySpans(text, passage.marks), whole);
+  const shown = range(text, entitySpans(text, candidate.marks), whole);
   const cutOff = shown.stop - shown.start < text.length;
-  const have = text.length < passage.characters * 2 ? countPoints(text) : passage.characters;
+  const loaded = text.length < candidate.characters * 2 ? countPoints(text) : candidate.characters;
   const fetchMore = () => {
     fetches(true);
     fail(null);
-    props.more(have).then(
+    props.more(loaded).then(
       (part) => {
         if (!alive.current) return;
         extend(text + part.text);
@@ -57,46 +57,46 @@ export function PassageCard(props: {
       },
     );
   };
-  const fields = Object.entries(passage.metadata);
+  const fields = Object.entries(candidate.metadata);
   return (
     <article
       id={props.id}
-      class={`passage${props.linked ? " linked" : ""}${props.chosen ? " chosen" : ""}`}
-      aria-label={`Rank ${passage.rank}: ${plain(passage.example_id)}`}
-      onMouseEnter={() => props.hover?.(passage.example_id)}
+      class={`candidate${props.linked ? " linked" : ""}${props.chosen ? " chosen" : ""}`}
+      aria-label={`Rank ${candidate.rank}: ${plain(candidate.example_id)}`}
+      onMouseEnter={() => props.hover?.(candidate.example_id)}
       onMouseLeave={() => props.hover?.(null)}
-      onFocusCapture={() => props.hover?.(passage.example_id)}
+      onFocusCapture={() => props.hover?.(candidate.example_id)}
       onBlurCapture={() => props.hover?.(null)}
     >
-      <header class="passage-head">
-        <span class="rank">{passage.rank}</span>
-        <span class="score" title={`Score ${passage.score}`}>
-          {score(passage.score)}
+      <header class="candidate-head">
+        <span class="rank">{candidate.rank}</span>
+        <span class="score" title={`Score ${candidate.score}`}>
+          {score(candidate.score)}
         </span>
-        <Bar value={passage.score} most={props.most} />
-        <Truth passage={passage} />
+        <Bar value={candidate.score} most={props.most} />
+        <Labels candidate={candidate} />
         {props.twin && (
-          <button type="button" class="chip twin" onClick={props.twin.go} title={`Rank ${props.twin.rank} in ${props.twin.column}: go there`} aria-label={`⇄ ${props.twin.rank} in ${props.twin.column}`}>
+          <button type="button" class="chip twin" onClick={props.twin.go} title={`Go to rank ${props.twin.rank} in ${props.twin.column}`} aria-label={`⇄ ${props.twin.rank} in ${props.twin.column}`}>
             ⇄ {props.twin.rank}
           </button>
         )}
-        <span class="passage-id" title={plain(passage.parent_id ? `${passage.example_id}, of ${passage.parent_id}` : passage.example_id)}>
-          <Outside text={passage.example_id} />
+        <span class="candidate-id" title={plain(candidate.parent_id ? `${candidate.example_id}, a window of ${candidate.parent_id}` : candidate.example_id)}>
+          <Outside text={candidate.example_id} />
         </span>
       </header>
-      {props.instead ?? <PassageText text={text} marks={passage.marks} highlights={props.highlights} whole={whole} />}
+      {props.instead ?? <CandidateText text={text} marks={candidate.marks} highlights={props.highlights} whole={whole} />}
       {error && <Problem error={error} retry={fetchMore} />}
-      {(props.actions || cutOff || whole || have < passage.characters || fields.length > 0) && (
-        <footer class="passage-foot">
+      {(props.actions || cutOff || whole || loaded < candidate.characters || fields.length > 0) && (
+        <footer class="candidate-foot">
           {props.actions}
           {!props.instead && (cutOff || whole) && text.length > 700 && (
             <button type="button" class="link" aria-expanded={whole} onClick={() => open(!whole)}>
-              {whole ? "Show less" : `Show all ${count(passage.characters)} characters`}
+              {whole ? "Show less" : `Show all ${count(candidate.characters)} characters`}
             </button>
           )}
-          {!props.instead && whole && have < passage.characters && (
+          {!props.instead && whole && loaded < candidate.characters && (
             <button type="button" class="link" disabled={fetching} onClick={fetchMore}>
-              {fetching ? "Fetching…" : `Show more (${count(passage.characters - have)} characters left)`}
+              {fetching ? "Fetching…" : `Show more (${count(candidate.characters - loaded)} characters left)`}
             </button>
           )}
           {fields.length > 0 && (
@@ -113,11 +113,11 @@ export function PassageCard(props: {
                     </dd>
                   </div>
                 ))}
-                {passage.parent_id && (
+                {candidate.parent_id && (
                   <div>
                     <dt>window of</dt>
                     <dd>
-                      <Outside text={passage.parent_id} />
+                      <Outside text={candidate.parent_id} />
                     </dd>
                   </div>
                 )}
@@ -130,21 +130,21 @@ export function PassageCard(props: {
   );
 }
 
-function Truth({ passage }: { passage: Passage }) {
+function Labels({ candidate }: { candidate: Candidate }) {
   return (
     <>
-      {passage.correct === true && (
+      {candidate.correct === true && (
         <Chip kind="good" title="States the fact">
           ✓ states fact
         </Chip>
       )}
-      {passage.entailment !== null && (
-        <Chip kind={passage.entailment >= 0.5 ? "good soft" : ""} title="Score of entailment, from 0 to 1">
-          entails {passage.entailment.toFixed(2)}
+      {candidate.entailment !== null && (
+        <Chip kind={candidate.entailment >= 0.5 ? "good soft" : ""} title="Entailment score, from 0 to 1">
+          entails {candidate.entailment.toFixed(2)}
         </Chip>
       )}
-      {passage.category && passage.category !== "entails" && <Chip title="What of the fact it names">{plain(passage.category)}</Chip>}
-      {passage.category === "entails" && passage.correct !== true && <Chip kind="good soft">entails</Chip>}
+      {candidate.category && candidate.category !== "entails" && <Chip title="Entities of the fact that the text names">{plain(candidate.category)}</Chip>}
+      {candidate.category === "entails" && candidate.correct !== true && <Chip kind="good soft">entails</Chip>}
     </>
   );
 }

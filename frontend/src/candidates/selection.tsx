@@ -1,4 +1,4 @@
-// Selecting text in a passage offers to highlight it everywhere; the bar lists what is highlighted.
+// Highlights: text selected in a candidate can be highlighted everywhere; the bar lists all highlights.
 import { useEffect, useState } from "preact/hooks";
 import { LONGEST_HIGHLIGHT, MOST_HIGHLIGHTS, change, currentView, useView } from "../state";
 import { brief, plain } from "./visible";
@@ -22,7 +22,7 @@ export function SelectionOffer() {
   useEffect(() => {
     const look = () => {
       const selection = getSelection();
-      const inside = selection?.anchorNode?.parentElement?.closest(".passage-text");
+      const inside = selection?.anchorNode?.parentElement?.closest(".candidate-text");
       const text = selection?.toString().trim() ?? "";
       if (!selection || !inside || !selection.rangeCount || text.length < 2 || text.length > LONGEST_HIGHLIGHT || text.includes("\n")) {
         set(null);
@@ -76,7 +76,7 @@ export function HighlightBar() {
         <button
           key={text}
           type="button"
-          class="chip own"
+          class="chip highlighted"
           aria-label={`Remove highlight ${plain(text)}`}
           onClick={() => change({ highlights: view.highlights.filter((other) => other !== text) })}
         >

@@ -1,4 +1,4 @@
-// Cuts a text where marks, own highlights and token shares begin and end, so that it can be drawn piece by piece.
+// Cuts a text where marks, highlights and token shares begin and end, to draw it piece by piece.
 
 /** Units [start, stop) of a text. */
 export interface Span {
@@ -10,14 +10,14 @@ export interface EntitySpan extends Span {
   entity: "subject" | "object";
 }
 
-/** A stretch of text with all that is to be seen on it. */
+/** A piece of text with the same marks and highlights throughout. */
 export interface Piece extends Span {
   subject: boolean;
   object: boolean;
-  own: boolean;
+  highlighted: boolean;
 }
 
-/** Where any of the needles is, whatever its case; at most `most` places. */
+/** Where any of the needles occurs, in any case; at most `most` places. */
 export function findAll(text: string, needles: readonly string[], most = 2000): Span[] {
   const escaped = needles.filter(Boolean).map((needle) => needle.replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&"));
   if (!escaped.length) return [];
@@ -30,7 +30,7 @@ export function findAll(text: string, needles: readonly string[], most = 2000): 
 }
 
 /** The pieces of `text` between `from` and `to`. */
-export function cut(from: number, to: number, entities: readonly EntitySpan[], own: readonly Span[]): Piece[] {
+export function cut(from: number, to: number, entities: readonly EntitySpan[], highlights: readonly Span[]): Piece[] {
   if (to <= from) return [];
   interface Change {
     at: number;
@@ -44,14 +44,14 @@ export function cut(from: number, to: number, entities: readonly EntitySpan[], o
     if (stop > start) changes.push({ at: start, layer, by: 1 }, { at: stop, layer, by: -1 });
   };
   for (const span of entities) add(span, span.entity === "subject" ? 0 : 1);
-  for (const span of own) add(span, 2);
+  for (const span of highlights) add(span, 2);
   changes.sort((a, b) => a.at - b.at);
   const depth: [number, number, number] = [0, 0, 0];
   const pieces: Piece[] = [];
   let start = from;
   const flush = (stop: number) => {
     if (stop <= start) return;
-    pieces.push({ start, stop, subject: depth[0] > 0, object: depth[1] > 0, own: depth[2] > 0 });
+    pieces.push({ start, stop, subject: depth[0] > 0, object: depth[1] > 0, highlighted: depth[2] > 0 });
     start = stop;
   };
   for (const change of changes) {
@@ -62,7 +62,7 @@ export function cut(from: number, to: number, entities: readonly EntitySpan[], o
   return pieces;
 }
 
-/** Which part of a long text is shown first: from its beginning, or from shortly before the first mark. */
+/** The part of a long text that is shown first: from its beginning, or from shortly before the first mark. */
 export function opening(text: string, entities: readonly Span[], longest: number): Span {
   if (text.length <= longest * 1.3) return { start: 0, stop: text.length };
   const first = entities.reduce((least, span) => Math.min(least, span.start), Number.POSITIVE_INFINITY);

@@ -1,0 +1,152 @@
+"""Routes that browse result files and export them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Query
+from fastapi.responses import StreamingResponse
+
+from trackstar.explorer.browsing import QueryFilter, matching_places, query_page
+from trackstar.explorer.candidates import LONGEST_RAW, candidate_text, query_record, text_part
+from trackstar.explorer.downloads import download, export
+from trackstar.explorer.exports import MOST_IN_HTML, ExportedQuery, ExportFormat
+from trackstar.explorer.result_files import ResultFile
+from trackstar.explorer.schemas import LONGEST_SEARCH, PAGE, QueryPage, QueryRecord, Side, Sort, Text
+
+_PREFIX = "/api/runs/{run}"
+Value = Annotated[str, Query(max_length=LONGEST_SEARCH)]
+Values = Annotated[list[Annotated[str, Query(max_length=LONGEST_SEARCH)]], Query(max_length=200)]
+YesNo = Literal["yes", "no"]
+
+
+def _filter_from_parameters(
+    search: Value = "",
+    search_candidates: bool = False,
+    relation: Values = [],  # noqa: B006 - the framework copies defaults
+    bucket: Values = [],  # noqa: B006 - likewise
+    model_correct: YesNo | None = None,
+    proponent_correct: YesNo | None = None,
+    score_min: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+    score_max: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+    sort: Sort = "file",
+    descending: bool = False,
+) -> QueryFilter:
+    return QueryFilter(
+        search=search,
+        search_candidates=search_candidates,
+        relations=frozenset(relation),
+        buckets=frozenset(bucket),
+        model_correct=None if model_correct is None else model_correct == "yes",
+        proponent_correct=None if proponent_correct is None else proponent_correct == "yes",
+        score_min=score_min,
+        score_max=score_max,
+        sort=sort,
+        descending=descending,
+    )
+
+
+FilterParameters = Annotated[QueryFilter, Depends(_filter_from_parameters)]
+
+
+def result_routes(files: Sequence[ResultFile]) -> APIRouter:
+    """Routes that list a run's queries and show one of them."""
+    router = APIRouter(prefix=_PREFIX)
+
+    @router.get("/queries")
+    def queries(
+        run: int,
+        filters: FilterParameters,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=PAGE)] = 50,
+    ) -> QueryPage:
+        """One page of the matching queries, with metrics over all matching queries."""
+        _run(files, run)
+        return query_page(files, run, filters, offset=offset, limit=limit)
+
+    @router.get("/queries/{place}")
+    def query(run: int, place: int) -> QueryRecord:
+        """One query with its candidates."""
+        return query_record(_run(files, run, place), run, place)
+
+    @router.get("/queries/{place}/raw")
+    def raw(run: int, place: int) -> Text:
+        """The query's line as it is in the file; only the beginning of a long line."""
+        return text_part(_run(files, run, place).raw[place].decode("utf-8", "replace"), 0, LONGEST_RAW)
+
+    @router.get("/queries/{place}/{side}/{rank}/text")
+    def text(run: int, place: int, side: Side, rank: int, start: Annotated[int, Query(ge=0)] = 0) -> Text:
+        """Part of a candidate's text."""
+        file = _run(files, run, place)
+        try:
+            return text_part(candidate_text(file, place, side, rank), start)
+        except IndexError:
+            raise HTTPException(404, f"query {place} has no {side} of rank {rank}") from None
+
+    return router
+
+
+def export_routes(files: Sequence[ResultFile]) -> APIRouter:
+    """Routes that download matching queries, or one query."""
+    router = APIRouter(prefix=_PREFIX)
+
+    @router.get("/export")
+    def export_all(run: int, filters: FilterParameters, format: ExportFormat) -> StreamingResponse:
+        """All matching queries: their candidates as CSV or HTML, or their lines."""
+        file = _run(files, run)
+        places = matching_places(file, filters)
+        if format == "jsonl":
+            return download((file.raw[p].decode("utf-8", "replace") + "\n" for p in places), format, file.name)
+        if format == "html" and len(places) > MOST_IN_HTML:
+            raise HTTPException(
+                400, f"{len(places):,} queries match, and one page holds {MOST_IN_HTML}; filter, or take CSV or JSONL"
+            )
+        return export((_exported(files, [run], place) for place in places), format, file.name)
+
+    @router.get("/queries/{place}/export")
+    def export_one(run: int, place: int, format: ExportFormat, other: int | None = None) -> StreamingResponse:
+        """One query, also from another run if given: its candidates as CSV or HTML, or its line."""
+        file = _run(files, run, place)
+        runs = [run]
+        if other is not None and _run(files, other) is not file:
+            runs.append(other)
+        if format == "jsonl":
+            name = file.lines[place].example_id
+            places = [(files[r], files[r].place_of.get(name)) for r in runs]
+            lines = (f.raw[at].decode("utf-8", "replace") + "\n" for f, at in places if at is not None)
+            return download(lines, format, file.name)
+        return export([_exported(files, runs, place)], format, file.name)
+
+    return router
+
+
+def _run(files: Sequence[ResultFile], run: int, place: int | None = None) -> ResultFile:
+    """A run's file; 404 if there is no such run, or no such query in it."""
+    if not 0 <= run < len(files):
+        raise HTTPException(404, f"run {run}: expected 0 to {len(files) - 1}")
+    file = files[run]
+    if place is not None and not 0 <= place < len(file.lines):
+        raise HTTPException(404, f"query {place}: expected 0 to {len(file.lines) - 1}")
+    return file
+
+
+def _exported(files: Sequence[ResultFile], runs: Sequence[int], place: int) -> ExportedQuery:
+    """A query of the first run, with its rankings in every run that has it."""
+    name = files[runs[0]].lines[place].example_id
+    records = [
+        (files[run].name, query_record(files[run], run, at))
+        for run in runs
+        if (at := files[run].place_of.get(name)) is not None
+    ]
+    first = records[0][1]
+    return ExportedQuery(
+        query_id=first.example_id,
+        prompt=first.prompt,
+        completion=first.completion,
+        rankings=[
+            (method, role, candidates)
+            for method, record in records
+            for role, candidates in (("proponent", record.proponents), ("opponent", record.opponents))
+            if candidates
+        ],
+        heading=first.relation or "",
+    )

@@ -1,0 +1,198 @@
+"""The entries of a manifest, one dataclass per JSON object; their fields are the fields in manifest.json.
+
+A descriptive attribute tells people where something came from. The digest beside it decides whether
+two things are the same, so a model or corpus that has moved is still the same model or corpus.
+"""
+
+import dataclasses
+from typing import Literal
+
+from trackstar.choices import ProjectionKind, SecondMomentKind
+
+DESCRIPTIVE_FIELDS = frozenset(
+    {"model.source", "model.revision", "model.gguf_file", "corpora.source", "second_moment.source", "whitening.source"}
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """The model whose gradients the index holds.
+
+    Attributes:
+        source: Folder or hub name that it was loaded from (descriptive).
+        revision: Revision on the hub (descriptive).
+        gguf_file: GGUF file within the source, if any (descriptive).
+        architecture: Name of the model's class, such as `LlamaForCausalLM`.
+        digest: Digest of the weights.
+        dtype: Number format in which gradients were computed.
+    """
+
+    source: str
+    revision: str | None
+    gguf_file: str | None
+    architecture: str
+    digest: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerEntry:
+    """The tokenizer, as the digest of its whole definition."""
+
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusEntry:
+    """A corpus and how its records are read.
+
+    Attributes:
+        source: The corpus as the user named it (descriptive).
+        digest: Digest of its content and of how it is read.
+        text_field: Field that holds a record's text.
+        id_field: Field that holds a record's name; None if names are made from record numbers.
+        limit: Largest number of records that are read; None for all.
+        first_record: Number of its first record among the records of all corpora of the index.
+    """
+
+    source: str
+    digest: str
+    text_field: str
+    id_field: str | None
+    limit: int | None
+    first_record: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WindowsEntry:
+    """How long documents are split: at most `tokens` per window, `overlap` of them from the previous one."""
+
+    tokens: int
+    overlap: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SecondMomentEntry:
+    """V.
+
+    Attributes:
+        kind: `none`, `factored` (rows and columns) or `elementwise`.
+        source: Where V came from: an optimizer's file, or an estimate and its sample (descriptive).
+        digest: `tensors_digest` of the tensors in second_moment.safetensors; None if V is not
+            stored.
+        floor: Least value of V that a gradient is divided by, as a fraction of V's mean.
+    """
+
+    kind: Literal["none", SecondMomentKind]
+    source: str
+    digest: str | None
+    floor: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WhiteningEntry:
+    """W_train, which turns φ into the coordinates u = W_train φ of a whitened index.
+
+    Attributes:
+        source: The examples that R_train is the mean of (descriptive).
+        damping: Ridge added to R_train, as a fraction of R_train's mean eigenvalue per block.
+        digest: `tensors_digest` of the tensors in whitening.safetensors.
+    """
+
+    source: str
+    damping: float
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectionEntry:
+    """P, the random projection.
+
+    Attributes:
+        seed: Seed of the random numbers.
+        side: √d: rows and columns of a layer block of φ.
+        digest: Digest of the random numbers, so that another generator is noticed.
+        kind: `two-sided` (Eq. 4), or `one-sided`: one dense matrix for flattened gradients, for
+            comparisons.
+    """
+
+    seed: int
+    side: int
+    digest: str
+    kind: ProjectionKind = "two-sided"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixEntry:
+    """A weight matrix that the gradient covers; it maps `columns` inputs to `rows` outputs."""
+
+    name: str
+    rows: int
+    columns: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBlockEntry:
+    """A layer block: side² consecutive dimensions of every projected gradient.
+
+    Attributes:
+        name: Name of the block.
+        kind: Attention or MLP.
+        layers: First and last layer.
+        matrices: Weight matrices that are pooled in the block.
+    """
+
+    name: str
+    kind: Literal["attention", "mlp"]
+    layers: tuple[int, int]
+    matrices: tuple[MatrixEntry, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CoverageEntry:
+    """The part of the model that the gradient covers.
+
+    Attributes:
+        matrices: Number of weight matrices covered.
+        parameters: Number of parameters in these matrices.
+        total_parameters: Number of parameters of the model.
+        left_out: Names, or patterns of names, of the parameters that are not covered.
+    """
+
+    matrices: int
+    parameters: int
+    total_parameters: int
+    left_out: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """A finished shard: its file's name under shards/, its number of examples and its digest."""
+
+    file: str
+    rows: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionEntry:
+    """Content of a finished index.
+
+    Attributes:
+        rows: Number of examples.
+        tokens: Number of tokens of all examples.
+        targets: Number of target tokens, whose cross-entropy is summed in the loss.
+        records: Number of records that were read from the corpora.
+        skipped: Number of these records without a target token.
+        shards: The shards in order.
+        autocorrelation_digest: `tensors_digest` of the tensors in autocorrelation.safetensors; None
+            for whitened coordinates, whose W_train already contains R_train.
+    """
+
+    rows: int
+    tokens: int
+    targets: int
+    records: int
+    skipped: int
+    shards: tuple[ShardEntry, ...]
+    autocorrelation_digest: str | None
