@@ -112,7 +112,7 @@ def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.Mon
 def test_fewer_ranked_again_than_asked_for_is_refused(index: Index):
     with pytest.raises(OptionError, match="`reranked`: expected at least `k=5`, or 0 to skip re-ranking, found 2"):
         answer_queries(index, QUERIES[:1], k=5, reranked=2, progress=False)
-    with pytest.raises(OptionError, match="`reranked`: expected none with `exact=True`, .*, found 20"):
+    with pytest.raises(OptionError, match=r"`reranked`: expected none with `exact=True`, .*, found 20"):
         answer_queries(index, QUERIES[:1], k=5, reranked=20, exact=True, progress=False)
 
 

@@ -245,7 +245,9 @@ def _decompressed(raw: io.BufferedReader, compression: Compression | None) -> io
 
 
 class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of one or more zstd frames; unlike zstandard's reader, raises if the end is missing."""
+    """Decompressed bytes of one or more zstd frames; unlike zstandard's reader, raises if the end
+    is missing.
+    """
 
     def __init__(self, raw: io.BufferedReader) -> None:
         import zstandard

@@ -1,4 +1,6 @@
-"""The explorer's ASGI application: the JSON API (described by /api/openapi.json) and the front end's files."""
+"""The explorer's ASGI application: the JSON API (described by /api/openapi.json) and the front
+end's files.
+"""
 
 from collections.abc import Sequence
 from importlib.metadata import version

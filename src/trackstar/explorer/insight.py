@@ -1,4 +1,6 @@
-"""All candidates of an answer: histogram of influence, scatter against lexical overlap, groups by metadata."""
+"""All candidates of an answer: histogram of influence, scatter against lexical overlap, groups by
+metadata.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence

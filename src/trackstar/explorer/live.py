@@ -1,7 +1,7 @@
 """Live questions to an index: the model's answer, its proponents, token splits, and measured effects.
 
-Computations run as jobs on one thread (`jobs.py`). Answers stay in memory, so that further questions about an answer
-cost little.
+Computations run as jobs on one thread (`jobs.py`). Answers stay in memory, so that further
+questions about an answer cost little.
 """
 
 import dataclasses

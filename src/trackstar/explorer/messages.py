@@ -13,5 +13,7 @@ def sendable(text: str) -> str:
 
 
 def without_backticks(message: str) -> str:
-    """Remove the backticks around parameters and functions: `mixing` becomes mixing, as the browser shows it."""
+    """Remove the backticks around parameters and functions: `mixing` becomes mixing, as the browser
+    shows it.
+    """
     return _CODE.sub(r"\1", message)

@@ -136,7 +136,9 @@ def read_result_file(path: str | Path) -> ResultFile:
 
 
 def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...] | None:
-    """Whether each candidate is correct, by `proponent_correct` or else by `trex_sentences`; None if unknown."""
+    """Whether each candidate is correct, by `proponent_correct` or else by `trex_sentences`; None
+    if unknown.
+    """
     correct = fields.get("proponent_correct")
     if isinstance(correct, list) and len(correct) == len(ids):
         return tuple(bool(value) for value in correct)

@@ -1,4 +1,6 @@
-"""Requests and responses of the explorer's API, the contract of server and browser (docs/explorer-api.json)."""
+"""Requests and responses of the explorer's API, the contract of server and browser
+(docs/explorer-api.json).
+"""
 
 from typing import Annotated, Literal
 

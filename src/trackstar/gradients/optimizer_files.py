@@ -238,7 +238,9 @@ def _orders(path: Path, groups: Sequence[Mapping[str, Any]], module: nn.Module) 
 
 
 def _decay_orders(module: nn.Module, every: list[str]) -> Iterator[list[list[str]]]:
-    """Usual groups with and without weight decay: the Trainer's (up to version 5), or matrices and vectors."""
+    """Usual groups with and without weight decay: the Trainer's (up to version 5), or matrices and
+    vectors.
+    """
     shapes = {name: parameter.ndim for name, parameter in module.named_parameters()}
     in_norms = {
         f"{path}.{name}" if path else name

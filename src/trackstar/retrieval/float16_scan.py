@@ -5,7 +5,9 @@ read again. Products of float16 codes with float16 queries skip the conversion, 
 scale is the power of two nearest to its root mean square, so that ‖c‖ ≤ √(2D)·(1 + 2⁻¹⁰), and by
 the Cauchy-Schwarz inequality
 
-    |coarse - exact| ≤ ε ‖v‖ ‖c‖,    ε = 2⁻¹¹ (query) + 2⁻¹¹ (result) + D/8 · 2⁻²⁴ (sums in float32, 8 lanes or more)
+    |coarse - exact| ≤ ε ‖v‖ ‖c‖,    ε = 2⁻¹¹ (query) + 2⁻¹¹ (result) + D/8 · 2⁻²⁴
+
+where the last term is of sums in float32 over eight lanes or more.
 
 A candidate can only be among the first k if its coarse score plus its bound reaches the k-th best
 coarse score minus its bound. These few candidates are scored again in float32, and the ranking is

@@ -15,7 +15,8 @@ from trackstar.store import Index, Manifest
 Advance = Callable[[int], None]
 """Callback that receives numbers of completed examples."""
 GradientWork = Callable[[Any, Any, Advance], Any]
-"""Function that computes one part's result, given what `Setup.opened` gives, the part and a progress callback.
+"""Function that computes one part's result, given what `Setup.opened` gives, the part and a
+progress callback.
 
 The function, parts and results are sent between processes: they hold plain data and tensors on the CPU."""
 IndexWork = Callable[[Index], Any]

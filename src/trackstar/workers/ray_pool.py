@@ -146,7 +146,9 @@ class Pool:
         return sum(len(member.parts) for member in self._members)
 
     def _assign(self, waiting: collections.deque[_Part]) -> None:
-        """Assign a part to each worker without one, then second parts while enough are left for the others."""
+        """Assign a part to each worker without one, then second parts while enough are left for the
+        others.
+        """
         for parts in range(_PARTS_PER_WORKER):
             for member in self._members:
                 idle = sum(not other.parts for other in self._members)
