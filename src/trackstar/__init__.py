@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from trackstar.editing.narrowing import narrow_index
     from trackstar.editing.removing import remove_examples
     from trackstar.errors import TrackstarError
+    from trackstar.indexing.array_tasks import finish_index
     from trackstar.indexing.build import build_index
+    from trackstar.indexing.settings import IndexSettings
     from trackstar.model.generation import generate
     from trackstar.model.language_model import LanguageModel, load_model, wrap_model
     from trackstar.pretraining import PretrainingConfig, pretrain
@@ -46,6 +48,7 @@ __all__ = [
     "Corpus",
     "Example",
     "Index",
+    "IndexSettings",
     "LanguageModel",
     "PretrainingConfig",
     "Query",
@@ -59,6 +62,7 @@ __all__ = [
     "build_index",
     "check_audit",
     "convert_index",
+    "finish_index",
     "generate",
     "load_model",
     "merge_indexes",
@@ -93,7 +97,9 @@ _HOMES = {
     "trackstar.editing.narrowing": ("narrow_index",),
     "trackstar.editing.removing": ("remove_examples",),
     "trackstar.errors": ("TrackstarError",),
+    "trackstar.indexing.array_tasks": ("finish_index",),
     "trackstar.indexing.build": ("build_index",),
+    "trackstar.indexing.settings": ("IndexSettings",),
     "trackstar.model.generation": ("generate",),
     "trackstar.model.language_model": ("LanguageModel", "load_model", "wrap_model"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
