@@ -294,7 +294,9 @@ def test_finish_names_what_is_missing_and_keeps_what_is_there(
     count = len(Index.open(plain[kind]).shards)
     before = index_bytes(tmp_path)
     named = ", ".join(map(str, range(1, count, 3)[:8])) + (", ..." if len(range(1, count, 3)) > 8 else "")
-    expected = f"{tmp_path}: {len(range(1, count, 3))} of {count} shards are missing ({named}); run the tasks that make"
+    expected = (
+        f"{tmp_path}: {len(range(1, count, 3))} of {count} shards are missing ({named}); repeat the tasks that write"
+    )
     with pytest.raises(IncompleteIndexError) as caught:
         finish_index(tmp_path, progress=False)
     assert str(caught.value).startswith(expected)
@@ -337,10 +339,13 @@ def test_finish_names_damaged_shards_and_their_task_makes_them_again(
     tasks(build, tmp_path, "1/3", "2/3", "3/3")
     for number in (4, 7):
         damage(tmp_path / "shards" / f"{number:06}.safetensors")
-    with pytest.raises(IncompleteIndexError, match=r"2 of \d+ shards are damaged \(4, 7\); run the tasks that make"):
+    with pytest.raises(
+        IncompleteIndexError, match=r"2 of \d+ shards are damaged \(4, 7\); repeat the tasks that write"
+    ):
         finish_index(tmp_path, progress=False)
     with pytest.raises(
-        IncompleteIndexError, match=r"2 of \d+ shards are missing \(4, 7\); run the tasks .* of n tasks, s % n \+ 1"
+        IncompleteIndexError,
+        match=r"2 of \d+ shards are missing \(4, 7\); repeat the tasks .*of n tasks, task s % n \+ 1",
     ):
         finish_index(tmp_path, progress=False)
     tasks(build, tmp_path, "2/3")
@@ -394,7 +399,7 @@ def test_a_damaged_header_leads_no_other_task_astray(
 def test_finish_of_no_index_and_of_a_complete_one(
     build: Build, plain: dict[str, Path], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(StoreError, match=r"none: no index is there \(no manifest.json\); run the tasks first"):
+    with pytest.raises(StoreError, match=r"none: no index there \(no manifest.json\); run the tasks first"):
         finish_index(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert run("finish", tmp_path / "none") == 1
@@ -474,7 +479,9 @@ def test_a_half_made_index_is_verified_as_far_as_it_goes(
 def test_a_share_that_cannot_be_is_refused_in_one_line(
     share: str, tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(OptionError, match="expected i/n, such as 3/8 for the third of eight tasks, i from 1 to n"):
+    with pytest.raises(
+        OptionError, match="`share`: expected i/n with i from 1 to n, such as 3/8 for the third of eight tasks, found "
+    ):
         Share.parsed(share)
     out = tmp_path / "index"
     assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, f"--shard={share}") == 1
@@ -490,7 +497,7 @@ def test_a_task_of_something_else_is_refused(
     before = index_bytes(out)
     another = save_tiny_model(tmp_path / "model", "llama", special_tokens="bos", seed=1)
     for changes in ({"side": 16}, {"seed": 3}, {"shard_examples": 16}, {"window_tokens": 10}, {"codec": "float32"}):
-        with pytest.raises(IndexMismatchError, match=f"{out}: the index was made with"):
+        with pytest.raises(IndexMismatchError, match=f"{out}: the existing index "):
             build(out, share="2/3", **changes)
     with pytest.raises(IndexMismatchError, match=r"the existing index has model.digest"):
         build_index(another, corpus, out, share="2/3", layer_blocks=2, **SETTINGS, **KINDS[kind])
