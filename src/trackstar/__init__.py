@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trackstar.editing.merging import merge_indexes
     from trackstar.editing.narrowing import narrow_index
     from trackstar.editing.removing import remove_examples
-    from trackstar.errors import TrackstarError
+    from trackstar.errors import OptionError, TrackstarError
     from trackstar.indexing.array_tasks import finish_index
     from trackstar.indexing.build import build_index
     from trackstar.indexing.settings import IndexSettings
@@ -50,6 +50,7 @@ __all__ = [
     "Index",
     "IndexSettings",
     "LanguageModel",
+    "OptionError",
     "PretrainingConfig",
     "Query",
     "QueryReport",
@@ -96,7 +97,7 @@ _HOMES = {
     "trackstar.editing.merging": ("merge_indexes",),
     "trackstar.editing.narrowing": ("narrow_index",),
     "trackstar.editing.removing": ("remove_examples",),
-    "trackstar.errors": ("TrackstarError",),
+    "trackstar.errors": ("OptionError", "TrackstarError"),
     "trackstar.indexing.array_tasks": ("finish_index",),
     "trackstar.indexing.build": ("build_index",),
     "trackstar.indexing.settings": ("IndexSettings",),

@@ -25,6 +25,7 @@ The command line shows its flags and commands instead.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 from trackstar.text import printable
@@ -121,9 +122,13 @@ def check_at_least(parameter: str, value: int | None, least: int = 1) -> None:
     """Raise if a number is less than `least`; None is not checked.
 
     Raises:
-        OptionError: The number is too small; the message names the parameter.
+        OptionError: The value is too small, or not an integer; the message names the parameter.
     """
-    if value is not None and value < least:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise OptionError(f"`{parameter}`: expected a whole number, found {value!r}")
+    if value < least:
         raise OptionError(f"`{parameter}`: expected {least} or more, found {value}")
 
 
@@ -133,7 +138,9 @@ def check_damping(damping: float | None) -> None:
     Raises:
         OptionError: The damping is out of range.
     """
-    if damping is not None and not 0 <= damping < math.inf:
+    if damping is None:
+        return
+    if not isinstance(damping, numbers.Real) or not 0 <= damping < math.inf:
         raise OptionError(f"`damping`: expected 0 or more, as a fraction of R_train's mean eigenvalue, found {damping}")
 
 
@@ -143,5 +150,7 @@ def check_mixing(mixing: float | None) -> None:
     Raises:
         OptionError: λ is out of range.
     """
-    if mixing is not None and not 0 <= mixing <= 1:
+    if mixing is None:
+        return
+    if not isinstance(mixing, numbers.Real) or not 0 <= mixing <= 1:
         raise OptionError(f"`mixing`: expected 0 (only R_train) to 1 (only R_eval), found {mixing}")

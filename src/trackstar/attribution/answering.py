@@ -75,9 +75,13 @@ def answer_queries(
         IndexMismatchError: The model is not the one that was indexed.
         TrackstarError: See `trackstar.errors`.
     """
+    if isinstance(queries, Query):
+        raise OptionError("`queries`: expected a sequence of queries, found one query; pass it in a list")
     if not queries:
         raise OptionError("`queries`: expected one or more, found none")
     check_at_least("k", k)
+    check_at_least("reranked", reranked, 0)
+    check_at_least("batch_tokens", batch_tokens)
     if exact and reranked is not None:
         raise OptionError(
             f"`reranked`: expected none with `exact=True`, which re-ranks every candidate, found {reranked}"

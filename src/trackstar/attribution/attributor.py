@@ -19,8 +19,8 @@ from trackstar.attribution.answering import gradient_setup, query_gradients
 from trackstar.attribution.markup import heat_map
 from trackstar.corpus import Query, TokenizedExample, tokenize_query
 from trackstar.corpus.token_spans import TextSpan, token_spans
-from trackstar.curvature.task import TaskCorrection, task_correction
-from trackstar.errors import OptionError
+from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
+from trackstar.errors import OptionError, check_at_least
 from trackstar.gradients.projector import projected
 from trackstar.gradients.token_split import ProjectionSettings, split_over_tokens
 from trackstar.model.language_model import LanguageModel
@@ -75,6 +75,7 @@ class Attribution:
 
         Among candidates with equal influence the first in the index ranks first.
         """
+        check_at_least("k", k)
         best = self.influences.sort(descending=True, stable=True).indices[:k]
         worst = self.influences.sort(stable=True).indices[:k]
         return best, worst
@@ -141,6 +142,9 @@ class Attributor:
         reranked: int | None = None,
         batch_tokens: int = 2048,
     ) -> None:
+        check_choices(index, mixing=mixing, damping=damping)
+        check_at_least("reranked", reranked, 0)
+        check_at_least("batch_tokens", batch_tokens)
         self._reranked = RERANKED[index.manifest.codec] if reranked is None else reranked
         self.index = index
         self.model = model

@@ -222,8 +222,8 @@ class QueryReport:
         chances = sorted(result.missed for result in self.results if result.missed is not None)
         if chances:
             median, most = chances[len(chances) // 2], chances[-1]
-            line += f"; estimated chance that a true proponent is missing: {median:.2g}"
-            line += f" (median; at most {most:.2g})" if len(chances) > 1 else ""
+            line += f"; estimated chance that a true proponent is missing: {_chance(median)}"
+            line += f" (median; at most {_chance(most)})" if len(chances) > 1 else ""
             line += "; `exact=True` ranks without misses"
         return line
 
@@ -327,6 +327,11 @@ def _writing(path: Path) -> Iterator[Path]:
             f"{path}: results cannot be written ({error.strerror or error}); make the folder writable, or choose "
             "another"
         ) from error
+
+
+def _chance(chance: float) -> str:
+    """A chance in words, to two digits."""
+    return "below 0.0001" if chance < 1e-4 else f"{chance:.2g}"
 
 
 def _spread(spectrum: tuple[float, ...]) -> str:

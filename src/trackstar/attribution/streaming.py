@@ -112,6 +112,8 @@ def stream_queries(
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
+    if isinstance(queries, Query):
+        raise OptionError("`queries`: expected a sequence of queries, found one query; pass it in a list")
     if not queries:
         raise OptionError("`queries`: expected one or more, found none")
     check_at_least("k", k)

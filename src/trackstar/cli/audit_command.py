@@ -26,7 +26,7 @@ from trackstar.progress import reworded_line
 @click.option("--second-moment", cls=RareOption, metavar="FILE", help="The optimizer's state, if V came from one.")
 @threads_option
 def audit(*, audit: str, again: bool, threads: int | None, **files: Any) -> int:
-    """Verify an answer of another person.
+    """Verify someone else's answer.
 
     Compares the file AUDIT (.audit.json) with the files that you give, one line per item. Exit status
     0 if all of them are the same.

@@ -133,7 +133,7 @@ def evaluate(
 @click.option("--layers", type=int, default=6, metavar="N", help="Transformer layers.")
 @click.option("--heads", type=int, default=4, metavar="N", help="Attention heads.")
 @click.option("--mlp-width", type=int, default=1024, metavar="N", help="Size of the MLPs' hidden layer.")
-@click.option("--vocabulary", type=int, default=8192, metavar="N", help="Most tokens of a new tokenizer.")
+@click.option("--vocabulary", type=int, default=8192, metavar="N", help="Maximum number of tokens of a new tokenizer.")
 @choice("--optimizer", OPTIMIZERS, default="adafactor", help="The optimizer.")
 @click.option("--checkpoint-steps", type=int, default=1000, metavar="N", help="Steps between checkpoints.")
 @click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.")
@@ -141,7 +141,13 @@ def evaluate(
 @rare("--limit", type=int, metavar="N", help="Read only the first N records.")
 @rare("--tokenizer", metavar="NAME", show_default="a new one", help="Folder or hub name of a tokenizer.")
 @rare("--key-value-heads", type=int, metavar="N", show_default="--heads", help="Heads of keys and values.")
-@rare("--context-tokens", type=int, default=512, metavar="N", help="Most tokens that the model reads at once.")
+@rare(
+    "--context-tokens",
+    type=int,
+    default=512,
+    metavar="N",
+    help="Maximum number of tokens in a context.",
+)
 @rare("--tied-embeddings/--untied-embeddings", default=True, help="Whether the output head is the embedding.")
 @rare(
     "--initial-spread",

@@ -1,5 +1,6 @@
 """The commands that make, change and check indexes: index, finish, add, merge, remove, convert, verify."""
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -254,5 +255,5 @@ def _report(index: "Index") -> None:
     """Print what has been made and how to query it."""
     click.echo(
         f"{index.path}: {index.rows:,} examples, {index.dimensions:,} dimensions, {index.manifest.codec}; query it "
-        f"with: trackstar query {index.path} --prompt TEXT --completion TEXT"
+        f"with: trackstar query {shlex.quote(str(index.path))} --prompt TEXT --completion TEXT"
     )

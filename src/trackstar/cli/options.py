@@ -85,7 +85,7 @@ def cluster_options(function: Function) -> Function:
     for option in (
         rare("--ray-gpus", type=float, metavar="N", show_default="1 if there is one", help="GPUs per worker."),
         rare("--ray-cpus", type=int, metavar="N", show_default="1", help="CPU cores per worker."),
-        rare("--ray-workers", type=int, metavar="N", show_default="as fit", help="Most workers."),
+        rare("--ray-workers", type=int, metavar="N", show_default="as fit", help="Maximum number of workers."),
         rare("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: auto, local or HOST:PORT."),
     ):
         function = option(function)

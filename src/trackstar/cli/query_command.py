@@ -74,8 +74,11 @@ class Source:
             raise OptionError(f"{flags}: only with --data; an index was built with its own settings")
         if self.data is not None and (self.exact or self.reranked is not None):
             raise OptionError("--exact, --rerank: only with INDEX; --data is always ranked exactly")
-        if self.data is not None and self.cluster["ray"] is not None:
-            raise OptionError("--ray: only with INDEX; one process streams --data")
+        if self.data is not None and any(value is not None for value in self.cluster.values()):
+            flags = ", ".join(
+                f"--{name.replace('_', '-')}" for name, value in self.cluster.items() if value is not None
+            )
+            raise OptionError(f"{flags}: only with INDEX; one process streams --data")
         if self.exact and self.reranked is not None:
             raise OptionError("found both --exact and --rerank; --exact re-ranks every candidate")
         if self.reranked is not None and not (self.reranked == 0 or self.reranked >= max(top, 1)):
@@ -171,7 +174,7 @@ class Question:
 @click.option("--model", metavar="MODEL", show_default="the index's", help="Path to the model, if it has moved.")
 @rare("--prompt-field", metavar="NAME", show_default="found", help="Field of --queries that holds the prompt.")
 @rare("--query-set", metavar="NAME", show_default="the file's", help="Name of the set of queries in results.")
-@rare("--max-new-tokens", type=int, default=16, metavar="N", help="Most tokens to generate.")
+@rare("--max-new-tokens", type=int, default=16, metavar="N", help="Maximum number of tokens to generate.")
 @rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @rare("--text-field", default="text", metavar="NAME", help="With --data: field that holds the text.")
 @rare("--id-field", metavar="NAME", show_default="found", help="With --data: field that names an example.")

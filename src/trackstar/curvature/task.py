@@ -145,8 +145,8 @@ def check_choices(index: Index, *, mixing: float | None, damping: float | None) 
         )
     if damping is not None and damping != entry.damping:
         raise OptionError(
-            f"`damping`: expected {entry.damping:g}, with which {index.path} was whitened by R_train, found {damping}; "
-            "leave `damping` out, or convert an index in projected coordinates with `convert_index` and this `damping`"
+            f"`damping`: expected {entry.damping!r}, with which {index.path} was whitened by R_train, found {damping}; "
+            "leave `damping` out, or call `convert_index` with this `damping` on an index in projected coordinates"
         )
 
 

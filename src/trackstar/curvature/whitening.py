@@ -173,12 +173,14 @@ def _inverse_factor(r: Float64[Tensor, "dim dim"], name: str, *, mixing: float, 
     # Rounding can let a singular matrix through; its factor then has a pivot of rounding's size.
     smallest = float(factor.diagonal().min()) ** 2 if not failed else 0.0
     if failed or smallest < 1e-10 * mean_eigenvalue:
-        advice = "pass more damping, such as `damping=0.1`"
         if mixing == 1:
-            advice = "pass a smaller `mixing`, since with `mixing=1` R is R_eval alone, to which no damping is added"
+            raise CurvatureError(
+                f"{name}: R is singular with `mixing=1`, where it is R_eval alone and not damped; expected more task "
+                f"queries than its {len(r)} dimensions; pass a smaller `mixing`"
+            )
         raise CurvatureError(
             f"{name}: R is singular with damping {damping:g}; expected more examples than its {len(r)} dimensions; "
-            f"{advice}"
+            "pass more damping, such as `damping=0.1`"
         )
     identity = torch.eye(len(r), dtype=torch.float64, device=r.device)
     return torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -187,7 +187,7 @@ def _fact_of(query: Query) -> str:
 def _shown_queries(index: Index, model: LanguageModel, corpus: DemoCorpus, answers: Mapping[str, str]) -> QueryReport:
     """Answer about ten queries, some that the model answers correctly and some that it does not.
 
-    A wrong answer is explained itself, in place of the correct one.
+    A wrong answer is explained instead of the correct one.
     """
     chosen: list[Query] = []
     by_relation: dict[object, int] = {}

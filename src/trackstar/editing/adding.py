@@ -1,4 +1,4 @@
-"""Add a corpus to an index; gradients are computed for the new examples only (design.md, "Beyond the paper").
+"""Add a corpus to an index; gradients are computed for the new examples only.
 
 The new examples are indexed with the settings of the existing index (model, V, projections,
 W_train, codec), in a folder inside the new index. The two indexes are then merged. An interrupted

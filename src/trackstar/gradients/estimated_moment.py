@@ -41,7 +41,7 @@ def estimate_second_moment(
     floor: float = DEFAULT_FLOOR,
     note: Callable[[str], None] = lambda _line: None,
 ) -> SecondMoment:
-    """V estimated as E[G²] over a sample of training examples (paper, §4.1; design.md).
+    """V estimated as E[G²] over a sample of training examples (paper, §4.1).
 
     Args:
         model: The model.

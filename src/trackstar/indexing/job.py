@@ -25,7 +25,16 @@ from trackstar.indexing.shard_writing import RowWork, rows_by, write_shards
 from trackstar.indexing.train_whitening import FirstPass, TrainWhitening, check_begun, sample_source
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.store import PART_FOLDER, Index, IndexWriter, Manifest, Place, load_manifest, row_bytes
+from trackstar.store import (
+    PART_FOLDER,
+    Index,
+    IndexWriter,
+    Manifest,
+    Place,
+    load_manifest,
+    refuse_foreign_folder,
+    row_bytes,
+)
 from trackstar.workers.protocol import Advance, Workers
 from trackstar.workers.setups import GradientSetup, SquaresSetup
 
@@ -137,9 +146,11 @@ def prepare(
         progress: Whether the first pass shows its own bar.
 
     Raises:
+        StoreError: `out` is not empty, and not an index.
         IndexMismatchError: The index begun at `out` differs from the requested one.
         TrackstarError: V or R_train cannot be computed; see `trackstar.errors`.
     """
+    refuse_foreign_folder(out)
     manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings)
     batch_tokens = settings.batch_tokens
     squares = SquaresSetup(manifest=manifest, kind=settings.second_moment_kind, batch_tokens=batch_tokens)

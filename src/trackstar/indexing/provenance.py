@@ -40,7 +40,9 @@ def windows_entry(model: LanguageModel, settings: IndexSettings) -> WindowsEntry
     Raises:
         OptionError: The model reads fewer tokens than a window is asked to have.
     """
-    tokens = settings.window_tokens or min(model.context_tokens, settings.batch_tokens)
+    tokens = settings.window_tokens
+    if tokens is None:
+        tokens = min(model.context_tokens, settings.batch_tokens)
     if tokens > model.context_tokens:
         raise OptionError(
             f"`window_tokens`: expected at most the {model.context_tokens} tokens that the model reads, found {tokens}"

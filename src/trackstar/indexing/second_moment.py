@@ -1,4 +1,4 @@
-"""V of an index, as its settings ask: given, read from optimizer state, estimated, or none (paper, §4.1)."""
+"""V of a new index: given, read from optimizer state, estimated, or none (paper, §4.1)."""
 
 import contextlib
 import dataclasses

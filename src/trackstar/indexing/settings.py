@@ -1,4 +1,4 @@
-"""What an index is asked to be: one value, checked where it is made and handed on whole.
+"""The settings of a new index, checked on creation.
 
 Nothing heavy is imported here, so that the command line reads its defaults and choices from
 `IndexSettings`.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class IndexSettings:
-    """What an index is asked to be. The fields and their defaults are the keywords of
+    """The settings of a new index. The fields and their defaults are the keywords of
     `build_index`.
 
     Attributes:
@@ -89,8 +89,14 @@ class IndexSettings:
         check_choice("codec", self.codec, CODECS)
         if self.coordinates is not None:
             check_choice("coordinates", self.coordinates, COORDINATES)
-        for name in ("side", "second_moment_examples", "whitening_examples", "shard_examples", "batch_tokens"):
+        for name in (
+            "window_tokens", "overlap", "side", "second_moment_examples", "whitening_examples", "shard_examples",
+            "batch_tokens",
+        ):  # fmt: skip
             check_at_least(name, getattr(self, name))
+        check_at_least("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise OptionError(f"`seed`: expected less than 2^64, found {self.seed}")
         check_damping(self.damping)
         if self.codec in LOW_BIT_CODECS:
             if self.coordinates == "projected":

@@ -130,9 +130,9 @@ def check_begun(out: Place, manifest: Manifest, settings: IndexSettings) -> None
         entry, damping = begun.whitening, settings.damping
         requested = WhiteningEntry(source=source, damping=0.0, digest="") if entry is None else entry
         if entry is not None and (entry.source != source or damping not in (None, entry.damping)):
-            wanted = source if damping is None else f"{source}, damping {damping:g}"
+            wanted = source if damping is None else f"{source}, damping {damping!r}"
             raise IndexMismatchError(
-                f"{out}: the existing index is whitened by R_train {entry.source}, damping {entry.damping:g}, but "
+                f"{out}: the existing index is whitened by R_train {entry.source}, damping {entry.damping!r}, but "
                 f"{wanted} was requested; use the same settings, or choose another folder"
             )
         manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=requested)

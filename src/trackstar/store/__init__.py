@@ -29,7 +29,7 @@ from trackstar.store.shard_content import ShardContent
 from trackstar.store.shard_folder import PART_FOLDER, PREPARING_LOCK, CorpusEnd, ShardFolder, is_begun, remove_end
 from trackstar.store.shards import ResumePoint, Shard, StoredExample
 from trackstar.store.verification import VerificationReport, verify
-from trackstar.store.writer import IndexWriter, check_same
+from trackstar.store.writer import IndexWriter, check_same, refuse_foreign_folder
 
 __all__ = [
     "FORMAT_VERSION",
@@ -74,6 +74,7 @@ __all__ = [
     "load_manifest",
     "place_name",
     "quantized_bits",
+    "refuse_foreign_folder",
     "remove_end",
     "row_bytes",
     "tensors_digest",

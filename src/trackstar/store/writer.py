@@ -93,7 +93,7 @@ class IndexWriter:
         except FieldError as error:
             raise OptionError(f"{path}: an index cannot have these settings: {error}; choose another value") from error
         folder = as_folder(path)
-        _refuse_foreign_folder(folder)
+        refuse_foreign_folder(folder)
         make_folder(folder)
         writer = cls(folder, _locked(folder), manifest, on_note, whole=whole)
         try:
@@ -250,7 +250,7 @@ class IndexWriter:
     def _begin_or_resume(self) -> None:
         existing = load_manifest(self._path)
         if existing is None:
-            _refuse_foreign_folder(self._path)
+            refuse_foreign_folder(self._path)
             self._remove_leftovers()
             self._replace_manifest(self._manifest)
         else:
@@ -352,7 +352,7 @@ def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
         )
 
 
-def _refuse_foreign_folder(folder: Place) -> None:
+def refuse_foreign_folder(folder: Place) -> None:
     """Raise if a folder without a manifest contains more than the files of an interrupted beginning."""
     names = set(names_in(folder))
     foreign = names - {LOCK_FILE, PREPARING_LOCK, PART_FOLDER, f"manifest.json{PARTIAL_SUFFIX}"}

@@ -4,7 +4,10 @@ In: parts of work that do not depend on which worker computes them. Out: their r
 order, with the same bits on any number of workers of the same hardware. `RayWorkers` is imported on
 first use, so that nothing else here needs Ray, which the extra `ray` installs:
 
-    with trackstar.workers.RayWorkers("auto") as workers:
+    import trackstar
+    from trackstar.workers import RayWorkers
+
+    with RayWorkers("auto") as workers:
         trackstar.build_index(model, corpus, "s3://bucket/index", workers=workers)
 
 The calling process reads and tokenizes the corpus, distributes groups of examples, writes shards in

@@ -1,4 +1,5 @@
-"""A pool of Ray actors that compute a job's parts: workers come and go, and lost ones' parts go to others.
+"""A pool of Ray actors that compute a job's parts: workers come and go, and parts of lost workers are
+reassigned.
 
 A worker receives its next part while it computes one, unless too few parts are left for the workers
 that have none or are being prepared. A part is taken from its source only when a worker can take it:
@@ -52,7 +53,7 @@ class Pool:
     """Workers on a Ray cluster that this process is connected to.
 
     Args:
-        most: Most workers; None is as many as the cluster has room for.
+        most: Maximum number of workers; None is as many as the cluster has room for.
         cpus: CPU cores per worker.
         gpus: GPUs per worker, or a fraction of one.
         note: Callback that receives a line when workers come or go.

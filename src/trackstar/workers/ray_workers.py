@@ -52,7 +52,7 @@ class RayWorkers:
     Args:
         address: `auto` for the cluster that this machine is part of, `HOST:PORT`, a `ray://` URL, or
             `local` for a cluster that starts on this machine and ends with this process.
-        workers: Most workers; None is as many as the cluster has room for, also if it grows.
+        workers: Maximum number of workers; None is as many as the cluster has room for, also if it grows.
         cpus: CPU cores per worker.
         gpus: GPUs per worker, or a fraction of one; None is 1 if the cluster has any, else 0. The
             model is spread over a worker's GPUs if there are several.
