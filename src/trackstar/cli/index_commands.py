@@ -48,12 +48,16 @@ _CORPUS_OPTIONS = ("text_field", "id_field", "limit")
 )
 @choice("--dtype", DTYPES, default="float32", help="Number format of the computation.")
 @choice("--codec", CODECS, default=default("codec"), help=f"How a row is stored: {', '.join(CODECS)}.")
-@click.option(
-    "--side", type=int, default=default("side"), metavar="N", help="Each of 16 layer blocks has N×N dimensions."
-)
+@click.option("--side", type=int, default=default("side"), metavar="N", help="Each layer block has N×N dimensions.")
 @click.option("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @device_options
-@rare("--window-tokens", type=int, metavar="N", show_default="context or batch", help="Split longer documents.")
+@rare(
+    "--window-tokens",
+    type=int,
+    metavar="N",
+    show_default="context or batch",
+    help="Longest window; longer documents are split.",
+)
 @rare("--overlap", type=int, default=default("overlap"), metavar="N", help="Tokens that a window repeats as context.")
 @rare("--layer-blocks", type=int, default=8, metavar="N", help="Blocks for each of attention and MLP.")
 @rare("--attention-pattern", metavar="REGEX", help="Names of the attention matrices; group 1 is the layer.")
@@ -96,7 +100,7 @@ _CORPUS_OPTIONS = ("text_field", "id_field", "limit")
 )
 @rare("--damping", type=float, metavar="C", show_default="shrinkage", help=f"{DAMPING_HELP} For whitened rows.")
 @rare("--seed", type=int, default=default("seed"), metavar="N", help="Seed of projections and samples.")
-@rare("--shard-examples", type=int, metavar="N", show_default="64 MiB", help="Examples per shard.")
+@rare("--shard-examples", type=int, metavar="N", show_default="to 64 MiB of codes", help="Examples per shard.")
 @rare("--shard", "share", metavar="I/N", help="Make the I-th of N parts; `trackstar finish` completes the index.")
 @rare("--revision", metavar="NAME", help="Revision of a model on the hub.")
 @rare("--gguf-file", metavar="NAME", help="The GGUF file in the model folder.")
