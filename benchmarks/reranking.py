@@ -1,16 +1,16 @@
-"""How often one of the true first ten is missed after ranking N again, against the chance that is told with a ranking;
-and what becomes of MRR and tail-patch.
+"""How often re-ranking misses one of the true first ten, against the estimated chance; and MRR and tail-patch after it.
 
     python benchmarks/reranking.py --work FOLDER --data sentences.jsonl --facts queries.jsonl --model M [--pairs 40]
 
 FOLDER is as benchmarks/layer_gradients.py leaves it.
 
-The 65,536 dimensions of the paper, whitened by R_train; the exact ranking is that of float32. For codecs of few bits
-and several N, over all queries: the mean estimated chance (`trackstar.retrieval.reranking.missed_chance`), how often
-it happened, the same split at an estimate of one half, the overlap of the first ten, MRR over gold sentences, and for
-the first `--pairs` queries the mean tail-patch of the first ten (0 for none). A query's final ranking is the N best
-of the store, by exact influence, and after them the others as the store ranks them. Lines with nothing ranked again
-are the store's own ranking, those of float32 the exact one.
+Gradients have the 65,536 dimensions of the paper and are whitened by R_train. The exact ranking is that of float32. For
+low-bit codecs and several N, over all queries: the mean estimated chance of a miss
+(`trackstar.retrieval.reranking.missed_chance`), the rate of misses, both again for estimates below and above one half,
+the overlap of the first ten, and MRR over gold sentences. For the first `--pairs` queries: the mean tail-patch of the
+first ten (0 skips it). A query's final ranking is the store's best N in the order of their exact influences, followed
+by the others in the store's order. Lines without re-ranking are the store's own ranking; those of float32 are the exact
+one.
 """
 
 import argparse

@@ -273,7 +273,7 @@ CASES = [
     Case("neither index nor corpus", "query --prompt Paris --completion France", "trackstar: expected INDEX, or --data and --model"),
     Case("index and corpus", ASK + " --data {corpus} --model {model}", "trackstar: found both INDEX and --data"),
     Case("how gradients are made, of an index", ASK + " --side 8 --seed 1", "trackstar: --side, --seed: only with --data"),
-    Case("exact and ranked again", ASK + " --exact --rerank 20", "trackstar: found both --exact and --rerank; --exact re-ranks every candidate"),
+    Case("exact and re-ranked", ASK + " --exact --rerank 20", "trackstar: found both --exact and --rerank; --exact re-ranks every candidate"),
     Case("no gradient, without an index", "query --data {corpus} --model {model} --prompt Paris --completion France --side 0", "trackstar: --side: expected 1 or more, found 0"),
     Case("a corpus without a model", "query --data {corpus} --prompt Paris --completion France", "trackstar: expected INDEX, or --data and --model"),
     Case("exact without an index", "query --data {corpus} --model {model} --prompt Paris --completion France --exact", "trackstar: --exact, --rerank: only with INDEX"),

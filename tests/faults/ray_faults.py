@@ -206,7 +206,7 @@ class RayFaults:
         self._indexing.compare(case, kind, out)
 
     def driver_deaths(self, faults: int, seed: int) -> None:
-        """Kill the process that leads, and with it the cluster; then go on with another."""
+        """Kill the process that leads, and with it the cluster; then resume with another."""
         way = "Ray, driver"
         generator = random.Random(f"{seed} {way}")
         number = 0

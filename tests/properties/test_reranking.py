@@ -1,4 +1,4 @@
-"""Two-stage retrieval: what is ranked again is exact, and the estimate of what was missed is what happens."""
+"""Two-stage retrieval: re-ranked candidates have exact scores, and misses are as frequent as estimated."""
 
 import math
 from pathlib import Path

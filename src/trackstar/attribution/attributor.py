@@ -208,7 +208,7 @@ class Attributor:
         setup = gradient_setup(self.index, self._batch_tokens)
         scores = ExactScores(self.index, self.model, setup, self.correction, scorer.vectors)
         k = min(_MISS_ESTIMATE_TOP, self._reranked)
-        ranking = rerank(CoarseRanking.of_scores(coarse[None]), scores, k, reranked=self._reranked)
+        ranking = rerank(CoarseRanking.of_scores(coarse[None], self._reranked), scores, k, reranked=self._reranked)
         rows = ranking.rows[0].unique()
         exact = ranking.scores[0][torch.searchsorted(ranking.rows[0], rows)]
         influences = calibration(coarse[rows], exact).expected(coarse)

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -317,7 +317,11 @@ def _report(
 
 def _requested_moment(second_moment: str | Path | SecondMoment) -> Literal["auto", "estimate", "none", "given"]:
     """How V was requested, for an audit."""
-    return second_moment if second_moment in ("auto", "estimate", "none") else "given"  # pyright: ignore[reportReturnType]
+    match second_moment:
+        case "auto" | "estimate" | "none":
+            return second_moment
+        case _:
+            return "given"
 
 
 @final
@@ -391,8 +395,8 @@ class _PartialRanking:
         replace_text(self._file, json.dumps(content))
         self._saved = time.monotonic()
 
-    def _load(self, k: int, content: dict[str, object]) -> None:
-        saved: dict = content  # pyright: ignore[reportMissingTypeArgument] - checked by use; any error ignores the file
+    def _load(self, k: int, saved: Any) -> None:
+        """Read saved JSON, which may be anything; an error leaves this ranking as it is."""
         if saved["question"] != self._digest:
             return
         top = TopCandidates(

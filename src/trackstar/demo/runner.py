@@ -52,7 +52,7 @@ class DemoReport:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DemoFiles:
-    """Files to go on with, and a prompt for them.
+    """Files for further questions, and a prompt for them.
 
     Attributes:
         index: The float16 index of the whole corpus.

@@ -11,7 +11,7 @@ from trackstar.choices import CodecName
 from trackstar.curvature.task import TaskCorrection
 from trackstar.model.language_model import LanguageModel
 from trackstar.retrieval.reranking import RERANKED, CoarseRanking, ExactScores, exact_top, rerank
-from trackstar.retrieval.scoring import trackstar_scorer, unit_queries
+from trackstar.retrieval.scoring import Scorer, inverse_of, unit_queries, whitened_norms
 from trackstar.retrieval.top_candidates import TopCandidates, top_candidates
 from trackstar.store import Index
 from trackstar.workers.protocol import ThisProcess, Workers
@@ -85,18 +85,16 @@ def rank_candidates(
         GradientError: A query's gradient is zero.
         OptionError: Fewer candidates are to be re-ranked than returned.
     """
-    queries = correction.coordinates(phi)
-    vectors = unit_queries(queries, correction.whitening)
+    vectors = unit_queries(correction.coordinates(phi), correction.whitening)
     exact = ExactScores(index, model, setup, correction, vectors, workers=workers, progress=progress)
     none = (None,) * len(phi)
     if options.exact:
         top = exact_top(index, exact, options.k, key=correction.key)
         return Ranking(top=top, missed=none, reranked=index.rows, recomputed=index.rows)
-    scorer = trackstar_scorer(
-        index, queries, correction.whitening, key=correction.key, workers=workers, progress=progress
-    )
-    if isinstance(workers, ThisProcess):  # workers of a cluster scan on their own devices
-        scorer = dataclasses.replace(scorer, vectors=scorer.vectors.to(model.device))
+    norms = whitened_norms(index, correction.whitening, key=correction.key, workers=workers, progress=progress)
+    # Workers of a cluster scan on their own devices.
+    scanned = vectors.to(model.device) if isinstance(workers, ThisProcess) else vectors
+    scorer = Scorer(vectors=scanned, multipliers=inverse_of(norms))
     count = options.reranked_for(index.manifest.codec)
     if not count:
         top = top_candidates(index, scorer, options.k, workers=workers, progress=progress)

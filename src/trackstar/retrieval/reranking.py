@@ -151,7 +151,7 @@ class CoarseRanking:
 
     Attributes:
         top: The best and worst candidates, at least the N that are re-ranked.
-        sampled: Rows of the sample; empty if `top` holds every candidate.
+        sampled: Rows of the sample; not read if `top` holds every candidate.
         sampled_scores: Their scores.
         candidates: Number of candidates in the index.
     """
@@ -180,15 +180,17 @@ class CoarseRanking:
         return cls(top=top, sampled=sampled, sampled_scores=scores_of(index, scorer, sampled), candidates=index.rows)
 
     @classmethod
-    def of_scores(cls, scores: Float[Tensor, "queries candidates"]) -> "CoarseRanking":
-        """Rank candidates whose coarse scores are all known."""
-        queries, count = scores.shape
-        running = RunningTop(count)
-        running.add(scores, torch.arange(count))
-        return cls(
-            top=running.top, sampled=torch.empty(0, dtype=torch.int64), sampled_scores=torch.empty(queries, 0),
-            candidates=count,
-        )  # fmt: skip
+    def of_scores(cls, scores: Float[Tensor, "queries candidates"], reranked: int) -> "CoarseRanking":
+        """Rank candidates whose coarse scores are all known; the sample is all of them.
+
+        Args:
+            scores: The coarse scores.
+            reranked: N.
+        """
+        rows = torch.arange(scores.shape[1])
+        running = RunningTop(reranked)
+        running.add(scores, rows)
+        return cls(top=running.top, sampled=rows, sampled_scores=scores, candidates=len(rows))
 
     def others(
         self, query: int, reranked: Int64[Tensor, "own"]
