@@ -89,12 +89,12 @@ def answer_queries(
     index = Index.of(index)
     check_choices(index, mixing=mixing, damping=damping)
     model = model_of_index(index, model, device=device)
-    phi, losses = query_gradients(index, model, queries, batch_tokens=batch_tokens, workers=workers, progress=progress)
+    setup = gradient_setup(index, batch_tokens)
+    phi, losses = gradients_of_queries(model, setup, queries, workers=workers, progress=progress)
     task_phi = phi
     if task is not None:
-        task_phi, _ = query_gradients(index, model, task, batch_tokens=batch_tokens, workers=workers, progress=progress)
+        task_phi, _ = gradients_of_queries(model, setup, task, workers=workers, progress=progress)
     correction = task_correction(index, task_phi, mixing=mixing, damping=damping)
-    setup = gradient_setup(index, batch_tokens)
     options = RankingOptions(k=k, reranked=reranked, exact=exact)
     ranking = rank_candidates(index, model, setup, correction, phi, options, workers=workers, progress=progress)
     question = QuestionEntry.of(
@@ -116,11 +116,23 @@ def query_gradients(
 ) -> tuple[Float[Tensor, "queries dimensions"], Float[Tensor, "queries"]]:
     """φ of each query, with the index's V and projections, and each completion's loss in nats."""
     setup = gradient_setup(index, batch_tokens)
+    return gradients_of_queries(model, setup, queries, workers=workers, progress=progress)
+
+
+def gradients_of_queries(
+    model: LanguageModel,
+    setup: GradientSetup,
+    queries: Sequence[Query],
+    *,
+    workers: Workers = THIS_PROCESS,
+    progress: bool = True,
+) -> tuple[Float[Tensor, "queries dimensions"], Float[Tensor, "queries"]]:
+    """`query_gradients` from an opened setup, so that V is read once for several sets of queries."""
     examples = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
     # A part is a batch, so that every kind of worker computes the same batches.
-    batches = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
+    batches = plan_batches([len(example.token_ids) for example in examples], setup.batch_tokens)
     parts = ([examples[place] for place in batch] for batch in batches)
-    phi, losses = torch.empty(len(examples), index.dimensions), torch.empty(len(examples))
+    phi, losses = torch.empty(len(examples), setup.manifest.dimensions), torch.empty(len(examples))
     with Progress("Queries' gradients", unit="queries", total=len(examples), shown=progress) as bar:
         results = workers.gradients(model, setup, projected, parts, advance=bar.advance, note=bar.note)
         for batch, (batch_phi, batch_losses) in zip(batches, results, strict=True):
