@@ -33,7 +33,7 @@ from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.groups import CorpusPosition, tokenized_windows
 from trackstar.indexing.provenance import make_manifest, windows_entry
 from trackstar.indexing.second_moment import second_moment_for
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES, IndexSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.retrieval.reranking import influences
@@ -44,9 +44,6 @@ from trackstar.workers.setups import GradientSetup
 
 _EXAMPLES_AT_ONCE = 256
 _SAVE_EVERY = 60.0
-
-WHITENING_EXAMPLES = 4096
-"""Records that R_train is computed from by default; their gradients are computed twice."""
 
 _DEFAULT = IndexSettings()
 
@@ -68,7 +65,7 @@ def stream_queries(
     second_moment: str | Path | SecondMoment = _DEFAULT.second_moment,
     second_moment_kind: SecondMomentKind = _DEFAULT.second_moment_kind,
     second_moment_examples: int = _DEFAULT.second_moment_examples,
-    whitening_examples: int = WHITENING_EXAMPLES,
+    whitening_examples: int = STREAM_WHITENING_EXAMPLES,
     side: int = _DEFAULT.side,
     seed: int = _DEFAULT.seed,
     output: Output = _DEFAULT.output,

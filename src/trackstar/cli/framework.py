@@ -1,7 +1,7 @@
 """What every command shares: help pages, errors as one line, exit statuses, interrupts.
 
-Exit status: 0 done, 1 an error that the user can fix, 2 wrong options or arguments, 130 interrupted
-(Ctrl-C), 143 terminated.
+Exit status: 0 done, 1 an error that the user can fix, 2 an option that is missing, unknown or not a
+number, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
 import contextlib

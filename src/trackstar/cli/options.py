@@ -22,7 +22,7 @@ BATCH_HELP = "Most tokens per batch, padding included; peak memory follows it."
 DAMPING_HELP = "Ridge added to R_train, as a fraction of its mean eigenvalue per block."
 
 
-class Choice(click.Choice):  # pyright: ignore[reportMissingTypeArgument]
+class Choice(click.Choice):  # pyright: ignore[reportMissingTypeArgument] - click 8.1 takes none
     """One of a few values; the error for any other value names the flag and all choices."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -112,7 +112,7 @@ def index_argument(*, required: bool = True) -> Callable[[Function], Function]:
 
         argument = click.argument("index", required=False, metavar="INDEX" if required else "[INDEX]")
         option = rare("--index", "index_option", metavar="INDEX", help="The same as the argument INDEX.")
-        return argument(option(command))  # pyright: ignore[reportReturnType]
+        return argument(option(command))  # pyright: ignore[reportReturnType] - the signature differs on purpose
 
     return decorated
 

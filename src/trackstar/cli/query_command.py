@@ -21,6 +21,7 @@ from trackstar.cli.options import (
     rare,
 )
 from trackstar.errors import OptionError, check_at_least
+from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES
 
 if TYPE_CHECKING:
     from trackstar.attribution.results import QueryReport
@@ -195,7 +196,7 @@ class Question:
 @rare(
     "--whitening-examples",
     type=int,
-    default=4096,
+    default=STREAM_WHITENING_EXAMPLES,
     metavar="N",
     help="With --data: examples for R_train.",
 )

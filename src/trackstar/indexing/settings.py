@@ -26,6 +26,9 @@ from trackstar.errors import OptionError, check_at_least, check_choice, check_da
 if TYPE_CHECKING:
     from trackstar.gradients.second_moment import SecondMoment
 
+STREAM_WHITENING_EXAMPLES = 4096
+"""Default of `whitening_examples` for a streamed corpus, whose sample is computed twice."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class IndexSettings:
