@@ -17,8 +17,8 @@ from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.server import http_server, listen
-from trackstar.model.language_model import load_model
 from trackstar.store import Index
+from trackstar.workers.index_model import model_of_index
 
 HEADERS = {"X-Trackstar": "1", "Content-Type": "application/json"}
 
@@ -70,8 +70,7 @@ def waited(client: httpx.Client, number: int) -> dict[str, Any]:
 
 def opened(index: Index, corpus: Path | None) -> LiveIndex:
     """An index opened for questions, with the corpus whose fields are shown."""
-    model = load_model(index.manifest.model.source, layer_blocks=2)
-    attributor = Attributor(index, model, damping=0.1)
+    attributor = Attributor(index, model_of_index(index), damping=0.1)
     return LiveIndex(
         attributor, encoder=None, corpora=[open_corpus(str(corpus), id_field="id")] if corpus else [], task_queries=0
     )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shard_bytes import without_places
 from trackstar import store
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
@@ -27,16 +28,26 @@ def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Mani
         format_version=store.FORMAT_VERSION,
         trackstar_version="0.1.0",
         model=store.ModelEntry(
-            source="models/tiny",
+            source="/models/tiny",
+            location="absolute",
             revision=None,
             gguf_file=None,
+            libraries="transformers 5.23.0, torch 2.13.0",
             architecture="LlamaForCausalLM",
+            configuration={"hidden_act": '"silu"', "rms_norm_eps": "1e-05"},
             digest="a" * 32,
             dtype="float32",
         ),
         tokenizer=store.TokenizerEntry(digest="b" * 32),
         corpora=(
-            store.CorpusEntry(source="corpus.jsonl", digest="c" * 32, text_field="text", id_field=None, limit=None),
+            store.CorpusEntry(
+                source="/data/corpus.jsonl",
+                location="absolute",
+                digest="c" * 32,
+                text_field="text",
+                id_field=None,
+                limit=None,
+            ),
         ),
         removed=None,
         windows=store.WindowsEntry(tokens=128, overlap=1),
@@ -136,9 +147,11 @@ def write_small_index(
 
 
 def index_bytes(path: Path) -> dict[str, bytes]:
-    """Every file of an index but the lock, by its name in the folder."""
+    """Every file of an index but the lock, by its name in the folder; manifests without the paths in them."""
     return {
-        str(file.relative_to(path)): file.read_bytes()
+        str(file.relative_to(path)): without_places(file.read_bytes())
+        if file.name == "manifest.json"
+        else file.read_bytes()
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name != ".lock"
     }

@@ -1,4 +1,5 @@
-"""Find the training examples that made a language model say something: TrackStar (Chang et al., ICLR 2025).
+"""Find the training examples that made a language model say something: TrackStar (Chang et al.,
+ICLR 2025).
 
     import trackstar
 
@@ -6,8 +7,8 @@
     query = trackstar.Query(query_id="q", prompt="The capital of France is", completion="Paris")
     report = trackstar.answer_queries(index, [query], k=10)
 
-Names are imported when they are first used, so that `import trackstar` is instant. Only the names in
-`__all__` are public and stable.
+Names are imported when they are first used, so that `import trackstar` is instant. Only the names
+in `__all__` are public and stable.
 """
 
 import importlib
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trackstar.attribution.answering import answer_queries, query_gradients
     from trackstar.attribution.attributor import Attribution, Attributor, TokenInfluence
-    from trackstar.attribution.results import QueryReport, QueryResult, Ranked, write_results
+    from trackstar.attribution.results import QueryReport, QueryResult, Ranked
     from trackstar.attribution.streaming import stream_queries
+    from trackstar.attribution.writing import write_results
     from trackstar.audit.checks import AtHand, AuditReport, Check
     from trackstar.audit.recomputation import check_audit
     from trackstar.audit.record import Audit, read_audit
@@ -85,8 +87,9 @@ __all__ = [
 _HOMES = {
     "trackstar.attribution.answering": ("answer_queries", "query_gradients"),
     "trackstar.attribution.attributor": ("Attribution", "Attributor", "TokenInfluence"),
-    "trackstar.attribution.results": ("QueryReport", "QueryResult", "Ranked", "write_results"),
+    "trackstar.attribution.results": ("QueryReport", "QueryResult", "Ranked"),
     "trackstar.attribution.streaming": ("stream_queries",),
+    "trackstar.attribution.writing": ("write_results",),
     "trackstar.audit.recomputation": ("check_audit",),
     "trackstar.audit.checks": ("AtHand", "AuditReport", "Check"),
     "trackstar.audit.record": ("Audit", "read_audit"),

@@ -26,6 +26,9 @@ Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adafactor", "adamw"]
 """The optimizer of a pretraining run: Transformers' Adafactor or torch's AdamW."""
 
+DuplicateIds = Literal["refuse", "number"]
+"""What is done with a second record of a name: it is an error, or it is named `NAME~2`."""
+
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
@@ -35,3 +38,4 @@ PROJECTIONS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
 SECOND_MOMENT_KINDS: tuple[SecondMomentKind, ...] = get_args(SecondMomentKind)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+DUPLICATE_IDS: tuple[DuplicateIds, ...] = get_args(DuplicateIds)

@@ -28,7 +28,7 @@ import math
 import numbers
 from collections.abc import Sequence
 
-from trackstar.text import printable
+from trackstar.text import abridged, printable
 
 LONGEST_MESSAGE = 6000
 """Most characters of a message: the longest path has 4,096 bytes; the rest is for the text."""
@@ -118,18 +118,20 @@ def check_choice(parameter: str, value: str, choices: Sequence[str]) -> None:
         raise OptionError(f"`{parameter}`: expected one of {', '.join(choices)}, found {value}")
 
 
-def check_at_least(parameter: str, value: int | None, least: int = 1) -> None:
-    """Raise if a number is less than `least`; None is not checked.
+def check_at_least(parameter: str, value: int | None, least: int = 1, *, bits: int = 63) -> None:
+    """Raise if a number is less than `least` or has more than `bits` bits; None is not checked.
 
     Raises:
-        OptionError: The value is too small, or not an integer; the message names the parameter.
+        OptionError: The value is out of range, or not an integer; the message names the parameter.
     """
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise OptionError(f"`{parameter}`: expected a whole number, found {value!r}")
     if value < least:
-        raise OptionError(f"`{parameter}`: expected {least} or more, found {value}")
+        raise OptionError(f"`{parameter}`: expected {least} or more, found {abridged(value)}")
+    if value >= 2**bits:
+        raise OptionError(f"`{parameter}`: expected less than 2^{bits}, found {abridged(value)}")
 
 
 def check_damping(damping: float | None) -> None:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 import trackstar
 from capitals import QUERIES, TEXTS
+from shard_bytes import in_format_3
 from tiny_models import save_tiny_model, tiny_tokenizer
 from trackstar.audit.checks import AtHand
 from trackstar.audit.recomputation import check_audit
@@ -190,7 +191,7 @@ def test_question_and_chosen_settings_are_recorded(made: World):
 
 def test_the_format_is_frozen():
     """A change of a field needs a new AUDIT_VERSION and an entry in the changelog."""
-    assert AUDIT_VERSION == 1
+    assert AUDIT_VERSION == 2
     found = {
         kind.__name__: [field.name for field in dataclasses.fields(kind)]
         for kind in (
@@ -215,12 +216,19 @@ def test_the_format_is_frozen():
 
 def test_equal_runs_in_two_folders_differ_only_in_descriptive_fields(made: World, tmp_path: Path):
     other = make(tmp_path)
-    ask(other, "--index", tmp_path / "index", "--rerank", 5)
+    # Not beside its model, so that the index records an absolute path.
+    apart = tmp_path / "indexes" / "index"
+    assert run("index", "--model", other.hand.model, "--data", other.hand.data[0], "--out", apart, *SETTINGS) == 0
+    ask(other, "--index", apart, "--rerank", 5)
     one, two = (json.loads(world.audit.read_text()) for world in (made, other))
     assert one["digest"] == two["digest"]
     pairs = zip(leaves(one), leaves(two), strict=True)
     different = [name for (name, value), (_, other_value) in pairs if value != other_value]
-    assert {"index.path", "index.manifest_file", "made_with.model.source"} <= set(different) <= set(one["descriptive"])
+    assert (
+        {"index.path", "index.manifest_file", "made_with.model.source", "made_with.model.location"}
+        <= set(different)
+        <= set(one["descriptive"])
+    )
     found = other.outcomes(dataclasses.replace(other.hand, index=made.folder / "index"), again=True)
     assert "differs" not in found.values()
     assert found["manifest.json"] == "note"
@@ -237,6 +245,40 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def test_another_configuration_of_the_same_weights_differs(world: World):
+    file = world.folder / "model" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"rms_norm_eps": 1e-3}))
+    report = check_audit(world.audit, world.hand, progress=False)
+    found = {check.name: check for check in report.checks}
+    assert (found["model"].outcome, found["configuration"].outcome) == ("same", "differs")
+    assert "model.configuration.rms_norm_eps is 0.001, expected 1e-06" in found["configuration"].said
+    assert not report.ok
+
+
+def test_an_audit_of_the_version_before_is_read_and_repeated(
+    made: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As that version wrote it: of an index of format version 3, which does not record the configuration."""
+    old = World(tmp_path / "old")
+    shutil.copytree(made.folder, old.folder, ignore=shutil.ignore_patterns("index"))
+    in_format_3(made.folder / "index", old.folder / "index")
+    ask(old, "--index", old.folder / "index", "--model", old.folder / "model", "--rerank", 5)
+    assert "format version 3 has no checksums of what is read" in capsys.readouterr().err
+    fields = json.loads(old.audit.read_text())
+    assert fields["made_with"]["format_version"] == 3
+    assert "configuration" not in fields["made_with"]["model"]
+    fields["audit_version"] = 1
+    added = {"made_with.model.location", "made_with.model.configuration", "made_with.model.libraries"}
+    added.add("made_with.corpora.location")
+    fields["descriptive"] = [name for name in fields["descriptive"] if name not in added]
+    fields["digest"] = own_digest(fields)
+    old.audit.write_text(json.dumps(fields))
+    found = old.outcomes(again=True)
+    assert "differs" not in found.values()
+    assert found["configuration"] == "not checked"
+
+
 # ---- Equal inputs ------------------------------------------------------------------------------------------------
 
 
@@ -246,13 +288,23 @@ def test_moved_inputs_are_the_same_and_give_the_same_answer(world: World):
     assert {"results", "queries", "task", "projection", "corpus", "index", "index's content", "index's bytes"} <= set(
         found
     )
-    assert {"model", "tokenizer", "versions", "λ", "damping", "candidates", "rankings", "scores"} <= set(found)
+    assert {
+        "model",
+        "configuration",
+        "tokenizer",
+        "versions",
+        "λ",
+        "damping",
+        "candidates",
+        "rankings",
+        "scores",
+    } <= set(found)
 
 
 def test_inputs_that_are_not_given_are_not_checked(world: World):
     found = world.outcomes(AtHand())
     unchecked = {name for name, outcome in found.items() if outcome == "not checked"}
-    assert unchecked == {"queries", "task", "corpus", "index", "model", "tokenizer"}
+    assert unchecked == {"queries", "task", "corpus", "index", "model", "configuration", "tokenizer"}
     assert {found[name] for name in set(found) - unchecked} == {"same"}
 
 
@@ -263,12 +315,12 @@ def test_command_prints_one_line_per_check(world: World, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["same", "results"]
     assert [line for line in lines if line.startswith("not checked  corpus")]
-    assert lines[-1].startswith(f"{world.audit}: all 6 checked items are the same; not checked: queries, task, cor")
+    assert lines[-1].startswith(f"{world.audit}: all 7 checked items are the same; not checked: queries, task, cor")
     spoil_weight(world)
     assert run("audit", world.audit, *model) == 1
     shown = capsys.readouterr()
     assert [line for line in shown.out.splitlines() if line.startswith("differs      model ")]
-    assert shown.err.splitlines()[-1].startswith(f"{world.audit}: 1 of 6 differ: model; not checked: ")
+    assert shown.err.splitlines()[-1].startswith(f"{world.audit}: 1 of 7 differ: model; not checked: ")
 
 
 def test_corpora_are_matched_in_any_order(made: World, tmp_path: Path):
@@ -599,8 +651,9 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     [
         ("", "the text is not JSON"), ("[1]", "the text is [1], expected a JSON object"), ("{", "not JSON"),
         ("[" * 100_000, "nested too deeply"), ('{"audit_version": 1, "audit_version": 1}', "repeated"),
-        ('{"audit_version": 2}', "audit_version is 2, expected at most 1: a newer trackstar wrote the file"),
-        ('{"audit_version": 0}', "audit_version is 0, expected 1"), ("{}", "audit_version is None, expected 1"),
+        ('{"audit_version": 3}', "audit_version is 3, expected at most 2: a newer trackstar wrote the file"),
+        ('{"audit_version": 0}', "audit_version is 0, expected 1 to 2"),
+        ("{}", "audit_version is None, expected 1 to 2"),
         ('{"audit_version": 1e999}', "audit_version is inf"), ('{"audit_version": NaN}', "a number is NaN"),
         ('{"audit_version": ' + "9" * 5000 + "}", "not JSON"), ('{"audit_version": 1}', "descriptive is None"),
     ],

@@ -15,6 +15,7 @@ import pytest
 import trackstar
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
+from trackstar.cli.commands import started_as
 from trackstar.cli.framework import RareOption
 from trackstar.store import Index
 
@@ -108,24 +109,28 @@ def test_options_are_frozen():
     }
     assert found == {
         "index": sorted(
-            "--model --data --out --text-field --id-field --limit --second-moment --dtype --codec --batch-tokens "
-            "--device --threads --window-tokens --overlap --side --layer-blocks --attention-pattern --mlp-pattern "
+            "--model --data --out --text-field --id-field --limit --duplicate-ids --second-moment --dtype --codec "
+            "--batch-tokens --device --threads --window-tokens --overlap --side --layer-blocks "
+            "--attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
             "--revision --gguf-file --coordinates --whitening-examples --damping --shard "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "query": sorted(
-            "index --index --prompt --completion --generate --queries --task --top --out --json --mixing --damping "
+            "index --index --prompt --completion --generate --queries --task --top --out --force --json "
+            "--mixing --damping "
             "--device --threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --rerank --exact "
-            "--data --text-field --id-field --limit --window-tokens --second-moment --whitening-examples --side --seed "
+            "--data --text-field --id-field --limit --duplicate-ids --window-tokens --second-moment "
+            "--whitening-examples --side --seed "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "finish": sorted("index --threads --help-all".split()),
         "add": sorted(
-            "index --index --data --out --text-field --id-field --limit --batch-tokens --device --threads --model "
-            "--help-all".split()
+            "index --index --data --out --text-field --id-field --limit --duplicate-ids --batch-tokens "
+            "--device --threads "
+            "--model --help-all".split()
         ),
-        "merge": sorted("indexes --out --threads --help-all".split()),
+        "merge": sorted("indexes --out --duplicate-ids --threads --help-all".split()),
         "remove": sorted("index --index --names --out --threads --help-all".split()),
         "convert": sorted("index --index --codec --out --damping --threads --help-all".split()),
         "explore": sorted(
@@ -419,3 +424,99 @@ def test_interrupted_index_says_so_in_one_line_and_is_resumed_later(
     assert run("index", "--model", tiny_model_folder, "--data", corpus, "--out", out, "--side", 4, "--codec", "float16",
                "--shard-examples", 16, "--threads", 1) == 0  # fmt: skip
     assert Index.open(out).rows == 3000
+
+
+@pytest.mark.parametrize(
+    ("words", "resumes"),
+    [
+        ("index --model m --data d --out o", True), ("add i --data d --out o", True), ("finish i", True),
+        ("merge a b --out o", True), ("remove i --names n --out o", True), ("convert i --codec 1-bit --out o", True),
+        ("evaluate --config c --out o", True), ("pretrain --data d --out o", True), ("demo", True),
+        ("query --data d --model m --prompt p --completion c --out o", True),
+        ("query i --prompt p --completion c --exact", True),
+        ("query --data d --model m --prompt p --completion c", False),
+        ("query i --prompt p --completion c --out o", False),
+        ("verify i", False), ("audit a", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (framework.Terminated, 143)])
+def test_interrupt_promises_to_resume_only_where_the_command_does(
+    words: str, resumes: bool, stop: type[BaseException], status: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    def stopped(*_arguments: object, **_options: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(command_group.commands[words.split()[0]], "callback", stopped)
+    assert run(*words.split()) == status
+    expected = "interrupted; run the same command again to resume" if resumes else "interrupted"
+    assert capsys.readouterr().err.strip() == f"trackstar: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("index", "options '--model', '--data', '--out'"), ("index --model m --out o", "option '--data'"),
+        ("add", "argument 'INDEX' and options '--data', '--out'"), ("add --data d --out o", "argument 'INDEX'"),
+        ("remove --index i --names n", "option '--out'"), ("verify", "argument 'INDEX'"),
+    ],
+)  # fmt: skip
+def test_all_missing_parameters_are_named_at_once(words: str, missing: str, capsys: pytest.CaptureFixture[str]):
+    assert run(*words.split()) == 2
+    assert f": Missing {missing}. See" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["query", "verify"])
+def test_index_in_its_first_pass_is_no_missing_index(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "part").mkdir()
+    question = ["--prompt", "p", "--completion", "c"] if command == "query" else []
+    assert run(command, tmp_path, *question) == 1
+    shown = capsys.readouterr().err
+    assert "the index is being made and has no example yet (its first pass over the corpus is not finished)" in shown
+    assert "run trackstar index with the same settings again to resume it" in shown
+
+
+def test_demo_prints_the_command_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = tmp_path / "bin dir" / "trackstar"
+    for started, expected in (
+        ("trackstar", "trackstar"), (str(script), f"'{script}'"), ("-c", "trackstar"),
+        (".venv/bin/trackstar", ".venv/bin/trackstar"), ("/x/trackstar/__main__.py", f"{sys.executable} -m trackstar"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [started])
+        assert started_as() == expected
+    script.parent.mkdir()
+    script.touch(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert started_as() == "trackstar"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--limit", "99999999999999999999"],
+            "--limit: expected a number of at most 64 bits, found 99999999999999999999",
+        ),
+        (["--side", str(2**63)], "--side: expected less than 2^63, found 9223372036854775808"),
+        (["--threads", "10000"], f"--threads: expected at most the number of cores, {os.cpu_count()} on this machine"),
+        (["--damping", "nan"], "--damping: expected a finite number, found nan"),
+        (["--ray-gpus", "inf"], "--ray-gpus: expected a finite number, found inf"),
+        (["--text-field", ""], "--text-field: expected a value, found an empty text"),
+        (["--data", "a\0b"], "--data: expected text without NUL bytes"),
+        (["--data", "caf\udce9.jsonl"], "--data: expected text in UTF-8, found 'caf\\udce9.jsonl'"),
+        (["--data", "x/" * 3000], "--data: expected at most 4,096 bytes, found 6,000"),
+        (["--seed", "-1"], "--seed: expected 0 or more, found -1"),
+        (["--shard", "1/99999999999"], "--shard: expected i/n"),
+    ],
+)
+def test_value_that_cannot_be_meant_is_refused_in_one_line(
+    options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = [] if "--data" in options else ["--data", str(tmp_path / "none.jsonl")]
+    assert run("index", "--model", tmp_path / "none", *data, "--out", tmp_path / "out", *options) == 1
+    shown = capsys.readouterr().err
+    assert expected in shown
+    assert shown.startswith("trackstar: ")
+    assert shown.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

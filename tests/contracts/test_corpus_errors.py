@@ -123,6 +123,14 @@ BAD_FILES = [
     Bad(
         "surrogate_id.jsonl", GOOD + rb'{"id": "\udc00", "text": "x"}', '{}:2: field "id" holds half a surrogate pair ('
     ),
+    Bad(
+        "repeated_field.jsonl",
+        GOOD + b'{"id": "b", "text": "x", "text": "y"}',
+        '{}:2: field "text" is repeated; expected each field once; leave one out',
+    ),
+    Bad(
+        "huge_id.jsonl", GOOD + b'{"id": 1' + b"0" * 30 + b', "text": "x"}', '{}:2: field "id" is a number; expected a'
+    ),
     Bad("plain.jsonl.gz", LINES, "{}: damaged gzip data (Not a gzipped file"),
     Bad("cut.jsonl.gz", gzip.compress(LINES)[:-9], "{}: after line 3: the compressed data ends early; expected"),
     Bad("cut_late.txt.gz", gzip.compress(b"a line\n" * 20_000)[:-4], "{}: after line 20000: the compressed data ends"),
@@ -157,6 +165,12 @@ BAD_FILES = [
     Bad("notes.docx", GOOD, "{}: its name has no known ending; expected .jsonl"),
     Bad("table.parquet.gz", GOOD, "{}: its name has no known ending; expected .jsonl"),
     Bad("limit.jsonl", GOOD, "`limit`: expected 1 or more, found 0", {"limit": 0}),
+    Bad(
+        "large_limit.jsonl",
+        GOOD,
+        "`limit`: expected less than 2^63, found 99999999999999999999",
+        {"limit": 99999999999999999999},
+    ),
     Bad(
         "id_of_text.txt",
         b"one\n",
@@ -194,6 +208,44 @@ BAD_QUERIES = [
         "surrogate.jsonl",
         rb'{"prompt": "\ud800", "completion": "y"}',
         '{}:1: field "prompt" holds half a surrogate pair (',
+    ),
+    Bad(
+        "surrogate_carried.jsonl",
+        rb'{"query_id": "a", "prompt": "x", "completion": "y", "entity0": "\ud83d"}',
+        '{}:1: field "entity0" holds half a surrogate pair (U+D83D at character 0); expected text; remove it',
+    ),
+    Bad(
+        "surrogate_nested.jsonl",
+        rb'{"prompt": "x", "completion": "y", "a": {"b": ["ok", {"c": "\udc00"}]}}',
+        '{}:1: field "a.b[1].c" holds half a surrogate pair (U+DC00',
+    ),
+    Bad(
+        "surrogate_key.jsonl",
+        rb'{"prompt": "x", "completion": "y", "a": {"\ud800": 1}}',
+        "{}:1: the name of a field ",
+    ),
+    Bad(
+        "nan.jsonl",
+        b'{"prompt": "x", "completion": "y", "c4_frequency": NaN}',
+        '{}:1: field "c4_frequency" is nan, which is no JSON; expected a finite number or null; correct it',
+    ),
+    Bad("infinity.jsonl", b'{"prompt": "x", "completion": "y", "a": [-Infinity]}', '{}:1: field "a[0]" is -inf, '),
+    Bad("huge_float.jsonl", b'{"prompt": "x", "completion": "y", "a": 1e999}', '{}:1: field "a" is inf, which is no'),
+    Bad(
+        "huge_integer.jsonl",
+        b'{"prompt": "x", "completion": "y", "a": 1' + b"0" * 20 + b"}",
+        '{}:1: field "a" is a number of more than 64 bits; expected a smaller one; write it as text',
+    ),
+    Bad(
+        "deep.jsonl",
+        b'{"prompt": "x", "completion": "y", "a": ' + b"[" * 70 + b"]" * 70 + b"}",
+        '{}:1: field "a[0][0]',
+    ),
+    Bad("deepest.jsonl", b'{"prompt": "x", "completion": "y", "a": ' + b"[" * 100_000, "{}:1: "),
+    Bad(
+        "repeated.jsonl",
+        b'{"prompt": "x", "completion": "y", "prompt": "z"}',
+        '{}:1: field "prompt" is repeated; expected each field once; leave one out',
     ),
     Bad("queries.txt", b"The capital of France is Paris\n", "{}: not JSON lines; queries are read from .jsonl"),
     Bad("cut.jsonl.gz", gzip.compress(GOOD_QUERY)[:-9], "{}: after line 1: the compressed data ends early; "),
@@ -370,6 +422,19 @@ def test_credentials_of_a_url_are_in_no_message() -> None:
         stream.write(b"broken")  # pyright: ignore[reportAttributeAccessIssue]
     message = _raised(lambda: open_corpus("memory://me:secret@host/y.jsonl"), CorpusError)
     assert message.startswith("memory://host/y.jsonl:1: broken JSON")
+
+
+def test_metadata_that_is_no_text_is_shown_as_text() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    odd = {"text": "x", "half": "a\ud83d", "pair": "\ud83d\ude42", "\ud800": "name", "nan": float("nan"), "deep": deep}
+    (found,) = open_corpus([{**odd, "keys": {(1, 2): 3}}]).metadata()
+    assert found == {
+        "half": "a\ufffd", "pair": "🙂", "\ufffd": "name", "nan": "NaN", "deep": "a list that cannot be shown",
+        "keys": "a dict that cannot be shown",
+    }  # fmt: skip
+    json.dumps(found, ensure_ascii=False).encode()
 
 
 def test_negative_start_and_empty_sample_are_refused() -> None:

@@ -19,9 +19,10 @@ import zstandard
 from upath import UPath
 
 from capitals import TEXTS
+from shard_bytes import without_places
 from small_index import AUTOCORRELATION, index_bytes, small_content, small_manifest, write_small_index
 from trackstar import store
-from trackstar.attribution.results import check_writable
+from trackstar.attribution.writing import check_writable
 from trackstar.choices import CodecName
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
@@ -71,7 +72,7 @@ def server_bytes(filesystem: s3fs.S3FileSystem, url: str = URL) -> dict[str, byt
 def read(filesystem: s3fs.S3FileSystem, name: str) -> bytes:
     content = filesystem.cat_file(name)
     assert isinstance(content, bytes)
-    return content
+    return without_places(content) if name.endswith("manifest.json") else content
 
 
 # Writing
@@ -174,8 +175,8 @@ def test_an_example_takes_two_requests_of_its_own_bytes(s3: s3fs.S3FileSystem, m
 
     monkeypatch.setattr(s3, "cat_ranges", counted)
     index.example(4)
-    assert len(asked) == 2
-    assert sum(asked) < 300
+    assert len(asked) == 2  # the checksums come with the first of them
+    assert sum(asked) < 3 * 4096  # the blocks of 4 KiB that hold the example
 
 
 def test_tensors_are_read_once(s3: s3fs.S3FileSystem) -> None:

@@ -11,6 +11,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {"subprocess", "shelve", "marshal", "dill", "cloudpickle", "joblib", "yaml", "ctypes"}
 STARTED = re.compile("system$|popen$|exec[lv]|spawn|posix_spawn|fork")
 CALLS = {"eval", "exec", "compile", "__import__"}
+# The only program that is started: this interpreter, isolated, with a constant text as its program.
+MATCHER = PACKAGE / "model" / "user_patterns.py"
+COMMAND = '[sys.executable, "-I", "-S", "-c", _MATCH]'
 
 
 def wrong(source: str) -> list[str]:
@@ -53,7 +56,19 @@ def _is(node: ast.expr | None, value: bool) -> bool:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_source_file_runs_what_it_reads(path: Path):
-    assert wrong(path.read_text(encoding="utf-8")) == []
+    assert wrong(path.read_text(encoding="utf-8")) == (["subprocess"] if path == MATCHER else [])
+
+
+def test_the_only_program_that_is_started_is_a_constant_one():
+    tree = ast.parse(MATCHER.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    started = [call for call in calls if ast.unparse(call.func).startswith("subprocess.")]
+    assert [ast.unparse(call.args[0]) for call in started] == [ast.unparse(ast.parse(COMMAND, mode="eval"))]
+    assert not [keyword for call in started for keyword in call.keywords if keyword.arg in ("shell", "executable")]
+    (program,) = [
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MATCH"
+    ]
+    assert isinstance(program.value, ast.Constant)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_pass_is_not_lost_if_results_cannot_be_written(
         raise StoreError(f"{out}: no space is left on the device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trackstar.attribution.results.write_results", full)
+        patch.setattr("trackstar.attribution.writing.write_results", full)
         assert run(*command) == 1
     assert (tmp_path / "results.jsonl.unfinished").exists()
     monkeypatch.setattr("trackstar.attribution.streaming.influences", None)  # nothing is scored twice

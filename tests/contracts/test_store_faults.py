@@ -1,5 +1,6 @@
 """Faults of an index on the disk: opening reports each in one line, and resuming repairs what it can."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shard_bytes import DIGEST, sealed, sealed_manifest
 from small_index import index_bytes, small_content, small_manifest, write_small_index
 from trackstar import store
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, IndexMismatchError, StoreError
@@ -53,6 +55,17 @@ def overwrite(name: str, place: int, content: bytes) -> Callable[[Path], None]:
     return change
 
 
+def seal(index: Path, name: str) -> None:
+    """Give a shard the checksums and digests that it has, so that only its values can show the damage."""
+    file = index / name
+    file.write_bytes(sealed(file.read_bytes()))
+    manifest = json.loads((index / "manifest.json").read_text())
+    for entry in manifest["completion"]["shards"]:
+        if entry["file"] == file.name:
+            entry["digest"] = file.read_bytes()[DIGEST].decode("ascii")
+    (index / "manifest.json").write_text(sealed_manifest(manifest))
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda path: (path / name).unlink()
 
@@ -93,7 +106,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "an edited manifest": (
         overwrite("manifest.json", 21, b"9"),
         DamagedIndexError,
-        "manifest.json: format_version is 9, expected at most 3",
+        "manifest.json: format_version is 9, expected at most 4",
     ),
     "a missing shard": (remove(SHARD), DamagedIndexError, f"{SHARD}: missing; restore"),
     "an empty shard": (cut(SHARD, 0), DamagedIndexError, f"{SHARD}: 0 bytes, expected at least a header"),
@@ -132,7 +145,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "tensors that are no shard": (
         replace_by(SHARD, "second_moment.safetensors"),
         DamagedIndexError,
-        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-2'",
+        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-3'",
     ),
     "no second moment": (remove("second_moment.safetensors"), DamagedIndexError, "second_moment.safetensors: missing"),
     "no autocorrelation": (
@@ -323,6 +336,7 @@ def test_a_shard_that_shrinks_while_it_is_open_is_damage_not_a_crash(index: Path
 def test_invalid_offsets_are_damage_when_an_example_is_read(index: Path, kind: str, offset: int) -> None:
     place = store.Index.open(index).shards[1].file.tensors[f"{kind}_offsets"]
     overwrite(SHARD, place.start + 8, offset.to_bytes(8, "little", signed=True))(index)
+    seal(index, SHARD)
     opened = store.Index.open(index)
     with pytest.raises(DamagedIndexError, match=rf"{SHARD}: {kind}_offsets of rows 0 to 1 do not rise from 0 to \d+"):
         opened.example(3)
@@ -332,6 +346,7 @@ def test_invalid_offsets_are_damage_when_an_example_is_read(index: Path, kind: s
 def test_text_that_is_not_utf_8_is_damage_and_names_its_row(index: Path) -> None:
     place = store.Index.open(index).shards[1].file.tensors["text"]
     overwrite(SHARD, place.stop - 1, b"\xff")(index)
+    seal(index, SHARD)
     with pytest.raises(DamagedIndexError, match=f"{SHARD}: the text of row 2 is not UTF-8 at byte"):
         store.Index.open(index).example(5)
 

@@ -16,7 +16,7 @@ from trackstar.store import manifest_entries
 # Another valid choice for each field with a fixed list of choices.
 _OTHER_CHOICE = {"whitened": "projected", "1-bit": "2-bit",
     "float32": "float16", "factored": "none", "attention": "mlp", "mlp": "attention", "two-sided": "one-sided",
-    "loss": "margin",
+    "loss": "margin", "absolute": "relative",
 }  # fmt: skip
 
 
@@ -53,6 +53,9 @@ def _changed(old: Any, name: str) -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(old):
             for where, new in _changed(item, f"{name}[{index}]"):
                 yield where, (*old[:index], new, *old[index + 1 :])
+    elif isinstance(old, dict):
+        for key in old:
+            yield f"{name}.{key}", old | {key: "other"}
     elif isinstance(old, str):
         yield name, _OTHER_CHOICE.get(old, f"{old}x")
     elif isinstance(old, int | float):
@@ -77,7 +80,7 @@ def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str
 
 
 def test_the_fields_changed_above_are_complete() -> None:
-    assert len(CHANGES) == 51
+    assert len(CHANGES) == 56
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
     } - {"completion"}
@@ -116,11 +119,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no version": (lambda m: m.update(format_version=0), "format_version is 0, expected 3"),
     "an older version": (
         lambda m: m.update(format_version=1),
-        "format_version is 1, expected 3: an older trackstar built the index in another format, build it again",
+        "format_version is 1, expected 3 or 4: an older trackstar built the index in another format; build it again",
     ),
     "a newer version": (
-        lambda m: m.update(format_version=4, trackstar_version="9.1", magic=1),
-        r"format_version is 4, expected at most 3: a newer trackstar \(9.1\) built the index",
+        lambda m: m.update(format_version=5, trackstar_version="9.1", magic=1),
+        r"format_version is 5, expected at most 4: a newer trackstar \(9.1\) built the index",
     ),
     "no examples a shard": (lambda m: m.update(shard_examples=0), "shard_examples is 0, expected at least 1"),
     "a side of zero": (lambda m: m["projection"].update(side=0), "projection.side is 0, expected at least 1"),
@@ -278,4 +281,4 @@ def test_a_model_and_corpus_that_moved_are_still_the_same(tmp_path: Path) -> Non
     )
     with store.IndexWriter.open(tmp_path, moved) as writer:
         assert writer.completed
-        assert writer.manifest.model.source == "models/tiny"
+        assert writer.manifest.model.source == "/models/tiny"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from shard_bytes import without_places
 from tiny_models import save_tiny_model
 
 RECORDS, FURTHER_RECORDS, SAMPLE = 160, 50, 60
@@ -140,7 +141,7 @@ def merge(setting: Setting, out: str) -> None:
     """Join the two indexes that were made alike."""
     from trackstar.editing.merging import merge_indexes
 
-    merge_indexes([setting.undisturbed("one"), setting.undisturbed("two")], out, progress=False)
+    merge_indexes([setting.undisturbed("one"), setting.undisturbed("two")], out, duplicate_ids="number", progress=False)
 
 
 def remove(setting: Setting, kind: Kind, out: str) -> None:
@@ -208,9 +209,11 @@ Operation = Callable[..., Any]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of an index but its lock and what is derived from it, by its name."""
+    """Every file of an index but its lock and what is derived from it, by its name; manifests without paths."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        str(path.relative_to(folder)): without_places(path.read_bytes())
+        if path.name == "manifest.json"
+        else path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock" and path.relative_to(folder).parts[0] != "derived"
     }

@@ -90,7 +90,7 @@ _NONSENSE: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("GET", "/..%2f..%2fetc/passwd", {}),
     ("GET", "/api/session?" + "x" * 20_000, {}),
     ("POST", "/api/session", {"json": {}}),
-    ("DELETE", "/api/jobs/123456789", {}),
+    ("POST", "/api/jobs/123456789/cancel", {}),
     ("POST", "/api/answers", {"content": b"{"}),
     ("POST", "/api/answers", {"content": b"\xff\xfe"}),
     ("POST", "/api/answers", {"content": b"[" * 50_000}),
@@ -230,7 +230,7 @@ class _Client:
         body = {"prompt": "The capital", "max_new_tokens": 40}
         response = self._request("asking", "POST", "/api/generate", json=body)
         if response.status_code == 200:
-            self._request("asking", "DELETE", f"/api/jobs/{response.json()['job']}")
+            self._request("asking", "POST", f"/api/jobs/{response.json()['job']}/cancel")
 
     def _hang_up(self) -> None:
         """Begin a request and go, before all of it is sent or all of the answer has come."""

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from shard_bytes import sealed
 from trackstar import store
 from trackstar.audit.record import DESCRIPTIVE
 from trackstar.errors import TrackstarError
@@ -18,7 +19,6 @@ from trackstar.errors import TrackstarError
 Mutation = Callable[[bytes, random.Random], bytes]
 
 _HEADER_START = b'{"__metadata__":{"digest":"'
-_DIGEST = slice(8 + len(_HEADER_START), 8 + len(_HEADER_START) + 64)
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 _NUMBERS = (
     0, 1, -1, 2, 3, 7, 8, 15, 16, 64, 127, 255, 256, 4096, 2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63,
@@ -158,10 +158,8 @@ def _loaded(text: str | bytes) -> Any:
 
 
 def resealed(content: bytes) -> bytes:
-    """A tensor file with the digest that its bytes have."""
-    zeros = content[: _DIGEST.start] + b"0" * 64 + content[_DIGEST.stop :]
-    digest = hashlib.blake2b(zeros, digest_size=32).hexdigest().encode("ascii")
-    return content[: _DIGEST.start] + digest + content[_DIGEST.stop :]
+    """A tensor file with the checksums and the digest that its bytes have."""
+    return sealed(content)
 
 
 def tensor_file(header: Any, data: bytes) -> bytes:

@@ -610,6 +610,7 @@ def _use_results(folder: Path, content: bytes) -> None:
     for place, line in enumerate(file.lines[:20]):
         record = query_record(file, 0, place)
         record.model_dump_json()
+        file.json_line(place).encode()
         if record.proponents:
             candidate_text(file, place, "proponents", 1)
         if record.opponents:

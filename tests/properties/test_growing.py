@@ -60,7 +60,8 @@ def parts(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_merged_indexes_are_the_index_of_both_corpora(parts: tuple[Index, Index, Index], tmp_path: Path):
     first, second, whole = parts
-    merged = merge_indexes([first.path, second], tmp_path / "merged", progress=False)
+    # Both lists have an `example:1`.
+    merged = merge_indexes([first.path, second], tmp_path / "merged", duplicate_ids="number", progress=False)
     check_whole(merged)
     found, expected = rows_of(merged), rows_of(whole)
     assert [row[:3] for row in found] == [row[:3] for row in expected]
@@ -203,7 +204,7 @@ def test_every_edit_resumes_after_an_interruption(
     first, second, whole = parts
     names = [stored.example.example_id for stored in whole.examples()][3:9]
     ways = {
-        "merged": lambda out: merge_indexes([first, second], out, progress=False),
+        "merged": lambda out: merge_indexes([first, second], out, duplicate_ids="number", progress=False),
         "removed": lambda out: remove_examples(whole, names, out, progress=False),
         "converted": lambda out: convert_index(whole, out, codec="1-bit", progress=False),
         "added": lambda out: add_examples(first, SECOND, out, progress=False),
@@ -309,7 +310,7 @@ def test_a_corpus_read_with_another_limit_is_detected(
         merge_indexes([first, some], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     # Lists have the same source; the examples of another list differ at the same numbers.
-    merged = merge_indexes([some, second], tmp_path / "merged", progress=False)
+    merged = merge_indexes([some, second], tmp_path / "merged", duplicate_ids="number", progress=False)
     assert merged.rows == 6 + second.rows
     assert add_examples(some, SECOND, tmp_path / "added", progress=False).rows == merged.rows
 
@@ -390,7 +391,7 @@ def test_a_damaged_number_raises_and_is_not_ranked(parts: tuple[Index, Index, In
     index = Index.open(parts[0].path)
     found = index.shards[0].stored.codes.clone()
     found[0, 0] = float("nan")
-    monkeypatch.setattr(Index, "_codes", lambda _index, shard, _rows: iter([found[: shard.rows]]))
+    monkeypatch.setattr(Index, "_codes", lambda _index, shard, _rows: iter([(found[: shard.rows], None)]))
     for queries in (1, 8):
         scorer = Scorer(vectors=torch.ones(queries, index.dimensions), multipliers=torch.ones(index.rows))
         with pytest.raises(

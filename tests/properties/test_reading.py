@@ -1,5 +1,6 @@
 """A corpus's examples do not depend on its storage; its digest depends on every byte; its sample is uniform."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -16,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trackstar.corpus import Corpus, Example, open_corpus, read_queries
+from trackstar.corpus.data_files import find_files
+from trackstar.corpus.sources import LineSource, ParquetSource
 
 TEXTS = ["Paris is in France.", "", " spaces kept ", "Zürich 漢字 🙂", 'quotes " and \\', "two\nlines", "nul \0", "z"]
 RECORDS = [{"id": f"r{n}", "text": text, "n": n} for n, text in enumerate(TEXTS)]
@@ -252,21 +255,27 @@ def test_text_is_read_from_the_text_field(tmp_path: Path) -> None:
 def test_any_changed_byte_of_a_file_changes_the_digest(build: Callable[[Path], Path], tmp_path: Path) -> None:
     path = build(tmp_path)
     corpus = open_corpus(path)
+
+    def digest() -> str:
+        """The digest of the file as it is now; its first record may be broken, so it is not opened as a corpus."""
+        source = ParquetSource if path.suffix == ".parquet" else LineSource
+        return dataclasses.replace(corpus, source=source(find_files(str(path)))).digest()
+
     content = path.read_bytes()
     digests = {corpus.digest()}
     places = range(0, len(content), max(1, len(content) // 60))
     for place in places:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        digests.add(corpus.digest())
+        digests.add(digest())
     for changed in (content[:-1], content + b"\n"):
         path.write_bytes(changed)
-        digests.add(corpus.digest())
+        digests.add(digest())
     assert len(digests) == 1 + len(places) + 2
 
 
 @given(
-    st.lists(st.tuples(st.text("ab", max_size=2), st.text("ab", max_size=2)), min_size=1, max_size=4),
-    st.lists(st.tuples(st.text("ab", max_size=2), st.text("ab", max_size=2)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.text("ab", min_size=1, max_size=2), st.text("ab", max_size=2)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.text("ab", min_size=1, max_size=2), st.text("ab", max_size=2)), min_size=1, max_size=4),
 )
 def test_digest_in_memory_is_equal_for_equal_names_and_texts_only(
     one: list[tuple[str, str]], other: list[tuple[str, str]]

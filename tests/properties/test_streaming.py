@@ -9,7 +9,7 @@ import torch
 from capitals import QUERIES, TEXTS
 from trackstar.attribution import streaming
 from trackstar.attribution.answering import answer_queries
-from trackstar.attribution.streaming import stream_queries
+from trackstar.attribution.streaming import PARTIAL_FIELDS, stream_queries
 from trackstar.errors import CorpusError, OptionError
 from trackstar.indexing.build import build_index
 
@@ -64,8 +64,17 @@ def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, mo
     assert sum(scored) == len(TEXTS)
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"question": 1}', "[1]", "\0\0", '{"question": "x", "rows": "many"}'])
-def test_a_kept_file_that_is_not_ours_is_passed_over(content: str, tiny_model_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("content", ["{}", '{"question": 1}', "[1]", "\0\0", '{"question": "x", "rows": "many"}'])
+def test_a_kept_file_that_is_not_ours_is_refused(content: str, tiny_model_folder: Path, tmp_path: Path):
+    kept = tmp_path / "kept"
+    kept.write_text(content)
+    with pytest.raises(OptionError, match="kept: an existing file that is not an earlier output of the same kind"):
+        stream_queries(str(tiny_model_folder), TEXTS, QUERIES[:1], k=3, kept=kept, **SETTINGS)  # pyright: ignore[reportArgumentType]
+    assert kept.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", json.dumps(dict.fromkeys(sorted(PARTIAL_FIELDS), "x"))])
+def test_an_empty_or_damaged_kept_file_is_passed_over(content: str, tiny_model_folder: Path, tmp_path: Path):
     kept = tmp_path / "kept"
     kept.write_text(content)
     found = stream_queries(str(tiny_model_folder), TEXTS, QUERIES[:1], k=3, kept=kept, **SETTINGS)  # pyright: ignore[reportArgumentType]

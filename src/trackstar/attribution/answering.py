@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trackstar.attribution.question import Provenance, QuestionEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
+from trackstar.attribution.writing import check_queries_as_json
 from trackstar.corpus import Query, tokenize_query
 from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
 from trackstar.errors import OptionError, check_at_least
@@ -86,6 +87,7 @@ def answer_queries(
         raise OptionError(
             f"`reranked`: expected none with `exact=True`, which re-ranks every candidate, found {reranked}"
         )
+    check_queries_as_json(queries)
     index = Index.of(index)
     check_choices(index, mixing=mixing, damping=damping)
     model = model_of_index(index, model, device=device)
@@ -183,6 +185,7 @@ def _report(
         coverage=str(model.coverage),
         second_moment=f"{manifest.second_moment.kind}, {manifest.second_moment.source}",
         provenance=provenance,
+        notes=index.notes,
     )
 
 

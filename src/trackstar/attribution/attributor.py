@@ -26,12 +26,14 @@ from trackstar.gradients.token_split import ProjectionSettings, split_over_token
 from trackstar.model.language_model import LanguageModel
 from trackstar.pretraining.checkpoints import STATE_FILE
 from trackstar.progress import Progress
+from trackstar.retrieval.plausibility import check_rows, check_scores
 from trackstar.retrieval.reranking import RERANKED, CoarseRanking, ExactScores, calibration, rerank
 from trackstar.retrieval.scoring import Scorer, scores, trackstar_scorer
 from trackstar.store import Index, quantized_bits
 from trackstar.tail_patch import Pair, TrainingStep, tail_patch
-from trackstar.workers.index_model import second_moment_of_index
+from trackstar.workers.index_model import check_identity, second_moment_of_index
 from trackstar.workers.setups import projector_of
+from trackstar.workers.stored_losses import check_again, check_sample
 
 RELATIVE_LEARNING_RATE = 0.01
 """Learning rate of the tail-patch for a model without optimizer state, relative to each matrix's
@@ -40,6 +42,9 @@ root mean square.
 
 # The miss estimate is of the first ten proponents.
 _MISS_ESTIMATE_TOP = 10
+# Candidates at each end whose rows are compared with their stored norms, as they are likely to be
+# shown.
+_SHOWN = 50
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -145,6 +150,8 @@ class Attributor:
         check_choices(index, mixing=mixing, damping=damping)
         check_at_least("reranked", reranked, 0)
         check_at_least("batch_tokens", batch_tokens)
+        check_identity(index, model, weights=False)
+        check_sample(index, model)
         self._reranked = RERANKED[index.manifest.codec] if reranked is None else reranked
         self.index = index
         self.model = model
@@ -185,9 +192,14 @@ class Attributor:
             for first, part in scores(self.index, scorer):
                 influences[first : first + part.shape[1]] = part[0]
                 bar.advance(part.shape[1])
+        every = torch.arange(self.index.rows)
+        check_scores(self.index, every, influences, exact=False)
         rows, missed = torch.empty(0, dtype=torch.int64), None
         if self._reranked:
             rows, influences, missed = self._reranked_influences(scorer, influences)
+            check_scores(self.index, rows, influences[rows], exact=True)
+        ends = influences.argsort()
+        check_rows(self.index, torch.cat([ends[:_SHOWN], ends[-_SHOWN:]]).unique())
         return Attribution(
             query=query,
             example=example,
@@ -311,7 +323,9 @@ class Attributor:
     def _example(self, row: int) -> TokenizedExample:
         if not 0 <= row < self.index.rows:
             raise OptionError(f"`row`: expected a candidate of the index, 0 to {self.index.rows - 1}, found {row}")
-        return self.index.example(row).example
+        stored = self.index.example(row)
+        check_again(self.index, self.model, [stored])
+        return stored.example
 
 
 def _inverse(norm: float) -> float:

@@ -1,32 +1,18 @@
-"""Results: ranked candidates and the settings behind the scores, as data, as a table and as files.
+"""Results: ranked candidates and the settings behind the scores, as data, as a table and as JSON values."""
 
-Result files are the JSON lines of the paper's public release, so that its viewer reads them. One
-JSON report beside them holds what the release has no field for: λ and both spectra, damping,
-coverage.
-"""
-
-import contextlib
 import dataclasses
-import errno
-import json
 import math
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trackstar.attribution.markup import candidates_table, plain
 from trackstar.attribution.question import Provenance
 from trackstar.corpus import Query
 from trackstar.curvature.mixing import Mixing
-from trackstar.errors import OptionError
-from trackstar.store import is_url
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Fields of a query's line that the release's result lines repeat.
-_CARRIED_FIELDS = (
+CARRIED_FIELDS = (
     "fact_id",
     "relation",
     "entity0",
@@ -42,6 +28,7 @@ _CARRIED_FIELDS = (
     "is_8b_correct",
     "groundtruth",
 )
+"""Fields of a query's line that the release's result lines repeat."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +99,7 @@ class QueryResult:
             "opponents": [ranked.text for ranked in self.opponents],
             "opponent_ids": [ranked.example_id for ranked in self.opponents],
             "opponent_scores": [ranked.influence for ranked in self.opponents],
-            **{field: record[field] for field in _CARRIED_FIELDS if field in record},
+            **{field: record[field] for field in CARRIED_FIELDS if field in record},
         }
 
 
@@ -134,6 +121,7 @@ class QueryReport:
         model: Path or name that the model was loaded from.
         coverage: The weight matrices that gradients are of, and their share of the parameters.
         second_moment: The source of V.
+        notes: Further lines for the user, such as an old format of the index.
         provenance: The options and digests that `write_audit` writes; None for an unfinished index.
     """
 
@@ -150,6 +138,7 @@ class QueryReport:
     coverage: str
     second_moment: str
     provenance: Provenance | None = None
+    notes: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         """The settings and the first ten results, for a notebook."""
@@ -207,7 +196,7 @@ class QueryReport:
                 f"{_spread(mixing.train_spectrum)}, {mixing.train_value:.3g} at rank {mixing.rank:,}"
             )
         lines.append(f"damping {self.damping:.4g} ({self.damping_rule})")
-        return lines
+        return [*lines, *self.notes]
 
     def _ranking(self) -> str:
         """How candidates were ranked, and the chance that the ranking misses a true proponent."""
@@ -248,85 +237,6 @@ class QueryReport:
                 for r in self.results
             ],
         }
-
-
-def release_lines(report: QueryReport, *, query_set: str) -> list[str]:
-    """Each result as one JSON line in the release's format."""
-    return [json.dumps(result.to_release(query_set), ensure_ascii=False) for result in report.results]
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise if results cannot be written to a path, before long work. An existing file is left as
-    it is.
-
-    Raises:
-        OptionError: The path is not writable.
-    """
-    _refuse_url(path)
-    target = Path(path)
-    with _writing(target) as partial:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        partial.touch()
-        partial.unlink()
-
-
-def write_results(
-    report: QueryReport, path: str | os.PathLike[str], *, query_set: str = "queries"
-) -> tuple[Path, Path]:
-    """Write results as the release's JSON lines, and beside them a report of the settings.
-
-    Each file appears whole or not at all.
-
-    Args:
-        report: A report of `answer_queries` or `stream_queries`.
-        path: File of the result lines; the report is written beside it as `STEM.report.json`.
-        query_set: The release's name for the set of queries.
-
-    Returns:
-        The paths of the result lines and of the report.
-
-    Raises:
-        OptionError: The files cannot be written.
-    """
-    _refuse_url(path)
-    lines = Path(path)
-    beside = lines.with_name(f"{lines.stem}.report.json")
-    replace_text(beside, json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n")
-    replace_text(lines, "".join(f"{line}\n" for line in release_lines(report, query_set=query_set)))
-    return lines, beside
-
-
-def _refuse_url(path: object) -> None:
-    if is_url(path):
-        raise OptionError(f"{path}: expected a file of this machine, found a URL; only indexes can be remote")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file, which appears whole or not at all, and create the folders above it.
-
-    Raises:
-        OptionError: The file cannot be written; an earlier file of that name is kept.
-    """
-    with _writing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """A partial file beside `path`, removed if the block fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OptionError(
-            f"{path}: results cannot be written ({error.strerror or error}); make the folder writable, or choose "
-            "another"
-        ) from error
 
 
 def _chance(chance: float) -> str:

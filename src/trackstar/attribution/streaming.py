@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
-from trackstar.attribution.results import QueryReport, QueryResult, Ranked, replace_text
-from trackstar.choices import Dtype, Output, SecondMomentKind
+from trackstar.attribution.results import QueryReport, QueryResult, Ranked
+from trackstar.attribution.writing import check_queries_as_json
+from trackstar.choices import Dtype, DuplicateIds, Output, SecondMomentKind
 from trackstar.corpus import Corpus, Query, TokenizedExample, open_corpus, tokenize_examples, tokenize_query
 from trackstar.corpus.digests import digest_of_fields
 from trackstar.curvature.autocorrelation import Autocorrelation, check_autocorrelation_size
@@ -40,10 +41,12 @@ from trackstar.retrieval.reranking import influences
 from trackstar.retrieval.scoring import unit_queries
 from trackstar.retrieval.top_candidates import RunningTop, TopCandidates
 from trackstar.store import WindowsEntry, tensors_digest
+from trackstar.store.files.outputs import Input, check_replaceable, inputs, refuse_inputs, replace_text
 from trackstar.workers.setups import GradientSetup
 
 _EXAMPLES_AT_ONCE = 256
 _SAVE_EVERY = 60.0
+PARTIAL_FIELDS = {"question", "rows", "position", "best", "worst", "texts"}
 
 _DEFAULT = IndexSettings()
 
@@ -60,6 +63,7 @@ def stream_queries(
     text_field: str = "text",
     id_field: str | None = None,
     limit: int | None = None,
+    duplicate_ids: DuplicateIds = "refuse",
     window_tokens: int | None = _DEFAULT.window_tokens,
     overlap: int = _DEFAULT.overlap,
     second_moment: str | Path | SecondMoment = _DEFAULT.second_moment,
@@ -89,6 +93,8 @@ def stream_queries(
         text_field: Field that holds the text.
         id_field: Field that names an example; None searches for one.
         limit: Most records to read.
+        duplicate_ids: Whether a second record of a name is refused, or named `NAME~2`; see
+            `open_corpus`.
         window_tokens: See `IndexSettings`.
         overlap: See `IndexSettings`.
         second_moment: See `IndexSettings`.
@@ -103,7 +109,8 @@ def stream_queries(
         device: Device that computes gradients.
         batch_tokens: See `IndexSettings`.
         kept: File for partial results, from which the same call resumes. It is left in place at the
-            end, for the caller to remove once the results are safe. None saves nothing.
+            end, for the caller to remove once the results are safe. An existing file must hold
+            partial results. None saves nothing.
         progress: Whether progress is shown if stderr is a terminal.
 
     Raises:
@@ -130,9 +137,11 @@ def stream_queries(
         codec="float32",
         shard_examples=1,
     )
+    check_queries_as_json(queries)
+    _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device)
-    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
+    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids)
     question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
     stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
     ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
@@ -181,6 +190,8 @@ def _prepared(
     check_autocorrelation_size(len(model.blocks), settings.side, model.device)
     windows = windows_entry(model, settings)
     with Progress("R_train", unit="examples", shown=progress) as bar:
+        for line in corpus.survey().notes(corpus.name):  # the first pass, which checks every record
+            bar.note(line)
         moment = second_moment_for(settings, model, corpus, windows, out=None, note=bar.note)
         manifest = make_manifest(model, corpus, moment, settings)
         setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=settings.batch_tokens)
@@ -389,7 +400,8 @@ class _PartialRanking:
             "worst": [(-top.opponent_scores).tolist(), top.opponents.tolist()],
             "texts": {str(row): text for row, text in self._texts.items()},
         }
-        replace_text(self._file, json.dumps(content))
+        assert content.keys() == PARTIAL_FIELDS
+        replace_text(self._file, json.dumps(content, allow_nan=False))
         self._saved = time.monotonic()
 
     def _load(self, k: int, saved: Any) -> None:
@@ -405,3 +417,20 @@ class _PartialRanking:
         texts = {int(row): (text[0], text[1], text[2]) for row, text in saved["texts"].items()}
         position, rows = CorpusPosition(**saved["position"]), int(saved["rows"])
         self._running, self._texts, self.position, self.rows = RunningTop(k, top), texts, position, rows
+
+
+def _check_kept(kept: str | Path | None, read: Sequence[Input]) -> None:
+    """Raise if partial results would replace another file.
+
+    Raises:
+        OptionError: The file is something that the run reads, or holds something else.
+    """
+    if kept is not None:
+        refuse_inputs([kept], read)
+        check_replaceable(Path(kept), _is_partial_ranking)
+
+
+def _is_partial_ranking(file: Path) -> bool:
+    """Whether a file holds partial results, of this question or another one."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return isinstance(found, dict) and found.keys() == PARTIAL_FIELDS

@@ -15,13 +15,14 @@ from trackstar.audit.record import Audit, VersionsEntry
 from trackstar.corpus import Corpus, Query, open_corpus, read_queries
 from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
+from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import AuditError, CorpusError, DamagedIndexError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.model.language_model import LanguageModel
-from trackstar.store import CorpusEntry, Manifest, differences, load_manifest, verify
-from trackstar.text import abridged
-from trackstar.workers.index_model import model_of_manifest
+from trackstar.store import CorpusEntry, Manifest, ModelEntry, differences, load_manifest, verify
+from trackstar.text import abridged, one_line
+from trackstar.workers.index_model import different_fields, model_of_manifest
 
 Outcome = Literal["same", "differs", "not checked", "note"]
 
@@ -253,12 +254,14 @@ class InputChecks:
         entry = self.audit.made_with.model
         if self.available.model is None:
             yield _not_checked("model", f"pass it as `model`; the audited one was {entry.source}")
+            yield _not_checked("configuration", "is loaded with `model`")
             yield _not_checked("tokenizer", "is loaded with `model`")
             return
         self.model = model_of_manifest(self.audit.made_with, self.available.model, device=self.available.device)
         yield _comparison(
             "model", self.model.digest(), entry.digest, f"every weight of {self.model.source}, {entry.dtype}"
         )
+        yield _comparison_of_configurations(entry, self.model)
         tokenizer = self.audit.made_with.tokenizer.digest
         yield _comparison("tokenizer", self.model.tokenizer_digest(), tokenizer, "its whole definition")
 
@@ -281,6 +284,7 @@ def queries_of_results(path: Path) -> list[Query]:
     Raises:
         CorpusError: The file cannot be read, or a line is not a result.
     """
+    check_not_special(path)
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -309,6 +313,7 @@ def file_digest(path: Path) -> str:
     Raises:
         AuditError: The file cannot be read.
     """
+    check_not_special(path, AuditError)
     try:
         with path.open("rb") as stream:
             return digest_of_stream(stream, bits=256)
@@ -325,7 +330,9 @@ def _digest_as(
     if key not in digests:
         corpus = open_corpus(data, **settings)
         digests[key] = corpus, corpus.digest()
-    return digests[key]
+    corpus, found = digests[key]
+    choice = corpus.choice_of_digest(entry.digest)
+    return (corpus, found) if choice is None else (dataclasses.replace(corpus, duplicate_ids=choice), entry.digest)
 
 
 def without_completions(queries: Sequence[Query]) -> list[Query]:
@@ -346,6 +353,17 @@ def _comparison_of_queries(name: str, found: Sequence[Query], expected: QueriesE
         return Check(name=name, outcome="differs", said=f"found {entry.count:,}, expected {expected.count:,}")
     what = "names and prompts" if name == "prompts" else "names, prompts and completions"
     return _comparison(name, entry.digest, expected.digest, f"{what} of {entry.count:,}")
+
+
+def _comparison_of_configurations(entry: ModelEntry, model: LanguageModel) -> Check:
+    """The check of the fields that decide the model's function, apart from its weights."""
+    if entry.configuration is None:
+        return Check(name="configuration", outcome="not checked", said="the audited index does not record it")
+    different = different_fields(entry, model)
+    if different:
+        detail = "; ".join(f"{field} is {found}, expected {expected}" for field, expected, found in different)
+        return Check(name="configuration", outcome="differs", said=one_line(detail, 300))
+    return Check(name="configuration", outcome="same", said=f"{len(entry.configuration)} fields of config.json")
 
 
 def _comparison_of_manifests(found: Manifest, expected: Manifest) -> Check:

@@ -1,4 +1,5 @@
-"""Check an audit: compare it with the available inputs and, on request, answer its queries again (Eq. 1-3).
+"""Check an audit: compare it with the available inputs and, on request, answer its queries again
+(Eq. 1-3).
 
 Another machine computes other last digits. Rankings must be equal candidate for candidate; scores,
 λ and the damping may differ by `TOLERANCE`. Derived files of an index are not used, only what
@@ -153,6 +154,7 @@ class _Recomputation:
             text_field=manifest.corpora[0].text_field,
             id_field=manifest.corpora[0].id_field,
             limit=manifest.corpora[0].limit,
+            duplicate_ids=self._inputs.corpora[0].duplicate_ids if self._inputs.corpora else "refuse",
             window_tokens=manifest.windows.tokens,
             overlap=manifest.windows.overlap,
             second_moment=stream.second_moment if second_moment is None else second_moment,

@@ -17,12 +17,16 @@ from typing import Any
 
 from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry
 from trackstar.corpus.digests import digest_of_bytes
+from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import AuditError
 from trackstar.store import Manifest
-from trackstar.store.manifest_entries import DESCRIPTIVE_FIELDS
+from trackstar.store.manifest import manifest_fields, with_absent_fields
+from trackstar.store.manifest_entries import ADDED_FIELDS, DESCRIPTIVE_FIELDS
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2
+OLDEST_AUDIT_VERSION = 1
+"""The oldest version that is read; its manifests have format version 3."""
 LARGEST_AUDIT = 16 * 2**20
 DESCRIPTIVE = tuple(
     sorted(
@@ -107,7 +111,7 @@ class Audit:
     """The audit file: a question, its answer, and what the answer was computed with.
 
     Attributes:
-        audit_version: Version of the file's format, `AUDIT_VERSION`.
+        audit_version: Version of the file's format, `AUDIT_VERSION` or an older one that is read.
         results: The result file.
         queries: The queries, completions included.
         generation: How the model generated the completions; None if it did not.
@@ -137,12 +141,15 @@ class Audit:
 
     def digest(self) -> str:
         """BLAKE2b-256 of all fields that are not descriptive; equal runs have equal digests."""
-        return _digest_of_fields(dataclasses.asdict(self))
+        return _digest_of_fields(self._fields())
 
     def to_json(self) -> str:
         """The text of the audit file."""
-        fields = dataclasses.asdict(self) | {"descriptive": DESCRIPTIVE, "digest": self.digest()}
+        fields = self._fields() | {"descriptive": _descriptive(self.audit_version), "digest": self.digest()}
         return json.dumps(fields, indent=1, allow_nan=False) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"made_with": manifest_fields(self.made_with)}
 
     def check(self) -> None:
         """Raise if a value is out of range or two fields contradict each other.
@@ -191,6 +198,7 @@ def read_audit(path: str | os.PathLike[str]) -> Audit:
             the field.
     """
     file = Path(path)
+    check_not_special(file, AuditError)
     try:
         size = file.stat().st_size
         if size > LARGEST_AUDIT:
@@ -210,7 +218,10 @@ def read_audit(path: str | os.PathLike[str]) -> Audit:
         fields = read_strictly(text)
         _check_version(fields)
         descriptive, digest = fields.pop("descriptive", None), fields.pop("digest", None)
-        _expect("descriptive", descriptive, descriptive == list(DESCRIPTIVE), "the list of descriptive fields")
+        expected = list(_descriptive(fields["audit_version"]))
+        _expect("descriptive", descriptive, descriptive == expected, "the list of descriptive fields")
+        if isinstance(fields.get("made_with"), dict):
+            fields["made_with"] = with_absent_fields(fields["made_with"])
         audit = parse_object(Audit, fields)
         audit.check()
         _expect(
@@ -219,6 +230,14 @@ def read_audit(path: str | os.PathLike[str]) -> Audit:
     except FieldError as error:
         raise AuditError(f"{file}: {error}; get the file as it was written") from error
     return audit
+
+
+def _descriptive(audit_version: int) -> tuple[str, ...]:
+    """Names of the descriptive fields in an audit of this version."""
+    if audit_version == AUDIT_VERSION:
+        return DESCRIPTIVE
+    added = {f"made_with.{entry}.{name}" for entry, names in ADDED_FIELDS.items() for name in names}
+    return tuple(name for name in DESCRIPTIVE if name not in added)
 
 
 def _digest_of_fields(fields: dict[str, Any]) -> str:
@@ -243,7 +262,8 @@ def _check_version(fields: dict[str, Any]) -> None:
     _expect(
         "audit_version", found, not newer, f"at most {AUDIT_VERSION}: a newer trackstar wrote the file, install that"
     )
-    _expect("audit_version", found, type(found) is int and found == AUDIT_VERSION, str(AUDIT_VERSION))
+    known = type(found) is int and OLDEST_AUDIT_VERSION <= found <= AUDIT_VERSION
+    _expect("audit_version", found, known, f"{OLDEST_AUDIT_VERSION} to {AUDIT_VERSION}")
 
 
 def _plain_name(name: str) -> bool:

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 from trackstar.attribution.question import queries_entry
-from trackstar.attribution.results import QueryReport, replace_text
+from trackstar.attribution.results import QueryReport
+from trackstar.attribution.writing import ResultFiles
 from trackstar.audit.checks import file_digest, without_completions
 from trackstar.audit.record import AUDIT_VERSION, AnswerEntry, Audit, GenerationEntry, ResultsEntry, VersionsEntry
 from trackstar.corpus import Query
 from trackstar.errors import AuditError
+from trackstar.store.files.outputs import replace_text
 
 
 def write_audit(
@@ -23,6 +25,7 @@ def write_audit(
     prompt_field: str | None = None,
     prompts: Sequence[Query] | None = None,
     max_new_tokens: int = 16,
+    force: bool = False,
 ) -> Path:
     """Write the record from which another person can verify results.
 
@@ -34,15 +37,17 @@ def write_audit(
         prompt_field: The value passed to `read_queries`.
         prompts: If the model generated the completions, the queries without them.
         max_new_tokens: Most tokens of a generated completion.
+        force: Whether to replace an existing file that is no audit of results under this name.
 
     Returns:
         Path of the audit file.
 
     Raises:
         AuditError: The result file cannot be read, or the report does not record its question.
-        OptionError: The audit cannot be written.
+        OptionError: The audit cannot be written, or an existing file is something else.
     """
-    results = Path(path)
+    files = ResultFiles.at(path)
+    results = files.lines
     if report.provenance is None:
         raise AuditError(
             f"{results}: the report does not record how it was computed; pass the report of `answer_queries` or "
@@ -71,6 +76,6 @@ def write_audit(
         device=provenance.device,
         threads=torch.get_num_threads(),
     )
-    audit_file = results.with_name(f"{results.stem}.audit.json")
-    replace_text(audit_file, audit.to_json())
-    return audit_file
+    files.check_audit_replaceable(force=force)
+    replace_text(files.audit, audit.to_json())
+    return files.audit

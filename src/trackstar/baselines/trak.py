@@ -1,4 +1,5 @@
-"""TRAK (Park et al. 2023) with one model, as published and with R over tokens (paper, Table 2 and §5.3).
+"""TRAK (Park et al. 2023) with one model, as published and with R over tokens (paper, Table 2 and
+§5.3).
 
 With φ the projected gradients of the multi-class margin f = log(p/(1-p)), and Φ their matrix with
 one row per candidate,
@@ -30,7 +31,7 @@ from trackstar.curvature.task import stored_matrices
 from trackstar.curvature.whitening import shrinkage_damping, whitening
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT
-from trackstar.model.batching import Batch, make_batch, plan_batches, run_adaptively
+from trackstar.model.batching import Batch, check_token_ids, make_batch, plan_batches, run_adaptively
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.retrieval.scoring import Scorer, all_scores
@@ -107,6 +108,7 @@ def mean_target_probabilities(
         return _mean_probabilities(model, make_batch(examples, rows, device=model.device))
 
     with Progress("Probabilities of candidates", unit="examples", total=len(examples), shown=progress) as bar:
+        check_token_ids(examples, model.vocabulary, model.tokenizer)
         plan = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
         for rows, means in run_adaptively(plan, run, bar.note):
             probabilities[torch.tensor(rows)] = means.cpu()

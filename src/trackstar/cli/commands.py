@@ -4,6 +4,8 @@ Each command turns its options into one call of the Python interface and prints 
 """
 
 import importlib.util
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import click
 
 from trackstar.choices import OPTIMIZERS
 from trackstar.cli.audit_command import audit
-from trackstar.cli.framework import INTERRUPTED, Command, Group, prepare, run
+from trackstar.cli.framework import INTERRUPTED, TERMINATED, Command, Group, Terminated, prepare, run
 from trackstar.cli.index_commands import add, convert, finish, index, merge, remove, verify
 from trackstar.cli.options import (
     BATCH_HELP,
@@ -76,14 +78,15 @@ def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int
 
     try:
         serve(paths, IndexOptions(**options), port=port, browser=not no_browser, note=note)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         note("explorer: stopped")
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     return 0
 
 
 @click.command(
     cls=Command,
+    resumes=True,
     example="printf '%s\\n' 'model = \"model/checkpoint-000450\"' 'corpus = \"corpus.jsonl\"' \\\n"
     "    'facts = \"queries.jsonl\"' 'side = 32' > demo-out/facts.toml\n"
     "trackstar evaluate --config demo-out/facts.toml --out demo-out/report",
@@ -113,7 +116,9 @@ def evaluate(
     from trackstar.evaluation.config import read_config
     from trackstar.evaluation.report_files import write_report
     from trackstar.evaluation.run import run_evaluation
+    from trackstar.store.files.outputs import inputs, refuse_input_folder
 
+    refuse_input_folder(out, inputs(config=config))
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         report = run_evaluation(read_config(config), out, workers=workers)
     click.echo(f"{write_report(report, Path(out))}: {len(report.facts):,} queries, {report.candidates:,} candidates")
@@ -121,6 +126,7 @@ def evaluate(
 
 @click.command(
     cls=Command,
+    resumes=True,
     example="trackstar pretrain --data demo-out/corpus.jsonl --out demo-out/other-model --steps 100 \\\n"
     "    --width 128 --layers 4 --mlp-width 512 --vocabulary 2048",
 )
@@ -188,7 +194,7 @@ def pretrain(
     click.echo(f"{checkpoint}: index its corpus with: trackstar index --model {checkpoint} --data {data} --out INDEX")
 
 
-@click.command(cls=Command, example="trackstar demo --out demo-out")
+@click.command(cls=Command, resumes=True, example="trackstar demo --out demo-out")
 @click.option("--out", default="demo-out", metavar="FOLDER", help="Folder of everything that the demo makes.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the demo's corpus.")
 def demo(*, out: str, seed: int) -> None:
@@ -203,7 +209,7 @@ def demo(*, out: str, seed: int) -> None:
     from trackstar.demo.runner import run_demo
 
     files = run_demo(Path(out), seed=seed).files
-    command = ".venv/bin/trackstar"
+    command = started_as()
     print_line(f"Everything is in {out}. Ask your own questions:")
     print_line(f'   {command} query {files.index} --prompt "{files.prompt}" --generate')
     print_line(f"   {command} query {files.index} --queries {files.queries} --out answers.jsonl")
@@ -219,6 +225,16 @@ trackstar.add_section("Train", [pretrain])
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `trackstar` and exit with its status."""
     sys.exit(run(trackstar, arguments))
+
+
+def started_as() -> str:
+    """The command as it was started: `trackstar`, or its script's path if that is not on the search path."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m trackstar"
+    if started.name != "trackstar" or started.parent == Path() or shutil.which("trackstar") == sys.argv[0]:
+        return "trackstar"
+    return shlex.quote(sys.argv[0])
 
 
 def _require(extra: str, packages: Sequence[str]) -> None:

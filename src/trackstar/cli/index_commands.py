@@ -17,6 +17,7 @@ from trackstar.cli.options import (
     corpus_options,
     default,
     device_options,
+    duplicate_ids_option,
     index_argument,
     note,
     rare,
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
     from trackstar.store import Index
 
 _MODEL_OPTIONS = ("dtype", "device", "layer_blocks", "attention_pattern", "mlp_pattern", "revision", "gguf_file")
-_CORPUS_OPTIONS = ("text_field", "id_field", "limit")
+_CORPUS_OPTIONS = ("text_field", "id_field", "limit", "duplicate_ids")
 
 
 @click.command(
     cls=Command,
+    resumes=True,
     example="trackstar index --model demo-out/model/checkpoint-000450 --data demo-out/corpus.jsonl \\\n"
     "    --out demo-out/new-index --side 32",
 )
@@ -120,8 +122,8 @@ def index(
 ) -> None:
     """Index a corpus for a model.
 
-    Stores the projected gradient of every training example in DATA. If a run is interrupted, run the
-    same command again to resume.
+    Stores the projected gradient of every training example in DATA. If a run is interrupted, run
+    the same command again to resume.
     """
     of_model = {name: options.pop(name) for name in _MODEL_OPTIONS}
     of_corpus = {name: options.pop(name) for name in _CORPUS_OPTIONS}
@@ -131,8 +133,10 @@ def index(
     from trackstar.indexing.array_tasks import Share
     from trackstar.indexing.build import index_corpus
     from trackstar.model.language_model import load_model
+    from trackstar.store.files.outputs import inputs, refuse_input_folder
 
     part = Share.parsed(share) if share is not None else None
+    refuse_input_folder(out, inputs(data=data, model=model, second_moment=settings.second_moment))
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         loaded = load_model(model, **of_model)
         made = index_corpus(loaded, open_corpus(data, **of_corpus), out, settings, share=part, workers=workers)
@@ -140,7 +144,7 @@ def index(
         _report(made)
 
 
-@click.command(cls=Command, example="trackstar finish demo-out/index")
+@click.command(cls=Command, resumes=True, example="trackstar finish demo-out/index")
 @click.argument("index", metavar="INDEX")
 @threads_option
 def finish(*, index: str, threads: int | None) -> None:
@@ -156,6 +160,7 @@ def finish(*, index: str, threads: int | None) -> None:
 
 @click.command(
     cls=Command,
+    resumes=True,
     example="trackstar add demo-out/index --data demo-out/queries.jsonl --text-field prompt \\\n"
     "    --out demo-out/larger-index",
 )
@@ -179,14 +184,16 @@ def add(*, index: str, data: str, out: str, threads: int | None, **options: Any)
 
 @click.command(
     cls=Command,
+    resumes=True,
     example="trackstar index --model demo-out/model/checkpoint-000450 --data demo-out/queries.jsonl \\\n"
     "    --text-field prompt --out demo-out/other-index --side 32 --codec float16\n"
     "trackstar merge demo-out/index demo-out/other-index --out demo-out/merged-index",
 )
 @click.argument("indexes", nargs=-1, required=True, metavar="INDEX INDEX...")
 @click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")
+@duplicate_ids_option
 @threads_option
-def merge(*, indexes: tuple[str, ...], out: str, threads: int | None) -> None:
+def merge(*, indexes: tuple[str, ...], out: str, duplicate_ids: Any, threads: int | None) -> None:
     """Merge indexes built with the same settings.
 
     Writes a new index; the given ones stay as they are.
@@ -194,11 +201,12 @@ def merge(*, indexes: tuple[str, ...], out: str, threads: int | None) -> None:
     prepare(threads)
     from trackstar.editing.merging import merge_indexes
 
-    _report(merge_indexes(indexes, out))
+    _report(merge_indexes(indexes, out, duplicate_ids=duplicate_ids))
 
 
 @click.command(
     cls=Command,
+    resumes=True,
     example="echo capital-FR-0 > demo-out/names.txt\n"
     "trackstar remove demo-out/index --names demo-out/names.txt --out demo-out/smaller-index",
 )
@@ -214,11 +222,15 @@ def remove(*, index: str, names: str, out: str, threads: int | None) -> None:
     prepare(threads)
     from trackstar.corpus import read_names
     from trackstar.editing.removing import remove_examples
+    from trackstar.store.files.outputs import inputs, refuse_input_folder
 
+    refuse_input_folder(out, inputs(names=names))
     _report(remove_examples(index, read_names(names), out))
 
 
-@click.command(cls=Command, example="trackstar convert demo-out/index --codec 4-bit --out demo-out/index-4-bit")
+@click.command(
+    cls=Command, resumes=True, example="trackstar convert demo-out/index --codec 4-bit --out demo-out/index-4-bit"
+)
 @index_argument()
 @choice("--codec", CODECS, required=True, help=f"Codec of the new index: {', '.join(CODECS)}.")
 @click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from trackstar.cli.framework import RareOption
+from trackstar.choices import DUPLICATE_IDS
+from trackstar.cli.framework import FirstArgument, RareOption
 from trackstar.errors import OptionError
 from trackstar.indexing.settings import IndexSettings
 from trackstar.progress import reworded_line
@@ -67,9 +68,21 @@ def device_options(function: Function) -> Function:
     )(threads_option(function))
 
 
+def duplicate_ids_option(function: Function) -> Function:
+    """Add `--duplicate-ids`."""
+    return choice(
+        "--duplicate-ids",
+        DUPLICATE_IDS,
+        rare=True,
+        default="refuse",
+        help="A second record of a name: refuse it, or name it NAME~2.",
+    )(function)
+
+
 def corpus_options(function: Function) -> Function:
     """Add options that say how records of a corpus are read."""
     for option in (
+        duplicate_ids_option,
         click.option("--limit", type=int, metavar="N", help="Read only the first N records."),
         click.option(
             "--id-field", metavar="NAME", show_default="found in the records", help="Field that names an example."
@@ -97,7 +110,6 @@ def index_argument(*, required: bool = True) -> Callable[[Function], Function]:
 
     Raises:
         OptionError: Both are given.
-        click.UsageError: INDEX is required and neither is given.
     """
 
     def decorated(function: Function) -> Function:
@@ -106,11 +118,15 @@ def index_argument(*, required: bool = True) -> Callable[[Function], Function]:
             if index is not None and index_option is not None:
                 raise OptionError(f"found both INDEX {index} and --index {index_option}; give one of them")
             path = index if index is not None else index_option
-            if path is None and required:
-                raise click.UsageError("Missing argument 'INDEX'.", click.get_current_context())
             return function(index=path, **options)
 
-        argument = click.argument("index", required=False, metavar="INDEX" if required else "[INDEX]")
+        argument = click.argument(
+            "index",
+            cls=FirstArgument,
+            option="index_option",
+            needed=required,
+            metavar="INDEX" if required else "[INDEX]",
+        )
         option = rare("--index", "index_option", metavar="INDEX", help="The same as the argument INDEX.")
         return argument(option(command))  # pyright: ignore[reportReturnType] - the signature differs on purpose
 

@@ -1,5 +1,6 @@
 """The command `trackstar query`: queries, their source of answers, and how the answers are shown."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,20 +17,23 @@ from trackstar.cli.options import (
     cluster_options,
     default,
     device_options,
+    duplicate_ids_option,
     index_argument,
     note,
     rare,
 )
-from trackstar.errors import OptionError, check_at_least
+from trackstar.errors import OptionError, TrackstarError, check_at_least
 from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES
 
 if TYPE_CHECKING:
     from trackstar.attribution.results import QueryReport
     from trackstar.corpus import Query
     from trackstar.model.language_model import LanguageModel
+    from trackstar.store.files.outputs import Input
 
 _STREAMING = (
-    "text_field", "id_field", "limit", "window_tokens", "second_moment", "whitening_examples", "side", "seed",
+    "text_field", "id_field", "limit", "duplicate_ids", "window_tokens", "second_moment", "whitening_examples", "side",
+    "seed",
 )  # fmt: skip
 """Options of a streamed corpus; an index has settings of its own."""
 
@@ -64,7 +68,8 @@ class Source:
         """Raise if options contradict each other.
 
         Raises:
-            OptionError: Both an index and a corpus are given, or neither, or an option of the other one.
+            OptionError: Both an index and a corpus are given, or neither, or an option of the other
+                one.
         """
         if self.index is not None and self.data is not None:
             raise OptionError("found both INDEX and --data; query an index, or stream a corpus without one")
@@ -117,7 +122,8 @@ class Question:
         """Raise if options contradict each other.
 
         Raises:
-            OptionError: There is no query, or two sources of queries or completions, or no room to generate.
+            OptionError: There is no query, or two sources of queries or completions, or no room to
+                generate.
         """
         if (self.prompt is None) == (self.queries is None):
             found = "neither" if self.prompt is None else "both"
@@ -144,8 +150,14 @@ class Question:
         return [Query(query_id="prompt", prompt=self.prompt or "", completion=self.completion or "")]
 
 
+def _resumes(options: Mapping[str, Any]) -> bool:
+    """Whether the same query resumes: a streamed one with a file for its results, or an exact one."""
+    return bool(options["exact"]) or (options["data"] is not None and options["out"] is not None)
+
+
 @click.command(
     cls=Command,
+    resumes=_resumes,
     example='trackstar query demo-out/index --prompt "The capital of France is" --generate --top 3',
 )
 @index_argument(required=False)
@@ -156,6 +168,7 @@ class Question:
 @click.option("--task", metavar="FILE", show_default="--queries", help="Queries to compute R_eval and λ from.")
 @click.option("--top", type=int, default=10, metavar="K", help="Number of proponents and of opponents.")
 @click.option("--out", metavar="FILE", help="Write results (.jsonl), a report and an audit; print no table.")
+@rare("--force", is_flag=True, help="With --out: replace existing files that are no earlier results.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines, no table.")
 @click.option(
     "--mixing", type=float, metavar="X", show_default="the paper's rule", help="λ, the weight of R_eval, from 0 to 1."
@@ -180,6 +193,7 @@ class Question:
 @rare("--text-field", default="text", metavar="NAME", help="With --data: field that holds the text.")
 @rare("--id-field", metavar="NAME", show_default="found", help="With --data: field that names an example.")
 @rare("--limit", type=int, metavar="N", help="With --data: read only the first N records.")
+@duplicate_ids_option
 @rare(
     "--window-tokens",
     type=int,
@@ -217,6 +231,7 @@ def query(
     top: int,
     task: str | None,
     out: str | None,
+    force: bool,
     as_json: bool,
     threads: int | None,
     **options: Any,
@@ -237,19 +252,21 @@ def query(
     question.check()
     source.check(top)
     prepare(threads)
-    from trackstar.attribution.results import check_writable, release_lines
     from trackstar.attribution.terminal import print_query_result
+    from trackstar.attribution.writing import ResultFiles, check_writable, release_lines
     from trackstar.corpus import read_queries
 
     if out is not None:
-        check_writable(out)
+        check_writable(out, read=_inputs(source, question, task), force=force, streamed=source.data is not None)
+    elif force:
+        raise OptionError("--force: only with --out, whose files it replaces")
     queries = question.read()
     task_queries = read_queries(task, prompt_field=question.prompt_field) if task is not None else None
-    unfinished = Path(f"{out}.unfinished") if out is not None and source.data is not None else None
+    unfinished = ResultFiles.at(out).unfinished if out is not None and source.data is not None else None
     prompts = queries if question.generate else None
     report = _answer(source, question, queries, task_queries, top, unfinished)
     if out is not None:
-        _save(report, out, question, prompts)
+        _save(report, out, question, prompts, force=force)
         if unfinished is not None:
             unfinished.unlink(missing_ok=True)
     for line in report.summary():
@@ -294,15 +311,34 @@ def _answer(
         )  # fmt: skip
 
 
-def _save(report: "QueryReport", out: str, question: Question, prompts: "Sequence[Query] | None") -> None:
+def _inputs(source: Source, question: Question, task: str | None) -> "list[Input]":
+    """What a run reads: its options' files, and the model that the index names."""
+    from trackstar.store import as_folder, is_url, load_manifest
+    from trackstar.store.files.outputs import inputs
+    from trackstar.store.locations import recorded_model
+
+    model = source.model
+    if source.index is not None and model is None and not is_url(source.index):
+        with contextlib.suppress(TrackstarError, OSError):  # opening the index says what is wrong with it
+            manifest = load_manifest(source.index)
+            model = recorded_model(manifest, as_folder(source.index)) if manifest is not None else None
+    return inputs(
+        index=source.index, data=source.data, model=model, queries=question.queries, task=task,
+        second_moment=source.streaming.get("second_moment"),
+    )  # fmt: skip
+
+
+def _save(
+    report: "QueryReport", out: str, question: Question, prompts: "Sequence[Query] | None", *, force: bool
+) -> None:
     """Write results, report and audit, and say where they are."""
-    from trackstar.attribution.results import write_results
+    from trackstar.attribution.writing import write_results
     from trackstar.audit.writing import write_audit
 
-    results, settings = write_results(report, out, query_set=question.name)
+    results, settings = write_results(report, out, query_set=question.name, force=force)
     audit = write_audit(
         report, out, query_set=question.name, prompt_field=question.prompt_field, prompts=prompts,
-        max_new_tokens=question.max_new_tokens,
+        max_new_tokens=question.max_new_tokens, force=force,
     )  # fmt: skip
     note(f"results: {results}; report: {settings}")
     note(f"others can verify the results with: trackstar audit {audit}")
@@ -311,7 +347,8 @@ def _save(report: "QueryReport", out: str, question: Question, prompts: "Sequenc
 def _with_generated_completions(
     queries: "Sequence[Query]", model: "LanguageModel", max_new_tokens: int
 ) -> "list[Query]":
-    """Return the queries with the model's own completions, without prompts that it does not complete.
+    """Return the queries with the model's own completions, without prompts that it does not
+    complete.
 
     Each prompt that is left out is named in a note.
     """

@@ -3,8 +3,10 @@
 Every failure is a one-line error that names the file and, if it concerns one, the line.
 """
 
+import contextlib
 import dataclasses
 import gzip
+import hashlib
 import io
 import re
 import zlib
@@ -13,6 +15,14 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from trackstar.corpus.digests import digest_of_stream
+from trackstar.corpus.local_files import (
+    FileState,
+    check_not_special,
+    file_state,
+    files_below,
+    files_matching,
+    special_kind,
+)
 from trackstar.errors import CorpusError
 from trackstar.text import one_line, without_credentials
 
@@ -37,6 +47,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 EXPECTED_NAMES = ".jsonl, .ndjson, .json or .txt (plain, .gz or .zst), or .parquet"
+_TABLES = {".csv": "", ".tsv": "parse_options=c.ParseOptions(delimiter='\\t'), "}
 _REPLACE = "copy it from its source or write it again"
 
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")  # the public release's `trex_sentences.jsonl-00003-of-00020`
@@ -53,6 +64,7 @@ class DataFile:
         stem: Its base name without endings; names the examples whose records have no name.
         format: Format of its records.
         compression: Its compression; None for none.
+        state: Its state when it was found, if it is local; it must not change until it is read.
     """
 
     filesystem: "AbstractFileSystem" = dataclasses.field(repr=False)
@@ -61,6 +73,7 @@ class DataFile:
     stem: str
     format: Format
     compression: Compression | None
+    state: FileState | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +94,20 @@ class DataFiles:
 
 
 def find_files(path: str) -> DataFiles:
-    """Find the files of a path, glob or URL: one file, a folder's files at any depth, or a saved dataset.
+    """Find the files of a path, glob or URL: one file, a folder's files at any depth, or a saved
+    dataset.
 
     Raises:
-        CorpusError: The path does not exist, holds no file of a known format, or mixes formats.
+        CorpusError: The path does not exist, is a pipe, a socket or a device, holds no file of a
+            known format, or mixes formats.
     """
     name = without_credentials(path)
     if not path.strip():
         raise CorpusError("the path is empty; give a file, a folder or a glob")
     filesystem, root = _filesystem(path, name)
+    local = _is_local(filesystem)
+    if local and special_kind(root) is not None:
+        check_not_special(root)
     file = _data_file(filesystem, root, name)
     try:
         # Checked first: `isdir` of a web address downloads the whole file.
@@ -98,15 +116,33 @@ def find_files(path: str) -> DataFiles:
         if filesystem.isdir(root):
             return _folder(filesystem, root, name)
         if not filesystem.exists(root) and any(sign in path for sign in "*?["):
-            matches = sorted(cast("list[str]", filesystem.glob(root)))
-            return _several(filesystem, [each for each in matches if not filesystem.isdir(each)], name, kind="pattern")
+            matches = cast("list[str]", files_matching(root) if local and "**" in root else filesystem.glob(root))
+            files = [each for each in sorted(matches) if not filesystem.isdir(each)]
+            return _several(filesystem, files, name, kind="pattern")
         if not filesystem.exists(root):
             raise CorpusError(f"{name}: no such file or folder; check the path")
     except CorpusError:
         raise
     except Exception as error:  # remote file systems raise the errors of their client libraries
         raise _unreadable(name, error) from error
+    suffix = PurePosixPath(root).suffix.lower()
+    if suffix in _TABLES:
+        raise CorpusError(f"{name}: a {suffix[1:].upper()} file, expected {EXPECTED_NAMES}; {_conversion(root, name)}")
     raise CorpusError(f"{name}: its name has no known ending; expected {EXPECTED_NAMES}; rename it")
+
+
+def _conversion(path: str, name: str) -> str:
+    """A shell command that converts a table of comma- or tab-separated values to Parquet."""
+    table = PurePosixPath(path)
+    files = (path, str(table.with_suffix(".parquet")))
+    if "://" in name or any(sign in path for sign in "'\"\\$`!\n"):
+        files = (f"FILE{table.suffix}", "FILE.parquet")
+    options = _TABLES[table.suffix.lower()].replace("c.ParseOptions(", "c.ParseOptions(newlines_in_values=True, ")
+    options = options or "parse_options=c.ParseOptions(newlines_in_values=True), "
+    return (
+        'convert it with: python -c "import pyarrow.csv as c, pyarrow.parquet as p; '
+        f"p.write_table(c.read_csv('{files[0]}', {options.removesuffix(', ')}), '{files[1]}')\""
+    )
 
 
 def _filesystem(path: str, name: str) -> "tuple[AbstractFileSystem, str]":
@@ -127,6 +163,8 @@ def _folder(filesystem: "AbstractFileSystem", root: str, name: str) -> DataFiles
         raise CorpusError(f"{name}: a saved dataset of several splits ({splits}); name one of them: {name}/SPLIT")
     if {"dataset_info.json", "state.json"} <= inside:
         return DataFiles(name=name, files=(), left_out=(), dataset=True)
+    if _is_local(filesystem):
+        return _several(filesystem, files_below(root), name, kind="folder")
     paths = sorted(cast("list[str]", filesystem.find(root)))
     depth = len(PurePosixPath(root).parts)
     visible = [each for each in paths if not any(part[0] in "._" for part in PurePosixPath(each).parts[depth:])]
@@ -171,16 +209,44 @@ def _data_file(filesystem: "AbstractFileSystem", path: str, name: str) -> DataFi
     if form is None or (form == "parquet" and compression):
         return None
     return DataFile(
-        filesystem=filesystem, path=path, name=name, stem=uncompressed.stem, format=form, compression=compression
-    )
+        filesystem=filesystem, path=path, name=name, stem=uncompressed.stem, format=form, compression=compression,
+        state=file_state(path) if _is_local(filesystem) else None,
+    )  # fmt: skip
 
 
-def open_raw(file: DataFile) -> io.BufferedReader:
-    """Open the file's bytes as stored, without decompression."""
+@contextlib.contextmanager
+def open_raw(file: DataFile) -> Iterator[io.BufferedReader]:
+    """Open the file's bytes as stored, without decompression.
+
+    Raises:
+        CorpusError: The file cannot be opened, is a pipe, a socket or a device, or has changed
+            since it was found.
+    """
+    _check_unchanged(file)
     try:
-        return io.BufferedReader(cast("io.RawIOBase", file.filesystem.open(file.path, "rb")), BLOCK_BYTES)
+        stream: io.BufferedReader = io.BufferedReader(cast("Any", file.filesystem.open(file.path, "rb")), BLOCK_BYTES)
     except Exception as error:
         raise _unreadable(file.name, error) from error
+    with stream:
+        try:
+            yield stream
+        except CorpusError:
+            _check_unchanged(file)  # a record may be broken because it is just being written
+            raise
+    _check_unchanged(file)
+
+
+def _check_unchanged(file: DataFile) -> None:
+    if file.state is None:
+        return
+    check_not_special(file.path)
+    found = file_state(file.path)
+    if found is not None and found != file.state:
+        sizes = f"{found.size} bytes" if found.size != file.state.size else "modified or replaced"
+        raise CorpusError(
+            f"{file.name}: changed while it was read ({sizes}, at first {file.state.size} bytes); expected the same "
+            "content throughout; run again when nothing writes it"
+        )
 
 
 def content_digest(file: DataFile) -> str:
@@ -192,33 +258,56 @@ def content_digest(file: DataFile) -> str:
             raise _unreadable(file.name, error) from error
 
 
+def digested(raw: io.BufferedReader, digest: hashlib.blake2b) -> io.BufferedReader:
+    """The same bytes, which are added to the digest as they are read."""
+    return io.BufferedReader(_DigestedStream(raw, digest), BLOCK_BYTES)
+
+
+def read_to_end(raw: io.BufferedReader, file: DataFile) -> None:
+    """Read the rest of an open file.
+
+    Raises:
+        CorpusError: It cannot be read.
+    """
+    try:
+        while raw.read(BLOCK_BYTES):
+            pass
+    except Exception as error:
+        raise _unreadable(file.name, error) from error
+
+
 def raw_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
     """The decompressed lines that are not blank, without line ends, each with its number from 1.
 
     Raises:
-        CorpusError: The file cannot be read or decompressed, ends early, or has a line longer than
-            `LONGEST_LINE`.
+        CorpusError: The file cannot be read or decompressed, ends early, changes meanwhile, or has
+            a line longer than `LONGEST_LINE`.
     """
-    number = 0
     with open_raw(file) as raw:
-        stream = _decompressed(raw, file.compression)
-        while True:
-            try:
-                line = stream.readline(LONGEST_LINE + 1)
-            except Exception as error:
-                raise _unreadable(file.name, error, after_line=number) from error
-            if not line:
-                return
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise CorpusError(
-                    f"{file.name}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; "
-                    "expected one record per line; is the file binary or without line ends?"
-                )
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, line.rstrip(b"\r\n")
+        yield from lines_of(raw, file)
+
+
+def lines_of(raw: io.BufferedReader, file: DataFile) -> Iterator[tuple[int, bytes]]:
+    """The lines of an open file, as `raw_lines` returns them."""
+    number = 0
+    stream = _decompressed(raw, file.compression)
+    while True:
+        try:
+            line = stream.readline(LONGEST_LINE + 1)
+        except Exception as error:
+            raise _unreadable(file.name, error, after_line=number) from error
+        if not line:
+            return
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise CorpusError(
+                f"{file.name}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; "
+                "expected one record per line; is the file binary or without line ends?"
+            )
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line.rstrip(b"\r\n")
 
 
 def decoded(line: bytes, location: str) -> str:
@@ -242,6 +331,22 @@ def _decompressed(raw: io.BufferedReader, compression: Compression | None) -> io
     if compression == "zstd":
         return io.BufferedReader(_ZstdStream(raw), BLOCK_BYTES)
     return raw
+
+
+class _DigestedStream(io.RawIOBase):
+    """A stream whose bytes are added to a digest as they are read."""
+
+    def __init__(self, raw: io.BufferedReader, digest: hashlib.blake2b) -> None:
+        self._raw = raw
+        self._digest = digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._raw.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:count])
+        return count
 
 
 class _ZstdStream(io.RawIOBase):

@@ -1,14 +1,16 @@
 """The fields of one record: parse a line's JSON object, and check its text and name."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trackstar.corpus.data_files import decoded
 from trackstar.errors import CorpusError
-from trackstar.text import one_line
+from trackstar.text import abridged, one_line
 
 _MOST_SHOWN = 12
+_DEEPEST = 64
 
 
 class Fields(NamedTuple):
@@ -18,14 +20,33 @@ class Fields(NamedTuple):
     identifier: str | None
 
 
+class _RepeatedFieldError(ValueError):
+    """An object names one field twice."""
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedFieldError(next(name for number, name in enumerate(names) if name in names[:number]))
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def json_object(line: bytes, location: str) -> dict[str, object]:
     """The JSON object of a line.
 
     Raises:
-        CorpusError: It is not UTF-8, not JSON, or not an object; the message names the location.
+        CorpusError: It is not UTF-8, not JSON, not an object, or names a field twice; the message
+            names the location.
     """
     try:
-        value = json.loads(decoded(line, location))
+        value = _DECODER.decode(decoded(line, location))
+    except _RepeatedFieldError as error:
+        name = one_line(error, 60)
+        raise CorpusError(f'{location}: field "{name}" is repeated; expected each field once; leave one out') from None
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at character {error.pos}"
         raise CorpusError(f"{location}: broken JSON ({reason}); expected one whole JSON object per line") from None
@@ -36,6 +57,47 @@ def json_object(line: bytes, location: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CorpusError(f"{location}: found {json_kind(value)}, expected one JSON object per line")
     return value
+
+
+def check_writable(record: Mapping[Any, object], location: str) -> None:
+    """Raise if a record cannot be written as JSON, as results repeat the fields of their queries.
+
+    Raises:
+        CorpusError: A name or a value, at any depth, is half a surrogate pair, NaN, infinite, a
+            whole number of more than 64 bits, nested more than 64 deep, or nothing that JSON has;
+            the message names the location and the field.
+    """
+    pending: list[tuple[str, object, int]] = [("", record, 0)]
+    while pending:
+        field, value, depth = pending.pop()
+        what = f'{location}: field "{one_line(field, 80)}"'
+        if depth > _DEEPEST:
+            raise CorpusError(f"{what} is nested more than {_DEEPEST} deep; expected a flatter value; leave it out")
+        if isinstance(value, str):
+            encodable(value, what)
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise CorpusError(f"{what} is {value}, which is no JSON; expected a finite number or null; correct it")
+        elif isinstance(value, int):
+            if not -(2**63) <= value < 2**64:
+                raise CorpusError(f"{what} is a number of more than 64 bits; expected a smaller one; write it as text")
+        elif isinstance(value, (dict, list, tuple)):
+            pending.extend((path, member, depth + 1) for path, member in _members(field, value, location))
+        elif value is not None:
+            kind = type(value).__name__
+            raise CorpusError(f"{what} is of type {kind}; expected a value that JSON has; convert it or leave it out")
+
+
+def _members(field: str, value: Any, location: str) -> Iterator[tuple[str, object]]:
+    """Each member of an object or array, with its path."""
+    if not isinstance(value, dict):
+        yield from ((f"{field}[{number}]", member) for number, member in enumerate(value))
+        return
+    for name, member in value.items():
+        if not isinstance(name, str):
+            raise CorpusError(f"{location}: a field is named by a {type(name).__name__}; expected a string")
+        encodable(name, f'{location}: the name of a field "{one_line(name, 80)}"')
+        yield (f"{field}.{name}" if field else name), member
 
 
 def name_and_text(record: Mapping[Any, object], fields: Fields, location: str) -> tuple[str | None, str]:
@@ -81,16 +143,32 @@ def checked_name(value: object, fields: Fields, location: str) -> str | None:
     """The value of a record's name field as a string; None if records have no such field.
 
     Raises:
-        CorpusError: It is neither a string nor a whole number; the message names the location.
+        CorpusError: It is neither a string on one line nor a whole number of at most 64 bits; the
+            message names the location.
     """
     if fields.identifier is None:
         return None
     if isinstance(value, str) and value:
-        return encodable(value, f'{location}: field "{fields.identifier}"')
-    if isinstance(value, int) and not isinstance(value, bool):
+        return one_line_name(value, f'{location}: field "{fields.identifier}"')
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64:
         return str(value)
-    kind = "an empty string" if value == "" else json_kind(value)
+    kind = "an empty string" if isinstance(value, str) else json_kind(value)
     raise CorpusError(f'{location}: field "{fields.identifier}" is {kind}; expected a name: a string or a whole number')
+
+
+def one_line_name(name: str, description: str) -> str:
+    """The name itself, if a file of names can hold it on a line of its own.
+
+    Raises:
+        CorpusError: It is empty, holds a line break or half a surrogate pair, or begins or ends
+            with white space; the message begins with the description.
+    """
+    if name != name.strip() or len(name.splitlines()) != 1 or name.startswith("\ufeff"):
+        fault = "is blank" if not name.strip() else "holds a line break, or begins or ends with white space"
+        raise CorpusError(
+            f"{description} {fault} ({abridged(name)}); expected a name on one line, as files of names need; correct it"
+        )
+    return encodable(name, description)
 
 
 def missing_field(name: str, fields: Fields, field_names: Sequence[str], location: str) -> CorpusError:

@@ -2,16 +2,21 @@
 
 import os
 
+from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import CorpusError
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
     """The names in a file, one per line, in order; blank lines are skipped.
 
+    Every name of a corpus can be such a line: `open_corpus` refuses line breaks in names and white
+    space around them.
+
     Raises:
         CorpusError: The file cannot be read, is not UTF-8 or holds no name; the message names it.
     """
     name = os.fspath(path)
+    check_not_special(name)
     try:
         with open(name, "rb") as file:
             content = file.read()

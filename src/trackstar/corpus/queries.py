@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trackstar.corpus.data_files import find_files, raw_lines
-from trackstar.corpus.fields import encodable, json_object
+from trackstar.corpus.fields import check_writable, encodable, json_object
 from trackstar.corpus.records import Query, TokenizedExample
 from trackstar.corpus.tokenization import Tokenizer, check_window, count_special_tokens, encode, fast_backend
 from trackstar.errors import CorpusError
@@ -23,21 +23,24 @@ ID_FIELDS = ("query_id", "fact_id", "example_id", "id")
 def read_queries(
     path: str | os.PathLike[str], *, prompt_field: str | None = None, needs_completion: bool = True
 ) -> list[Query]:
-    """Read queries from JSON lines (.jsonl, .ndjson or .json; plain, .gz or .zst), a folder or a glob.
+    """Read queries from JSON lines (.jsonl, .ndjson or .json; plain, .gz or .zst), a folder or a
+    glob.
 
     A line holds a prompt and a completion, as `prompt` and `completion`, or as in the public
     release's facts (`prompt0`, `prompt1`, `prompt2`; `entity1`), or as in its results
-    (`inputs_plaintext`; `targets_plaintext`). Its name is the first of `ID_FIELDS` that it has, else
-    `STEM:LINE`, lines counted from 0.
+    (`inputs_plaintext`; `targets_plaintext`). Its name is the first of `ID_FIELDS` that it has,
+    else `STEM:LINE`, lines counted from 0.
 
     Args:
         path: File, folder, glob or URL.
-        prompt_field: Field that holds the prompt; None is the first of `PROMPT_FIELDS` that a line has.
+        prompt_field: Field that holds the prompt; None is the first of `PROMPT_FIELDS` that a line
+            has.
         needs_completion: Whether to refuse a line without a completion. If not, its completion is
             empty and must be filled in, for example with the model's output.
 
     Raises:
-        CorpusError: A line is not a query, two lines have the same name, or there is no query; the
+        CorpusError: A line is not a query, two lines have the same name, a field holds something
+            that results cannot repeat (NaN, half a surrogate pair), or there is no query; the
             message names file and line.
     """
     data_files = find_files(os.fspath(path))
@@ -49,6 +52,7 @@ def read_queries(
         for number, line in raw_lines(file):
             location = f"{file.name}:{number}"
             fields = json_object(line, location)
+            check_writable(fields, location)
             query = _query(fields, location, prompt_field, f"{file.stem}:{len(queries)}", needs_completion)
             if query.query_id in locations:
                 first = locations[query.query_id]
@@ -79,7 +83,8 @@ def tokenize_query(query: Query, tokenizer: Tokenizer, *, window_tokens: int) ->
         window_tokens: Most tokens, special tokens included.
 
     Raises:
-        CorpusError: The completion is empty, too long, or has no context; the message names the query.
+        CorpusError: The completion is empty, too long, or has no context; the message names the
+            query.
         ModelError: The tokenizer is not a fast one, or fails.
         OptionError: `window_tokens` leaves no room for a target.
     """
@@ -113,7 +118,8 @@ def tokenize_query(query: Query, tokenizer: Tokenizer, *, window_tokens: int) ->
 
 
 def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a prompt to generate from: special tokens precede it as in training, none follow.
+    """The tokens of a prompt to generate from: special tokens precede it as in training, none
+    follow.
 
     Raises:
         CorpusError: The prompt holds half a surrogate pair.

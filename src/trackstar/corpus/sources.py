@@ -6,20 +6,31 @@ names and tokens are left to its users.
 # ruff: noqa: D102 - a method is documented once, where it is abstract.
 
 import abc
+import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from trackstar.corpus.data_files import DataFile, DataFiles, content_digest, decoded, open_raw, raw_lines
+from trackstar.corpus.data_files import (
+    DataFile,
+    DataFiles,
+    content_digest,
+    decoded,
+    digested,
+    lines_of,
+    open_raw,
+    raw_lines,
+    read_to_end,
+)
 from trackstar.corpus.digests import digest_of_bytes, running_digest
 from trackstar.corpus.fields import (
     Fields,
     checked_name,
     checked_text,
-    encodable,
     json_object,
     missing_field,
     name_and_text,
+    one_line_name,
 )
 from trackstar.corpus.records import Example
 from trackstar.errors import CorpusError
@@ -35,12 +46,19 @@ _CONVERSION_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, Runti
 
 
 class Record(NamedTuple):
-    """One record: its number from 0, the stem of its fallback name, its name or None, and its text."""
+    """One record: its number from 0, the stem of its fallback name, its name or None, its text, and
+    its location for messages.
+    """
 
     number: int
     stem: str
     identifier: str | None
     text: str
+    location: str
+
+
+Visit = Callable[[Record], None]
+"""Callback that receives a record."""
 
 
 class Source(abc.ABC):
@@ -90,6 +108,17 @@ class Source(abc.ABC):
     def content_digest(self, fields: Fields) -> str:
         """BLAKE2b-128 of the content that `records` reads."""
 
+    @abc.abstractmethod
+    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+        """Pass the first `limit` records to a callback, and return `content_digest`.
+
+        Lines, datasets and sequences are read once for both. Parquet files are read a second time,
+        the columns of text and name only.
+
+        Raises:
+            CorpusError: A record cannot be read; the message names it.
+        """
+
 
 class LineSource(Source):
     """Files of lines: JSON objects, or bare text."""
@@ -111,14 +140,16 @@ class LineSource(Source):
         for file in self._files:
             for number, line in raw_lines(file):
                 record += 1
-                if record < start:
-                    continue
-                location = f"{file.name}:{number}"
-                if self._json:
-                    identifier, text = name_and_text(json_object(line, location), fields, location)
-                else:
-                    identifier, text = None, decoded(line, location)
-                yield Record(record, file.stem, identifier, text)
+                if record >= start:
+                    yield self._record(record, file, number, line, fields)
+
+    def _record(self, record: int, file: DataFile, number: int, line: bytes, fields: Fields) -> Record:
+        location = f"{file.name}:{number}"
+        if self._json:
+            identifier, text = name_and_text(json_object(line, location), fields, location)
+        else:
+            identifier, text = None, decoded(line, location)
+        return Record(record, file.stem, identifier, text, location)
 
     def whole_records(self) -> Iterator[Mapping[str, object]]:
         for file in self._files:
@@ -130,6 +161,21 @@ class LineSource(Source):
 
     def content_digest(self, fields: Fields) -> str:
         return files_digest(self._files, stems=fields.identifier is None)
+
+    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+        record, digests = 0, []
+        for file in self._files:
+            digest = running_digest()
+            with open_raw(file) as raw:
+                stream = digested(raw, digest)
+                if limit is None or record < limit:
+                    lines = lines_of(stream, file)
+                    for number, line in itertools.islice(lines, None if limit is None else limit - record):
+                        visit(self._record(record, file, number, line, fields))
+                        record += 1
+                read_to_end(stream, file)
+            digests.append(digest.hexdigest())
+        return joined_digest(self._files, digests, stems=fields.identifier is None)
 
 
 class ParquetSource(Source):
@@ -190,6 +236,11 @@ class ParquetSource(Source):
     def content_digest(self, fields: Fields) -> str:
         return files_digest(self._files, stems=fields.identifier is None)
 
+    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+        for record in itertools.islice(self.records(0, fields), limit):
+            visit(record)
+        return self.content_digest(fields)
+
 
 class DatasetSource(Source):
     """A `datasets.Dataset`, in memory or memory-mapped from a folder."""
@@ -219,9 +270,8 @@ class DatasetSource(Source):
             texts, identifiers = _columns(rows, fields, f"{self.name}: record", first)
             for row, (text, identifier) in enumerate(zip(texts, identifiers, strict=True), start=first):
                 location = f"{self.name}: record {row}"
-                yield Record(
-                    row, self._stem, checked_name(identifier, fields, location), checked_text(text, fields, location)
-                )
+                name = checked_name(identifier, fields, location)
+                yield Record(row, self._stem, name, checked_text(text, fields, location), location)
 
     def whole_records(self) -> Iterator[Mapping[str, object]]:
         try:
@@ -234,6 +284,9 @@ class DatasetSource(Source):
 
     def content_digest(self, fields: Fields) -> str:
         return _records_digest(self.records(0, fields))
+
+    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+        return _records_digest(_visited(self.records(0, fields), limit, visit))
 
 
 class SequenceSource(Source):
@@ -255,7 +308,7 @@ class SequenceSource(Source):
             item, location = self._items[number], f"record {number}"
             if isinstance(item, Example):
                 identifier, text = (
-                    encodable(item.example_id, f"{location}: the id"),
+                    one_line_name(item.example_id, f"{location}: the id"),
                     checked_text(item.text, fields, location),
                 )
             elif isinstance(item, str):
@@ -265,7 +318,7 @@ class SequenceSource(Source):
             else:
                 kind = type(item).__name__
                 raise CorpusError(f"{location}: found {kind}, expected a string, a mapping or an Example")
-            yield Record(number, "example", identifier, text)
+            yield Record(number, "example", identifier, text, location)
 
     def whole_records(self) -> Iterator[Mapping[str, object]]:
         for item in self._items:
@@ -277,6 +330,9 @@ class SequenceSource(Source):
     def content_digest(self, fields: Fields) -> str:
         return _records_digest(self.records(0, fields))
 
+    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+        return _records_digest(_visited(self.records(0, fields), limit, visit))
+
 
 def files_description(data_files: DataFiles) -> str:
     """Number of files that are read, and names of those that are not."""
@@ -286,7 +342,13 @@ def files_description(data_files: DataFiles) -> str:
 
 def files_digest(files: Sequence[DataFile], *, stems: bool) -> str:
     """BLAKE2b-128 over the files' digests in order, and over their stems if examples are named after them."""
-    lines = [f"{content_digest(file)} {file.format} {file.stem if stems else ''}" for file in files]
+    return joined_digest(files, [content_digest(file) for file in files], stems=stems)
+
+
+def joined_digest(files: Sequence[DataFile], digests: Sequence[str], *, stems: bool) -> str:
+    """`files_digest` of files whose digests are known."""
+    parts = zip(digests, files, strict=True)
+    lines = [f"{digest} {file.format} {file.stem if stems else ''}" for digest, file in parts]
     return digest_of_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
@@ -300,6 +362,14 @@ def _records_digest(records: Iterator[Record]) -> str:
         digest.update(name)
         digest.update(text)
     return digest.hexdigest()
+
+
+def _visited(records: Iterator[Record], limit: int | None, visit: Visit) -> Iterator[Record]:
+    """All records, of which the first `limit` are passed to a callback."""
+    for record in records:
+        if limit is None or record.number < limit:
+            visit(record)
+        yield record
 
 
 def _parquet(stream: Any, file: DataFile) -> "pq.ParquetFile":
@@ -366,9 +436,8 @@ def _rows(
         texts, identifiers = _columns(batch.slice(skipped), fields, f"{file.name}: row", record - first)
         for text, identifier in zip(texts, identifiers, strict=True):
             location = f"{file.name}: row {record - first}"
-            yield Record(
-                record, file.stem, checked_name(identifier, fields, location), checked_text(text, fields, location)
-            )
+            name = checked_name(identifier, fields, location)
+            yield Record(record, file.stem, name, checked_text(text, fields, location), location)
             record += 1
 
 
@@ -389,8 +458,8 @@ def _values(column: Any, location: str, first: int) -> list[object]:
     """A column's values as Python objects.
 
     Raises:
-        CorpusError: A value cannot be converted: text that is not UTF-8, a date out of range, a date
-            of an unknown time zone.
+        CorpusError: A value cannot be converted: text that is not UTF-8, a date out of range, a
+            date of an unknown time zone.
     """
     try:
         return cast("list[object]", column.to_pylist())

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trackstar.attribution.answering import answer_queries, query_gradients
-from trackstar.attribution.results import QueryReport, QueryResult, write_results
+from trackstar.attribution.results import QueryReport, QueryResult
 from trackstar.attribution.terminal import print_line, print_query_result, print_table
+from trackstar.attribution.writing import check_writable, write_results
 from trackstar.corpus import Query
 from trackstar.curvature.task import task_correction
 from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
 from trackstar.editing.converting import convert_index
+from trackstar.errors import OptionError
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
 from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
@@ -22,6 +24,8 @@ from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.pretraining import pretrain
 from trackstar.retrieval.scoring import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
 from trackstar.store import Index, row_bytes
+from trackstar.store.files.outputs import check_replaceable, replace_text
+from trackstar.text import abridged, system_reason
 
 # 16 blocks of 32×32: 16,384 dimensions.
 _SIDE = 32
@@ -37,7 +41,8 @@ class DemoReport:
         accuracy: Share of the queries that the model answers correctly.
         mrr: Mean reciprocal rank over all queries, by method.
         recall: Recall@10 by method: the share of queries with a gold sentence among the first ten.
-        overlap: Share of the exact first ten that the 1-bit store finds, before and after re-ranking.
+        overlap: Share of the exact first ten that the 1-bit store finds, before and after
+            re-ranking.
         answers: The model's own completion, by query.
         seconds: Wall time, by stage.
     """
@@ -82,11 +87,13 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
     `index-without-v/` and `index-1-bit/`, `results.jsonl` and `report.json`.
 
     Raises:
-        TrackstarError: `out` cannot be written, or holds other files.
+        TrackstarError: `out` cannot be written, or holds other files under these names.
     """
     watch = _Stopwatch()
+    _check_folder(out)
     corpus = demo_corpus(seed)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "results.jsonl")
+    check_replaceable(out / "report.json", _is_report)
     sentences, queries = _write_inputs(corpus, out)
     print_line(
         f"1. Corpus: {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and "
@@ -127,7 +134,7 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
         answers=answers,
         seconds=watch.seconds,
     )
-    (out / "report.json").write_text(json.dumps(dataclasses.asdict(measured), indent=1), encoding="utf-8")
+    replace_text(out / "report.json", json.dumps(dataclasses.asdict(measured), indent=1, allow_nan=False))
     prompt = corpus.queries[0].prompt
     files = DemoFiles(index=out / "index", queries=queries, results=out / "results.jsonl", prompt=prompt)
     return DemoRun(report=measured, files=files)
@@ -158,22 +165,63 @@ def _built_indexes(model: LanguageModel, sentences: Path, out: Path) -> tuple[In
 
 
 def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
-    sentences, queries = out / "corpus.jsonl", out / "queries.jsonl"
-    with sentences.open("w", encoding="utf-8") as file:
-        stating = {name for names in corpus.gold.values() for name in names}
-        for example in corpus.sentences:
-            line = {
-                "id": example.example_id,
-                "text": example.text,
-                "topic": example.example_id.rsplit("-", 2)[0],
-                "role": "states a fact" if example.example_id in stating else "distractor",
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with queries.open("w", encoding="utf-8") as file:
-        for query in corpus.queries:
-            line = {"query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}
-            file.write(json.dumps({**query.record, **line}, ensure_ascii=False) + "\n")
-    return sentences, queries
+    """Write the corpus and the queries, if they are not there yet.
+
+    Raises:
+        OptionError: A file of that name has other content, such as another seed's.
+    """
+    stating = {name for names in corpus.gold.values() for name in names}
+    sentences = [
+        {
+            "id": example.example_id,
+            "text": example.text,
+            "topic": example.example_id.rsplit("-", 2)[0],
+            "role": "states a fact" if example.example_id in stating else "distractor",
+        }
+        for example in corpus.sentences
+    ]
+    queries = [
+        {**query.record, "query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}
+        for query in corpus.queries
+    ]
+    texts = {
+        out / f"{name}.jsonl": "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        for name, lines in (("corpus", sentences), ("queries", queries))
+    }
+    for path, text in texts.items():
+        check_replaceable(path, _has(text))
+    for path, text in texts.items():
+        replace_text(path, text)
+    return out / "corpus.jsonl", out / "queries.jsonl"
+
+
+def _check_folder(out: Path) -> None:
+    """Raise if a folder holds something else than a run of the demo; it need not exist.
+
+    Raises:
+        OptionError: The folder holds other files, or cannot be listed.
+    """
+    try:
+        names = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise OptionError(f"`out`: {out} cannot be used ({system_reason(error)}); choose another folder") from None
+    if names and "corpus.jsonl" not in names:
+        raise OptionError(
+            f"`out`: {out} holds {abridged(names[0])}, expected an empty folder or an earlier demo's; choose another "
+            "folder"
+        )
+
+
+def _has(text: str) -> Callable[[Path], bool]:
+    return lambda file: file.read_text(encoding="utf-8") == text
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is the demo's `report.json`."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return isinstance(found, dict) and found.keys() == {field.name for field in dataclasses.fields(DemoReport)}
 
 
 def _is_correct(query: Query, answer: str) -> bool:
@@ -193,7 +241,8 @@ def _shown_queries(index: Index, model: LanguageModel, corpus: DemoCorpus, answe
     by_relation: dict[object, int] = {}
     for correct, most in ((True, _SHOWN_CORRECT), (False, _SHOWN_WRONG)):
         queries = [q for q in corpus.queries if _is_correct(q, answers[q.query_id]) is correct]
-        # The first query of each relation, then the second of each, so that all relations are shown.
+        # The first query of each relation, then the second of each, so that all relations are
+        # shown.
         queries.sort(key=lambda query: _occurrence(by_relation, query))
         for query in queries[:most]:
             answer = answers[query.query_id].strip().rstrip(".")

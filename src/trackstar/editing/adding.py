@@ -8,16 +8,19 @@ run is resumed.
 import dataclasses
 from pathlib import Path
 
+from trackstar.choices import DuplicateIds
 from trackstar.corpus import Corpus, open_corpus
 from trackstar.curvature.task import train_whitening
-from trackstar.editing.duplicates import check_new
+from trackstar.editing.duplicates import added_corpus
 from trackstar.editing.merging import merged_manifest
 from trackstar.editing.rewriting import check_apart, write_rows
 from trackstar.indexing.provenance import corpus_entry
-from trackstar.indexing.shard_writing import RowWork, rows_by, write_shards
+from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, write_shards
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import PART_FOLDER, Index, IndexWriter, Place, as_folder, load_manifest
+from trackstar.store.files.outputs import inputs, refuse_input_folder
+from trackstar.store.locations import recorded_model, relocated
 from trackstar.workers.index_model import model_of_index, second_moment_of_index
 from trackstar.workers.protocol import THIS_PROCESS
 from trackstar.workers.setups import GradientSetup
@@ -32,6 +35,7 @@ def add_examples(
     text_field: str = "text",
     id_field: str | None = None,
     limit: int | None = None,
+    duplicate_ids: DuplicateIds = "refuse",
     device: str = "cpu",
     batch_tokens: int = 2048,
     progress: bool = True,
@@ -50,6 +54,9 @@ def add_examples(
         text_field: Field that holds the text.
         id_field: Field that holds an example's id; None detects it.
         limit: Most records to read; None reads all.
+        duplicate_ids: What is done with a record whose name an earlier record or an example of the
+            index has: `refuse` raises, `number` names it `NAME~2`. Records without a name are named
+            after their position behind the index's records.
         device: Device that gradients are computed on.
         batch_tokens: Most tokens per batch, padding included.
         progress: Whether to show a progress bar if stderr is a terminal.
@@ -65,13 +72,19 @@ def add_examples(
     """
     index = Index.of(index)
     check_apart(out, [index])
+    recorded = recorded_model(index.manifest, index.path)
+    refuse_input_folder(out, inputs(data=data, model=recorded if model is None else model))
     completion = index.manifest.completion
     assert completion is not None, "an open index is finished"
-    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
-    entry = corpus_entry(corpus)
-    check_new(index, corpus, entry)
-    added = dataclasses.replace(index.manifest, corpora=(entry,), removed=None, completion=None)
-    extended = merged_manifest([index.manifest, added], [completion.records])
+    corpus = added_corpus(
+        index,
+        open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids),
+    )
+    folder = as_folder(out)
+    entry = corpus_entry(corpus, folder)
+    copied = relocated(index.manifest, index.path, folder)
+    added = dataclasses.replace(copied, corpora=(entry,), removed=None)
+    extended = merged_manifest([copied, added], [completion.records])
     existing = load_manifest(out)
     # A model that does not fit is refused before a folder is made.
     unfinished = existing is None or existing.completion is None
@@ -80,10 +93,13 @@ def add_examples(
         Progress("Adding", unit="examples", shown=progress) as bar,
         IndexWriter.open(out, extended, on_note=bar.note) as writer,
     ):
+        for line in corpus.survey().notes(corpus.name):
+            bar.note(line)
         if not writer.completed:
             indexed_model = indexed_model or model_of_index(index, model, device=device)
-            part = as_folder(out) / PART_FOLDER
+            part = folder / PART_FOLDER
             with IndexWriter.open(part, added, on_note=bar.note, whole=True) as part_writer:
+                check_resumed(part_writer, indexed_model)
                 if not part_writer.completed:
                     _index_corpus(part_writer, index, indexed_model, corpus, batch_tokens=batch_tokens, bar=bar)
             write_rows(writer, [index, Index.open(part)], bar=bar)

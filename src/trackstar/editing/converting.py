@@ -9,7 +9,8 @@ from trackstar.editing.rewriting import check_apart, rewrite
 from trackstar.errors import OptionError
 from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.train_whitening import TrainWhitening
-from trackstar.store import Index, Place, StoredRows, codec_bits, encode
+from trackstar.store import Index, Place, StoredRows, as_folder, codec_bits, encode
+from trackstar.store.locations import relocated
 
 
 def convert_index(
@@ -23,7 +24,8 @@ def convert_index(
     """Make an index with the same rows in another codec.
 
     For `int8` and codecs with fewer bits, rows in projected coordinates are first whitened by the
-    index's own R_train. If the run is interrupted, the same call resumes it.
+    index's own R_train. With the index's own codec, rows are copied: an index of an older format
+    becomes one of the current format. If the run is interrupted, the same call resumes it.
 
     Args:
         index: The index, in a codec with at least as many bits; it is not changed.
@@ -51,7 +53,7 @@ def convert_index(
             "another, or index the corpus with `build_index`"
         )
     w_train: Whitening | None = None
-    manifest = dataclasses.replace(old, codec=codec, completion=None)
+    manifest = dataclasses.replace(relocated(old, index.path, as_folder(out)), codec=codec)
     if old.whitening is None and codec_bits(codec) <= 8:
         source = f"of all {index.rows} examples of the index"
         train = TrainWhitening.written_in(out, damping=damping, source=source)
@@ -72,7 +74,16 @@ def convert_index(
         return dataclasses.replace(encode(values, codec, blocks), norms=stored.norms)
 
     spectrum = train_spectrum(index) if index.load_derived("train-spectrum") is not None else None
-    converted = rewrite([index], out, manifest, recode=recode, w_train=w_train, title="Converting", progress=progress)
+    copies = codec == old.codec  # into the current format; the codes are not decoded
+    converted = rewrite(
+        [index],
+        out,
+        manifest,
+        recode=None if copies else recode,
+        w_train=w_train,
+        title="Converting",
+        progress=progress,
+    )
     if spectrum is not None:
         converted.save_derived("train-spectrum", {"values": spectrum})
     return converted

@@ -2,49 +2,128 @@
 
 An example indexed twice would count twice in R_train and in rankings. A corpus is identified by its
 digest. The same corpus read with another limit or other fields has another digest, so these are
-compared as well. Whether different corpora share texts is not checked.
+compared as well. Whether different corpora share texts is not checked. Names are compared, because
+results, lists of names and gold examples refer to examples by name.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from trackstar.corpus import Corpus
+from trackstar.choices import DuplicateIds
+from trackstar.corpus import Corpus, TokenizedExample
+from trackstar.corpus.duplicates import DuplicateCheck, Named, NameHashes, TakenNames, numbered
 from trackstar.errors import CorpusError, OptionError
 from trackstar.store import CorpusEntry, Index, StoredExample
 from trackstar.text import abridged
 
+Rename = Callable[[TokenizedExample], TokenizedExample]
+"""Names an example, whose record is numbered through all indexes."""
+
+_MERGE_ADVICE = (
+    'remove one of them with `remove_examples`, or pass `duplicate_ids="number"`, which renames the second in the '
+    "new index"
+)
 # Examples compared between two corpora that may be the same.
 _COMPARED_EXAMPLES = 64
 
 
-def check_new(index: Index, corpus: Corpus, entry: CorpusEntry) -> None:
-    """Raise if an index already contains a corpus.
+def added_corpus(index: Index, corpus: Corpus) -> Corpus:
+    """The corpus as it is added to an index: its survey also compares it with the index's corpora
+    and names.
 
     Args:
-        index: The index.
-        corpus: The corpus. It is read once for each other limit and choice of fields among the
-            index's corpora.
-        entry: The corpus's entry in a manifest.
+        index: The index. Its examples are read for their names.
+        corpus: The corpus. Its survey reads it once, and once more for each other limit and choice
+            of fields among the index's corpora.
+    """
+
+    def check_new() -> None:
+        if any(_is_same_corpus(indexed, added) for indexed in index.manifest.corpora):
+            raise OptionError(
+                f"`data`: {index.path} already contains {corpus.name}, whose examples would count twice; pass only new "
+                "examples"
+            )
+
+    taken = TakenNames(
+        holder=str(index.path),
+        hashes=NameHashes.of(_names(index)),
+        names=lambda: _names(index),
+        check_content=check_new,
+    )
+    added = dataclasses.replace(corpus, first_position=record_count(index), taken=taken)
+    return added
+
+
+def _names(index: Index) -> Iterator[str]:
+    """The name of each document of an index, in order; once for windows that follow each other."""
+    return (named.name for named in _named(index))
+
+
+def _named(index: Index) -> Iterator[Named]:
+    """Each document's name, with its record in its corpus: other windows of it may be in another index."""
+    corpora = index.manifest.corpora
+    starts = [corpus.first_record for corpus in corpora]
+    last = None
+    for stored in index.examples():
+        example = stored.example
+        if last != (example.record, example.parent_id):
+            last = example.record, example.parent_id
+            number = bisect.bisect_right(starts, example.record) - 1
+            yield Named(
+                name=example.parent_id,
+                record=example.record,
+                location=f"{index.path}, row {stored.row}",
+                document=(corpora[number].digest, example.record - starts[number]),
+            )
+
+
+def renaming(indexes: Sequence[Index], duplicate_ids: DuplicateIds) -> Rename | None:
+    """How documents are renamed where indexes are merged; None if none is.
+
+    Args:
+        indexes: The indexes, in the order of the new index's rows.
+        duplicate_ids: `refuse` or `number`.
 
     Raises:
-        OptionError: The index contains the corpus.
+        CorpusError: Duplicates are refused, and two documents have the same name.
     """
-    if any(_is_same_corpus(indexed, corpus, entry) for indexed in index.manifest.corpora):
-        raise OptionError(
-            f"`data`: {index.path} already contains {corpus.name}, whose examples would count twice; pass only new "
-            "examples"
-        )
+    starts = [0, *itertools.accumulate(record_count(index) for index in indexes)]
+
+    def named() -> Iterator[Named]:
+        for start, index in zip(starts, indexes, strict=False):
+            for one in _named(index):
+                yield dataclasses.replace(one, record=start + one.record)
+
+    check = DuplicateCheck(NameHashes.of(one.name for one in named()), None, named, _MERGE_ADVICE)
+    if duplicate_ids == "refuse":
+        check.refuse()
+        return None
+    numbers = check.numbers()
+
+    def rename(example: TokenizedExample) -> TokenizedExample:
+        number = numbers.get(example.record)
+        if number is None:
+            return example
+        parent = numbered(example.parent_id, number)
+        name = parent + example.example_id.removeprefix(example.parent_id)
+        return dataclasses.replace(example, example_id=name, parent_id=parent)
+
+    return rename if numbers else None
 
 
-def _is_same_corpus(indexed: CorpusEntry, corpus: Corpus, entry: CorpusEntry) -> bool:
+def _is_same_corpus(indexed: CorpusEntry, corpus: Corpus) -> bool:
     """Whether an indexed corpus is this one, also if it was read with another limit or other fields."""
-    if (indexed.text_field, indexed.id_field, indexed.limit) == (entry.text_field, entry.id_field, entry.limit):
-        return indexed.digest == entry.digest
-    reread = dataclasses.replace(corpus, text_field=indexed.text_field, id_field=indexed.id_field, limit=indexed.limit)
+    reread = corpus
+    if (indexed.text_field, indexed.id_field, indexed.limit) != (corpus.text_field, corpus.id_field, corpus.limit):
+        reread = dataclasses.replace(
+            corpus, text_field=indexed.text_field, id_field=indexed.id_field, limit=indexed.limit
+        )
     try:
-        return reread.digest() == indexed.digest
+        return reread.choice_of_digest(indexed.digest) is not None
     except CorpusError:
         return False  # the corpus cannot be read with these fields
 

@@ -4,21 +4,24 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from trackstar.editing.duplicates import check_disjoint, record_count
+from trackstar.choices import DUPLICATE_IDS, DuplicateIds
+from trackstar.editing.duplicates import check_disjoint, record_count, renaming
 from trackstar.editing.rewriting import check_apart, names_digest, rewrite
-from trackstar.errors import IndexMismatchError, OptionError
-from trackstar.store import (
-    Index,
-    Manifest,
-    Place,
-    differences,
-)
+from trackstar.errors import IndexMismatchError, OptionError, check_choice
+from trackstar.store import Index, Manifest, Place, as_folder, differences
+from trackstar.store.locations import relocated
 from trackstar.text import abridged
 
 _MERGED_FIELDS = ("corpora", "removed", "shard_examples", "trackstar_version", "format_version")
 
 
-def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, progress: bool = True) -> Index:
+def merge_indexes(
+    indexes: Sequence[Index | str | Place],
+    out: str | Place,
+    *,
+    duplicate_ids: DuplicateIds = "refuse",
+    progress: bool = True,
+) -> Index:
     """Merge indexes that were built with the same settings from different corpora.
 
     If the run is interrupted, the same call resumes it. If the new index is finished, it is opened.
@@ -26,6 +29,8 @@ def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, p
     Args:
         indexes: Two or more indexes; their examples keep this order.
         out: Folder of the new index.
+        duplicate_ids: What is done with a document whose name one of an earlier index has: `refuse`
+            raises, `number` names it `NAME~2` in the new index.
         progress: Whether to show a progress bar if stderr is a terminal.
 
     Returns:
@@ -35,6 +40,7 @@ def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, p
         IndexMismatchError: The settings differ; the message names the first field that does.
         OptionError: There are fewer than two indexes, two share an example, or `out` is one of them
             or lies in one.
+        CorpusError: Two documents have the same name; the message names both places.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
     sources = [Index.of(index) for index in indexes]
@@ -52,9 +58,12 @@ def merge_indexes(indexes: Sequence[Index | str | Place], out: str | Place, *, p
                 "indexes built with the same settings can be merged: add the second corpus to the first index with "
                 "`add_examples`"
             )
+    check_choice("duplicate_ids", duplicate_ids, DUPLICATE_IDS)
     check_disjoint(sources)
-    manifest = merged_manifest([index.manifest for index in sources], [record_count(index) for index in sources])
-    return rewrite(sources, out, manifest, title="Merging", progress=progress)
+    rename = renaming(sources, duplicate_ids)
+    copied = [relocated(index.manifest, index.path, as_folder(out)) for index in sources]
+    manifest = merged_manifest(copied, [record_count(index) for index in sources])
+    return rewrite(sources, out, manifest, rename=rename, title="Merging", progress=progress)
 
 
 def merged_manifest(manifests: Sequence[Manifest], records: Sequence[int]) -> Manifest:

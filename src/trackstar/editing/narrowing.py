@@ -1,4 +1,5 @@
-"""Cut an index with projections of a smaller side out of a larger one, without computing a gradient.
+"""Cut an index with projections of a smaller side out of a larger one, without computing a
+gradient.
 
 Projections of different sides are nested (see `random_projection`): with the smaller side s < √d,
 the first s rows and columns of a block of φ, times √d/s, are the block's projection by the first s
@@ -15,11 +16,13 @@ from torch import Tensor
 from trackstar.editing.rewriting import rewrite
 from trackstar.errors import OptionError
 from trackstar.gradients.projection import projection_digest
-from trackstar.store import Index, Manifest, Place, ProjectionEntry, StoredRows, encode
+from trackstar.store import Index, Manifest, Place, ProjectionEntry, StoredRows, as_folder, encode
+from trackstar.store.locations import relocated
 
 
 def narrow_index(index: Index | str | Place, out: str | Place, *, side: int, progress: bool = True) -> Index:
-    """Make the index that `build_index` would make with a smaller `side` and the same `shard_examples`.
+    """Make the index that `build_index` would make with a smaller `side` and the same
+    `shard_examples`.
 
     If the run is interrupted, the same call resumes it. If the new index is finished, it is opened.
 
@@ -61,7 +64,7 @@ def narrow_index(index: Index | str | Place, out: str | Place, *, side: int, pro
     def recode(stored: StoredRows) -> StoredRows:
         return encode(narrowed(stored.decode(), blocks=blocks, side=side), manifest.codec, blocks)
 
-    narrower = narrowed_manifest(manifest, side)
+    narrower = narrowed_manifest(relocated(manifest, index.path, as_folder(out)), side)
     return rewrite([index], out, narrower, recode=recode, title="Narrowing", progress=progress)
 
 

@@ -5,10 +5,8 @@ from collections.abc import Iterable
 
 from trackstar.editing.rewriting import check_apart, names_digest, rewrite
 from trackstar.errors import OptionError
-from trackstar.store import (
-    Index,
-    Place,
-)
+from trackstar.store import Index, Place, as_folder
+from trackstar.store.locations import relocated
 from trackstar.text import abridged
 
 
@@ -51,7 +49,8 @@ def remove_examples(
             f"`names`: all {index.rows} examples of {index.path} would be removed; expected at least one to remain"
         )
     earlier = [] if index.manifest.removed is None else [index.manifest.removed]
-    manifest = dataclasses.replace(index.manifest, removed=names_digest([*earlier, *sorted(unwanted)]), completion=None)
+    copied = relocated(index.manifest, index.path, as_folder(out))
+    manifest = dataclasses.replace(copied, removed=names_digest([*earlier, *sorted(unwanted)]))
     return rewrite(
         [index],
         out,

@@ -1,4 +1,5 @@
-"""Rewrite the rows of existing indexes into a new one: all or some of them, in the same codec or another.
+"""Rewrite the rows of existing indexes into a new one: all or some of them, in the same codec or
+another.
 
 Rows are copied shard by shard, in the order of the sources, which are not changed. An interrupted
 run resumes after its last complete shard. In projected coordinates R_train is summed over the new
@@ -16,7 +17,7 @@ from trackstar.corpus import TokenizedExample
 from trackstar.corpus.digests import digest_of_parts
 from trackstar.curvature.task import train_whitening
 from trackstar.curvature.whitening import Whitening
-from trackstar.editing.duplicates import record_count
+from trackstar.editing.duplicates import Rename, record_count
 from trackstar.errors import OptionError
 from trackstar.indexing.shard_writing import RunningAutocorrelation
 from trackstar.progress import Progress
@@ -30,6 +31,7 @@ from trackstar.store import (
     StoredRows,
     lies_in,
 )
+from trackstar.store.files.outputs import inputs, refuse_input_folder
 
 # Rows decoded and encoded at a time.
 _ROWS_AT_ONCE = 512
@@ -37,10 +39,11 @@ Recode = Callable[[StoredRows], StoredRows]
 
 
 def check_apart(out: str | Place, sources: Sequence[Index]) -> None:
-    """Raise if a new index's folder is one of its sources or lies in one.
+    """Raise if a new index's folder is one of its sources, lies in one or in another index, or
+    holds one.
 
     Raises:
-        OptionError: The folder is a source or lies in one.
+        OptionError: The folder and an index overlap.
     """
     for index in sources:
         if lies_in(out, index.path):
@@ -48,6 +51,7 @@ def check_apart(out: str | Place, sources: Sequence[Index]) -> None:
                 f"`out`: {out} is the index itself or lies in it ({index.path}); choose another folder, the existing "
                 "index is not changed"
             )
+    refuse_input_folder(out, [one for index in sources for one in inputs(index=index.path)])
 
 
 def rewrite(
@@ -57,6 +61,7 @@ def rewrite(
     *,
     recode: Recode | None = None,
     keep: Callable[[TokenizedExample], bool] | None = None,
+    rename: Rename | None = None,
     w_train: Whitening | None = None,
     rows: int | None = None,
     title: str,
@@ -70,6 +75,7 @@ def rewrite(
         manifest: Its manifest, unfinished.
         recode: Transforms rows; None copies their codes.
         keep: Selects examples; None takes all.
+        rename: Renames examples; None renames none.
         w_train: W_train, if rows are whitened now; None is the first source's.
         rows: Number of rows of the new index, for the progress bar; None is the number of all rows
             of the sources.
@@ -87,7 +93,7 @@ def rewrite(
     ):
         if not writer.completed:
             bar.advance(writer.resume_point.row)
-            write_rows(writer, sources, recode=recode, keep=keep, w_train=w_train, bar=bar)
+            write_rows(writer, sources, recode=recode, keep=keep, rename=rename, w_train=w_train, bar=bar)
     return Index.open(out)
 
 
@@ -97,6 +103,7 @@ def write_rows(
     *,
     recode: Recode | None = None,
     keep: Callable[[TokenizedExample], bool] | None = None,
+    rename: Rename | None = None,
     w_train: Whitening | None = None,
     bar: Progress,
 ) -> None:
@@ -107,6 +114,7 @@ def write_rows(
         sources: Indexes that the rows come from, in this order.
         recode: Transforms rows; None copies their codes.
         keep: Selects examples; None takes all.
+        rename: Renames examples; None renames none.
         w_train: W_train, if rows are whitened now; None is the first source's.
         bar: Progress bar, advanced by the rows of each shard.
     """
@@ -121,7 +129,10 @@ def write_rows(
         writer.write_tensors("whitening", {"whitening": whitening.factors})
     pieces = _pieces(sources, keep, skip=writer.resume_point.row)
     for new_shard in _new_shards(pieces, manifest.shard_examples):
-        written = writer.write_shard(new_shard.content(recode))
+        content = new_shard.content(recode)
+        if rename is not None:
+            content = dataclasses.replace(content, examples=[rename(example) for example in content.examples])
+        written = writer.write_shard(content)
         if r_train is not None:
             r_train.add(written)
         bar.advance(written.rows)

@@ -7,7 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from trackstar.choices import CODECS, LOW_BIT_CODECS, CodecName
+from trackstar.choices import CODECS, DUPLICATE_IDS, LOW_BIT_CODECS, CodecName, DuplicateIds
+from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import OptionError, check_at_least, check_choice, check_damping
 from trackstar.indexing.settings import IndexSettings
 from trackstar.text import abridged, one_line
@@ -79,6 +80,7 @@ class EvaluationConfig:
         id_field: Field that holds an example's id, as the facts' gold examples name it; None
             detects it.
         limit: Most candidates; None takes all. A gold example that is then missing is an error.
+        duplicate_ids: What is done with a second record of a name; see `open_corpus`.
         queries: Most facts, balanced over relations; None takes all.
         half: Half of the facts that is evaluated: choose settings on `development`, report figures
             on `report`.
@@ -114,6 +116,7 @@ class EvaluationConfig:
     text_field: str = "text"
     id_field: str | None = None
     limit: int | None = None
+    duplicate_ids: DuplicateIds = "refuse"
     queries: int | None = None
     half: Half = "all"
     methods: tuple[str, ...] = ("gold", "random", "BM25", "experiment 1", "experiment 2", "TrackStar")
@@ -135,6 +138,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _check_names("methods", self.methods, METHODS)
         check_choice("half", self.half, HALVES)
+        check_choice("duplicate_ids", self.duplicate_ids, DUPLICATE_IDS)
         check_choice("codec", self.codec, PROJECTED_CODECS)
         for key in ("limit", "queries", "top_k", "batch_tokens"):
             check_at_least(key, getattr(self, key))
@@ -170,6 +174,7 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
             the message names the file and the key.
     """
     file = Path(path)
+    check_not_special(file, OptionError)
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -199,7 +204,8 @@ def read_config(path: str | os.PathLike[str]) -> EvaluationConfig:
 
 
 def _resolved(key: str, folder: Path, name: str) -> str:
-    """A path relative to the settings' folder if it exists there; else the name itself, which may be a hub's.
+    """A path relative to the settings' folder if it exists there; else the name itself, which may
+    be a hub's.
 
     Raises:
         OptionError: The name can only be a path, and the path does not exist.

@@ -1,6 +1,6 @@
 """Draw a report's figures: projection size and checkpoints (Figure 2), categories by frequency (Figure 3)."""
 
-from pathlib import Path
+import io
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,17 @@ from trackstar.evaluation.run import EvaluationReport
 _CATEGORY_METHODS = ("TrackStar", "BM25")
 
 
-def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
-    """Draw the figures that a report has results for, as PNG; no screen is needed.
+def draw_figures(report: EvaluationReport) -> dict[str, bytes]:
+    """Draw the figures that a report has results for; no screen is needed.
 
     Returns:
-        Paths of the figures.
+        Each figure's name, without ending, and its PNG file.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     if report.variants.by_side:
         sides = [(str(side), ranking) for side, ranking in sorted(report.variants.by_side.items())]
@@ -39,10 +38,13 @@ def draw_figures(report: EvaluationReport, folder: Path) -> list[Path]:
     for method in _CATEGORY_METHODS:
         if method in report.categories:
             figures[f"categories-{method.lower()}"] = _figure_of_categories(plt, report, method)
+    drawn = {}
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=130)
         plt.close(figure)
-    return [folder / f"{name}.png" for name in figures]
+        drawn[name] = content.getvalue()
+    return drawn
 
 
 def _step(name: str) -> str:

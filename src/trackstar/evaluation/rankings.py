@@ -111,7 +111,8 @@ class Rankings:
     def proponents_of_wrong_answers(
         self, wrong_facts: Sequence[Fact], facts: Sequence[Fact]
     ) -> tuple[tuple[int, ...], ...]:
-        """Rows of TrackStar's first k candidates for wrong answers, with R_eval of the correct facts (§7.1).
+        """Rows of TrackStar's first k candidates for wrong answers, with R_eval of the correct
+        facts (§7.1).
 
         Args:
             wrong_facts: Facts whose object is the model's wrong answer.
@@ -267,5 +268,8 @@ class Rankings:
             output=method.output,
             projection=method.projection,
         )
-        corpus = open_corpus(config.corpus, text_field=config.text_field, id_field=config.id_field, limit=config.limit)
+        corpus = open_corpus(
+            config.corpus, text_field=config.text_field, id_field=config.id_field, limit=config.limit,
+            duplicate_ids=config.duplicate_ids,
+        )  # fmt: skip
         return index_corpus(self._model, corpus, out, settings, workers=self._workers, progress=self._progress)

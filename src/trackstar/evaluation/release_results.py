@@ -47,6 +47,7 @@ def result_lines(report: EvaluationReport, method: str) -> list[str]:
                 "model_answer": report.answers[number],
             },
             ensure_ascii=False,
+            allow_nan=False,
         )
         for number, (fact, query) in enumerate(zip(report.facts, queries, strict=True))
         for frequency in [int(report.frequencies[number] if fact.frequency is None else fact.frequency)]

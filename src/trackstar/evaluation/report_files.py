@@ -2,19 +2,25 @@
 
 import importlib.metadata
 import json
+import math
 import platform
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trackstar.attribution.results import replace_text
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.figures import draw_figures
 from trackstar.evaluation.release_results import result_file_name, result_lines
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.tables import tables
+from trackstar.evaluation.workspace import claim_folder
+from trackstar.store.files.outputs import replace_bytes, replace_text
 
+# Names of the files of tables, results and figures, as listed in report.json.
+_LISTED = re.compile(r"(tables|results|figures)/[\w., -]+\.(csv|jsonl|png)")
 _PACKAGES = ("trackstar-tda", "torch", "transformers", "tokenizers", "numpy")
 
 
@@ -22,25 +28,29 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
     """Write a report.
 
     The files are `report.md`, `report.json`, one CSV file per table in `tables/`, one PNG file per
-    figure in `figures/`, and one result file per method in `results/`.
+    figure in `figures/`, and one result file per method in `results/`. `report.json` lists them, so
+    that files of an earlier report are removed and no others.
 
     Returns:
         Path of `report.md`.
 
     Raises:
-        OptionError: A file cannot be written.
+        OptionError: A file cannot be written, or the folder holds something else.
     """
+    claim_folder(out)
     made = tables(report)
-    for table in made:
-        replace_text(out / "tables" / f"{table.name}.csv", table.to_csv())
-    _remove_others(out / "tables", "*.csv", {f"{table.name}.csv" for table in made})
-    replace_text(out / "report.json", json.dumps(to_json(report), indent=1, ensure_ascii=False) + "\n")
+    figures = draw_figures(report)
+    files = {f"tables/{table.name}.csv": table.to_csv().encode("utf-8") for table in made}
     for method in report.config.methods:
-        lines = result_lines(report, method)
-        replace_text(out / "results" / result_file_name(method), "".join(f"{line}\n" for line in lines))
-    _remove_others(out / "results", "*.jsonl", {result_file_name(method) for method in report.config.methods})
-    figures = draw_figures(report, out / "figures")
-    _remove_others(out / "figures", "*.png", {figure.name for figure in figures})
+        text = "".join(f"{line}\n" for line in result_lines(report, method))
+        files[f"results/{result_file_name(method)}"] = text.encode("utf-8")
+    files |= {f"figures/{name}.png": content for name, content in figures.items()}
+    content = {**to_json(report), "files": sorted(files)}
+    numbers = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    for name, content in files.items():
+        replace_bytes(out / name, content)
+    _remove_stale(out, files)
+    replace_text(out / "report.json", numbers + "\n")
     correct = int(report.correct.sum())
     lines = [
         "# Fact tracing",
@@ -50,17 +60,20 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
         f"({correct / len(report.facts):.1%})",
         "",
         *(table.to_markdown() for table in made),
-        *(f"![{path.stem}](figures/{path.name})\n" for path in figures),
+        *(f"![{name}](figures/{name}.png)\n" for name in figures),
     ]
     replace_text(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
 
-def _remove_others(folder: Path, pattern: str, names: set[str]) -> None:
-    """Remove files that an earlier run with other settings left."""
-    for path in folder.glob(pattern):
-        if path.name not in names:
-            path.unlink()
+def _remove_stale(out: Path, names: Iterable[str]) -> None:
+    """Remove the files that an earlier report with other settings lists, and this one does not have."""
+    try:
+        listed = json.loads((out / "report.json").read_text(encoding="utf-8")).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        return
+    for name in {str(name) for name in listed if _LISTED.fullmatch(str(name))} - set(names):
+        (out / name).unlink(missing_ok=True)
 
 
 def to_json(report: EvaluationReport) -> dict[str, Any]:
@@ -95,6 +108,8 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
     }
 
 
-def _estimate(values: np.ndarray) -> dict[str, float]:
+def _estimate(values: np.ndarray) -> dict[str, float | None]:
+    """An estimate with its interval; numbers that are unknown (NaN) are null."""
     interval = estimate(values)
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "queries": interval.queries}
+    found = {"mean": interval.mean, "low": interval.low, "high": interval.high, "queries": interval.queries}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}

@@ -7,6 +7,7 @@ second run with the same settings computes nothing.
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ from trackstar.evaluation.open_set import Judgements, judged_proponents
 from trackstar.evaluation.proponents import categories_of_wrong_answers, proponent_categories
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
-from trackstar.evaluation.workspace import Workspace
+from trackstar.evaluation.workspace import Workspace, check_folder
 from trackstar.model.generation import generate
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
+from trackstar.store.files.outputs import Input, inputs, refuse_input_folder
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 
@@ -110,6 +112,8 @@ def run_evaluation(
     Raises:
         TrackstarError: See `trackstar.errors`.
     """
+    refuse_input_folder(os.fspath(out), _inputs(config))
+    check_folder(Path(out))
     facts = chosen_facts(config)
     for template in config.templates:
         to_queries(facts, template)  # raises if a prompt is missing, before any computation
@@ -159,6 +163,17 @@ def run_evaluation(
         wrong_answers=categories_of_wrong_answers(facts, answers, correct, main, rankings, config),
         description=_description(model, rankings, config),
     )
+
+
+def _inputs(config: EvaluationConfig) -> list[Input]:
+    """The files and folders that a report is computed from."""
+    return [
+        *inputs(
+            model=config.model, corpus=config.corpus, facts=config.facts, second_moment=config.second_moment,
+            embedding_model=config.embedding_model, entailment_model=config.entailment_model,
+        ),
+        *(one for checkpoint in config.checkpoints for one in inputs(checkpoints=checkpoint)),
+    ]  # fmt: skip
 
 
 def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trackstar.attribution.results import replace_text
 from trackstar.corpus.digests import digest_of_json
 from trackstar.errors import OptionError
+from trackstar.store.files.outputs import replace_text
+from trackstar.text import abridged, system_reason
+
+MARKER = ".trackstar-report"
+"""File that every report's folder holds from its beginning, so that it is told from other folders."""
 
 RESULTS_VERSION = 2
 """Part of every result's key. Raise it when a change of the code changes results: it voids saved ones."""
@@ -25,15 +29,12 @@ class Workspace:
         folder: The folder; it is made if it does not exist.
 
     Raises:
-        OptionError: The folder cannot be made.
+        OptionError: The folder cannot be made, or holds something else.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(f"`out`: {folder} cannot be made ({error.strerror}); choose another folder") from None
+        claim_folder(self.folder)
 
     def result(self, name: str, sources: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """The saved result if its sources are the same; else `compute()`, which is then saved.
@@ -59,6 +60,43 @@ class Workspace:
     def lines(self, name: str, sources: Mapping[str, Any]) -> "GrowingLines":
         """A result to which lines are added; a killed run loses at most the last of them."""
         return GrowingLines(self.path(name).with_suffix(".jsonl"), _key(sources))
+
+
+def claim_folder(folder: Path) -> None:
+    """Make a folder of a report, or check that an existing one is empty or a report's.
+
+    Raises:
+        OptionError: The folder cannot be made, or holds something else.
+    """
+    check_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"`out`: {folder} cannot be made ({system_reason(error)}); choose another folder") from None
+    if not (folder / MARKER).exists():
+        replace_text(folder / MARKER, "Folder of a report of trackstar: files in it are replaced by the next run.\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise if a folder holds something else than a report; it need not exist.
+
+    Raises:
+        OptionError: The folder holds something else, or cannot be listed.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise OptionError(f"`out`: {folder} cannot be used ({system_reason(error)}); choose another folder") from None
+    if MARKER in names:
+        return
+    saved = _read(folder / "answers.json")  # as of a report without a marker, which earlier versions made
+    if names and not (isinstance(saved, dict) and saved.keys() == {"key", "sources", "result"}):
+        raise OptionError(
+            f"`out`: {folder} holds {abridged(names[0])}, expected an empty folder or an earlier report's; choose "
+            "another folder"
+        )
 
 
 class GrowingLines:

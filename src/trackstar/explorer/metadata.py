@@ -9,6 +9,7 @@ from trackstar.corpus import Corpus, open_corpus
 from trackstar.errors import CorpusError, OptionError
 from trackstar.progress import Progress
 from trackstar.store import Index
+from trackstar.store.locations import opened_source
 
 _MOST_FIELDS = 30
 _MOST_CHARACTERS = 64 << 20
@@ -57,7 +58,7 @@ class Metadata:
         records = 0
         with Progress("Reading corpus fields", unit="records", shown=False) as bar:
             for corpus, entry in zip(corpora, index.manifest.corpora, strict=True):
-                if corpus.digest() != entry.digest:
+                if corpus.choice_of_digest(entry.digest) is None:
                     raise CorpusError(
                         f"{corpus.name}: has changed since {index.path} was built from it, expected the same bytes; "
                         "pass the corpus that was indexed as `data`"
@@ -101,7 +102,8 @@ def metadata_fields(corpora: Sequence[Corpus]) -> list[str]:
 
 
 def corpora_of_index(index: Index, data: str | None) -> list[Corpus]:
-    """Open the corpora that an index was built from; `data` is the path of a single corpus that has moved.
+    """Open the corpora that an index was built from; `data` is the path of a single corpus that has
+    moved.
 
     Whether they are still the indexed ones is not checked.
 
@@ -113,6 +115,11 @@ def corpora_of_index(index: Index, data: str | None) -> list[Corpus]:
     if data is not None and len(entries) > 1:
         raise OptionError(f"`data`: {index.path} was built from {len(entries)} corpora, found one path; leave it out")
     return [
-        open_corpus(data or entry.source, text_field=entry.text_field, id_field=entry.id_field, limit=entry.limit)
+        open_corpus(
+            data or opened_source(entry.source, entry.location, index.path),
+            text_field=entry.text_field,
+            id_field=entry.id_field,
+            limit=entry.limit,
+        )
         for entry in entries
     ]

@@ -21,15 +21,24 @@ from torch import Tensor
 
 from trackstar.choices import SecondMomentKind
 from trackstar.corpus import TokenizedExample
-from trackstar.errors import OptionError
+from trackstar.errors import OptionError, SecondMomentError
 from trackstar.gradients.per_example import BatchedPass, GradientConsumer, gradient_matrices
-from trackstar.gradients.second_moment import DEFAULT_FLOOR, ElementwiseMoment, FactoredMoment, Moment, SecondMoment
+from trackstar.gradients.second_moment import (
+    DEFAULT_FLOOR,
+    ElementwiseMoment,
+    FactoredMoment,
+    Moment,
+    SecondMoment,
+    checked_second_moment,
+)
 from trackstar.model.batching import Batch
-from trackstar.model.language_model import LanguageModel
+from trackstar.model.language_model import LanguageModel, largest_weight
 from trackstar.model.layer_blocks import WeightMatrix
 
 # Examples whose squares are summed together: enough to fill a batch, few enough to occupy several workers.
 _PART_EXAMPLES = 16
+# Weights beyond it are taken for the cause of an estimate that is not finite.
+_LARGE_WEIGHT = 1e4
 
 
 def estimate_second_moment(
@@ -59,6 +68,59 @@ def estimate_second_moment(
         raise OptionError("second moment: found no example to estimate it from, expected one or more")
     with SquaredGradients(model, kind=kind, batch_tokens=batch_tokens, note=note) as squares:
         return mean_of_squares((squares.sums(part) for part in estimate_parts(examples, kind)), kind=kind, floor=floor)
+
+
+def checked_estimate(
+    second_moment: SecondMoment, model: LanguageModel, examples: Sequence[TokenizedExample]
+) -> SecondMoment:
+    """Return an estimate of V after `checked_second_moment`; an error says where its fault comes from.
+
+    Args:
+        second_moment: V, estimated from the examples.
+        model: The model.
+        examples: The sample.
+
+    Raises:
+        SecondMomentError: V has a fault; the message names the weights or the texts that cause it.
+    """
+    try:
+        return checked_second_moment(second_moment, model.matrices)
+    except SecondMomentError as error:
+        cause = _cause(model, examples)
+        if cause is None:
+            raise
+        raise SecondMomentError(cause) from error
+
+
+def _cause(model: LanguageModel, examples: Sequence[TokenizedExample]) -> str | None:
+    """Why an estimate of V from these examples is zero or not finite; None if no cause is known."""
+    parameters = dict(model.module.named_parameters())
+    zero = [name for name, parameter in parameters.items() if parameter.ndim > 1 and not parameter.any()]
+    if zero:
+        return (
+            f"{model.source}: {len(zero)} of its {len(parameters)} parameters are zero throughout, first {zero[0]}, so "
+            "that other weights get no gradient to estimate V from; expected trained weights; load another checkpoint, "
+            'or pass `second_moment="none"`'
+        )
+    longest = max(len(example.token_ids) for example in examples)
+    if longest <= 2:
+        return (
+            f"the longest of the {len(examples)} texts that V is estimated from has {longest} tokens, of which one "
+            "precedes the other, so that queries and keys of the attention get no gradient; expected texts of three "
+            'tokens or more; give longer texts, or pass `second_moment="none"`'
+        )
+    if len({token for example in examples for token in example.token_ids.tolist()}) <= 2:
+        return (
+            f"the {len(examples)} texts that V is estimated from consist of one token that is repeated, such as white "
+            "space, so that queries and keys of the attention get no gradient; expected texts of words; name the field "
+            'that holds them with `text_field`, or pass `second_moment="none"`'
+        )
+    if max(float(parameter.abs().max()) for parameter in parameters.values() if parameter.numel()) > _LARGE_WEIGHT:
+        return (
+            f"{model.source}: gradients are not finite, or vanish, expected finite ones to estimate V from; "
+            f"{largest_weight(model.module)}: it is too large; reload or retrain it"
+        )
+    return None
 
 
 def estimate_parts(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trackstar.choices import SecondMomentKind
+from trackstar.corpus.local_files import check_no_special_inside, check_not_special
 from trackstar.errors import SecondMomentError
 from trackstar.gradients.optimizer_files import (
     ESTIMATE_ADVICE,
@@ -81,7 +82,9 @@ def second_moment_from_state(
             can have.
     """
     path = Path(path)
+    check_not_special(path, SecondMomentError)
     if path.is_dir():
+        check_no_special_inside(path, SecondMomentError)
         file = find_optimizer_state(path)
         if file is None:
             raise SecondMomentError(f"{path}: holds neither {' nor '.join(STATE_FILES)}; {ESTIMATE_ADVICE}")

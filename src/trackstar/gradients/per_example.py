@@ -12,6 +12,7 @@ over chunks of target positions, so that no tensor of vocabulary size exists for
 The loss is what is differentiated; TRAK's margin and the logit exist for comparisons (paper, Table A.3).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +25,8 @@ from torch import Tensor
 from trackstar.choices import Output
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError
-from trackstar.model.batching import Batch, make_batch, plan_batches, run_adaptively
-from trackstar.model.language_model import Head, LanguageModel
+from trackstar.model.batching import Batch, check_token_ids, make_batch, plan_batches, run_adaptively
+from trackstar.model.language_model import Head, LanguageModel, largest_weight
 from trackstar.model.layer_blocks import WeightMatrix
 
 # Bytes that the logits of a chunk of positions take: small enough to stay in a last-level cache,
@@ -167,9 +168,11 @@ class BatchedPass:
         Raises:
             OptionError: `batch_tokens` is not positive, or a single example does not fit in memory.
             GradientError: A loss or a row of the result is not finite; the message names the example.
+            ModelError: A token has no embedding; the message names the example and the token.
         """
         assert self._run is not None, "used outside its context"
         run = self._run
+        check_token_ids(examples, self._model.vocabulary, self._model.tokenizer)
 
         def run_batch(indices: list[int]) -> tuple[Result, Tensor]:
             losses = run(make_batch(examples, indices, device=self._model.device))
@@ -181,12 +184,16 @@ class BatchedPass:
             if isinstance(rows, Tensor):
                 finite = torch.isfinite(rows).all(dim=1) & finite
             if not finite.all():
-                wrong = examples[indices[int(finite.int().argmin())]]
-                raise GradientError(
-                    f"{wrong.example_id}: its loss or gradient is not finite, expected finite numbers; check the "
-                    "model's weights and V, or leave the example out"
-                )
+                row = int(finite.int().argmin())
+                raise self._not_finite(examples[indices[row]].example_id, float(losses[row]))
             yield indices, rows, losses
+
+    def _not_finite(self, name: str, loss: float) -> GradientError:
+        found = f"its gradient is not finite (its loss is {loss:.4g})" if math.isfinite(loss) else f"its loss is {loss}"
+        return GradientError(
+            f"{name}: {found}, expected finite numbers; {largest_weight(self._model.module)}; check the model's "
+            "weights and V, or leave the example out"
+        )
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from trackstar.store import (
     load_manifest,
     remove_end,
 )
+from trackstar.workers.stored_losses import check_sample
 
 # Seconds between a waiting task's checks, and between its notes.
 _CHECK_EVERY = 2.0
@@ -88,7 +89,10 @@ def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar:
     if job is None:
         bar.note(f"{out}: the index is complete")
         return
-    folder = ShardFolder(out, job.manifest, on_note=bar.note)
+    written = Index.open(out, allow_incomplete=True)
+    if written.rows:
+        check_sample(written, job.model)
+    folder = ShardFolder(out, written.manifest, on_note=bar.note)
 
     def finished(shard: int) -> ResumePoint | None:
         # A task checks every byte of its own shards only; `finish_index` checks all shards.

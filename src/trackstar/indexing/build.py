@@ -3,16 +3,26 @@
 import sys
 from pathlib import Path
 
-from trackstar.choices import CodecName, Coordinates, Dtype, Output, ProjectionKind, SecondMomentKind
+from trackstar.choices import (
+    CodecName,
+    Coordinates,
+    Dtype,
+    DuplicateIds,
+    Output,
+    ProjectionKind,
+    SecondMomentKind,
+)
 from trackstar.corpus import Corpus, open_corpus
 from trackstar.curvature.autocorrelation import check_autocorrelation_size
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.array_tasks import Share, index_share
 from trackstar.indexing.job import IndexJob, prepare
 from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.shard_writing import check_resumed
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.store import Index, IndexWriter, Place, as_folder
+from trackstar.store.files.outputs import inputs, refuse_input_folder
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
 _DEFAULT = IndexSettings()
@@ -26,6 +36,7 @@ def build_index(
     text_field: str = "text",
     id_field: str | None = None,
     limit: int | None = None,
+    duplicate_ids: DuplicateIds = "refuse",
     window_tokens: int | None = _DEFAULT.window_tokens,
     overlap: int = _DEFAULT.overlap,
     revision: str | None = None,
@@ -63,6 +74,8 @@ def build_index(
         text_field: Field that holds the text.
         id_field: Field that names an example; None searches for one.
         limit: Most records to read.
+        duplicate_ids: Whether a second record of a name is refused, or named `NAME~2`; see
+            `open_corpus`.
         window_tokens: See `IndexSettings`, as for every parameter without a description here.
         overlap: See `IndexSettings`.
         revision: Revision of a hub's model.
@@ -119,7 +132,7 @@ def build_index(
             model, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device,
             attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks,
         )  # fmt: skip
-    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit)
+    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids)
     return index_corpus(model, corpus, out, settings, share=share, workers=workers, progress=progress)
 
 
@@ -145,6 +158,7 @@ def index_corpus(
         progress: Whether progress is shown if stderr is a terminal.
     """
     folder = as_folder(out)
+    refuse_input_folder(folder, inputs(data=corpus.name, model=model.source, second_moment=settings.second_moment))
     check_autocorrelation_size(len(model.blocks), settings.side, model.device)
     total = corpus.count() if progress and share is None and sys.stderr.isatty() else None
     with Progress("Indexing", unit="examples", total=total, shown=progress) as bar:
@@ -157,6 +171,7 @@ def index_corpus(
             return Index.open(folder, allow_incomplete=True)
         job = prepared()
         with IndexWriter.open(folder, job.manifest, on_note=bar.note) as writer:
+            check_resumed(writer, model)
             completion = writer.manifest.completion
             if completion is not None:
                 bar.note(f"{out}: the index is complete, with {completion.rows} examples")

@@ -151,7 +151,9 @@ def prepare(
         TrackstarError: V or R_train cannot be computed; see `trackstar.errors`.
     """
     refuse_foreign_folder(out)
-    manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings)
+    manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings, out=out)
+    for line in corpus.survey().notes(corpus.name):
+        bar.note(line)
     batch_tokens = settings.batch_tokens
     squares = SquaresSetup(manifest=manifest, kind=settings.second_moment_kind, batch_tokens=batch_tokens)
     moment = second_moment_for(

@@ -10,6 +10,7 @@ from trackstar.errors import OptionError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import DEFAULT_FLOOR, SecondMoment
 from trackstar.indexing.settings import IndexSettings
+from trackstar.model.configuration import libraries
 from trackstar.model.language_model import LanguageModel
 from trackstar.store import (
     FORMAT_VERSION,
@@ -19,6 +20,7 @@ from trackstar.store import (
     Manifest,
     MatrixEntry,
     ModelEntry,
+    Place,
     ProjectionEntry,
     SecondMomentEntry,
     TokenizerEntry,
@@ -27,6 +29,7 @@ from trackstar.store import (
     row_bytes,
     tensors_digest,
 )
+from trackstar.store.locations import IN_MEMORY, Recorded, recorded_corpus, recorded_path
 
 # Bytes of a shard's codes: large enough to scan well, small enough to be held in memory and lost to
 # a kill.
@@ -61,24 +64,26 @@ def make_manifest(
     moment: SecondMoment,
     settings: IndexSettings,
     *,
+    out: Place | None = None,
     whitening: WhiteningEntry | None = None,
 ) -> Manifest:
     """The manifest of a new index: everything that decides its content.
 
     Args:
         model: The model.
-        corpus: The corpus; all of it is read for its digest.
+        corpus: The corpus; all of it is read and checked for its digest, see `Corpus.survey`.
         moment: V.
         settings: What the index is asked to be.
+        out: The index's folder, which paths are recorded relative to; None if there is none.
         whitening: W_train; None if rows are stored in projected coordinates, or W_train is not
             computed yet.
     """
     return Manifest(
         format_version=FORMAT_VERSION,
         trackstar_version=version("trackstar-tda"),
-        model=_model_entry(model),
+        model=model_entry(model, out),
         tokenizer=TokenizerEntry(digest=model.tokenizer_digest()),
-        corpora=(corpus_entry(corpus),),
+        corpora=(corpus_entry(corpus, out),),
         removed=None,
         windows=windows_entry(model, settings),
         second_moment=second_moment_entry(moment),
@@ -95,12 +100,23 @@ def make_manifest(
     )
 
 
-def _model_entry(model: LanguageModel) -> ModelEntry:
+def model_entry(model: LanguageModel, out: Place | None) -> ModelEntry:
+    """A model's entry in the manifest of the index at `out`; all of its weights are read for their digest."""
+    if model.source == IN_MEMORY:
+        place = Recorded(source=model.source, location="memory")
+    elif model.folder is not None:
+        place = recorded_path(model.source, out)
+    else:
+        place = Recorded(source=model.source, location="hub")
+    commit = getattr(model.module.config, "_commit_hash", None) if place.location == "hub" else None
     return ModelEntry(
-        source=model.source,
-        revision=model.revision,
+        source=place.source,
+        location=place.location,
+        revision=model.revision if commit is None else commit,
         gguf_file=model.gguf_file,
+        libraries=libraries(),
         architecture=model.architecture,
+        configuration=model.configuration(),
         digest=model.digest(),
         dtype=model.dtype_name,
     )
@@ -149,11 +165,17 @@ def second_moment_entry(moment: SecondMoment) -> SecondMomentEntry:
     )
 
 
-def corpus_entry(corpus: Corpus) -> CorpusEntry:
-    """A corpus's entry in a manifest; reads all of the corpus for its digest."""
+def corpus_entry(corpus: Corpus, out: Place | None) -> CorpusEntry:
+    """A corpus's entry in the manifest of the index at `out`; reads all of the corpus, and checks every name.
+
+    Raises:
+        CorpusError: A record cannot be read, or two have the same name; see `Corpus.survey`.
+    """
+    place = recorded_corpus(corpus.name, out, on_disk=not corpus.in_memory)
     return CorpusEntry(
-        source=corpus.name,
-        digest=corpus.digest(),
+        source=place.source,
+        location=place.location,
+        digest=corpus.survey().digest,
         text_field=corpus.text_field,
         id_field=corpus.id_field,
         limit=corpus.limit,

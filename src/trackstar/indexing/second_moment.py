@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trackstar.corpus import Corpus, TokenizedExample, tokenize_examples
 from trackstar.errors import CorpusError, DamagedIndexError, SecondMomentError
-from trackstar.gradients.estimated_moment import estimate_second_moment
+from trackstar.gradients.estimated_moment import checked_estimate, estimate_second_moment
 from trackstar.gradients.optimizer_state import find_optimizer_state, second_moment_from_state
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment, checked_second_moment
 from trackstar.indexing.settings import IndexSettings
@@ -65,7 +65,7 @@ def second_moment_for(
         )
     else:
         moment = estimate(sample)
-    return checked_second_moment(dataclasses.replace(moment, source=source), model.matrices)
+    return checked_estimate(dataclasses.replace(moment, source=source), model, sample)
 
 
 def _optimizer_state(requested: str | Path, model: LanguageModel) -> Path | None:

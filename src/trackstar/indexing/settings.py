@@ -97,9 +97,7 @@ class IndexSettings:
             "batch_tokens",
         ):  # fmt: skip
             check_at_least(name, getattr(self, name))
-        check_at_least("seed", self.seed, 0)
-        if self.seed >= 2**64:
-            raise OptionError(f"`seed`: expected less than 2^64, found {self.seed}")
+        check_at_least("seed", self.seed, 0, bits=64)
         check_damping(self.damping)
         if self.codec in LOW_BIT_CODECS:
             if self.coordinates == "projected":

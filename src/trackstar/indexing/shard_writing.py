@@ -23,9 +23,10 @@ from trackstar.gradients.projector import GradientProjector
 from trackstar.indexing.groups import CorpusPosition, ExampleSource, FinishedShard, Group, SampledGradients, ShardGroups
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.store import IndexWriter, Manifest, Shard, ShardContent, StoredRows, encode, have_shapes
+from trackstar.store import Index, IndexWriter, Manifest, Shard, ShardContent, StoredRows, encode, have_shapes
 from trackstar.workers.protocol import Workers
 from trackstar.workers.setups import GradientSetup
+from trackstar.workers.stored_losses import check_sample
 
 # Seconds between saves of R_train's sums, which spare a resumed run to add up all shards again.
 _SAVE_PROGRESS_EVERY = 600.0
@@ -105,6 +106,16 @@ class RowWork:
 def rows_by(workers: Workers, model: LanguageModel, setup: GradientSetup, work: RowWork, bar: Progress) -> MakeRows:
     """Rows computed by workers, with progress per document."""
     return lambda groups: workers.gradients(model, setup, work, groups, advance=bar.advance, note=bar.note)
+
+
+def check_resumed(writer: IndexWriter, model: LanguageModel) -> None:
+    """Raise if the model does not give the losses of the examples that an earlier run has written.
+
+    Raises:
+        IndexMismatchError: A loss differs, so that the index would mix two networks.
+    """
+    if writer.shards_done:
+        check_sample(Index.open(writer.path, allow_incomplete=True), model)
 
 
 def write_shards(

@@ -17,7 +17,7 @@ from trackstar.curvature.task import checked_matrices, stored_matrices
 from trackstar.curvature.whitening import Whitening, shrinkage_damping, whitening
 from trackstar.errors import DamagedIndexError, IndexMismatchError
 from trackstar.indexing.settings import IndexSettings
-from trackstar.indexing.shard_writing import RowWork, rows_by, write_shards
+from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, write_shards
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import (
@@ -177,6 +177,7 @@ class FirstPass:
             IndexWriter.open(folder, manifest, on_note=bar.note, whole=True) as writer,
         ):
             bar.note(f"R_train: first pass over {len(sample.drawn):,} records, {source}")
+            check_resumed(writer, self.model)
             if not writer.completed:
                 done = writer.resume_point.record
                 bar.advance(sum(example.record < done for example in sample.drawn))

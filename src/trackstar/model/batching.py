@@ -1,8 +1,8 @@
 """Batches within a token budget, sorted by length, padded on the right, and halved if memory runs out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from trackstar.corpus import TokenizedExample
-from trackstar.errors import OptionError, check_at_least
+from trackstar.errors import ModelError, OptionError, check_at_least
+from trackstar.text import one_line
 
 Result = TypeVar("Result")
 
@@ -47,6 +48,42 @@ def make_batch(
         token_ids=torch.from_numpy(token_ids).to(device),
         target_mask=torch.from_numpy(target_mask).to(device),
         indices=tuple(indices),
+    )
+
+
+def check_token_ids(examples: Iterable[TokenizedExample], vocabulary: int, tokenizer: Any) -> None:
+    """Raise if a token of an example has no embedding.
+
+    Only tokens that occur are checked: a tokenizer may have more tokens than the model, as long as
+    no text has them.
+
+    Args:
+        examples: The examples; queries, too.
+        vocabulary: Number of tokens of the model; ids are below it.
+        tokenizer: The tokenizer, which names the token in the message.
+
+    Raises:
+        ModelError: A token's id is out of range; the message names the example and the token.
+    """
+    for example in examples:
+        ids = example.token_ids
+        if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+            wrong = int(ids[(ids >= vocabulary) | (ids < 0)][0])
+            raise missing_embedding(example.example_id, wrong, vocabulary, tokenizer)
+
+
+def missing_embedding(name: str, token_id: int, vocabulary: int, tokenizer: Any) -> ModelError:
+    """The error for a token that has no embedding, in the example or prompt of a name."""
+    try:
+        token, size = tokenizer.convert_ids_to_tokens(token_id), len(tokenizer)
+    except Exception:  # a tokenizer's own, for an id that it does not have either
+        token, size = None, None
+    shown = "" if token is None else f' ("{one_line(token, 40)}")'
+    sizes = "" if size is None else f", and the tokenizer {size}"
+    return ModelError(
+        f"{one_line(name)}: token {token_id}{shown} has no embedding: the model has {vocabulary} tokens{sizes}; "
+        "expected the tokenizer that the model was trained with; if tokens were added to it, call "
+        "`resize_token_embeddings` of the model, train it and save it again"
     )
 
 

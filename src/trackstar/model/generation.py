@@ -6,6 +6,7 @@ import torch
 
 from trackstar.corpus import prompt_tokens
 from trackstar.errors import OptionError
+from trackstar.model.batching import missing_embedding
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 
@@ -56,8 +57,12 @@ def generate_tokens(model: LanguageModel, prompt: str, *, max_new_tokens: int = 
 
     Raises:
         OptionError: The prompt leaves no room in the model's context, or has no token.
+        ModelError: A token of the prompt has no embedding.
     """
     token_ids = prompt_tokens(prompt, model.tokenizer)
+    wrong = next((token for token in token_ids if not 0 <= token < model.vocabulary), None)
+    if wrong is not None:
+        raise missing_embedding("prompt", wrong, model.vocabulary, model.tokenizer)
     if not token_ids or len(token_ids) + max_new_tokens > model.context_tokens:
         raise OptionError(
             f"`prompt`: expected at least 1 token and room for {max_new_tokens} more in the model's "

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trackstar.choices import DTYPES
 from trackstar.corpus.digests import digest_of_bytes, running_digest
+from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import ModelError, OptionError, check_choice
+from trackstar.model.configuration import deciding_fields
 from trackstar.model.layer_blocks import (
     Coverage,
     LayerBlock,
@@ -94,6 +96,11 @@ class LanguageModel:
         return [(matrix.name, matrix.rows, matrix.columns) for matrix in self.matrices]
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that have both an embedding and a logit; ids are below it."""
+        return min(len(self.module.get_input_embeddings().get_parameter("weight")), len(self.head.weight))
+
+    @property
     def device(self) -> torch.device:
         """Device of the head."""
         return self.head.weight.device
@@ -151,6 +158,10 @@ class LanguageModel:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def configuration(self) -> dict[str, str]:
+        """The fields of the configuration that decide the model's function, as JSON texts by name."""
+        return deciding_fields(self.module.config)
 
     def tokenizer_digest(self) -> str:
         """BLAKE2b-128 of the tokenizer's definition."""
@@ -263,6 +274,13 @@ def wrap_model(
     )
 
 
+def largest_weight(module: nn.Module) -> str:
+    """The largest weight in absolute value, with its parameter, for messages."""
+    largest = {name: float(parameter.abs().max()) for name, parameter in module.named_parameters() if parameter.numel()}
+    name = max(largest, key=lambda name: largest[name])
+    return f"the largest weight is {largest[name]:.3g}, in {name}"
+
+
 def context_tokens(module: PreTrainedModel) -> int:
     """Most tokens that the model reads at once; 2,048 if its configuration does not state it."""
     config = module.config.get_text_config()
@@ -276,12 +294,13 @@ def context_tokens(module: PreTrainedModel) -> int:
 def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, str | None]:
     """The local folder, or None for a hub name, and the name of the GGUF file, or None for safetensors."""
     path = Path(source)
+    check_not_special(path, ModelError)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{source}: is a file; expected a model folder, a .gguf file or a hub name")
         return path.parent, path.name
     if not path.is_dir():
-        if path.is_absolute() or str(source).startswith((".", "~")):
+        if not _may_be_on_hub(str(source)):
             raise ModelError(f"{source}: no such folder; expected a model folder, a .gguf file or a hub name")
         return None, gguf_file
     if gguf_file is not None and not (path / gguf_file).is_file():
@@ -300,6 +319,14 @@ def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, s
             )
         gguf_file = weights[0]
     return path, gguf_file
+
+
+def _may_be_on_hub(source: str) -> bool:
+    """Whether a name that is no folder may be one on the hub, `NAME` or `OWNER/NAME`, and not a missing folder."""
+    owner, slash, name = source.partition("/")
+    if source.startswith((".", "~", "/")) or "\\" in source or "/" in name or (slash and not name):
+        return False
+    return not (slash and Path(owner).is_dir())
 
 
 def _loaded(name: str, *, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -359,8 +386,8 @@ def _probe(module: PreTrainedModel, head: Head, matrices: list[WeightMatrix], so
             handle.remove()
     if not torch.isfinite(expected).all():
         raise ModelError(
-            f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; its weights are damaged, "
-            "or too large for the computation's dtype"
+            f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; "
+            f"{largest_weight(module)}: its weights are damaged, or too large for the computation's dtype"
         )
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):

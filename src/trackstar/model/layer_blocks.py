@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trackstar.errors import OptionError, UnsupportedModelError, check_at_least
+from trackstar.model.user_patterns import first_groups
 
 Kind = Literal["attention", "mlp"]
 NamedBlock = tuple[str, Kind, tuple[int, int], Sequence[str]]
@@ -121,12 +122,9 @@ def find_layer_blocks(
     """
     check_at_least("layer_blocks", blocks_per_kind)
     linears = _linear_modules(module)
-    patterns: dict[Kind, re.Pattern[str]] = {
-        "attention": _compiled(attention_pattern, ATTENTION_PATTERN, "attention_pattern"),
-        "mlp": _compiled(mlp_pattern, MLP_PATTERN, "mlp_pattern"),
-    }
+    patterns: dict[Kind, str | None] = {"attention": attention_pattern, "mlp": mlp_pattern}
     # Layer number of each matrix, by kind.
-    matched: dict[Kind, dict[str, int]] = {kind: _matched(patterns[kind], kind, linears) for kind in patterns}
+    matched: dict[Kind, dict[str, int]] = {kind: _matched(patterns[kind], kind, list(linears)) for kind in patterns}
     for kind, layers in matched.items():
         if not layers:
             raise UnsupportedModelError(
@@ -183,31 +181,20 @@ def _linear_modules(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, Conv1D))}
 
 
-def _compiled(given: str | None, default: str, parameter: str) -> re.Pattern[str]:
-    try:
-        pattern = re.compile(default if given is None else given)
-    except re.error as error:
-        raise OptionError(f"`{parameter}`: expected a regular expression, found {given!r} ({error})") from None
-    if pattern.groups < 1:
-        raise OptionError(
-            f"`{parameter}`: expected a first group that captures the layer's number, such as (\\d+), found {given!r}"
-        )
-    return pattern
-
-
-def _matched(pattern: re.Pattern[str], kind: Kind, linears: dict[str, nn.Module]) -> dict[str, int]:
-    """Layer number of each matrix that the pattern matches."""
+def _matched(given: str | None, kind: Kind, names: Sequence[str]) -> dict[str, int]:
+    """Layer number of each matrix that the pattern matches; None is the kind's default pattern."""
+    if given is None:
+        default = re.compile(ATTENTION_PATTERN if kind == "attention" else MLP_PATTERN)
+        groups = {name: match[1] for name in names if (match := default.fullmatch(name)) is not None}
+    else:
+        groups = first_groups(given, names, f"{kind}_pattern")
     layers: dict[str, int] = {}
-    for name in linears:
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        if not (match[1] or "").isdigit():
+    for name, group in groups.items():
+        if not (group or "").isdecimal():
             raise OptionError(
-                f"`{kind}_pattern`: expected a first group that captures the layer's number, found {match[1]!r} in "
-                f"{name}"
+                f"`{kind}_pattern`: expected a first group that captures the layer's number, found {group!r} in {name}"
             )
-        layers[name] = int(match[1])
+        layers[name] = int(group or "")
     return layers
 
 

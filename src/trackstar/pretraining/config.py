@@ -5,12 +5,24 @@ import math
 
 from trackstar.choices import OPTIMIZERS, OptimizerName
 from trackstar.errors import OptionError, check_at_least, check_choice
+from trackstar.text import abridged
 
 BYTES_AND_SPECIALS = 258
 """Smallest vocabulary of a trained tokenizer: 256 bytes, and a token before and after each text."""
 
 FREE_TO_CHANGE = frozenset({"steps", "checkpoint_steps"})
 """Settings that may change when a run is resumed, since no finished step depends on them."""
+
+_LARGEST = {
+    "width": 2**16,
+    "layers": 1000,
+    "heads": 2**12,
+    "mlp_width": 2**20,
+    "context_tokens": 2**20,
+    "vocabulary": 2**24,
+    "batch_tokens": 2**32,
+}
+"""Sizes beyond any model that this trainer can train."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +78,9 @@ class PretrainingConfig:
     checkpoint_steps: int = 1000
 
     def __post_init__(self) -> None:
+        for field, largest in _LARGEST.items():
+            if isinstance(value := getattr(self, field), int) and value > largest:
+                raise OptionError(f"`{field}`: expected at most {largest:,}, found {abridged(value)}")
         for field in ("width", "layers", "heads", "mlp_width", "warmup_steps", "steps", "pool_examples"):
             check_at_least(field, getattr(self, field))
         check_at_least("checkpoint_steps", self.checkpoint_steps)
@@ -77,6 +92,8 @@ class PretrainingConfig:
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise OptionError(f"`{field}`: expected a finite number above 0, found {value}")
+        if self.initial_spread > 1:
+            raise OptionError(f"`initial_spread`: expected at most 1, found {self.initial_spread}")
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise OptionError(

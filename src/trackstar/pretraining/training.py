@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from trackstar.pretraining.data_order import TokenizedCorpus, batches_from, epoc
 from trackstar.pretraining.optimizers import apply_gradients, learning_rate, make_optimizer, optimizer_hyperparameters
 from trackstar.pretraining.tokenizer import load_tokenizer, train_tokenizer
 from trackstar.progress import Progress
+from trackstar.store.files.outputs import inputs, refuse_input_folder, refuse_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -70,6 +72,8 @@ def pretrain(
     target = checked_device(device)
     opened = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     folder = Path(out)
+    refuse_input_folder(folder, inputs(data=opened.name))
+    refuse_inputs([folder], inputs(tokenizer=tokenizer))
     checkpoints.prepare_folder(folder)
     try:
         with filelock.FileLock(folder / checkpoints.LOCK_FILE, timeout=0):
@@ -104,6 +108,7 @@ def _pretrain(
 ) -> Path:
     newest = checkpoints.newest_checkpoint(out)
     tokenizer = _tokenizer(corpus, config, tokenizer, newest)
+    _check_memory(config, len(tokenizer))
     model = new_model(config, tokenizer)
     nn.Module.to(model, device)
     optimizer = make_optimizer(model, config)
@@ -136,6 +141,24 @@ def _pretrain(
         if newest is None:
             _save(run, start)
         return _train(run, dataclasses.replace(start, step=state.step, epoch=state.epoch, batch=state.batch), bar)
+
+
+def _check_memory(config: PretrainingConfig, vocabulary: int) -> None:
+    """Raise if weights and gradients in float32 need more memory than the machine has.
+
+    Raises:
+        PretrainingError: They do not fit.
+    """
+    shared = (config.key_value_heads or config.heads) / config.heads
+    attention = (2 + 2 * shared) * config.width**2
+    weights = config.layers * (attention + 3 * config.width * config.mlp_width)
+    weights += vocabulary * config.width * (1 if config.tied_embeddings else 2)
+    needed, total = 8 * weights, psutil.virtual_memory().total
+    if needed > total:
+        raise PretrainingError(
+            f"the model has {weights:,.0f} parameters, which need {needed / 1e9:,.0f} GB with gradients, and this "
+            f"machine has {total / 1e9:,.0f} GB; choose a smaller `width`, `layers`, `mlp_width` or `vocabulary`"
+        )
 
 
 def _train(run: _Run, state: TrainingState, bar: Progress) -> Path:

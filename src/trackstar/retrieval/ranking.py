@@ -10,6 +10,7 @@ from torch import Tensor
 from trackstar.choices import CodecName
 from trackstar.curvature.task import TaskCorrection
 from trackstar.model.language_model import LanguageModel
+from trackstar.retrieval.plausibility import check_scores, check_top
 from trackstar.retrieval.reranking import RERANKED, CoarseRanking, ExactScores, exact_top, rerank
 from trackstar.retrieval.scoring import Scorer, inverse_of, unit_queries, whitened_norms
 from trackstar.retrieval.top_candidates import TopCandidates, top_candidates
@@ -90,6 +91,8 @@ def rank_candidates(
     none = (None,) * len(phi)
     if options.exact:
         top = exact_top(index, exact, options.k, key=correction.key)
+        check_scores(index, top.proponents, top.proponent_scores, exact=True)
+        check_scores(index, top.opponents, top.opponent_scores, exact=True)
         return Ranking(top=top, missed=none, reranked=index.rows, recomputed=index.rows)
     norms = whitened_norms(index, correction.whitening, key=correction.key, workers=workers, progress=progress)
     # Workers of a cluster scan on their own devices.
@@ -98,9 +101,11 @@ def rank_candidates(
     count = options.reranked_for(index.manifest.codec)
     if not count:
         top = top_candidates(index, scorer, options.k, workers=workers, progress=progress)
+        check_top(index, top, exact=False)
         return Ranking(top=top, missed=none, reranked=0, recomputed=0)
     coarse = CoarseRanking.by_scan(index, scorer, count, workers=workers, progress=progress)
     ranking = rerank(coarse, exact, options.k, reranked=count)
+    check_top(index, ranking.top, exact=True)
     return Ranking(
         top=ranking.top, missed=ranking.missed, reranked=min(count, index.rows), recomputed=ranking.recomputed
     )

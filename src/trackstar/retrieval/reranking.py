@@ -12,6 +12,7 @@ score. A candidate that was not re-ranked then belongs to the first k with the p
 exceeds the k-th exact score.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,10 @@ from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.retrieval.scoring import Scorer, inverse_of, scores_of
 from trackstar.retrieval.top_candidates import RunningTop, TopCandidates, best_of, top_candidates
-from trackstar.store import Index, have_shapes
+from trackstar.store import Index, StoredExample, have_shapes
 from trackstar.workers.protocol import THIS_PROCESS, Advance, Workers
 from trackstar.workers.setups import GradientSetup
+from trackstar.workers.stored_losses import check_losses, check_tokens
 
 # Examples whose gradients are held at once.
 _ROWS_AT_ONCE = 256
@@ -59,8 +61,10 @@ class _Influences:
 
     def __call__(
         self, projector: GradientProjector, examples: Sequence[TokenizedExample], advance: Advance
-    ) -> Float[Tensor, "queries examples"]:
-        return influences(self.correction, self.vectors, projected(projector, examples, advance)[0])
+    ) -> tuple[Float[Tensor, "queries examples"], Float[Tensor, "examples"]]:
+        """Influences, and the examples' losses in nats."""
+        phi, losses = projected(projector, examples, advance)
+        return influences(self.correction, self.vectors, phi), losses
 
 
 def influences(
@@ -131,18 +135,29 @@ class ExactScores:
         return scores
 
     def parts(self, rows: Sequence[int]) -> Iterator[tuple[int, Float[Tensor, "queries part"]]]:
-        """Scores of the rows, some hundred at a time: the place of the first, and queries × rows."""
+        """Scores of the rows, some hundred at a time: the place of the first, and queries × rows.
+
+        Raises:
+            IndexMismatchError: An example's loss is not the stored one.
+            DamagedIndexError: A stored example is damaged.
+        """
         first = 0
+        taken: collections.deque[list[StoredExample]] = collections.deque()
+
+        def examples() -> Iterator[list[TokenizedExample]]:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                stored = self._index.some_examples(rows[start : start + _ROWS_AT_ONCE])
+                check_tokens(self._index.path, self._model, stored)
+                taken.append(stored)
+                yield [one.example for one in stored]
+
         with Progress("Re-ranking", unit="examples", total=len(rows), shown=self._progress) as bar:
-            for part in self._workers.gradients(
-                self._model, self._setup, self._work, self._examples(rows), advance=bar.advance, note=bar.note
+            for part, losses in self._workers.gradients(
+                self._model, self._setup, self._work, examples(), advance=bar.advance, note=bar.note
             ):
+                check_losses(self._index, self._model, taken.popleft(), losses)
                 yield first, part
                 first += part.shape[1]
-
-    def _examples(self, rows: Sequence[int]) -> Iterator[list[TokenizedExample]]:
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            yield [stored.example for stored in self._index.some_examples(rows[first : first + _ROWS_AT_ONCE])]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

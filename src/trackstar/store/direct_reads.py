@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from trackstar.errors import StoreError
+from trackstar.store.block_checksums import CODE_BLOCK
 from trackstar.store.tensor_file import PAGE, TensorFile, damaged, unreadable
+from trackstar.store.tensor_reading import compare_blocks
 
 
 def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Tensor]:
@@ -32,16 +34,23 @@ def direct_rows(file: TensorFile, name: str, rows_per_part: int) -> Iterator[Ten
     rows = info.shape[0]
     row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
     starts = range(0, rows, rows_per_part)
-    buffers = [mmap.mmap(-1, _aligned(rows_per_part * row_bytes) + 2 * PAGE) for _ in range(2)]
+    # A part is read with all of the blocks that hold it, so that it can be compared with their checksums.
+    buffers = [mmap.mmap(-1, _aligned(rows_per_part * row_bytes) + 2 * (PAGE + CODE_BLOCK)) for _ in range(2)]
+    checksums = file.checksums
     descriptor = _open(file)
 
     def read(number: int) -> Tensor:
         first = starts[number]
         count = min(rows_per_part, rows - first)
         begin = info.start + first * row_bytes
-        stop = begin + count * row_bytes
-        offset = begin // PAGE * PAGE
-        _read(file, descriptor, memoryview(buffers[number % 2])[: _aligned(stop - offset)], offset, stop)
+        start, stop = begin, begin + count * row_bytes
+        if checksums is not None:
+            start, stop = checksums.blocks.whole(start, stop)
+        offset = start // PAGE * PAGE
+        content = memoryview(buffers[number % 2])
+        _read(file, descriptor, content[: _aligned(stop - offset)], offset, stop)
+        if checksums is not None:
+            compare_blocks(file, content, offset, checksums.blocks.covering(start, stop))
         if not _bypasses_cache(descriptor):
             os.posix_fadvise(descriptor, offset, stop - offset, os.POSIX_FADV_DONTNEED)
         numbers = count * row_bytes // info.dtype.itemsize

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from trackstar.choices import CODECS, LOW_BIT_CODECS, CodecName, Coordinates, Output
 from trackstar.corpus.digests import digest_of_bytes, digest_of_json
@@ -17,6 +18,7 @@ from trackstar.errors import DamagedIndexError, StoreError
 from trackstar.store.files.durable import file_size, read_bytes
 from trackstar.store.files.places import Place, as_folder
 from trackstar.store.manifest_entries import (
+    ADDED_FIELDS,
     DESCRIPTIVE_FIELDS,
     CompletionEntry,
     CorpusEntry,
@@ -30,11 +32,14 @@ from trackstar.store.manifest_entries import (
     WindowsEntry,
 )
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
-from trackstar.text import abridged, cut
+from trackstar.text import Words, abridged, cut
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+OLDEST_FORMAT_VERSION = 3
+"""The oldest version that is read; its indexes are never extended, only copied into the current one."""
 DIGEST_FIELD = "digest"
 LARGEST_MANIFEST = 256 * 2**20
+_CONFIGURATION = "model.configuration"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,7 @@ class Manifest:
     """The settings of an index, and its content once it is finished.
 
     Attributes:
-        format_version: Version of the index's format, `FORMAT_VERSION`.
+        format_version: Version of the index's format: `FORMAT_VERSION`, or an older one that is read.
         trackstar_version: Version of trackstar that began the index.
         model: The model.
         tokenizer: The tokenizer.
@@ -97,7 +102,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The canonical text of manifest.json; the last field is the digest of the text without it."""
-        fields = dataclasses.asdict(self)
+        fields = manifest_fields(self)
         return _layout(fields | {DIGEST_FIELD: _digest(_layout(fields))})
 
     @classmethod
@@ -116,14 +121,14 @@ class Manifest:
             fields = read_strictly(text)
             _check_version(fields)
             digest = fields.pop(DIGEST_FIELD, None)
-            manifest = parse_object(cls, fields)
+            manifest = parse_object(cls, with_absent_fields(fields))
             manifest.check()
         except FieldError as error:
             raise DamagedIndexError(
                 f"{file}: {error}; restore the file from a copy, or build the index again in an empty folder"
             ) from error
         if manifest.to_json() != text:
-            expected = _digest(_layout(dataclasses.asdict(manifest)))
+            expected = _digest(_layout(manifest_fields(manifest)))
             raise DamagedIndexError(
                 f"{file}: the text was changed after it was written (its digest is {abridged(digest)}, "
                 f"its content's {expected!r}); restore the file from a copy, or build the index again in an "
@@ -136,8 +141,52 @@ class Manifest:
 
         `completion` and the descriptive fields are left out.
         """
-        identity = {name: value for name, value in _leaves(self) if not _is_descriptive(name)}
+        identity = {
+            name: value for name, value in _leaves(self) if not _is_descriptive(name) and not _is_absent(self, name)
+        }
         return digest_of_json(identity, compact=True, bits=256)
+
+
+def manifest_fields(manifest: Manifest) -> dict[str, Any]:
+    """The fields of a manifest as JSON values, without those that its format version lacks."""
+    fields = dataclasses.asdict(manifest)
+    for entry in _old_entries(fields):
+        for name in entry.added:
+            del entry.fields[name]
+    return fields
+
+
+def with_absent_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The values that `manifest_fields` returned, with None for fields that their version lacks.
+
+    Raises:
+        FieldError: Such a field is there.
+    """
+    for entry in _old_entries(fields):
+        unknown = next((name for name in entry.added if name in entry.fields), None)
+        if unknown is not None:
+            raise FieldError(unknown, Words("unknown"), "no field of this name in format version 3")
+        entry.fields.update(dict.fromkeys(entry.added))
+    return fields
+
+
+class _OldEntry(NamedTuple):
+    """An entry of a manifest of an old format version, and the fields that were added to it since."""
+
+    fields: dict[str, Any]
+    added: tuple[str, ...]
+
+
+def _old_entries(fields: dict[str, Any]) -> list[_OldEntry]:
+    """The entries that lack fields, by the manifest's own format version; damaged ones are left out."""
+    if fields.get("format_version") != OLDEST_FORMAT_VERSION:
+        return []
+    entries = []
+    for name, added in ADDED_FIELDS.items():
+        value = fields.get(name)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        entries += [_OldEntry(item, added) for item in items if isinstance(item, dict)]
+    return entries
 
 
 def load_manifest(path: str | Place) -> Manifest | None:
@@ -177,15 +226,33 @@ def differences(found: Manifest, expected: Manifest) -> list[tuple[str, object, 
     """The fields in which two manifests describe different indexes, as (field, found, expected).
 
     Fields are named like `layer_blocks[3].matrices[0].rows`. `completion` and the descriptive
-    fields are left out. A field that only one of the manifests has is None in the other.
+    fields are left out. A field that only one of the manifests has is None in the other. A field of
+    the model's configuration must be in both: another version of Transformers may know more fields.
     """
     found_leaves, expected_leaves = dict(_leaves(found)), dict(_leaves(expected))
     names = list(expected_leaves) + [name for name in found_leaves if name not in expected_leaves]
     return [
         (name, found_leaves.get(name), expected_leaves.get(name))
         for name in names
-        if not _is_descriptive(name) and found_leaves.get(name) != expected_leaves.get(name)
+        if not _is_descriptive(name)
+        and found_leaves.get(name) != expected_leaves.get(name)
+        and not (_is_configuration(name) and (name not in found_leaves or name not in expected_leaves))
     ]
+
+
+def different_configuration(found: Mapping[str, str] | None, expected: Mapping[str, str] | None) -> list[str]:
+    """Names of the fields that two configurations of a model have in common with different values."""
+    found, expected = found or {}, expected or {}
+    return [name for name in expected if name in found and found[name] != expected[name]]
+
+
+def _is_configuration(name: str) -> bool:
+    return name == _CONFIGURATION or name.startswith(f"{_CONFIGURATION}.")
+
+
+def _is_absent(manifest: Manifest, name: str) -> bool:
+    """Whether a field does not exist in the manifest's format version."""
+    return manifest.format_version == OLDEST_FORMAT_VERSION and _is_configuration(name)
 
 
 def _is_descriptive(name: str) -> bool:
@@ -203,6 +270,9 @@ def _leaves_of(name: str, value: object) -> Iterator[tuple[str, object]]:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _leaves_of(f"{name}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield f"{name}.{key}", item
     elif isinstance(value, tuple):
         yield f"{name}.length", len(value)
         for index, item in enumerate(value):
@@ -221,11 +291,12 @@ def _digest(text: str) -> str:
 
 def _check_version(fields: dict[str, object]) -> None:
     version = fields.get("format_version")
-    if type(version) is int and 0 < version < FORMAT_VERSION:
+    if type(version) is int and 0 < version < OLDEST_FORMAT_VERSION:
         raise FieldError(
             "format_version",
             version,
-            f"{FORMAT_VERSION}: an older trackstar built the index in another format, build it again",
+            f"{OLDEST_FORMAT_VERSION} or {FORMAT_VERSION}: an older trackstar built the index in another format; "
+            "build it again",
         )
     if type(version) is int and version > FORMAT_VERSION:
         built_by = fields.get("trackstar_version")
@@ -238,7 +309,10 @@ def _check_version(fields: dict[str, object]) -> None:
 
 
 def _check_settings(manifest: Manifest) -> None:
-    _expect("format_version", manifest.format_version, manifest.format_version == FORMAT_VERSION, str(FORMAT_VERSION))
+    version = manifest.format_version
+    known = OLDEST_FORMAT_VERSION <= version <= FORMAT_VERSION
+    _expect("format_version", version, known, f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}")
+    _check_model(manifest)
     _expect("shard_examples", manifest.shard_examples, manifest.shard_examples >= 1, "at least 1")
     side, seed = manifest.projection.side, manifest.projection.seed
     _expect("projection.side", side, side >= 1, "at least 1")
@@ -257,6 +331,17 @@ def _check_settings(manifest: Manifest) -> None:
     starts = [corpus.first_record for corpus in manifest.corpora]
     _expect("corpora.first_record", starts, starts[0] == 0 and starts == sorted(starts), "numbers that rise from 0")
     _expect("windows.tokens", manifest.windows.tokens, manifest.windows.tokens >= 2, "at least 2")
+
+
+def _check_model(manifest: Manifest) -> None:
+    """Check the fields that format version 4 has added."""
+    if manifest.format_version == OLDEST_FORMAT_VERSION:
+        return
+    model = manifest.model
+    _expect("model.configuration", None, model.configuration is not None, "a JSON object of strings")
+    _expect("model.libraries", None, model.libraries is not None, "a string")
+    for field, location in [("model", model.location), *(("corpora", corpus.location) for corpus in manifest.corpora)]:
+        _expect(f"{field}.location", None, location is not None, "what the source is")
 
 
 def _check_completion(manifest: Manifest, completion: CompletionEntry) -> None:

@@ -5,13 +5,31 @@ two things are the same, so a model or corpus that has moved is still the same m
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from trackstar.choices import ProjectionKind, SecondMomentKind
 
+Location = Literal["absolute", "relative", "hub", "url", "memory"]
+"""What a `source` is: an absolute path, a path relative to the index's folder, a name on the hub, a
+URL, or nothing that can be opened."""
+
 DESCRIPTIVE_FIELDS = frozenset(
-    {"model.source", "model.revision", "model.gguf_file", "corpora.source", "second_moment.source", "whitening.source"}
+    {
+        "model.source",
+        "model.location",
+        "model.revision",
+        "model.gguf_file",
+        "model.libraries",
+        "corpora.source",
+        "corpora.location",
+        "second_moment.source",
+        "whitening.source",
+    }
 )
+
+ADDED_FIELDS = {"model": ("location", "configuration", "libraries"), "corpora": ("location",)}
+"""Fields that format version 3 lacks, by entry; they are None in such a manifest."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,17 +38,26 @@ class ModelEntry:
 
     Attributes:
         source: Folder or hub name that it was loaded from (descriptive).
+        location: What `source` is (descriptive); None in an index of format version 3, which has
+            the path as the user typed it.
         revision: Revision on the hub (descriptive).
         gguf_file: GGUF file within the source, if any (descriptive).
+        libraries: Libraries that computed with it, and their versions (descriptive); None in format
+            version 3.
         architecture: Name of the model's class, such as `LlamaForCausalLM`.
+        configuration: The fields of its configuration that decide its function, as JSON texts by
+            name; None in format version 3.
         digest: Digest of the weights.
         dtype: Number format in which gradients were computed.
     """
 
     source: str
+    location: Location | None
     revision: str | None
     gguf_file: str | None
+    libraries: str | None
     architecture: str
+    configuration: Mapping[str, str] | None
     digest: str
     dtype: str
 
@@ -47,7 +74,9 @@ class CorpusEntry:
     """A corpus and how its records are read.
 
     Attributes:
-        source: The corpus as the user named it (descriptive).
+        source: Where the corpus is (descriptive).
+        location: What `source` is (descriptive); None in an index of format version 3, which has
+            the path as the user typed it.
         digest: Digest of its content and of how it is read.
         text_field: Field that holds a record's text.
         id_field: Field that holds a record's name; None if names are made from record numbers.
@@ -56,6 +85,7 @@ class CorpusEntry:
     """
 
     source: str
+    location: Location | None
     digest: str
     text_field: str
     id_field: str | None

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
+from trackstar.errors import DamagedIndexError, IncompleteIndexError
+from trackstar.store.block_checksums import ComparedBlocks
 from trackstar.store.codecs import StoredRows
 from trackstar.store.derived_cache import DerivedCache
 from trackstar.store.direct_reads import direct_rows
@@ -22,11 +23,12 @@ from trackstar.store.files.durable import exists
 from trackstar.store.files.places import Place, as_folder
 from trackstar.store.files.read_ahead import read_ahead, read_each
 from trackstar.store.index_tensors import IndexTensors
-from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
+from trackstar.store.manifest import FORMAT_VERSION, Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shard_files import open_shard
+from trackstar.store.shard_folder import no_index
 from trackstar.store.shards import Shard, StoredExample
-from trackstar.store.tensor_reading import map_tensor
+from trackstar.store.tensor_reading import compare_mapped, map_tensor
 
 _DIRECT_BYTES = 16 << 20
 """Size of a part that is read without the page cache."""
@@ -49,7 +51,8 @@ class CodeChunk:
 class Index:
     """An index that is open for reading; `Index.open` opens one.
 
-    Opening checks each file's size and header, not its data. `verify` checks every byte.
+    Opening checks each file's size and header. What is read later is compared with the checksums of
+    its blocks. `verify` checks every byte.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Index:
         self._shards = shards
         self._starts = [shard.first_row for shard in shards]
         self._tensors = IndexTensors(path)
-        self._maps: dict[int, tuple[object, Tensor]] = {}
+        self._maps: dict[int, _MappedCodes] = {}
         self._derived = DerivedCache(path / "derived", manifest)
         code_bytes = sum(shard.file.tensors["codes"].size for shard in shards)
         # Codes that fit into memory stay in the page cache from one pass to the next.
@@ -87,9 +90,7 @@ class Index:
         folder = as_folder(path)
         manifest = load_manifest(folder)
         if manifest is None:
-            raise StoreError(
-                f"{folder}: not an index (no manifest.json); pass the folder that `build_index` wrote as `out`"
-            )
+            raise no_index(folder)
         if manifest.completion is None:
             shards = _shards_so_far(folder, manifest)
             if not allow_incomplete:
@@ -128,6 +129,17 @@ class Index:
     def manifest(self) -> Manifest:
         """The manifest."""
         return self._manifest
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user of the index should know, one line each; nothing for an index of the current format."""
+        if self._manifest.format_version == FORMAT_VERSION:
+            return ()
+        return (
+            f"{self._path}: format version {self._manifest.format_version} has no checksums of what is read, and does "
+            f'not record the model\'s configuration; `convert_index` with `codec="{self._manifest.codec}"` copies it '
+            "into the current format, with checksums",
+        )
 
     @property
     def rows(self) -> int:
@@ -186,9 +198,11 @@ class Index:
             return
         for shard in self._shards:
             first, scales, norms = 0, shard.scales, shard.norms
-            for codes in self._codes(shard, rows_per_chunk):
+            for codes, compared in self._codes(shard, rows_per_chunk):
                 for start in range(0, len(codes), rows_per_chunk):
                     part = codes[start : start + rows_per_chunk]
+                    if compared is not None:
+                        compare_mapped(shard.file, codes, start, start + len(part), compared)
                     rows = slice(first, first + len(part))
                     stored = StoredRows(codec=shard.codec, codes=part, scales=scales[rows], norms=norms[rows])
                     yield CodeChunk(first_row=shard.first_row + first, stored=stored)
@@ -207,25 +221,33 @@ class Index:
             for start in range(0, len(stored), rows_per_chunk):
                 yield CodeChunk(first_row=first_row + start, stored=stored[start : start + rows_per_chunk])
 
-    def _codes(self, shard: Shard, rows_per_chunk: int) -> Iterator[Tensor]:
-        """A shard's codes: one mapped part, or parts of whole chunks that are read without the page cache."""
+    def _codes(self, shard: Shard, rows_per_chunk: int) -> Iterator[tuple[Tensor, ComparedBlocks | None]]:
+        """A shard's codes: one mapped part, or parts of whole chunks that are read without the page cache.
+
+        The second item says which blocks of a mapped part were compared with their checksums; it is
+        None for codes that have none, or that were compared when they were read.
+        """
         if not self._direct:
-            yield self._mapped(shard)
+            mapped = self._mapped(shard)
+            yield mapped.codes, mapped.compared
             return
         chunk_bytes = rows_per_chunk * shard.file.tensors["codes"].size // shard.rows
-        yield from direct_rows(shard.file, "codes", rows_per_chunk * max(1, _DIRECT_BYTES // chunk_bytes))
+        for part in direct_rows(shard.file, "codes", rows_per_chunk * max(1, _DIRECT_BYTES // chunk_bytes)):
+            yield part, None
 
-    def _mapped(self, shard: Shard) -> Tensor:
+    def _mapped(self, shard: Shard) -> "_MappedCodes":
         """A shard's codes, mapped once for all passes (until the file changes), since mapping costs time."""
         try:
             status = os.stat(str(shard.path))
             state = (status.st_ino, status.st_size, status.st_mtime_ns)
         except OSError:
             state = None  # `map_tensor` reports the problem
-        entry = self._maps.get(shard.number)
-        if entry is None or entry[0] != state:
-            entry = self._maps[shard.number] = (state, map_tensor(shard.file, "codes"))
-        return entry[1]
+        mapped = self._maps.get(shard.number)
+        if mapped is None or mapped.state != state:
+            codes = map_tensor(shard.file, "codes")
+            mapped = _MappedCodes(state=state, codes=codes, compared=shard.compared_blocks())
+            self._maps[shard.number] = mapped
+        return mapped
 
     def some_rows(self, rows: Sequence[int]) -> StoredRows:
         """Some rows, ascending, in memory."""
@@ -289,6 +311,15 @@ class Index:
             writable.
         """
         return self._derived.save(key, tensors)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _MappedCodes:
+    """A shard's codes, mapped; the file's state at that time; and the blocks compared since."""
+
+    state: object
+    codes: Tensor
+    compared: ComparedBlocks | None
 
 
 def _shards_so_far(folder: Place, manifest: Manifest) -> tuple[Shard, ...]:

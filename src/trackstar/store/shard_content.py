@@ -24,6 +24,7 @@ class ShardPlan:
         dimensions: Number of dimensions of a row.
         blocks: Number of layer blocks.
         codec: How rows are stored.
+        checksums: Whether the files have checksums of their blocks, as from format version 4 on.
     """
 
     index: str
@@ -31,6 +32,7 @@ class ShardPlan:
     dimensions: int
     blocks: int
     codec: CodecName
+    checksums: bool
 
     @classmethod
     def of(cls, manifest: Manifest) -> "ShardPlan":
@@ -41,6 +43,7 @@ class ShardPlan:
             dimensions=manifest.dimensions,
             blocks=len(manifest.layer_blocks),
             codec=manifest.codec,
+            checksums=manifest.format_version >= 4,
         )
 
 

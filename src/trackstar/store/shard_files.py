@@ -6,6 +6,7 @@ import torch
 
 from trackstar.choices import CodecName
 from trackstar.errors import IndexMismatchError, StoreError
+from trackstar.store.block_checksums import CHECKSUMS
 from trackstar.store.codecs import code_columns, codec_dtype, scales_shape
 from trackstar.store.files.durable import PARTIAL_SUFFIX
 from trackstar.store.files.places import Place
@@ -17,7 +18,9 @@ from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import TensorFile, damaged, open_tensor_file, write_tensor_file
 from trackstar.text import abridged, cut
 
-SHARD_FORMAT = "trackstar-shard-2"
+SHARD_FORMAT = "trackstar-shard-3"
+OLD_SHARD_FORMAT = "trackstar-shard-2"
+"""The format without checksums, of indexes with format version 3."""
 SHARD_METADATA = {
     "format",
     "manifest_digest",
@@ -47,6 +50,7 @@ def write_shard_file(
     """
     if sys.byteorder != "little":
         raise StoreError("this machine is big-endian, but an index is little-endian; use another machine")
+    assert plan.checksums, "an index of an older format is read only"
     tensors = shard_tensors(content, plan)
     metadata = {
         "format": SHARD_FORMAT,
@@ -59,7 +63,7 @@ def write_shard_file(
         "skipped": str(content.skipped),
     }
     path = folder / shard_file_name(number)
-    write_tensor_file(path, tensors, metadata, partial_suffix=partial_suffix)
+    write_tensor_file(path, tensors, metadata, checksums=True, partial_suffix=partial_suffix)
     return open_shard(path, plan, number)
 
 
@@ -80,8 +84,9 @@ def open_shard(path: Place, plan: ShardPlan, number: int, entry: ShardEntry | No
         StoreError: The file cannot be read.
     """
     file = open_tensor_file(path)
-    if file.metadata.get("format") != SHARD_FORMAT:
-        raise damaged(path, f"format {abridged(file.metadata.get('format'))}, expected {SHARD_FORMAT!r}")
+    expected_format = SHARD_FORMAT if plan.checksums else OLD_SHARD_FORMAT
+    if file.metadata.get("format") != expected_format:
+        raise damaged(path, f"format {abridged(file.metadata.get('format'))}, expected {expected_format!r}")
     found_index = file.metadata.get("manifest_digest")
     if found_index != plan.index:
         raise IndexMismatchError(
@@ -182,6 +187,8 @@ def _check_tensors(shard: Shard, plan: ShardPlan) -> None:
         "ids": (torch.uint8, None),
         "parents": (torch.uint8, None),
     }
+    if plan.checksums:
+        expected[CHECKSUMS] = (torch.int64, None)  # opening the file has compared their number with its size
     names = list(shard.file.tensors)
     if names != list(expected):
         raise FieldError("the tensors", names, ", ".join(expected))

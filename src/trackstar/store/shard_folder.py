@@ -15,8 +15,8 @@ from typing import final
 
 import torch
 
-from trackstar.errors import DamagedIndexError
-from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, remove_file
+from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
+from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, names_in, remove_file
 from trackstar.store.files.places import Place
 from trackstar.store.index_tensors import AUTOCORRELATION, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
@@ -158,6 +158,20 @@ def is_begun(path: Place) -> bool:
     except DamagedIndexError:
         return False
     return True
+
+
+def no_index(folder: Place) -> StoreError:
+    """The error for a folder without a manifest: an index in its first pass, or no index."""
+    names: list[str] = []
+    with contextlib.suppress(StoreError):  # a file, or a folder that cannot be listed
+        names = names_in(folder)
+    if {PART_FOLDER, PREPARING_LOCK} & set(names):
+        return IncompleteIndexError(
+            f"{folder}: the index is being made and has no example yet (its first pass over the corpus is not "
+            "finished); wait for the run that makes it, or, if it was interrupted, call `build_index` with the same "
+            "settings again to resume it"
+        )
+    return StoreError(f"{folder}: not an index (no manifest.json); pass the folder that `build_index` wrote as `out`")
 
 
 def is_partial_of_task(name: str) -> bool:

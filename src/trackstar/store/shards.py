@@ -17,12 +17,19 @@ from torch import Tensor
 
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
+from trackstar.store.block_checksums import ComparedBlocks
 from trackstar.store.codecs import StoredRows, quantized_bits
 from trackstar.store.files.places import Place
 from trackstar.store.files.read_ahead import read_ahead
 from trackstar.store.files.remote import PART_BYTES
 from trackstar.store.tensor_file import TensorFile, damaged
-from trackstar.store.tensor_reading import TensorFileReader, check_digest, fill_from, map_tensor
+from trackstar.store.tensor_reading import (
+    TensorFileReader,
+    check_digest,
+    compare_mapped,
+    fill_from,
+    map_tensor,
+)
 from trackstar.text import abridged
 
 
@@ -94,12 +101,13 @@ class Shard:
 
     @property
     def stored(self) -> StoredRows:
-        """All rows; each call maps the codes anew, and they are read when they are used.
+        """All rows; each call maps the codes anew and compares them with their checksums.
 
         Raises:
-            DamagedIndexError: A scale or norm is impossible; the message names its row.
+            DamagedIndexError: A byte, a scale or a norm is damaged; the message names its row.
         """
         codes = map_tensor(self.file, "codes")
+        compare_mapped(self.file, codes, 0, self.rows, None)
         return StoredRows(codec=self.codec, codes=codes, scales=self.scales, norms=self.norms)
 
     @property
@@ -178,16 +186,20 @@ class Shard:
         return (range(first, min(first + step, self.rows)) for first in range(0, self.rows, step))
 
     def some(self, rows: Sequence[int]) -> StoredRows:
-        """Some rows; only their codes are read.
+        """Some rows; only their codes are read, with the rest of their blocks.
 
         Args:
             rows: Ascending row numbers, counted from the shard's first row.
 
         Raises:
-            DamagedIndexError: A scale or norm is impossible; the message names its row.
+            DamagedIndexError: A byte, a scale or a norm is damaged; the message names its row.
         """
         if isinstance(self.path, Path):
-            return self.stored[torch.tensor(rows)]
+            codes, compared = map_tensor(self.file, "codes"), self.compared_blocks()
+            for row in rows:
+                compare_mapped(self.file, codes, row, row + 1, compared)
+            some = torch.tensor(rows)
+            return StoredRows(codec=self.codec, codes=codes[some], scales=self.scales[some], norms=self.norms[some])
         first, span = rows[0], rows[-1] + 1 - rows[0]
         tensors = self.file.tensors
         codes = torch.empty(len(rows), *tensors["codes"].shape[1:], dtype=tensors["codes"].dtype)
@@ -206,6 +218,10 @@ class Shard:
             scales=self._checked_scales(scales, first)[chosen],
             norms=self._checked_norms(norms, first)[chosen],
         )
+
+    def compared_blocks(self) -> ComparedBlocks | None:
+        """No block of the file yet, for `compare_mapped`; None if the file has no checksums."""
+        return ComparedBlocks(self.file.checksums.blocks) if self.file.checksums is not None else None
 
     def _code_targets(self, rows: Sequence[int], codes: Tensor) -> Iterator[tuple[int, memoryview]]:
         """Position in the file and target buffer of the codes, for each run of consecutive rows."""

@@ -5,6 +5,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from trackstar.text import Words, abridged, cut
@@ -84,6 +85,8 @@ def _parse(hint: Any, value: Any, field: str) -> Any:
         return None if value is None else _parse(inner, value, field)
     if origin is tuple:
         return _parse_list(arguments, value, field)
+    if origin is Mapping:
+        return _parse_mapping(value, field)
     if origin is Literal:
         accepted = isinstance(value, str) and value in arguments
     elif hint is float:
@@ -108,6 +111,15 @@ def _parse_list(arguments: tuple[Any, ...], value: Any, field: str) -> tuple[Any
     return tuple(
         _parse(hint, item, f"{field}[{index}]") for index, (hint, item) in enumerate(zip(hints, value, strict=True))
     )
+
+
+def _parse_mapping(value: Any, field: str) -> dict[str, str]:
+    """Strings by name, in the order of the names."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise FieldError(field, value, "a JSON object of strings")
+    if list(value) != sorted(value):
+        raise FieldError(field, Words("not sorted"), "names in ascending order")
+    return value
 
 
 def _described(hint: Any) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trackstar.corpus.digests import running_digest
 from trackstar.errors import DamagedIndexError, StoreError
+from trackstar.store.block_checksums import CHECKSUMS, BlockChecksums, Blocks, RunningChecksums
 from trackstar.store.files import remote as remote_files
 from trackstar.store.files.durable import PARTIAL_SUFFIX, replacing, write_all
 from trackstar.store.files.places import Place, RemotePath
@@ -76,6 +77,7 @@ class TensorFile:
         metadata: Strings in the header by name, without the digest.
         tensors: Position, dtype and shape of each tensor by name, in the file's order.
         size: Length in bytes.
+        checksums: Checksums of its blocks; None for a file that has none.
     """
 
     path: Place
@@ -83,6 +85,7 @@ class TensorFile:
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     size: int
+    checksums: BlockChecksums | None
 
 
 def damaged(path: Place, problem: str) -> DamagedIndexError:
@@ -102,6 +105,7 @@ def write_tensor_file(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
+    checksums: bool = False,
     partial_suffix: str = PARTIAL_SUFFIX,
 ) -> str:
     """Write a file of tensors, durably.
@@ -112,6 +116,7 @@ def write_tensor_file(
         path: The file.
         tensors: The tensors by name, in the order in which they are written.
         metadata: Strings for the header.
+        checksums: Whether to add checksums of blocks; the first tensor is in large blocks.
         partial_suffix: See `replacing`.
 
     Returns:
@@ -120,14 +125,24 @@ def write_tensor_file(
     Raises:
         StoreError: The file cannot be written; nothing of it remains.
     """
-    header = _header(tensors, metadata)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    blocks = Blocks(start=0, codes_stop=sizes[0], stop=sum(sizes)) if checksums else None
+    placeholder = {CHECKSUMS: torch.empty(blocks.checksums, dtype=torch.int64)} if blocks is not None else {}
+    header = _header({**tensors, **placeholder}, metadata)
     running = running_digest(256)
     running.update(header)
+    block_sums = RunningChecksums(blocks.moved(len(header)), header) if blocks is not None else None
     with replacing(path, partial_suffix=partial_suffix) as descriptor:
         write_all(descriptor, header)
         for chunk in _data_chunks(tensors):
             running.update(chunk)
+            if block_sums is not None:
+                block_sums.update(chunk)
             write_all(descriptor, chunk)
+        if block_sums is not None:
+            values = block_sums.values().tobytes()
+            running.update(values)
+            write_all(descriptor, values)
         digest = running.hexdigest()
         os.lseek(descriptor, DIGEST_OFFSET, os.SEEK_SET)
         write_all(descriptor, digest.encode("ascii"))
@@ -241,7 +256,22 @@ def _parse_header(path: Place, header: bytes, size: int) -> TensorFile:
         position = tensors[name].stop
     if position != size:
         raise damaged(path, f"{size} bytes, expected {position}")
-    return TensorFile(path=path, digest=digest, metadata=metadata, tensors=tensors, size=size)
+    checksums = _block_checksums(header, tensors)
+    return TensorFile(path=path, digest=digest, metadata=metadata, tensors=tensors, size=size, checksums=checksums)
+
+
+def _block_checksums(header: bytes, tensors: Mapping[str, TensorInfo]) -> BlockChecksums | None:
+    """The checksums of a file's blocks, unread; None if it has none."""
+    infos = list(tensors.values())
+    if CHECKSUMS not in tensors or len(infos) < 2:
+        return None
+    first, last = infos[0], infos[-1]
+    blocks = Blocks(start=first.start, codes_stop=first.stop, stop=last.start)
+    if tensors[CHECKSUMS] is not last or (last.dtype, last.shape) != (torch.int64, (blocks.checksums,)):
+        raise FieldError(CHECKSUMS, f"{last.dtype} {list(last.shape)}", f"int64 [{blocks.checksums}], the last tensor")
+    rest = header[len(HEADER_START) + DIGEST_LENGTH :]
+    written = len(header).to_bytes(8, "little") + HEADER_START + NO_DIGEST.encode("ascii") + rest
+    return BlockChecksums(blocks, written)
 
 
 def _parse_tensor(name: str, entry: Any, position: int, data_start: int) -> TensorInfo:

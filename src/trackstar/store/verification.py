@@ -14,7 +14,7 @@ from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_check import check_content
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shard_files import open_shard, shard_rows
-from trackstar.store.shard_folder import CORPUS_END, PART_FOLDER, PREPARING_LOCK
+from trackstar.store.shard_folder import CORPUS_END, PART_FOLDER, PREPARING_LOCK, no_index
 from trackstar.store.shards import ResumePoint
 from trackstar.store.tensor_file import TensorFile, open_tensor_file
 from trackstar.store.tensor_reading import check_digest
@@ -66,9 +66,7 @@ def verify(path: str | Place, *, on_file: Callable[[Place], None] = lambda file:
     """
     folder = as_folder(path)
     if not exists(folder / "manifest.json") and not _is_folder(folder / "shards"):
-        raise StoreError(
-            f"{folder}: not an index (no manifest.json); pass the folder that `build_index` wrote as `out`"
-        )
+        raise no_index(folder)
     verification = _Verification(folder, on_file)
     verification.run()
     manifest = verification.manifest

@@ -115,6 +115,11 @@ class IndexWriter:
             self._lock.release()
 
     @property
+    def path(self) -> Place:
+        """Folder of the index."""
+        return self._path
+
+    @property
     def manifest(self) -> Manifest:
         """The manifest on the disk; its descriptive fields come from the run that began the index."""
         return self._manifest
@@ -256,6 +261,7 @@ class IndexWriter:
         else:
             check_same(self._path, existing, self._manifest)
             self._manifest = existing
+            self._plan = ShardPlan.of(existing)
             self._remove_leftovers()
         make_folder(self._path / "shards")
         if self.completed:
@@ -342,6 +348,11 @@ def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
     Raises:
         IndexMismatchError: The manifests differ; the message names the first field that does.
     """
+    if existing.format_version < requested.format_version:
+        raise IndexMismatchError(
+            f"{path}: the existing index has format version {existing.format_version}, which is read but not extended; "
+            "copy it into the current format with `convert_index` and its own `codec`, or choose another folder"
+        )
     different = differences(existing, requested)
     if different:
         field, old, new = different[0]

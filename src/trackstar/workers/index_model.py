@@ -1,21 +1,28 @@
 """Load the model and V of an index, and check that they are the ones that it was built with."""
 
+import os
 from pathlib import Path
 
 import torch
 
-from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError
+from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
 from trackstar.model.language_model import LanguageModel, load_model
-from trackstar.store import Index, Manifest
-from trackstar.text import one_line
+from trackstar.store import Index, Manifest, ModelEntry
+from trackstar.store.locations import opened_source
+from trackstar.store.manifest import different_configuration
+from trackstar.text import Words, abridged, one_line
+from trackstar.workers.stored_losses import check_sample
 
 
 def model_of_index(
     index: Index, model: LanguageModel | str | Path | None = None, *, device: str = "cpu"
 ) -> LanguageModel:
-    """The model that an index was built with, checked by digest.
+    """The model that an index was built with.
+
+    It is compared by the digests of weights and tokenizer, by the fields of its configuration, and
+    by the losses of a few stored examples, which it must give again.
 
     Args:
         index: The index.
@@ -24,26 +31,51 @@ def model_of_index(
         device: Torch device, or `auto`, for a model that is loaded.
 
     Raises:
-        IndexMismatchError: The model, its tokenizer or its projections are not those of the index.
+        IndexMismatchError: The model, its tokenizer or its projections are not those of the index,
+            or it gives other losses.
         ModelError: It cannot be loaded.
     """
     manifest = index.manifest
-    entry = manifest.model
-    is_default = model is None
     if not isinstance(model, LanguageModel):
-        try:
-            model = model_of_manifest(manifest, entry.source if model is None else model, device=device)
-        except ModelError as error:
-            if not is_default:
-                raise
-            raise ModelError(
-                f"{error}; this is the source that the index records; if it has moved, pass `model`"
-            ) from None
-    projection = manifest.projection
+        model = _recorded_model(index, device) if model is None else model_of_manifest(manifest, model, device=device)
+    check_identity(index, model)
+    check_sample(index, model)
+    return model
+
+
+def _recorded_model(index: Index, device: str) -> LanguageModel:
+    """The model from the place that the index records; it is not compared with the index."""
+    entry = index.manifest.model
+    try:
+        source = opened_source(entry.source, entry.location, index.path)
+        if entry.location in ("absolute", "relative") and not os.path.exists(source):
+            raise ModelError(f"{source}: no such model")
+        loaded = model_of_manifest(index.manifest, source, device=device, pinned=True)
+    except (ModelError, StoreError) as error:
+        raise ModelError(
+            f"{error}; this is where {index.path} says that its model is; pass the model as `model`"
+        ) from None
+    return loaded
+
+
+def check_identity(index: Index, model: LanguageModel, *, weights: bool = True) -> None:
+    """Raise if weights, configuration, tokenizer or projections are not those that an index was built with.
+
+    Args:
+        index: The index.
+        model: The model.
+        weights: Whether the weights are read for their digest.
+
+    Raises:
+        IndexMismatchError: Something differs; the message names it.
+    """
+    manifest = index.manifest
+    entry, projection = manifest.model, manifest.projection
     checks = [
         ("model.architecture", entry.architecture, model.architecture),
         ("model.dtype", entry.dtype, model.dtype_name),
-        ("model.digest", entry.digest, model.digest()),
+        *different_fields(entry, model),
+        ("model.digest", entry.digest, model.digest() if weights else entry.digest),
         ("tokenizer.digest", manifest.tokenizer.digest, model.tokenizer_digest()),
         (
             "projection.digest",
@@ -54,20 +86,42 @@ def model_of_index(
     for field, expected, found in checks:
         if expected != found:
             raise IndexMismatchError(
-                f"{index.path}: made with {field} {expected}, but {model.source} has {found}; pass the model that was "
-                "indexed as `model`, or call `build_index` with this one"
+                f"{index.path}: made with {field} {abridged(Words(expected))}, but {model.source} has "
+                f"{abridged(Words(found))}; pass the model that was indexed as `model`, or call `build_index` with "
+                "this one"
             )
-    return model
 
 
-def model_of_manifest(manifest: Manifest, source: str | Path, *, device: str = "cpu") -> LanguageModel:
-    """The model at `source`, loaded with the manifest's settings; its digest is not checked."""
+def different_fields(entry: ModelEntry, model: LanguageModel) -> list[tuple[str, str, str]]:
+    """The fields of the configuration that differ between an index's model and another, as JSON texts.
+
+    Returns:
+        Name, value in the index and value in the model, for each.
+    """
+    expected, found = entry.configuration or {}, model.configuration()
+    return [
+        (f"model.configuration.{name}", expected[name], found[name])
+        for name in different_configuration(found, expected)
+    ]
+
+
+def model_of_manifest(
+    manifest: Manifest, source: str | Path, *, device: str = "cpu", pinned: bool = False
+) -> LanguageModel:
+    """The model at `source`, loaded with the manifest's settings; it is not compared with the manifest.
+
+    Args:
+        manifest: The manifest.
+        source: Path or hub name.
+        device: Torch device, or `auto`.
+        pinned: Whether `source` is the manifest's own, so that its revision and GGUF file apply.
+    """
     entry = manifest.model
-    same_source = str(source) == entry.source
+    pinned = pinned or str(source) == entry.source
     return load_model(
         str(source),
-        revision=entry.revision if same_source else None,
-        gguf_file=entry.gguf_file if same_source else None,
+        revision=entry.revision if pinned else None,
+        gguf_file=entry.gguf_file if pinned else None,
         dtype=entry.dtype,
         device=device,
         layer_blocks=[

@@ -11,7 +11,7 @@ import torch
 from trackstar.errors import IndexMismatchError, ModelError, StoreError, TrackstarError
 from trackstar.model.language_model import LanguageModel
 from trackstar.store import Index, Manifest, Place
-from trackstar.workers.index_model import model_of_manifest
+from trackstar.workers.index_model import different_fields, model_of_manifest
 from trackstar.workers.protocol import GradientWork, IndexWork, Setup
 
 
@@ -144,6 +144,10 @@ class Worker:
             if found != digest:
                 raise IndexMismatchError(
                     f"{source}: the model's digest is {found}, expected {digest}; give all nodes the same model"
+                )
+            for field, expected, other in different_fields(manifest.model, model):
+                raise IndexMismatchError(
+                    f"{source}: {field} is {other}, expected {expected}; give all nodes the same model"
                 )
             self._model, self._model_key = model, key
         return self._model

@@ -5,6 +5,7 @@ and fsspec are only imported for URLs.
 """
 
 # ruff: noqa: D102 - the class explains the protocol's attributes.
+import os
 import re
 import warnings
 from pathlib import Path
@@ -110,7 +111,7 @@ def lies_in(path: str | Place, folder: str | Place) -> bool:
     """Whether a file or folder is this folder or lies below it."""
     inner, outer = as_folder(path), as_folder(folder)
     if isinstance(inner, Path) and isinstance(outer, Path):
-        inner, outer = inner.resolve(), outer.resolve()
+        inner, outer = Path(os.path.realpath(inner)), Path(os.path.realpath(outer))  # `resolve` raises for circles
         return outer in (inner, *inner.parents)
     if isinstance(inner, Path) or isinstance(outer, Path) or inner.fs != outer.fs:
         return False
@@ -120,7 +121,7 @@ def lies_in(path: str | Place, folder: str | Place) -> bool:
 
 def place_name(place: Place) -> str:
     """Last part of a folder's path."""
-    return place.resolve().name if isinstance(place, Path) else place.name or str(place)
+    return Path(os.path.realpath(place)).name if isinstance(place, Path) else place.name or str(place)
 
 
 def _parts(path: RemotePath) -> list[str]:
