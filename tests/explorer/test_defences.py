@@ -15,7 +15,7 @@ import pytest
 
 from explorer_server import HEADERS, explorer
 from release_file import HOSTILE, LONG, write_hostile_file
-from trackstar.explorer import security, server
+from trackstar.explorer import connections, security
 from trackstar.explorer.security import CONTENT_SECURITY_POLICY, LARGEST_BODY, MOST_AT_ONCE
 
 
@@ -54,8 +54,8 @@ def test_a_link_from_another_site_opens_only_the_page(client: httpx.Client):
 def test_requests_that_change_anything_need_the_header_and_json(address: str):
     with httpx.Client(base_url=address) as plain:
         assert plain.post("/api/generate", json={"prompt": "x"}).status_code == 403
-        assert plain.delete("/api/jobs/1").status_code == 403
-        assert plain.delete("/api/jobs/99999", headers={"X-Trackstar": "1"}).status_code == 404
+        assert plain.post("/api/jobs/1/cancel").status_code == 403
+        assert plain.post("/api/jobs/99999/cancel", headers={"X-Trackstar": "1"}).status_code == 404
         form = plain.post(
             "/api/generate", content="prompt=x", headers={"X-Trackstar": "1", "Content-Type": "text/plain"}
         )
@@ -77,7 +77,7 @@ def test_large_bodies_are_refused_with_or_without_a_content_length(client: httpx
 def test_a_request_whose_body_never_arrives_times_out(
     address: str, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(security, "SLOWEST_SECONDS", 0.5)
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.5)
     host, port = address.removeprefix("http://").split(":")
     head = f"POST /api/answers HTTP/1.1\r\nHost: {host}:{port}\r\nX-Trackstar: 1\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
@@ -87,12 +87,12 @@ def test_a_request_whose_body_never_arrives_times_out(
         ]
         for connection in connections:
             connection.sendall(head.encode())
-        assert all(connection.recv(64).startswith(b"HTTP/1.1 503") for connection in connections)
+        assert all(connection.recv(64).startswith(b"HTTP/1.1 408") for connection in connections)
     assert client.get("/api/session").status_code == 200
 
 
 def test_silent_connections_are_closed(results: list[Path], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
     with explorer(results[:1]) as address:
         host, port = address.removeprefix("http://").split(":")
         for request in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):

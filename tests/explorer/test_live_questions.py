@@ -88,7 +88,7 @@ def test_insight_and_groups_describe_the_answer(client: httpx.Client):
     assert sum(group["candidates"] for group in groups["groups"]) == 24
     assert {group["in_corpus"] for group in groups["groups"]} == {1 / 6}
     wrong = client.get(f"/api/answers/{answer['key']}/groups", params={"field": "colour"})
-    assert wrong.status_code == 400
+    assert wrong.status_code == 404
     assert wrong.json()["detail"].startswith("field: the corpus has source, year, none, found colour")
     rows = list(csv.DictReader(io.StringIO(client.get(f"/api/answers/{answer['key']}/export?format=csv").text)))
     assert {row["method"] for row in rows} == {"TrackStar", "BM25"}
@@ -108,8 +108,8 @@ def test_the_explorer_opens_its_exported_answers(client: httpx.Client, tmp_path:
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        ({}, 422), (question_body(methods=[]), 422), (question_body(methods=["TRAK"]), 400),
-        (question_body(methods=["BM25", "BM25"]), 400),
+        ({}, 422), (question_body(methods=[]), 422), (question_body(methods=["TRAK"]), 422),
+        (question_body(methods=["BM25", "BM25"]), 422), (question_body(methods=["embeddings"]), 404),
         (question_body(top=0), 422), (question_body(top=100_000), 422), (question_body(completion=""), 422),
         (question_body(extra=1), 422),
         (question_body(prompt="x" * 40_000), 422), ([1], 422),
@@ -171,8 +171,8 @@ def test_a_job_is_watched_and_cancelled(address: str, client: httpx.Client, monk
         time.sleep(0.02)
     assert (job["state"], job["title"], job["unit"], job["total"]) == ("running", "Slow work", "steps", 1000)
     waiting = client.post("/api/generate", json={"prompt": "y"}).json()["job"]
-    assert client.delete(f"/api/jobs/{waiting}").json()["state"] == "cancelled"
-    client.delete(f"/api/jobs/{number}")
+    assert client.post(f"/api/jobs/{waiting}/cancel").json()["state"] == "cancelled"
+    client.post(f"/api/jobs/{number}/cancel")
     assert waited(client, number)["state"] == "cancelled"
     assert client.get(f"/api/jobs/{waiting}").json()["state"] == "cancelled"
 

@@ -90,7 +90,7 @@ def test_exports_hold_the_matching_queries(client: httpx.Client, results: list[P
         ("/api/runs/0/queries?search=" + "x" * 513, 422, "search: "),
         ("/api/runs/0/queries?search=" + "x" * 20_000, 414, "the address is longer than"),
         ("/api/answers/none", 404, "the answer is no longer in memory; attribute the completion again"),
-        ("/api/candidates/24/text", 400, "row: expected a candidate of the index, 0 to 23, found 24"),
+        ("/api/candidates/24/text", 404, "row: expected a candidate of the index, 0 to 23, found 24"),
         ("/api/jobs/123456", 404, "job 123456 does not exist"),
         ("/nothing", 404, "Not Found"),
     ],

@@ -120,7 +120,7 @@ export const api = {
   },
 
   job: (job: number, signal?: AbortSignal) => call<Job>("GET", `/api/jobs/${job}`, undefined, signal),
-  cancel: (job: number) => call<Job>("DELETE", `/api/jobs/${job}`),
+  cancel: (job: number) => call<Job>("POST", `/api/jobs/${job}/cancel`),
 };
 
 /** Addresses of downloads. */

@@ -27,6 +27,7 @@ export interface RunSummary {
   queries: number;
   has: string[];
   mixing: MixingSummary | null;
+  changed: boolean;
 }
 
 export interface IndexSummary {

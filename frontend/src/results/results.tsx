@@ -2,6 +2,7 @@
 import { useEffect } from "preact/hooks";
 import { api, filterParameters } from "../api/client";
 import type { QueryPage, QueryRecord, RunSummary, Session } from "../api/types";
+import { brief } from "../candidates/visible";
 import { remembered, useRequest, type Loaded } from "../hooks";
 import { useKeys } from "../keys";
 import { PAGE_SIZE, change, useView, type View } from "../state";
@@ -87,6 +88,11 @@ export function Results({ session }: { session: Session }) {
     <div class="results">
       <Sidebar view={view} run={summary} page={page} chosen={place} />
       <main class="main" id="main" aria-label="Query">
+        {runs.filter((each) => each.changed).map((each) => (
+          <p class="note" role="status" key={each.run}>
+            <bdi>{brief(each.name, 60)}</bdi> has changed since it was opened. Restart trackstar explore to see it as it is now.
+          </p>
+        ))}
         {page.data && (
           <Metrics
             metrics={page.data.metrics}

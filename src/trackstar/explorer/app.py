@@ -2,7 +2,7 @@
 end's files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import Request
+from starlette.routing import compile_path
 
-from trackstar.errors import TrackstarError
+from trackstar.errors import OptionError, TrackstarError
 from trackstar.explorer.browsing import prepare
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
-from trackstar.explorer.messages import without_backticks
+from trackstar.explorer.messages import sendable, without_backticks
 from trackstar.explorer.question_routes import answer_routes, job_routes, question_routes
+from trackstar.explorer.refusals import ALWAYS, MissingError, refusals
 from trackstar.explorer.result_files import ResultFile
 from trackstar.explorer.result_routes import export_routes, result_routes
 from trackstar.explorer.schemas import RunSummary, Session
@@ -31,7 +33,8 @@ STATIC = Path(__file__).resolve().parent / "static"
 def make_app(
     files: Sequence[ResultFile], live: LiveIndex | None, *, hosts: frozenset[str], jobs: Jobs | None = None
 ) -> Guard:
-    """The guarded API and page over the opened files and index; no other file can be read through it.
+    """The guarded API and page over the opened files and index; no other file can be read through
+    it.
 
     Args:
         files: Result files.
@@ -41,13 +44,14 @@ def make_app(
     """
     prepare(files)
     app = make_api(files, live, jobs=jobs)
+    methods = _methods(app)
 
     @app.get("/", include_in_schema=False)
     def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
 
     app.mount("/", StaticFiles(directory=STATIC), name="static")
-    return Guard(app, hosts=hosts)
+    return Guard(app, hosts=hosts, methods=methods)
 
 
 def make_api(files: Sequence[ResultFile], live: LiveIndex | None, *, jobs: Jobs | None = None) -> FastAPI:
@@ -56,9 +60,11 @@ def make_api(files: Sequence[ResultFile], live: LiveIndex | None, *, jobs: Jobs 
         title="trackstar explorer",
         version=version("trackstar-tda"),
         description=(
-            "Result files and live questions to an index. POST and DELETE need the header X-Trackstar: 1, POST also "
-            "Content-Type: application/json."
+            "Result files and live questions to an index. POST needs the header X-Trackstar: 1, and Content-Type: "
+            "application/json if it has a body. HEAD is answered as GET, without the body; other methods than a path's "
+            "own get 405 with Allow."
         ),
+        responses=refusals(*ALWAYS),
         openapi_url="/api/openapi.json",
         docs_url=None,
         redoc_url=None,
@@ -77,24 +83,48 @@ def make_api(files: Sequence[ResultFile], live: LiveIndex | None, *, jobs: Jobs 
     return app
 
 
+def _methods(app: FastAPI) -> Callable[[str], Collection[str]]:
+    """Which methods a path answers to, as the API describes; any other path is a file to read."""
+    described = [
+        (compile_path(path)[0], {method.upper() for method in operations})
+        for path, operations in app.openapi()["paths"].items()
+    ]
+
+    def methods(path: str) -> Collection[str]:
+        found = {method for pattern, names in described if pattern.match(path) for method in names} or {"GET"}
+        return found | {"HEAD"} if "GET" in found else found
+
+    return methods
+
+
 async def _user_error(_request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": one_line(without_backticks(str(error)), 500)}, status_code=400)
+    status = 404 if isinstance(error, MissingError) else 400 if isinstance(error, OptionError) else 500
+    return _refused(status, without_backticks(str(error)), 500)
 
 
 async def _http_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
-    return JSONResponse({"detail": one_line(error.detail, 300)}, status_code=error.status_code)
+    return _refused(error.status_code, error.detail, 300)
 
 
 async def _invalid_request(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    fields = [f"{'.'.join(map(str, part['loc'][1:])) or part['loc'][0]}: {part['msg']}" for part in error.errors()[:5]]
-    return JSONResponse({"detail": one_line("; ".join(fields), 500)}, status_code=422)
+    reasons: dict[str, str] = {}
+    for part in error.errors():
+        source, *place = part["loc"]
+        # What follows a parameter's name is pydantic's own, as is the null that stands for none.
+        field = ".".join(map(str, place if source == "body" else place[:1])) or str(source)
+        if part["type"] != "none_required":
+            reasons.setdefault(field, part["msg"].removeprefix("Value error, "))
+    return _refused(422, "; ".join(f"{field}: {reason}" for field, reason in list(reasons.items())[:5]), 500)
 
 
 async def _defect(_request: Request, error: Exception) -> JSONResponse:
-    detail = f"a defect of trackstar, please report it: {one_line(f'{type(error).__name__}: {error}')}"
-    return JSONResponse({"detail": detail}, status_code=500)
+    return _refused(500, f"a defect of trackstar, please report it: {type(error).__name__}: {error}", 300)
+
+
+def _refused(status: int, detail: str, most: int) -> JSONResponse:
+    return JSONResponse({"detail": sendable(one_line(detail, most))}, status_code=status)
 
 
 def _session_routes(files: Sequence[ResultFile], live: LiveIndex | None) -> APIRouter:
@@ -111,6 +141,7 @@ def _session_routes(files: Sequence[ResultFile], live: LiveIndex | None) -> APIR
                 queries=len(file.lines),
                 has=sorted(file.has),
                 mixing=file.mixing,
+                changed=file.changed,
             )
             for number, file in enumerate(files)
         ]

@@ -134,7 +134,7 @@ def to_csv(queries: Iterable[ExportedQuery]) -> Iterator[str]:
 def to_jsonl(queries: Iterable[ExportedQuery]) -> Iterator[str]:
     """One line per query."""
     for query in queries:
-        yield json.dumps(query.release(), ensure_ascii=False) + "\n"
+        yield json.dumps(query.release(), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_html(queries: Iterable[ExportedQuery], title: str) -> Iterator[str]:

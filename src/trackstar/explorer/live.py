@@ -1,4 +1,5 @@
-"""Live questions to an index: the model's answer, its proponents, token splits, and measured effects.
+"""Live questions to an index: the model's answer, its proponents, token splits, and measured
+effects.
 
 Computations run as jobs on one thread (`jobs.py`). Answers stay in memory, so that further
 questions about an answer cost little.
@@ -21,11 +22,12 @@ from trackstar.baselines.embeddings import EmbeddingRetriever, Encoder
 from trackstar.baselines.interface import Pool
 from trackstar.corpus import Corpus, Query, query_text
 from trackstar.corpus.digests import digest_of_json
-from trackstar.errors import CorpusError, OptionError, TrackstarError, check_choice
+from trackstar.errors import CorpusError, OptionError, TrackstarError
 from trackstar.explorer.candidates import make_candidate
 from trackstar.explorer.insight import groups, insight, scatter_rows
 from trackstar.explorer.messages import sendable, without_backticks
 from trackstar.explorer.metadata import Metadata, metadata_fields
+from trackstar.explorer.refusals import MissingError
 from trackstar.explorer.result_files import mixing_summary
 from trackstar.explorer.schemas import (
     Answer,
@@ -148,13 +150,10 @@ class LiveIndex:
         """Raise if a request cannot be answered, before it is queued.
 
         Raises:
-            OptionError: A method is unknown or named twice.
+            MissingError: No embedding model is open.
         """
-        unknown = [method for method in request.methods if method not in self.methods]
-        if unknown or len(set(request.methods)) != len(request.methods):
-            raise OptionError(
-                f"`methods`: expected some of {', '.join(self.methods)}, each once, found {', '.join(request.methods)}"
-            )
+        if EMBEDDINGS in request.methods and self._encoder is None:
+            raise MissingError("methods: no embedding model is open; restart the explorer with one, or leave it out")
 
     def answer(self, request: AnswerRequest) -> Answer:
         """Attribute a completion by every requested method, and keep the answer in memory."""
@@ -164,7 +163,8 @@ class LiveIndex:
             return cached.answer
         query = Query(query_id="query", prompt=request.prompt, completion=request.completion)
         self._read_metadata()
-        # Always computed: token splits, measured effects and the overview need TrackStar's influences.
+        # Always computed: token splits, measured effects and the overview need TrackStar's
+        # influences.
         attribution = self._attributor.attribute(query)
         scores = {TRACKSTAR: attribution.influences.numpy()}
         for method in request.methods:
@@ -216,7 +216,7 @@ class LiveIndex:
         """A candidate's influence split over its own tokens or the query's.
 
         Raises:
-            OptionError: The answer is not in memory, or the row does not exist.
+            MissingError: The answer is not in memory, or the row does not exist.
         """
         cached = self._required(key)
         if (row, over_query) in cached.splits:
@@ -237,7 +237,7 @@ class LiveIndex:
         """Measure the effect of one training step on a candidate (tail-patch; paper, §5.2).
 
         Raises:
-            OptionError: The answer is not in memory, or the row does not exist.
+            MissingError: The answer is not in memory, or the row does not exist.
             TrackstarError: No training step can be made.
         """
         cached = self._required(key)
@@ -252,7 +252,7 @@ class LiveIndex:
         """All token splits and measured effects of an answer so far.
 
         Raises:
-            OptionError: The answer is not in memory.
+            MissingError: The answer is not in memory.
         """
         cached = self._required(key)
         return Details(splits=list(cached.splits.values()), effects=list(cached.effects.values()))
@@ -261,7 +261,7 @@ class LiveIndex:
         """The influences of all candidates of an answer.
 
         Raises:
-            OptionError: The answer is not in memory.
+            MissingError: The answer is not in memory.
         """
         cached = self._required(key)
         shown = {
@@ -278,14 +278,17 @@ class LiveIndex:
         """A method's top candidates, grouped by a field of the corpus.
 
         Raises:
-            OptionError: The answer is not in memory, or lacks the field or the method.
+            MissingError: The answer is not in memory, or lacks the field or the method.
         """
         cached = self._required(key)
         metadata = self._metadata
         if metadata is None or field not in metadata.fields:
             fields = ", ".join(metadata.fields) if metadata is not None else "none"
-            raise OptionError(f"`field`: the corpus has {fields or 'none'}, found {field}; choose one of its fields")
-        check_choice("method", method, list(cached.scores))
+            raise MissingError(f"`field`: the corpus has {fields or 'none'}, found {field}; choose one of its fields")
+        if method not in cached.scores:
+            raise MissingError(
+                f"`method`: the answer has {', '.join(cached.scores)}, found {method}; choose one of them"
+            )
         scores = torch.from_numpy(cached.scores[method])
         rows = scores.sort(descending=True, stable=True).indices[:top].tolist()
         examples = [stored.example for stored in self._index.some_examples(rows)]
@@ -303,10 +306,10 @@ class LiveIndex:
         """A candidate's whole text.
 
         Raises:
-            OptionError: The row does not exist.
+            MissingError: The row does not exist.
         """
         if not 0 <= row < self._index.rows:
-            raise OptionError(f"`row`: expected a candidate of the index, 0 to {self._index.rows - 1}, found {row}")
+            raise MissingError(f"`row`: expected a candidate of the index, 0 to {self._index.rows - 1}, found {row}")
         return self._index.example(row).example.text
 
     def _ranking(self, method: str, scores: Float[np.ndarray, "candidates"], top: int) -> Ranking:
@@ -377,7 +380,7 @@ class LiveIndex:
     def _required(self, key: str) -> _CachedAnswer:
         cached = self._cached(key)
         if cached is None:
-            raise OptionError(ANSWER_GONE)
+            raise MissingError(ANSWER_GONE)
         return cached
 
 

@@ -11,7 +11,8 @@ from trackstar.explorer.downloads import export as export_file
 from trackstar.explorer.exports import ExportedQuery, ExportFormat
 from trackstar.explorer.jobs import Jobs, TooManyJobsError
 from trackstar.explorer.live import ANSWER_GONE, LiveIndex
-from trackstar.explorer.result_routes import Value
+from trackstar.explorer.refusals import NEEDS_HEADER, MissingError, refusals
+from trackstar.explorer.result_routes import EXPORTED, Value
 from trackstar.explorer.schemas import (
     MOST_TOP,
     Answer,
@@ -22,6 +23,7 @@ from trackstar.explorer.schemas import (
     Groups,
     Insight,
     Job,
+    Method,
     Text,
     TokensRequest,
 )
@@ -29,7 +31,7 @@ from trackstar.explorer.schemas import (
 
 def question_routes(live: LiveIndex | None, jobs: Jobs) -> APIRouter:
     """Routes that submit a job for the index; without an index they answer 404."""
-    router = APIRouter()
+    router = APIRouter(dependencies=NEEDS_HEADER, responses=refusals(400, 404, 415, 422, 429))
 
     @router.post("/api/generate")
     def generate(request: GenerateRequest) -> Job:
@@ -64,7 +66,7 @@ def question_routes(live: LiveIndex | None, jobs: Jobs) -> APIRouter:
 
 def answer_routes(live: LiveIndex | None) -> APIRouter:
     """Routes that read answers in memory, and candidates of the index; without an index they answer 404."""
-    router = APIRouter()
+    router = APIRouter(responses=refusals(404, 422))
 
     @router.get("/api/answers/{key}")
     def answer_by_key(key: str) -> Answer:
@@ -87,14 +89,14 @@ def answer_routes(live: LiveIndex | None) -> APIRouter:
 
     @router.get("/api/answers/{key}/groups")
     def groups(
-        key: str, field: Value, method: Value = "TrackStar", top: Annotated[int, Query(ge=1, le=MOST_TOP)] = 100
+        key: str, field: Value, method: Method = "TrackStar", top: Annotated[int, Query(ge=1, le=MOST_TOP)] = 100
     ) -> Groups:
         """A method's top candidates, grouped by a field of the corpus."""
         index = _opened(live)
         _cached_answer(index, key)
         return index.groups(key, field=field, method=method, top=top)
 
-    @router.get("/api/answers/{key}/export")
+    @router.get("/api/answers/{key}/export", response_class=StreamingResponse, responses=EXPORTED)
     def export(key: str, format: ExportFormat) -> StreamingResponse:
         """An answer as a file."""
         return export_file([ExportedQuery.of_answer(_cached_answer(_opened(live), key))], format, "answer")
@@ -109,14 +111,14 @@ def answer_routes(live: LiveIndex | None) -> APIRouter:
 
 def job_routes(jobs: Jobs) -> APIRouter:
     """Routes that follow and cancel a job."""
-    router = APIRouter()
+    router = APIRouter(responses=refusals(404, 422))
 
     @router.get("/api/jobs/{job}")
     def job(job: int) -> Job:
         """The progress of a job, and its result once it is done."""
         return _existing(jobs.get(job), job)
 
-    @router.delete("/api/jobs/{job}")
+    @router.post("/api/jobs/{job}/cancel", dependencies=NEEDS_HEADER, responses=refusals(415))
     def cancel(job: int) -> Job:
         """Stop a job."""
         return _existing(jobs.cancel(job), job)
@@ -126,14 +128,14 @@ def job_routes(jobs: Jobs) -> APIRouter:
 
 def _opened(live: LiveIndex | None) -> LiveIndex:
     if live is None:
-        raise HTTPException(404, "no index is open; restart the explorer with an index")
+        raise MissingError("no index is open; restart the explorer with an index")
     return live
 
 
 def _cached_answer(index: LiveIndex, key: str) -> Answer:
     answer = index.cached_answer(key)
     if answer is None:
-        raise HTTPException(404, ANSWER_GONE)
+        raise MissingError(ANSWER_GONE)
     return answer
 
 
@@ -146,5 +148,5 @@ def _submit(jobs: Jobs, title: str, run: Callable[[], Any]) -> Job:
 
 def _existing(job: Job | None, number: int) -> Job:
     if job is None:
-        raise HTTPException(404, f"job {number} does not exist, or ended so long ago that its result was dropped")
+        raise MissingError(f"job {number} does not exist, or ended so long ago that its result was dropped")
     return job

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.fields import json_kind, json_object
+from trackstar.corpus.local_files import FileState, file_state
 from trackstar.corpus.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
 from trackstar.evaluation.entailment import THRESHOLD
@@ -21,7 +23,10 @@ from trackstar.text import one_line
 
 _LONGEST_ROW = 300
 _SPECTRUM_POINTS = 200
-_LARGEST_SCORE = 1e30
+LARGEST_SCORE = 1e30
+_DEEPEST = 100
+# What Python reads as JSON and other readers do not: NaN, infinities, halves of surrogate pairs.
+_PERHAPS_NOT_JSON = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,7 @@ class ResultFile:
         has: Optional fields that at least one line has.
         mixing: λ and spectra from the report beside the file, or None.
         place_of: Position of each query's line, from 0, by the query's name.
+        states: The local files that it was read from, and their state then.
     """
 
     name: str
@@ -83,6 +89,21 @@ class ResultFile:
     has: frozenset[str]
     mixing: MixingSummary | None
     place_of: Mapping[str, int]
+    states: Mapping[str, FileState]
+
+    @property
+    def changed(self) -> bool:
+        """Whether a file has been written, replaced or removed since it was read."""
+        return any(file_state(path) != state for path, state in self.states.items())
+
+    def json_line(self, place: int) -> str:
+        """A line as it is in the file, except that NaN and infinities become null, and half a
+        surrogate pair U+FFFD, so that every reader of JSON takes it.
+        """
+        raw = self.raw[place]
+        if not _PERHAPS_NOT_JSON.search(raw):
+            return raw.decode()
+        return json.dumps(_json_value(self.record(place)), ensure_ascii=False, allow_nan=False)
 
     def record(self, place: int) -> dict[str, Any]:
         """All fields of a line."""
@@ -92,10 +113,10 @@ class ResultFile:
 def read_result_file(path: str | Path) -> ResultFile:
     """Read a result file into memory: JSON lines (plain, .gz or .zst) with the release's fields.
 
-    Required fields are a prompt, a completion, `proponents`, `proponent_ids` and `proponent_scores`.
-    Optional fields are `opponents`, `opponent_ids` and `opponent_scores`, `relation`, `c4_frequency`,
-    `c4_frequency_bucket`, `proponent_correct`, `proponent_ais_scores`, `is_8b_correct`, `trex_sentences`
-    and the entities' names.
+    Required fields are a prompt, a completion, `proponents`, `proponent_ids` and
+    `proponent_scores`. Optional fields are `opponents`, `opponent_ids` and `opponent_scores`,
+    `relation`, `c4_frequency`, `c4_frequency_bucket`, `proponent_correct`, `proponent_ais_scores`,
+    `is_8b_correct`, `trex_sentences` and the entities' names.
 
     Raises:
         CorpusError: A line is not a result; the message names file and line.
@@ -112,6 +133,7 @@ def read_result_file(path: str | Path) -> ResultFile:
             for number, text in raw_lines(file):
                 where = f"{file.name}:{number}"
                 fields = json_object(text, where)
+                _check_depth(fields, text, where)
                 line = _line(fields, where, f"{file.stem}:{len(lines)}")
                 if line.example_id in place_of:
                     first = place_of[line.example_id] + 1
@@ -132,7 +154,32 @@ def read_result_file(path: str | Path) -> ResultFile:
         has=frozenset(has),
         mixing=_mixing_beside(Path(path)),
         place_of=place_of,
+        states={file.path: file.state for file in place.files if file.state is not None},
     )
+
+
+def _check_depth(fields: Mapping[str, Any], line: bytes, where: str) -> None:
+    """Raise if values are nested so deeply that a later reader of the line could run out of stack."""
+    if line.count(b"[") + line.count(b"{") <= _DEEPEST:
+        return
+    level: list[Any] = [fields]
+    for _ in range(_DEEPEST):
+        inner = (child for value in level for child in (value.values() if isinstance(value, dict) else value))
+        level = [child for child in inner if isinstance(child, (dict, list))]
+    if level:
+        raise CorpusError(
+            f"{where}: found values nested more than {_DEEPEST} deep, expected plain fields; flatten them"
+        )
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {sendable(name): _json_value(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_json_value(child) for child in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return sendable(value) if isinstance(value, str) else value
 
 
 def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...] | None:
@@ -202,9 +249,9 @@ def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str
 
 def _score(value: object, where: str) -> float:
     # `not <=` also refuses NaN.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST_SCORE:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_SCORE:
         raise CorpusError(
-            f"{where}: found score {_shown_value(value)}, expected a finite number up to {_LARGEST_SCORE:g}"
+            f"{where}: found score {_shown_value(value)}, expected a finite number up to {LARGEST_SCORE:g}"
         )
     return float(value)
 
@@ -273,7 +320,8 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
     """
     spectra = {name: mixing.get(f"{name}_spectrum") or [] for name in ("evaluation", "train")}
     ranks = {name: _thinned(len(values)) for name, values in spectra.items()}
-    numbers = [mixing["value"], damping, *spectra["evaluation"], *spectra["train"]]
+    levels = [mixing.get(f"{name}_value") or 0.0 for name in spectra]
+    numbers = [mixing["value"], damping, *levels, *spectra["evaluation"], *spectra["train"]]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("a number in it is not finite")
     return MixingSummary(
@@ -281,8 +329,8 @@ def mixing_summary(mixing: Mapping[str, Any], *, damping: float, damping_rule: s
         rule=sendable(without_backticks(str(mixing["rule"]))),
         queries=mixing["queries"],
         rank=mixing["rank"],
-        evaluation_value=mixing.get("evaluation_value") or 0.0,
-        train_value=mixing.get("train_value") or 0.0,
+        evaluation_value=levels[0],
+        train_value=levels[1],
         evaluation_spectrum=[spectra["evaluation"][rank - 1] for rank in ranks["evaluation"]],
         evaluation_ranks=ranks["evaluation"],
         train_spectrum=[spectra["train"][rank - 1] for rank in ranks["train"]],

@@ -1,35 +1,53 @@
 """Routes that browse result files and export them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Query
 from fastapi.responses import StreamingResponse
+from pydantic import BeforeValidator
+from pydantic.json_schema import SkipJsonSchema
 
 from trackstar.explorer.browsing import QueryFilter, matching_places, query_page
 from trackstar.explorer.candidates import LONGEST_RAW, candidate_text, query_record, text_part
 from trackstar.explorer.downloads import download, export
-from trackstar.explorer.exports import MOST_IN_HTML, ExportedQuery, ExportFormat
-from trackstar.explorer.result_files import ResultFile
+from trackstar.explorer.exports import MEDIA_TYPES, MOST_IN_HTML, ExportedQuery, ExportFormat
+from trackstar.explorer.refusals import MissingError, refusals
+from trackstar.explorer.result_files import LARGEST_SCORE, ResultFile
 from trackstar.explorer.schemas import LONGEST_SEARCH, PAGE, QueryPage, QueryRecord, Side, Sort, Text
 
 _PREFIX = "/api/runs/{run}"
 Value = Annotated[str, Query(max_length=LONGEST_SEARCH)]
 Values = Annotated[list[Annotated[str, Query(max_length=LONGEST_SEARCH)]], Query(max_length=200)]
 YesNo = Literal["yes", "no"]
+EXPORTED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file.", "content": {kind.partition(";")[0]: {} for kind in MEDIA_TYPES.values()}}
+}
+"""The description of a route that answers with a file."""
+
+
+def _flag(value: object) -> object:
+    if value not in ("true", "false"):
+        raise ValueError("Input should be true or false")
+    return value
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Absent = SkipJsonSchema[None]  # a parameter can be left out, but has no value that says so
+Score = Annotated[float, Query(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
 
 
 def _filter_from_parameters(
     search: Value = "",
-    search_candidates: bool = False,
+    search_candidates: Flag = False,
     relation: Values = [],  # noqa: B006 - the framework copies defaults
     bucket: Values = [],  # noqa: B006 - likewise
-    model_correct: YesNo | None = None,
-    proponent_correct: YesNo | None = None,
-    score_min: Annotated[float | None, Query(allow_inf_nan=False)] = None,
-    score_max: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+    model_correct: YesNo | Absent = None,
+    proponent_correct: YesNo | Absent = None,
+    score_min: Score = -LARGEST_SCORE,
+    score_max: Score = LARGEST_SCORE,
     sort: Sort = "file",
-    descending: bool = False,
+    descending: Flag = False,
 ) -> QueryFilter:
     return QueryFilter(
         search=search,
@@ -38,8 +56,8 @@ def _filter_from_parameters(
         buckets=frozenset(bucket),
         model_correct=None if model_correct is None else model_correct == "yes",
         proponent_correct=None if proponent_correct is None else proponent_correct == "yes",
-        score_min=score_min,
-        score_max=score_max,
+        score_min=score_min if score_min > -LARGEST_SCORE else None,
+        score_max=score_max if score_max < LARGEST_SCORE else None,
         sort=sort,
         descending=descending,
     )
@@ -50,7 +68,7 @@ FilterParameters = Annotated[QueryFilter, Depends(_filter_from_parameters)]
 
 def result_routes(files: Sequence[ResultFile]) -> APIRouter:
     """Routes that list a run's queries and show one of them."""
-    router = APIRouter(prefix=_PREFIX)
+    router = APIRouter(prefix=_PREFIX, responses=refusals(404, 422))
 
     @router.get("/queries")
     def queries(
@@ -80,30 +98,30 @@ def result_routes(files: Sequence[ResultFile]) -> APIRouter:
         try:
             return text_part(candidate_text(file, place, side, rank), start)
         except IndexError:
-            raise HTTPException(404, f"query {place} has no {side} of rank {rank}") from None
+            raise MissingError(f"query {place} has no {side} of rank {rank}") from None
 
     return router
 
 
 def export_routes(files: Sequence[ResultFile]) -> APIRouter:
     """Routes that download matching queries, or one query."""
-    router = APIRouter(prefix=_PREFIX)
+    router = APIRouter(prefix=_PREFIX, responses=refusals(404, 422) | EXPORTED)
 
-    @router.get("/export")
+    @router.get("/export", response_class=StreamingResponse, responses=refusals(400))
     def export_all(run: int, filters: FilterParameters, format: ExportFormat) -> StreamingResponse:
         """All matching queries: their candidates as CSV or HTML, or their lines."""
         file = _run(files, run)
         places = matching_places(file, filters)
         if format == "jsonl":
-            return download((file.raw[p].decode("utf-8", "replace") + "\n" for p in places), format, file.name)
+            return download((f"{file.json_line(place)}\n" for place in places), format, file.name)
         if format == "html" and len(places) > MOST_IN_HTML:
             raise HTTPException(
                 400, f"{len(places):,} queries match, and one page holds {MOST_IN_HTML}; filter, or take CSV or JSONL"
             )
         return export((_exported(files, [run], place) for place in places), format, file.name)
 
-    @router.get("/queries/{place}/export")
-    def export_one(run: int, place: int, format: ExportFormat, other: int | None = None) -> StreamingResponse:
+    @router.get("/queries/{place}/export", response_class=StreamingResponse)
+    def export_one(run: int, place: int, format: ExportFormat, other: int | Absent = None) -> StreamingResponse:
         """One query, also from another run if given: its candidates as CSV or HTML, or its line."""
         file = _run(files, run, place)
         runs = [run]
@@ -112,7 +130,7 @@ def export_routes(files: Sequence[ResultFile]) -> APIRouter:
         if format == "jsonl":
             name = file.lines[place].example_id
             places = [(files[r], files[r].place_of.get(name)) for r in runs]
-            lines = (f.raw[at].decode("utf-8", "replace") + "\n" for f, at in places if at is not None)
+            lines = (f"{f.json_line(at)}\n" for f, at in places if at is not None)
             return download(lines, format, file.name)
         return export([_exported(files, runs, place)], format, file.name)
 
@@ -122,10 +140,10 @@ def export_routes(files: Sequence[ResultFile]) -> APIRouter:
 def _run(files: Sequence[ResultFile], run: int, place: int | None = None) -> ResultFile:
     """A run's file; 404 if there is no such run, or no such query in it."""
     if not 0 <= run < len(files):
-        raise HTTPException(404, f"run {run}: expected 0 to {len(files) - 1}")
+        raise MissingError(f"run {run}: expected 0 to {len(files) - 1}")
     file = files[run]
     if place is not None and not 0 <= place < len(file.lines):
-        raise HTTPException(404, f"query {place}: expected 0 to {len(file.lines) - 1}")
+        raise MissingError(f"query {place}: expected 0 to {len(file.lines) - 1}")
     return file
 
 

@@ -4,7 +4,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 LONGEST_PROMPT = 32_768
 LONGEST_SEARCH = 512
@@ -13,16 +13,37 @@ PAGE = 200
 SHOWN_CHARACTERS = 20_000
 """Most characters of a candidate's text in a response; the rest is fetched in parts."""
 
+Method = Literal["TrackStar", "BM25", "embeddings"]
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 Side = Literal["proponents", "opponents"]
 Sort = Literal["file", "prompt", "relation", "frequency", "score", "rank"]
 Spectrum = list[float]
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("Input should be a valid integer")
+    return value
+
+
+WHOLE_NUMBER = BeforeValidator(_number)
+"""Takes a whole number of JSON, 5 or 5.0, but not "5" or true; comes last, so that bounds are described."""
+
+
 class RequestBody(BaseModel):
     """A request's body; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", str_strip_whitespace=False)
+    model_config = ConfigDict(extra="forbid")
+
+
+class Error(BaseModel):
+    """Every response other than success.
+
+    Attributes:
+        detail: What was found, what was expected and what to do, in one line.
+    """
+
+    detail: str
 
 
 class RunSummary(BaseModel):
@@ -36,6 +57,8 @@ class RunSummary(BaseModel):
         has: Optional fields that at least one line has: relation, bucket, frequency, model_correct,
             proponent_correct, entailment, gold, opponents, entities.
         mixing: λ and spectra from the report beside the file; null without a report.
+        changed: Whether the file has changed on disk since it was opened; what is shown is from
+            before.
     """
 
     run: int
@@ -44,6 +67,7 @@ class RunSummary(BaseModel):
     queries: int
     has: list[str]
     mixing: "MixingSummary | None"
+    changed: bool
 
 
 class MixingSummary(BaseModel):
@@ -141,7 +165,8 @@ class QueryRow(BaseModel):
         frequency: Number of training examples that contain the fact.
         model_correct: Whether the model answers correctly.
         score: The first proponent's score.
-        rank: Rank of the first correct proponent, from 1; null if none is correct or correctness is unknown.
+        rank: Rank of the first correct proponent, from 1; null if none is correct or correctness is
+            unknown.
     """
 
     places: list[int | None]
@@ -231,8 +256,8 @@ class Candidate(BaseModel):
         characters: Number of characters of the whole text.
         correct: Whether it states the fact (gold); null if unknown.
         entailment: Entailment score, from 0 to 1; null if unknown.
-        category: entails, both entities, one entity, partial match or neither; null for a fact without
-            entities.
+        category: entails, both entities, one entity, partial match or neither; null for a fact
+            without entities.
         marks: Parts of the text that name entities.
         metadata: Fields of its record in the corpus, as text.
     """
@@ -283,7 +308,7 @@ class GenerateRequest(RequestBody):
     """A prompt for the model to continue."""
 
     prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)]
-    max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 16
+    max_new_tokens: Annotated[int, Field(ge=1, le=256), WHOLE_NUMBER] = 16
 
 
 class AnswerRequest(RequestBody):
@@ -291,14 +316,21 @@ class AnswerRequest(RequestBody):
 
     prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)]
     completion: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
-    methods: Annotated[list[Annotated[str, Field(max_length=64)]], Field(min_length=1, max_length=8)]
-    top: Annotated[int, Field(ge=1, le=MOST_TOP)] = 10
+    methods: Annotated[list[Method], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
+    top: Annotated[int, Field(ge=1, le=MOST_TOP), WHOLE_NUMBER] = 10
+
+    @field_validator("methods")
+    @classmethod
+    def _each_once(cls, methods: list[Method]) -> list[Method]:
+        if len(set(methods)) != len(methods):
+            raise ValueError(f"expected each method once, found {', '.join(methods)}")
+        return methods
 
 
 class CandidateRequest(RequestBody):
     """One candidate of an answer."""
 
-    row: Annotated[int, Field(ge=0)]
+    row: Annotated[int, Field(ge=0), WHOLE_NUMBER]
 
 
 class TokensRequest(CandidateRequest):
@@ -331,7 +363,8 @@ class Ranking(BaseModel):
         method: `TrackStar`, `BM25` or `embeddings`.
         score: A description of its scores for users.
         proponents: Candidates with the highest positive scores, highest first.
-        opponents: Candidates with the lowest negative scores, lowest first; only TrackStar has opponents.
+        opponents: Candidates with the lowest negative scores, lowest first; only TrackStar has
+            opponents.
     """
 
     method: str
@@ -468,7 +501,8 @@ class Insight(BaseModel):
         mean: Mean of the influences.
         deviation: Standard deviation of the influences.
         points: The shown candidates and a uniform sample of the others.
-        correlation: Spearman's correlation of influence and overlap over all candidates; null if undefined.
+        correlation: Spearman's correlation of influence and overlap over all candidates; null if
+            undefined.
     """
 
     candidates: int

@@ -1,22 +1,23 @@
 """Open result files and an index, and serve the explorer on loopback until it is interrupted."""
 
-import asyncio
+import contextlib
 import dataclasses
 import os
 import socket
+import threading
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trackstar.attribution.attributor import Attributor
 from trackstar.baselines.embeddings import load_encoder
 from trackstar.corpus import Corpus, read_queries
 from trackstar.curvature.task import check_choices
-from trackstar.errors import CorpusError, OptionError, check_at_least, check_mixing
+from trackstar.errors import CorpusError, OptionError, StoreError, check_at_least, check_mixing
 from trackstar.explorer.app import make_app
+from trackstar.explorer.connections import IDLE_SECONDS, TimedProtocol
 from trackstar.explorer.jobs import Jobs
 from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.metadata import corpora_of_index
@@ -27,10 +28,11 @@ from trackstar.store import Index, is_url, load_manifest
 from trackstar.workers.index_model import model_of_index
 
 MOST_RUNS = 8
-MOST_CONNECTIONS = 512
-SILENT_SECONDS = 10.0
 LOOPBACK = "127.0.0.1"
 _MOST_RERANKED = 100
+_WAITING_CONNECTIONS = 1024  # that the system keeps until they are accepted
+# Much fewer than `MOST_CONNECTIONS`: a new one is read from before others can take its place.
+_ACCEPTED_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +46,10 @@ class IndexOptions:
         embedding_model: Folder of a sentence-embedding model; None leaves embeddings out.
         device: Device that computes gradients.
         mixing: λ; None follows the paper's rule.
-        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None follows a rule.
-        reranked: Number of candidates that are re-ranked from recomputed gradients; None is the codec's
-            number, at most 100 so that an answer stays interactive.
+        damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None
+            follows a rule.
+        reranked: Number of candidates that are re-ranked from recomputed gradients; None is the
+            codec's number, at most 100 so that an answer stays interactive.
         batch_tokens: Most tokens per batch, padding included.
     """
 
@@ -61,20 +64,6 @@ class IndexOptions:
     batch_tokens: int = 2048
 
 
-class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection without a complete request after `SILENT_SECONDS`."""
-
-    # The base declares asyncio.BaseTransport; its server passes an asyncio.Transport.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Start the timer for the first request's headers."""
-        super().connection_made(transport)
-        asyncio.get_running_loop().call_later(SILENT_SECONDS, self._close_if_silent)
-
-    def _close_if_silent(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
-
-
 def serve(
     paths: Sequence[str],
     options: IndexOptions,
@@ -83,7 +72,8 @@ def serve(
     browser: bool = True,
     note: Callable[[str], None],
 ) -> None:
-    """Open result files and at most one index, and serve the explorer on 127.0.0.1 until it is interrupted.
+    """Open result files and at most one index, and serve the explorer on 127.0.0.1 until it is
+    interrupted.
 
     Args:
         paths: Result files, and the folder or URL of an index.
@@ -103,6 +93,7 @@ def serve(
             f"found {len(indexes)} indexes and {len(results)} result files; expected at most one index and "
             f"{MOST_RUNS} result files"
         )
+    _check_distinct(results)
     if not indexes and options != IndexOptions(device=options.device, batch_tokens=options.batch_tokens):
         raise OptionError(
             "`task`, `embedding_model`, `model`, `data`, `mixing`, `damping` and `reranked` apply to an index, found "
@@ -119,7 +110,8 @@ def serve(
         address = f"http://{host}:{port}/"
         note(f"explorer: {address} (Ctrl-C ends it)")
         if browser:
-            webbrowser.open(address)
+            # A browser in this terminal would wait for the server, which is not running yet.
+            threading.Thread(target=_open_browser, args=(address,), daemon=True).start()
         try:
             http_server(app).run(sockets=[listening])
         finally:
@@ -128,19 +120,43 @@ def serve(
         listening.close()
 
 
+def _open_browser(address: str) -> None:
+    with contextlib.suppress(webbrowser.Error, OSError):
+        webbrowser.open(address)
+
+
+def _check_distinct(paths: Sequence[str]) -> None:
+    places: dict[str, str] = {}
+    for path in paths:
+        place = path if is_url(path) or "\0" in path else os.path.realpath(path)
+        if place in places:
+            raise OptionError(f"`paths`: {path} is the same as {places[place]}; name each once")
+        places[place] = path
+
+
 def _is_index(path: str) -> bool:
     """Whether a path or URL is an index, not a result file."""
     return load_manifest(path) is not None if is_url(path) else Path(path).is_dir()
 
 
+class _Server(uvicorn.Server):
+    """A server whose sockets keep more connections waiting than it accepts at once."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; asyncio lets no more connections wait than it accepts at once."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_WAITING_CONNECTIONS)
+
+
 def http_server(app: Guard) -> uvicorn.Server:
     """A server of the application with limits on connections and waiting times; `run` takes its sockets."""
     config = uvicorn.Config(
-        app, log_level="critical", limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=15, server_header=False,
-        lifespan="off", h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2, ws="none",
-        http=ImpatientProtocol,
+        app, log_level="critical", timeout_keep_alive=IDLE_SECONDS, server_header=False, lifespan="off",
+        h11_max_incomplete_event_size=64 * 1024, timeout_graceful_shutdown=2, ws="none", http=TimedProtocol,
+        backlog=_ACCEPTED_AT_ONCE,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def check_options(options: IndexOptions) -> None:
@@ -183,7 +199,7 @@ def open_index(path: str, options: IndexOptions, *, note: Callable[[str], None])
     corpora: list[Corpus] = []
     try:
         corpora = corpora_of_index(index, options.data)
-    except CorpusError as error:
+    except (CorpusError, StoreError) as error:
         if options.data is not None:
             raise
         note(f"the corpus's fields are not shown: {error}; pass `data` if the corpus has moved")
@@ -201,13 +217,15 @@ def listen(port: int) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise OptionError(f"`port`: expected 0 (any free port) to 65535, found {port}")
-    # asyncio sets TCP_NODELAY only if the protocol is given; else an answer's last part is 40 ms late.
+    # asyncio sets TCP_NODELAY only if the protocol is given; else an answer's last part is 40 ms
+    # late.
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((LOOPBACK, port))
-        listening.listen(64)  # a browser that connects before the server accepts waits instead of failing
+        # A browser that connects before the server accepts waits instead of failing.
+        listening.listen(_WAITING_CONNECTIONS)
     except OSError as error:
         listening.close()
         raise OptionError(
