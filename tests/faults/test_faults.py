@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from faults.changes import changes
 from faults.run import harness, wrong
 
 
@@ -25,6 +26,23 @@ def _struck(folder: Path, **wanted: Any) -> dict[str, Any]:
 def test_a_few_random_faults_lose_and_double_nothing(tmp_path: Path) -> None:
     """Without a cluster: `tests/cluster` kills workers of one."""
     _struck(tmp_path / "faults", indexing=12, others=7, soak_seconds=1, ray_share=0)
+
+
+def _changed(folder: Path, count: int) -> None:
+    seed = time.time_ns() % 10**9
+    figures = changes(folder, count, seed)
+    assert figures["silent_changes"] == [], f"seed {seed}"
+    assert figures["detected"] > count // 4
+
+
+def test_a_few_random_changes_between_making_and_using_an_index_are_not_silent(tmp_path: Path) -> None:
+    """`python tests/faults/changes.py --seed N` draws the same changes."""
+    _changed(tmp_path / "changes", 12)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_changes_are_not_silent(tmp_path: Path) -> None:
+    _changed(tmp_path / "changes", 200)
 
 
 @pytest.mark.slow
