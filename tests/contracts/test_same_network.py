@@ -19,7 +19,7 @@ from trackstar.attribution.attributor import Attributor
 from trackstar.attribution.results import QueryReport
 from trackstar.editing.adding import add_examples
 from trackstar.editing.converting import convert_index
-from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError
+from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, StoreError
 from trackstar.indexing.build import build_index
 from trackstar.model.language_model import load_model
 from trackstar.retrieval.plausibility import check_rows, check_scores
@@ -273,9 +273,7 @@ def test_a_missing_folder_never_becomes_a_name_on_the_hub(world: World, monkeypa
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refused)
     shutil.rmtree(world.model)
-    with pytest.raises(
-        ModelError, match=r"no such model; this is where .*index says that its model is; pass"
-    ):
+    with pytest.raises(ModelError, match=r"no such model; this is where .*index says that its model is; pass"):
         world.ask()
     monkeypatch.chdir(world.folder.parent)
     for source in ("copy/model", "./other", "a/b/c", "other/", "~/other", str(world.model)):
@@ -305,7 +303,7 @@ def test_an_old_index_is_asked_with_a_word_and_copied_into_the_current_format(wo
     assert "format version 3 has no checksums of what is read" in report.summary()[-1]
     codec = store.Index.open(old.index).manifest.codec
     copied = convert_index(old.index, world.folder / "copied", codec=codec, progress=False)
-    assert copied.notes == ()
+    assert "does not record the model's configuration" in copied.notes[0]
     assert copied.manifest.model.configuration == {}
     for one, two in zip(copied.shards, Index.open(world.index).shards, strict=True):
         assert torch.equal(one.stored.codes, two.stored.codes)
@@ -317,3 +315,77 @@ def test_examples_are_added_to_an_old_index(world: World) -> None:
     more = add_examples(old, ["Rome is a city in Italy."], world.folder / "more", model=world.model, progress=False)
     assert more.manifest.format_version == store.FORMAT_VERSION
     assert more.rows == Index.open(old).rows + 1
+
+
+# ---- What was found in review ------------------------------------------------------------------------------------
+
+
+def test_low_bit_scores_near_the_task_are_no_false_alarm(made: World) -> None:
+    """Norms in a task's coordinates are estimated from codes, so that coarse scores are not cosines."""
+    index = Index.open(made.index)
+    attributor = Attributor(index, model_of_index(index), task=QUERIES, mixing=0.999, reranked=0)
+    for query in QUERIES:
+        assert attributor.attribute(query).influences.isfinite().all()
+    with pytest.raises(DamagedIndexError, match="row 1 has influence nan"):
+        check_scores(index, torch.tensor([0, 1]), torch.tensor([5.0, float("nan")]), exact=False)
+    with pytest.raises(DamagedIndexError, match=r"row 0 has influence 1\.01, expected -1 to 1"):
+        check_scores(index, torch.tensor([0, 1]), torch.tensor([1.01, 0.0]), exact=True)
+
+
+def test_an_index_that_is_opened_through_a_link_finds_its_model(made: World, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(made.index)
+    assert answers(answer_queries(tmp_path / "link", QUERIES[:3], reranked=5, k=3, progress=False)) == answers(
+        made.ask()
+    )
+
+
+def test_a_damaged_shard_does_not_stop_the_task_that_writes_it_again(world: World) -> None:
+    unfinished = unfinished_copy(world)
+    shard = Index.open(unfinished, allow_incomplete=True).shards[0]
+    content = bytearray((unfinished / "shards" / "000000.safetensors").read_bytes())
+    content[shard.file.tensors["token_offsets"].start] ^= 1
+    (unfinished / "shards" / "000000.safetensors").write_bytes(content)
+    for share in ("1/2", "2/2"):
+        build_index(world.model, world.folder / "corpus.jsonl", unfinished, share=share, **SETTINGS)
+    assert Index.open(unfinished, allow_incomplete=True).rows == Index.open(world.index).rows
+
+
+def test_paths_that_lead_nowhere_stay_as_they_are(made: World) -> None:
+    from trackstar.store.locations import relocated
+
+    manifest = Index.open(made.index).manifest
+    uploaded = store.as_folder("memory://somewhere/index")
+    moved = relocated(manifest, uploaded, made.folder / "copy").model
+    assert (moved.source, moved.location) == ("../model", "memory")
+    old = dataclasses.replace(
+        manifest,
+        format_version=3,
+        model=dataclasses.replace(manifest.model, source="models/a", location=None, configuration=None, libraries=None),
+        corpora=tuple(dataclasses.replace(corpus, source="c.jsonl", location=None) for corpus in manifest.corpora),
+    )
+    typed = relocated(old, made.index, made.folder / "copy")
+    assert (typed.model.source, typed.model.location) == ("models/a", "typed")
+    assert (typed.corpora[0].source, typed.corpora[0].location) == ("c.jsonl", "typed")
+
+
+def test_an_unfinished_old_index_says_who_can_finish_it(world: World) -> None:
+    old = in_format_3(world.index, world.folder / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    (old / "manifest.json").write_text(sealed_manifest(manifest | {"completion": None}))
+    for use in (
+        lambda: Index.open(old),
+        lambda: build_index(world.model, world.folder / "corpus.jsonl", old, **SETTINGS),
+    ):
+        with pytest.raises(StoreError, match=r"finish it with trackstar 0\.1\.0"):
+            use()
+
+
+def test_models_in_memory_of_every_dtype_are_compared(tmp_path: Path) -> None:
+    from tiny_models import tiny_model, tiny_tokenizer
+    from trackstar.model.language_model import wrap_model
+
+    for dtype in (torch.float64, torch.bfloat16):
+        model = wrap_model(tiny_model("llama").to(dtype), tiny_tokenizer(), layer_blocks=2)
+        out = tmp_path / str(dtype)
+        build_index(model, TEXTS, out, second_moment="none", **SETTINGS)
+        assert model_of_index(Index.open(out), model) is model

@@ -302,8 +302,12 @@ def test_leftover_partial_files_are_removed_and_noted(tmp_path: Path, finished: 
     leftovers = ["manifest.json.partial", "shards/000002.safetensors.partial", "derived/x.safetensors.1-a.partial"]
     for name in leftovers:
         (tmp_path / name).write_bytes(b"half a file")
+    somebodys = tmp_path / "thesis.partial"
+    somebodys.write_bytes(b"not ours")
     notes: list[str] = []
     write_small_index(tmp_path, on_note=notes.append)
+    assert somebodys.read_bytes() == b"not ours"
+    somebodys.unlink()
     assert notes[:3] == [f"removed {Path(name).name}, which an interrupted run left unfinished" for name in leftovers]
     assert index_bytes(tmp_path) == index_bytes(finished)
 

@@ -357,7 +357,7 @@ def _comparison_of_queries(name: str, found: Sequence[Query], expected: QueriesE
 
 def _comparison_of_configurations(entry: ModelEntry, model: LanguageModel) -> Check:
     """The check of the fields that decide the model's function, apart from its weights."""
-    if entry.configuration is None:
+    if not entry.configuration:
         return Check(name="configuration", outcome="not checked", said="the audited index does not record it")
     different = different_fields(entry, model)
     if different:

@@ -79,7 +79,13 @@ def merged_manifest(manifests: Sequence[Manifest], records: Sequence[int]) -> Ma
         for manifest, start in zip(manifests, starts)  # noqa: B905 - there may be a start after the last
         for corpus in manifest.corpora
     ]
+    # An index that was converted from format version 3 does not know the configuration.
+    configuration = next((manifest.model.configuration for manifest in manifests if manifest.model.configuration), {})
     removed = [manifest.removed for manifest in manifests if manifest.removed is not None]
     return dataclasses.replace(
-        manifests[0], corpora=tuple(corpora), removed=names_digest(removed) if removed else None, completion=None
+        manifests[0],
+        model=dataclasses.replace(manifests[0].model, configuration=configuration),
+        corpora=tuple(corpora),
+        removed=names_digest(removed) if removed else None,
+        completion=None,
     )

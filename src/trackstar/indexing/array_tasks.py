@@ -91,7 +91,7 @@ def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar:
         return
     written = Index.open(out, allow_incomplete=True)
     if written.rows:
-        check_sample(written, job.model)
+        check_sample(written, job.model, skip_damaged=True)
     folder = ShardFolder(out, written.manifest, on_note=bar.note)
 
     def finished(shard: int) -> ResumePoint | None:

@@ -3,11 +3,15 @@
 Checksums find damage on the disk. These checks need none: they also hold for indexes without
 checksums, and for numbers that were damaged in memory.
 
-By the Cauchy-Schwarz inequality no influence is above 1 or below -1, except for rounding; scores of
-low-bit codes are estimates, which exceed 1 by a small error. A row's decoded norm is its stored norm,
+By the Cauchy-Schwarz inequality no influence is above 1 or below -1, except for rounding. The bound
+holds where the norm that a score is divided by is the row's own: for recomputed gradients, and for
+floating-point rows in projected coordinates. Norms in a task's coordinates are estimated from codes
+otherwise, and such a score may be any finite number. A row's decoded norm is its stored norm,
 except for rounding. Of low-bit codes it is at least the stored norm, since ⟨f·c, u⟩ = ‖u‖² (see
 quantization.py).
 """
+
+import math
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,10 +25,7 @@ from trackstar.store import Index, quantized_bits
 EXACT_SLACK = 1e-3
 """By how much an influence without coding errors may exceed 1."""
 
-_SCORE_SLACK: dict[CodecName, float] = {
-    "float32": 1e-3, "bfloat16": 0.02, "float16": 5e-3, "int8": 0.05, "4-bit": 0.2, "2-bit": 0.5, "1-bit": 1.0,
-}  # fmt: skip
-_NORM_SLACK: dict[CodecName, float] = {"float32": 1e-3, "bfloat16": 0.02, "float16": 5e-3}
+_SLACK: dict[CodecName, float] = {"float32": 1e-3, "bfloat16": 0.02, "float16": 5e-3}
 # Decoded low-bit rows are longer than the rows themselves, 1.25 times for normal entries and 1 bit.
 _LOW_BIT_NORMS = 0.97, 4.0
 _ROWS_AT_ONCE = 256
@@ -49,7 +50,7 @@ def check_top(index: Index, top: TopCandidates, *, exact: bool) -> None:
 def check_scores(
     index: Index, rows: Int64[Tensor, "*queries k"], scores: Float[Tensor, "*queries k"], *, exact: bool
 ) -> None:
-    """Raise if a score is not between -1 and 1, except for the errors of the index's codec.
+    """Raise if a score that is a cosine is not between -1 and 1, or another one is not finite.
 
     Args:
         index: The candidates.
@@ -60,8 +61,12 @@ def check_scores(
     Raises:
         DamagedIndexError: A score is out of range; the message names the row.
     """
-    slack = EXACT_SLACK if exact else _SCORE_SLACK[index.manifest.codec]
-    wrong = ~(scores.abs() <= 1 + slack)
+    codec, slack = index.manifest.codec, math.inf
+    if exact:
+        slack = EXACT_SLACK
+    elif index.manifest.whitening is None and quantized_bits(codec) is None:
+        slack = _SLACK[codec]
+    wrong = ~((scores.abs() <= 1 + slack) & scores.isfinite())
     if wrong.any():
         place = int(wrong.flatten().int().argmax())
         raise DamagedIndexError(
@@ -84,7 +89,7 @@ def check_rows(index: Index, rows: Int64[Tensor, "rows"]) -> None:
     codec = index.manifest.codec
     least, most = _LOW_BIT_NORMS
     if quantized_bits(codec) is None:
-        least, most = 1 - _NORM_SLACK[codec], 1 + _NORM_SLACK[codec]
+        least, most = 1 - _SLACK[codec], 1 + _SLACK[codec]
     for part in rows.split(_ROWS_AT_ONCE):
         stored = index.some_rows(part.tolist())
         found = torch.linalg.vector_norm(stored.decode(), dim=1, dtype=torch.float64)

@@ -6,6 +6,7 @@ for a name on the hub.
 """
 
 import dataclasses
+import glob
 import os
 from pathlib import Path
 
@@ -68,12 +69,16 @@ def opened_source(source: str, location: Location | None, index: Place) -> str:
         StoreError: The source was in memory.
     """
     if location == "memory":
-        raise StoreError(f"{index}: was built from data in memory ({source}), which cannot be opened")
+        raise StoreError(f"{index}: records no place that can be opened, but {source}")
     if location != "relative":
         return source
     if not isinstance(index, Path):
         raise StoreError(f"{index}: records a path relative to itself, {source}, which cannot be opened from a URL")
-    return os.path.normpath(Path(os.path.abspath(index)) / source)
+    path = os.path.normpath(Path(os.path.abspath(index)) / source)
+    if os.path.exists(path) or glob.glob(path):
+        return path
+    # The index may have been opened through a link, beside which nothing lies.
+    return os.path.normpath(Path(os.path.realpath(index)) / source)
 
 
 def recorded_model(manifest: Manifest, index: Place) -> str | None:
@@ -87,8 +92,8 @@ def recorded_model(manifest: Manifest, index: Place) -> str | None:
 def relocated(manifest: Manifest, source: Place, out: Place) -> Manifest:
     """The same manifest, unfinished, for an index at another place, in the current format.
 
-    Relative paths lead to the same files. Paths of an index of format version 3 are taken from the
-    current folder; what such an index does not record stays unknown.
+    Relative paths lead to the same files. What an index of format version 3 does not record stays
+    unknown, and so does the folder that its paths are relative to.
 
     Args:
         manifest: The manifest.
@@ -96,10 +101,10 @@ def relocated(manifest: Manifest, source: Place, out: Place) -> Manifest:
         out: Folder of the new index.
     """
     model = manifest.model
-    place = _moved(model.source, model.location, source, out, may_be_name=True)
+    place = _moved(model.source, model.location, source, out)
     corpora = []
     for corpus in manifest.corpora:
-        moved = _moved(corpus.source, corpus.location, source, out, may_be_name=False)
+        moved = _moved(corpus.source, corpus.location, source, out)
         corpora.append(dataclasses.replace(corpus, source=moved.source, location=moved.location))
     return dataclasses.replace(
         manifest,
@@ -116,14 +121,20 @@ def relocated(manifest: Manifest, source: Place, out: Place) -> Manifest:
     )
 
 
-def _moved(recorded: str, location: Location | None, source: Place, out: Place, *, may_be_name: bool) -> Recorded:
-    if location in ("hub", "url", "memory"):
-        return Recorded(source=recorded, location=location)
+def _moved(recorded: str, location: Location | None, source: Place, out: Place) -> Recorded:
     if location is None:
-        if is_url(recorded):
-            return Recorded(source=recorded, location="url")
-        if may_be_name and not os.path.exists(recorded) and not os.path.isabs(recorded):
-            return Recorded(source=recorded, location="memory" if recorded == IN_MEMORY else "hub")
-        if not may_be_name and not os.path.exists(recorded) and not os.path.isabs(recorded):
-            return Recorded(source=recorded, location="memory")
+        return _of_old_format(recorded, out)
+    if location not in ("absolute", "relative"):
+        return Recorded(source=recorded, location=location)
+    if location == "relative" and not isinstance(source, Path):
+        return Recorded(source=recorded, location="memory")  # the path led nowhere before, too
     return recorded_path(opened_source(recorded, location, source), out)
+
+
+def _of_old_format(recorded: str, out: Place) -> Recorded:
+    """A source of an index of format version 3, which does not say what it is."""
+    if os.path.isabs(recorded):
+        return recorded_path(recorded, out)
+    if is_url(recorded):
+        return Recorded(source=recorded, location="url")
+    return Recorded(source=recorded, location="memory" if recorded == IN_MEMORY else "typed")

@@ -10,9 +10,10 @@ from typing import Literal
 
 from trackstar.choices import ProjectionKind, SecondMomentKind
 
-Location = Literal["absolute", "relative", "hub", "url", "memory"]
+Location = Literal["absolute", "relative", "hub", "url", "memory", "typed"]
 """What a `source` is: an absolute path, a path relative to the index's folder, a name on the hub, a
-URL, or nothing that can be opened."""
+URL, nothing that can be opened, or, in an index that was converted from format version 3, whatever
+its user typed."""
 
 DESCRIPTIVE_FIELDS = frozenset(
     {

@@ -94,10 +94,12 @@ class Index:
         if manifest.completion is None:
             shards = _shards_so_far(folder, manifest)
             if not allow_incomplete:
+                advice = "make it again with the same settings to finish it"
+                if manifest.format_version < FORMAT_VERSION:
+                    advice = f"finish it with trackstar {manifest.trackstar_version}, or build it in another folder"
                 raise IncompleteIndexError(
                     f"{folder}: the index is not finished ({len(shards)} shards with "
-                    f"{sum(shard.rows for shard in shards)} examples so far); make it again with the same settings to "
-                    "finish it"
+                    f"{sum(shard.rows for shard in shards)} examples so far); {advice}"
                 )
             return cls(folder, manifest, shards, direct_reads=direct_reads)
         plan = ShardPlan.of(manifest)
@@ -134,7 +136,12 @@ class Index:
     def notes(self) -> tuple[str, ...]:
         """What a user of the index should know, one line each; nothing for an index of the current format."""
         if self._manifest.format_version == FORMAT_VERSION:
-            return ()
+            if self._manifest.model.configuration:
+                return ()
+            return (
+                f"{self._path}: does not record the model's configuration, as it comes from an index of format "
+                "version 3; only losses tell whether it is the same",
+            )
         return (
             f"{self._path}: format version {self._manifest.format_version} has no checksums of what is read, and does "
             f'not record the model\'s configuration; `convert_index` with `codec="{self._manifest.codec}"` copies it '

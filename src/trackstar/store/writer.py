@@ -37,6 +37,10 @@ from trackstar.store.tensor_reading import check_digest
 from trackstar.text import abridged
 
 LOCK_FILE = ".lock"
+# Names that a writer gives to files until they are complete; other files in the folder are not ours.
+_UNFINISHED = re.compile(
+    r"(manifest\.json|[A-Za-z0-9._-]+\.safetensors)(\.[0-9]+-[0-9a-f]+)?" + re.escape(PARTIAL_SUFFIX)
+)
 Note = Callable[[str], None]
 
 
@@ -327,7 +331,7 @@ class IndexWriter:
         for folder in (self._path, self._path / "shards", self._path / "derived"):
             for name in names_in(folder):
                 # A file of an array task may be written by it right now.
-                unfinished = name.endswith(PARTIAL_SUFFIX) and (self.completed or not is_partial_of_task(name))
+                unfinished = _UNFINISHED.fullmatch(name) and (self.completed or not is_partial_of_task(name))
                 if unfinished and remove_file(folder / name):
                     self._on_note(f"removed {name}, which an interrupted run left unfinished")
         if self.completed:
@@ -349,9 +353,12 @@ def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
         IndexMismatchError: The manifests differ; the message names the first field that does.
     """
     if existing.format_version < requested.format_version:
+        advice = "copy it into the current format with `convert_index` and its own `codec`, or choose another folder"
+        if existing.completion is None:
+            advice = f"finish it with trackstar {existing.trackstar_version}, which began it, or choose another folder"
         raise IndexMismatchError(
             f"{path}: the existing index has format version {existing.format_version}, which is read but not extended; "
-            "copy it into the current format with `convert_index` and its own `codec`, or choose another folder"
+            f"{advice}"
         )
     different = differences(existing, requested)
     if different:

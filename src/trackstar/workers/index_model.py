@@ -114,14 +114,17 @@ def model_of_manifest(
         manifest: The manifest.
         source: Path or hub name.
         device: Torch device, or `auto`.
-        pinned: Whether `source` is the manifest's own, so that its revision and GGUF file apply.
+        pinned: Whether `source` is the manifest's own, so that its revision applies. Its GGUF file
+            applies wherever there is one of that name.
     """
     entry = manifest.model
     pinned = pinned or str(source) == entry.source
+    folder = Path(source)
+    has_file = entry.gguf_file is not None and folder.is_dir() and (folder / entry.gguf_file).is_file()
     return load_model(
         str(source),
         revision=entry.revision if pinned else None,
-        gguf_file=entry.gguf_file if pinned else None,
+        gguf_file=entry.gguf_file if pinned or has_file else None,
         dtype=entry.dtype,
         device=device,
         layer_blocks=[

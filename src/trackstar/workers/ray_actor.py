@@ -128,7 +128,8 @@ class Worker:
         """The job's model, loaded unless the worker has it already."""
         manifest, source = job.setup.manifest, job.source
         digest = manifest.model.digest
-        key = (digest, manifest.model.dtype, manifest.layer_blocks)
+        configuration = tuple(sorted((manifest.model.configuration or {}).items()))
+        key = (digest, configuration, manifest.model.dtype, manifest.layer_blocks)
         if self._model is None or self._model_key != key:
             self._model = None  # free its memory before the next is loaded
             try:
