@@ -149,9 +149,15 @@ def write_small_index(
 def index_bytes(path: Path) -> dict[str, bytes]:
     """Every file of an index but the lock, by its name in the folder; manifests without the paths in them."""
     return {
-        str(file.relative_to(path)): without_places(file.read_bytes())
-        if file.name == "manifest.json"
-        else file.read_bytes()
+        name: without_places(content) if name.endswith("manifest.json") else content
+        for name, content in index_files(path).items()
+    }
+
+
+def index_files(path: Path) -> dict[str, bytes]:
+    """Every file of an index but the lock, by its name in the folder."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name != ".lock"
     }

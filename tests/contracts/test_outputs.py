@@ -341,3 +341,14 @@ def test_folder_of_a_report_is_told_from_others(tmp_path: Path):
     (tmp_path / "mine" / "answers.json").write_text("{}")
     with pytest.raises(OptionError, match=r"mine holds 'answers\.json', expected an empty folder"):
         claim_folder(tmp_path / "mine")
+
+
+def test_an_index_that_would_match_the_pattern_of_its_own_corpus_is_refused(tmp_path: Path) -> None:
+    """The second run would read the first one's index."""
+    from trackstar.errors import OptionError
+    from trackstar.store.files.outputs import inputs, refuse_input_folder
+
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(OptionError, match="would be among what the next run reads"):
+        refuse_input_folder(str(tmp_path / "index"), inputs(data=str(tmp_path / "*")))
+    refuse_input_folder(str(tmp_path / "index"), inputs(data=str(tmp_path / "*.jsonl")))

@@ -14,12 +14,14 @@ from capitals import QUERIES, TEXTS
 from shard_bytes import DIGEST, in_format_3, sealed, sealed_manifest
 from tiny_models import save_tiny_model
 from trackstar import store
-from trackstar.attribution.answering import answer_queries
+from trackstar.attribution.answering import answer_queries, checked_queries
 from trackstar.attribution.attributor import Attributor
 from trackstar.attribution.results import QueryReport
 from trackstar.editing.adding import add_examples
 from trackstar.editing.converting import convert_index
-from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, StoreError
+from trackstar.editing.merging import merge_indexes
+from trackstar.editing.removing import remove_examples
+from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, OptionError, StoreError
 from trackstar.indexing.build import build_index
 from trackstar.model.language_model import load_model
 from trackstar.retrieval.plausibility import check_rows, check_scores
@@ -389,3 +391,16 @@ def test_models_in_memory_of_every_dtype_are_compared(tmp_path: Path) -> None:
         out = tmp_path / str(dtype)
         build_index(model, TEXTS, out, second_moment="none", **SETTINGS)
         assert model_of_index(Index.open(out), model) is model
+
+
+def test_arguments_of_another_kind_are_one_line(made: World) -> None:
+    """In Python: generators are taken, and what is no list of queries or ids is named."""
+    query = QUERIES[0]
+    assert checked_queries(one for one in [query]) == [query]
+    for queries in ("text", query, [{"prompt": "a"}], 5):
+        with pytest.raises(OptionError, match="`queries`: expected"):
+            checked_queries(queries)
+    with pytest.raises(OptionError, match="`indexes`: expected a list"):
+        merge_indexes("f16", made.folder / "out")
+    with pytest.raises(OptionError, match="`names`: expected a list of ids"):
+        remove_examples(made.index, "name", made.folder / "out")

@@ -199,7 +199,7 @@ def index_files(codec: CodecName) -> Mapping[str, bytes]:
         # More rows than dimensions a block are needed for R_train itself to be asked for.
         index = store.Index.open(path)
         train_spectrum(index)
-        return small_index.index_bytes(path) | {"progress.safetensors": progress}
+        return small_index.index_files(path) | {"progress.safetensors": progress}
 
 
 @functools.cache

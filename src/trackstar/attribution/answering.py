@@ -10,7 +10,7 @@ The stages in order, and the modules that hold them:
     Ḡ(z_m)·Ḡ(z_q)                 retrieval/                     (Eq. 1)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.retrieval.ranking import Ranking, RankingOptions, rank_candidates
 from trackstar.store import Index, Place
+from trackstar.text import abridged
 from trackstar.workers.index_model import model_of_index, second_moment_of_index
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 from trackstar.workers.setups import GradientSetup
@@ -76,8 +77,7 @@ def answer_queries(
         IndexMismatchError: The model is not the one that was indexed.
         TrackstarError: See `trackstar.errors`.
     """
-    if isinstance(queries, Query):
-        raise OptionError("`queries`: expected a sequence of queries, found one query; pass it in a list")
+    queries = checked_queries(queries)
     if not queries:
         raise OptionError("`queries`: expected one or more, found none")
     check_at_least("k", k)
@@ -105,6 +105,25 @@ def answer_queries(
     return _report(
         index, model, queries, losses.tolist(), correction, ranking, Provenance.of_index(index, question, device=device)
     )
+
+
+def checked_queries(queries: object) -> list[Query]:
+    """Queries as a list, checked.
+
+    Raises:
+        OptionError: They are not a series of queries with texts.
+    """
+    if isinstance(queries, (Query, str)) or not isinstance(queries, Iterable):
+        raise OptionError(f"`queries`: expected a sequence of queries, found {abridged(queries)}; pass it in a list")
+    found = list(queries)
+    for query in found:
+        texts = (query.query_id, query.prompt, query.completion) if isinstance(query, Query) else (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise OptionError(
+                f"`queries`: expected queries whose name, prompt and completion are strings, found {abridged(query)}; "
+                "make each with `Query`"
+            )
+    return found
 
 
 def query_gradients(

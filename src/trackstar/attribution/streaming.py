@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trackstar.attribution.answering import checked_queries
 from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.writing import check_queries_as_json
@@ -116,8 +117,7 @@ def stream_queries(
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
-    if isinstance(queries, Query):
-        raise OptionError("`queries`: expected a sequence of queries, found one query; pass it in a list")
+    queries = checked_queries(queries)
     if not queries:
         raise OptionError("`queries`: expected one or more, found none")
     check_at_least("k", k)

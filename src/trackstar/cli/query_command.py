@@ -314,15 +314,17 @@ def _answer(
 def _inputs(source: Source, question: Question, task: str | None) -> "list[Input]":
     """What a run reads: its options' files, and the model that the index names."""
     from trackstar.store import as_folder, is_url, load_manifest
-    from trackstar.store.files.outputs import inputs
-    from trackstar.store.locations import recorded_model
+    from trackstar.store.files.outputs import Input, inputs
+    from trackstar.store.locations import recorded_corpora, recorded_model
 
-    model = source.model
-    if source.index is not None and model is None and not is_url(source.index):
+    model, corpora = source.model, list[Input]()
+    if source.index is not None and not is_url(source.index):
         with contextlib.suppress(TrackstarError, OSError):  # opening the index says what is wrong with it
-            manifest = load_manifest(source.index)
-            model = recorded_model(manifest, as_folder(source.index)) if manifest is not None else None
-    return inputs(
+            manifest, folder = load_manifest(source.index), as_folder(source.index)
+            if manifest is not None:
+                model = recorded_model(manifest, folder) if model is None else model
+                corpora = [one for path in recorded_corpora(manifest, folder) for one in inputs(data=path)]
+    return corpora + inputs(
         index=source.index, data=source.data, model=model, queries=question.queries, task=task,
         second_moment=source.streaming.get("second_moment"),
     )  # fmt: skip

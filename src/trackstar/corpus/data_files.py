@@ -47,7 +47,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 EXPECTED_NAMES = ".jsonl, .ndjson, .json or .txt (plain, .gz or .zst), or .parquet"
-_TABLES = {".csv": "", ".tsv": "parse_options=c.ParseOptions(delimiter='\\t'), "}
+_TABLES = {".csv": "", ".tsv": "sep='\\t', "}
 _REPLACE = "copy it from its source or write it again"
 
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")  # the public release's `trex_sentences.jsonl-00003-of-00020`
@@ -132,16 +132,16 @@ def find_files(path: str) -> DataFiles:
 
 
 def _conversion(path: str, name: str) -> str:
-    """A shell command that converts a table of comma- or tab-separated values to Parquet."""
+    """A shell command that converts a table of comma- or tab-separated values to JSON lines, for
+    corpora and queries alike.
+    """
     table = PurePosixPath(path)
-    files = (path, str(table.with_suffix(".parquet")))
+    files = (path, str(table.with_suffix(".jsonl")))
     if "://" in name or any(sign in path for sign in "'\"\\$`!\n"):
-        files = (f"FILE{table.suffix}", "FILE.parquet")
-    options = _TABLES[table.suffix.lower()].replace("c.ParseOptions(", "c.ParseOptions(newlines_in_values=True, ")
-    options = options or "parse_options=c.ParseOptions(newlines_in_values=True), "
+        files = (f"FILE{table.suffix}", "FILE.jsonl")
     return (
-        'convert it with: python -c "import pyarrow.csv as c, pyarrow.parquet as p; '
-        f"p.write_table(c.read_csv('{files[0]}', {options.removesuffix(', ')}), '{files[1]}')\""
+        f"convert it with: python -c \"import pandas as p; p.read_csv('{files[0]}', {_TABLES[table.suffix.lower()]}"
+        f"dtype=str, keep_default_na=False).to_json('{files[1]}', orient='records', lines=True)\""
     )
 
 

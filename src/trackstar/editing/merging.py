@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 from trackstar.choices import DUPLICATE_IDS, DuplicateIds
 from trackstar.editing.duplicates import check_disjoint, record_count, renaming
@@ -43,6 +44,8 @@ def merge_indexes(
         CorpusError: Two documents have the same name; the message names both places.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
+    if isinstance(indexes, (str, Path, Index)):
+        raise OptionError(f"`indexes`: expected a list of two or more, found one, {abridged(str(indexes))}")
     sources = [Index.of(index) for index in indexes]
     if len(sources) < 2:
         raise OptionError(f"`indexes`: expected two or more, found {len(sources)}")

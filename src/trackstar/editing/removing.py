@@ -31,6 +31,8 @@ def remove_examples(
             lies in it.
         TrackstarError: An index cannot be read or written; see `trackstar.errors`.
     """
+    if isinstance(names, str):
+        raise OptionError(f"`names`: expected a list of ids, found a string, {abridged(names)}; pass it in a list")
     index = Index.of(index)
     check_apart(out, [index])
     unwanted = set(names)

@@ -97,6 +97,7 @@ class IndexSettings:
             "batch_tokens",
         ):  # fmt: skip
             check_at_least(name, getattr(self, name))
+        check_at_least("window_tokens", self.window_tokens, 2)
         check_at_least("seed", self.seed, 0, bits=64)
         check_damping(self.damping)
         if self.codec in LOW_BIT_CODECS:

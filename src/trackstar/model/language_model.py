@@ -25,7 +25,7 @@ from trackstar.model.layer_blocks import (
     named_layer_blocks,
 )
 from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer, spread_over_gpus
-from trackstar.text import one_line
+from trackstar.text import abridged, one_line
 
 _PROBE_TOKENS = 5
 
@@ -203,6 +203,8 @@ def load_model(
         UnsupportedModelError: Its matrices cannot be named.
         OptionError: The dtype or device is unknown, or a pattern cannot be used.
     """
+    if not isinstance(source, (str, Path)):
+        raise OptionError(f"`model`: expected a path or a hub name, found {abridged(source)}")
     check_choice("dtype", dtype, DTYPES)
     target = None if device == "auto" else checked_device(device)
     folder, gguf_file = _resolved(source, gguf_file)

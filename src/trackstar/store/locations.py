@@ -5,6 +5,7 @@ folder can be moved as a whole; otherwise it is absolute. A folder that is missi
 for a name on the hub.
 """
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -87,6 +88,15 @@ def recorded_model(manifest: Manifest, index: Place) -> str | None:
         return opened_source(manifest.model.source, manifest.model.location, index)
     except StoreError:
         return None
+
+
+def recorded_corpora(manifest: Manifest, index: Place) -> list[str]:
+    """The paths of an index's corpora, without those that cannot be opened."""
+    found = []
+    for corpus in manifest.corpora:
+        with contextlib.suppress(StoreError):
+            found.append(opened_source(corpus.source, corpus.location, index))
+    return found
 
 
 def relocated(manifest: Manifest, source: Place, out: Place) -> Manifest:

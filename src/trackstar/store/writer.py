@@ -353,7 +353,10 @@ def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
         IndexMismatchError: The manifests differ; the message names the first field that does.
     """
     if existing.format_version < requested.format_version:
-        advice = "copy it into the current format with `convert_index` and its own `codec`, or choose another folder"
+        advice = (
+            "copy it into the current format with `convert_index` and its own `codec`; if it is damaged, build it in "
+            "another folder"
+        )
         if existing.completion is None:
             advice = f"finish it with trackstar {existing.trackstar_version}, which began it, or choose another folder"
         raise IndexMismatchError(

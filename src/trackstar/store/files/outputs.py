@@ -13,6 +13,7 @@
 import contextlib
 import dataclasses
 import errno
+import fnmatch
 import glob
 import os
 import secrets
@@ -83,6 +84,12 @@ def refuse_inputs(outputs: Sequence[str | Path], read: Sequence[Input]) -> None:
             raise OptionError(f"{output}: lies in the index {index}, which holds nothing else; choose another path")
     replaced = any(exists for _, exists in places.values())
     for one in read:
+        for output in outputs:
+            if glob.has_magic(one.path) and fnmatch.fnmatch(os.path.abspath(output), os.path.abspath(one.path)):
+                raise OptionError(
+                    f"{output}: would be among what the next run reads, `{one.parameter}` {one.path}; choose another "
+                    "path"
+                )
         for identifier, is_folder in _ids_below(Path(one.path), files=replaced):
             output, is_target = places.get(identifier, (None, False))
             if output is not None and (is_folder or is_target):
@@ -307,4 +314,4 @@ def _expanded(path: str) -> list[str]:
             return [path]
     except ValueError:  # a NUL byte
         return []
-    return sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []
+    return [*sorted(glob.glob(path, recursive=True)), path] if glob.has_magic(path) else []

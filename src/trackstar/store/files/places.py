@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from trackstar.errors import StoreError
-from trackstar.text import system_reason
+from trackstar.text import abridged, system_reason
 
 # A word and "://": neither `C:x` nor a file name with a colon matches.
 _URL = re.compile(r"([a-z0-9+]+)://")
@@ -82,6 +82,8 @@ def as_folder(path: str | Place) -> Place:
     """
     if isinstance(path, Path):
         return Path(str(path)) if hasattr(path, "protocol") else path
+    if not isinstance(path, str) and not hasattr(path, "protocol"):
+        raise StoreError(f"expected a path or a URL of an index, found {abridged(path)}")
     if isinstance(path, str):
         if "::" in path and "://" in path:
             raise StoreError(f"{path}: a URL within a URL, expected one file system; pass its URL alone")
