@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from cluster_work import Dies, DiesOnce, Fails, Overflows, Slow, is_ray, rows
-from small_index import index_bytes
+from small_index import index_bytes, index_files
 from tiny_models import save_tiny_model
 from trackstar.attribution.answering import answer_queries
 from trackstar.attribution.results import QueryReport
@@ -72,7 +72,7 @@ def plain(model: LanguageModel, corpus: Path, tmp_path_factory: pytest.TempPathF
 
 def copy_of(index: Path, out: Path) -> Path:
     """A copy without the `derived` folder, as if it had not been queried."""
-    for name, content in index_bytes(index).items():
+    for name, content in index_files(index).items():
         if not name.startswith("derived/"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(content)
