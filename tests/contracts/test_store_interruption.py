@@ -417,6 +417,8 @@ def test_no_other_functions_write_to_the_disk() -> None:
     """The tests above are exhaustive only if the store writes nowhere else."""
     folder = Path(writer.__file__).parent
     for file in folder.rglob("*.py"):
+        if file.name == "outputs.py":
+            continue  # results of commands, which are no part of an index
         source = file.read_text()
         for forbidden in ("write_text(encoding", ".write_bytes(", '"wb"', '"w"', "shutil", ".rename(", ".touch("):
             assert forbidden not in source, (file.name, forbidden)

@@ -324,7 +324,7 @@ def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, s
 
 
 def _may_be_on_hub(source: str) -> bool:
-    """Whether a name that is no folder may be one on the hub, `NAME` or `OWNER/NAME`, and not a missing folder."""
+    """Whether a name that is no folder may be on the hub: `NAME` or `OWNER/NAME`, and no missing folder."""
     owner, slash, name = source.partition("/")
     if source.startswith((".", "~", "/")) or "\\" in source or "/" in name or (slash and not name):
         return False
