@@ -284,7 +284,9 @@ def test_an_example_whose_gradient_is_not_finite_is_named():
     for example in examples:
         example.token_ids[:] = np.where(example.token_ids == 7, 8, example.token_ids)
     examples[2].token_ids[3] = 7
-    with pytest.raises(GradientError, match="example-2: its loss is nan, expected finite numbers; the largest weight is nan"):
+    with pytest.raises(
+        GradientError, match="example-2: its loss is nan, expected finite numbers; the largest weight is nan"
+    ):
         split(model, examples, random_vectors(model, 3))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faulty_filesystem import FaultyFileSystem, Killed, stored_bytes
-from small_index import index_bytes, small_content, small_manifest, write_small_index
+from small_index import index_files, small_content, small_manifest, write_small_index
 from trackstar import store
 from trackstar.choices import CODECS, CodecName
 from trackstar.errors import StoreError
@@ -34,7 +34,7 @@ def _at_once() -> Iterator[None]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("undisturbed")
     write_small_index(path)
-    return index_bytes(path)
+    return index_files(path)
 
 
 def as_object_store(patched: pytest.MonkeyPatch, whole_at_once: bool) -> None:
