@@ -29,7 +29,14 @@ def test_a_signal_stops_the_explorer_with_one_line(results: Path, stop: signal.S
     """Also while a client is silent."""
     port = free_port()
     command = [sys.executable, "-m", "trackstar", "explore", str(results), "--no-browser", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs ignore Ctrl-C, and so would the explorer if the tests run in one.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         try:
             until_it_listens(port)
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client:
