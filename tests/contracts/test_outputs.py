@@ -278,7 +278,8 @@ def test_inputs_are_existing_paths_patterns_and_urls(tmp_path: Path):
         index="memory://bucket/index", texts=[str(tmp_path / "b.jsonl")], second_moment="auto", nul="a\0b",
     )  # fmt: skip
     assert [(one.parameter, one.path.removeprefix(f"{tmp_path}/")) for one in found] == [
-        ("data", "a.jsonl"), ("data", "b.jsonl"), ("queries", "a.jsonl"), ("index", "memory://bucket/index"),
+        ("data", "a.jsonl"), ("data", "b.jsonl"), ("data", "*.jsonl"), ("queries", "a.jsonl"),
+        ("index", "memory://bucket/index"),
     ]  # fmt: skip
 
 

@@ -237,9 +237,13 @@ def test_add_refuses_or_numbers_names_that_the_index_has(tiny_model_folder: Path
     first = write_lines(tmp_path, [("a", "Paris is in France."), ("b#1", "Rome is in Italy.")])
     index = build(tiny_model_folder, first, tmp_path / "index")
     (tmp_path / "more").mkdir()
-    for name, told in (("a", "is already in"), ("b", 'is already in .* as "b#1"'), ("a#2", 'is already in .* as "a"')):
+    for name, reason in (
+        ("a", "is already in"),
+        ("b", 'is already in .* as "b#1"'),
+        ("a#2", 'is already in .* as "a"'),
+    ):
         more = write_lines(tmp_path / "more", [("z", "Gold is Au."), (name, "Berlin is in Germany.")])
-        with pytest.raises(CorpusError, match=rf'^{re.escape(str(more))}:2: the name "{name}" {told}'):
+        with pytest.raises(CorpusError, match=rf'^{re.escape(str(more))}:2: the name "{name}" {reason}'):
             add_examples(index, more, tmp_path / "grown", progress=False)
         out = tmp_path / f"grown-{name}"
         grown = add_examples(index, more, out, duplicate_ids="number", progress=False)
@@ -279,8 +283,8 @@ def test_command_line_numbers_duplicates(tiny_model_folder: Path, tmp_path: Path
     command = f"index --model {tiny_model_folder} --data {path} --out {tmp_path / 'index'} --side 4 --codec float16"
     words = [*command.split(), "--layer-blocks", "1", "--second-moment", "none"]
     assert framework.run(command_group, words) == 1
-    told = capsys.readouterr().err
-    assert told == (
+    notes = capsys.readouterr().err
+    assert notes == (
         f'trackstar: {path}:3: the name "a" is also at {path}:1; name each once, name another field with --id-field, '
         "or pass --duplicate-ids number\n"
     )

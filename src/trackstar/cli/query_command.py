@@ -293,17 +293,17 @@ def _answer(
     from trackstar.store import Index
     from trackstar.workers.index_model import model_of_index
 
-    index = Index.open(source.index) if source.index is not None else None
-    if index is not None:
-        model = model_of_index(index, source.model, device=source.device)
-    else:
-        model = load_model(str(source.model), device=source.device)
-    if question.generate:
-        queries = _with_generated_completions(queries, model, question.max_new_tokens)
-    if index is None:
+    if source.index is None:
+        streamed = load_model(str(source.model), device=source.device)
+        if question.generate:
+            queries = _with_generated_completions(queries, streamed, question.max_new_tokens)
         return stream_queries(
-            model, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring, **source.streaming
+            streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring, **source.streaming
         )
+    index, model = Index.open(source.index), source.model
+    if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
+        model = model_of_index(index, source.model, device=source.device)
+        queries = _with_generated_completions(queries, model, question.max_new_tokens)
     with chosen_workers(**source.cluster) as workers:
         return answer_queries(
             index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,

@@ -13,7 +13,7 @@ from trackstar.store.files.outputs import replace_text
 from trackstar.text import abridged, system_reason
 
 MARKER = ".trackstar-report"
-"""File that every report's folder holds from its beginning, so that it is told from other folders."""
+"""File that marks a folder as that of a report."""
 
 RESULTS_VERSION = 2
 """Part of every result's key. Raise it when a change of the code changes results: it voids saved ones."""

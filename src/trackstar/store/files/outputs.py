@@ -21,6 +21,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from trackstar.corpus.local_files import special_kind
 from trackstar.errors import OptionError, StoreError
 from trackstar.store.files.places import Place, is_url, lies_in
 from trackstar.text import system_reason
@@ -28,12 +29,6 @@ from trackstar.text import system_reason
 FileId = tuple[int, int]
 """Device and inode."""
 
-_FOREIGN_KINDS = (
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-)
 _MOST_LINKS = 40
 
 
@@ -51,9 +46,10 @@ class Input:
 
 
 def inputs(**paths: object) -> list[Input]:
-    """The files, folders and URLs among the values of parameters; patterns are expanded.
+    """The files, folders and URLs among the values of parameters.
 
-    Other values, such as None, the name of a model on the hub or data in memory, are left out.
+    A pattern stands for the files that match it now, and for itself: an output that would match it
+    is read by the next run. Other values, such as None, the name of a model on the hub or data in memory, are left out.
     """
     found = []
     for parameter, value in paths.items():
@@ -176,9 +172,9 @@ def output_target(path: Path) -> Path:
         raise _unwritable(path, error) from error
     if stat.S_ISDIR(kind):
         raise _unwritable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    for is_kind, name in _FOREIGN_KINDS:
-        if is_kind(kind):
-            raise OptionError(f"{path}: expected a file, found {name}; choose the name of a file")
+    special = special_kind(target)
+    if special is not None:
+        raise OptionError(f"{path}: expected a file, found {special}; choose the name of a file")
     return target
 
 
@@ -304,7 +300,7 @@ def _is_index(folder: Path) -> bool:
 
 
 def _expanded(path: str) -> list[str]:
-    """A path or URL as a list; the files that match a pattern; none for what does not exist."""
+    """A path or URL as a list; the files that match a pattern, and the pattern; none for what does not exist."""
     if path.startswith(("file://", "local://")):
         path = path.partition("://")[2]
     if is_url(path):
