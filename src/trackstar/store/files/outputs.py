@@ -300,7 +300,7 @@ def _is_index(folder: Path) -> bool:
 
 
 def _expanded(path: str) -> list[str]:
-    """A path or URL as a list; the files that match a pattern, and the pattern; none for what does not exist."""
+    """A path or URL as a list; a pattern with the files that match it; nothing for what is missing."""
     if path.startswith(("file://", "local://")):
         path = path.partition("://")[2]
     if is_url(path):
