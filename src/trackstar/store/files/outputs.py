@@ -49,7 +49,8 @@ def inputs(**paths: object) -> list[Input]:
     """The files, folders and URLs among the values of parameters.
 
     A pattern stands for the files that match it now, and for itself: an output that would match it
-    is read by the next run. Other values, such as None, the name of a model on the hub or data in memory, are left out.
+    is read by the next run. Other values, such as None, the name of a model on the hub or data in
+    memory, are left out.
     """
     found = []
     for parameter, value in paths.items():
