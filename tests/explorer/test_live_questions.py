@@ -16,8 +16,8 @@ from trackstar.attribution.answering import answer_queries
 from trackstar.errors import OptionError
 from trackstar.explorer import live as live_module
 from trackstar.explorer.jobs import MOST_WAITING, Jobs, TooManyJobsError
+from trackstar.explorer.question_schemas import AnswerRequest
 from trackstar.explorer.result_files import read_result_file
-from trackstar.explorer.schemas import AnswerRequest
 from trackstar.explorer.server import IndexOptions, open_index
 from trackstar.indexing.build import build_index
 from trackstar.progress import Progress

@@ -1,4 +1,4 @@
-// Types of the API's responses, as in the server's explorer/schemas.py.
+// Types of the API's responses, as in the server's explorer/schemas.py and question_schemas.py.
 
 export type JobState = "queued" | "running" | "done" | "failed" | "cancelled";
 export type Side = "proponents" | "opponents";

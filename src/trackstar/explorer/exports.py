@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from trackstar.attribution.markup import plain
-from trackstar.explorer.schemas import Answer, Candidate
+from trackstar.explorer.question_schemas import Answer
+from trackstar.explorer.schemas import Candidate
 
 ExportFormat = Literal["csv", "jsonl", "html"]
 MEDIA_TYPES: dict[ExportFormat, str] = {

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from trackstar.explorer.schemas import Group, Groups, Insight, Point
+from trackstar.explorer.question_schemas import Group, Groups, Insight, Point
 
 _BINS = 60
 _SAMPLED = 1500

@@ -12,7 +12,7 @@ from typing import Any
 
 from trackstar.errors import TrackstarError
 from trackstar.explorer.messages import without_backticks
-from trackstar.explorer.schemas import Job, JobState
+from trackstar.explorer.question_schemas import Job, JobState
 from trackstar.progress import observed
 from trackstar.text import printable
 

@@ -27,24 +27,23 @@ from trackstar.explorer.candidates import make_candidate
 from trackstar.explorer.insight import groups, insight, scatter_rows
 from trackstar.explorer.messages import sendable, without_backticks
 from trackstar.explorer.metadata import Metadata, metadata_fields
-from trackstar.explorer.refusals import MissingError
-from trackstar.explorer.result_files import mixing_summary
-from trackstar.explorer.schemas import (
+from trackstar.explorer.question_schemas import (
     Answer,
     AnswerRequest,
-    Candidate,
     Details,
     Effect,
     GeneratedToken,
     GenerateRequest,
     Generation,
     Groups,
-    IndexSummary,
     Insight,
     Ranking,
     Share,
     TokenSplit,
 )
+from trackstar.explorer.refusals import MissingError
+from trackstar.explorer.result_files import mixing_summary
+from trackstar.explorer.schemas import Candidate, IndexSummary
 from trackstar.model.generation import generate_tokens
 from trackstar.progress import Progress
 from trackstar.store import place_name

@@ -11,9 +11,7 @@ from trackstar.explorer.downloads import export as export_file
 from trackstar.explorer.exports import ExportedQuery, ExportFormat
 from trackstar.explorer.jobs import Jobs, TooManyJobsError
 from trackstar.explorer.live import ANSWER_GONE, LiveIndex
-from trackstar.explorer.refusals import NEEDS_HEADER, MissingError, refusals
-from trackstar.explorer.result_routes import EXPORTED, Value
-from trackstar.explorer.schemas import (
+from trackstar.explorer.question_schemas import (
     MOST_TOP,
     Answer,
     AnswerRequest,
@@ -23,10 +21,11 @@ from trackstar.explorer.schemas import (
     Groups,
     Insight,
     Job,
-    Method,
-    Text,
     TokensRequest,
 )
+from trackstar.explorer.refusals import NEEDS_HEADER, MissingError, refusals
+from trackstar.explorer.result_routes import EXPORTED, Value
+from trackstar.explorer.schemas import Method, Text
 
 
 def question_routes(live: LiveIndex | None, jobs: Jobs) -> APIRouter:
