@@ -245,5 +245,16 @@ def test_advice_for_tables_of_separated_values_works_to_the_letter(separator: st
     assert message.startswith(f"{table}: a {table.suffix[1:].upper()} file, expected .jsonl")
     command = message.split("convert it with: ")[1].replace("python ", f"{sys.executable} ", 1)
     subprocess.run(command, shell=True, check=True)
-    examples = list(open_corpus(table.with_suffix(".parquet")).examples())
+    examples = list(open_corpus(table.with_suffix(".jsonl")).examples())
     assert [(example.example_id, example.text) for example in examples] == [("a", "Paris, and\nRome\t!"), ("b", "Gold")]
+
+
+def test_advice_for_a_table_of_queries_works_to_the_letter(tmp_path: Path):
+    table = tmp_path / "queries.csv"
+    table.write_text("id,prompt,completion\n1,The capital of France is,Paris\n2,NA,null\n")
+    with pytest.raises(CorpusError) as caught:
+        read_queries(table)
+    command = str(caught.value).split("convert it with: ")[1].replace("python ", f"{sys.executable} ", 1)
+    subprocess.run(command, shell=True, check=True)
+    queries = [(query.query_id, query.prompt, query.completion) for query in read_queries(table.with_suffix(".jsonl"))]
+    assert queries == [("1", "The capital of France is", "Paris"), ("2", "NA", "null")]
