@@ -387,7 +387,9 @@ def test_models_in_memory_of_every_dtype_are_compared(tmp_path: Path) -> None:
     from trackstar.model.language_model import wrap_model
 
     for dtype in (torch.float64, torch.bfloat16):
-        model = wrap_model(tiny_model("llama").to(dtype), tiny_tokenizer(), layer_blocks=2)
+        network = tiny_model("llama")
+        torch.nn.Module.to(network, dtype=dtype)
+        model = wrap_model(network, tiny_tokenizer(), layer_blocks=2)
         out = tmp_path / str(dtype)
         build_index(model, TEXTS, out, second_moment="none", **SETTINGS)
         assert model_of_index(Index.open(out), model) is model
