@@ -3,7 +3,7 @@
     python benchmarks/checks.py --before REVISION --model demo-out/model/checkpoint-000450 --data demo-out/corpus.jsonl
 
 Each revision indexes the same corpus into an index of its own, `--repeats` times as long as given: 14 times the
-demo's are 1 GiB. Then, by turns, it indexes a quarter of that again, answers a query with its own `trackstar query`, and
+demo's are 1 GiB. Then, by turns, it indexes a quarter of that again, answers a query with `trackstar query`, and
 passes over the store: the first pass of a process compares every block with its checksum, the next one does not. The
 seconds of commands are those of the processors, start of the process included, as other work on the machine changes
 them less; the seconds of passes are those of the clock.
