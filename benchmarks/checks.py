@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -116,14 +115,12 @@ def main() -> None:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(earlier)], check=True)
         subprocess.run(["git", "checkout", "--quiet", options.before], cwd=earlier, check=True)
         figures = measure({"before": earlier, "now": ROOT}, Path(folder), options)
-    medians = {
-        name: {step: statistics.median(values) for step, values in steps.items()}
-        for name, steps in figures["seconds"].items()
-    }
-    ratios = {step: round(medians["now"][step] / medians["before"][step], 4) for step in medians["now"]}
+    # The least of several turns: whatever else the machine does only adds to it.
+    least = {name: {step: min(values) for step, values in steps.items()} for name, steps in figures["seconds"].items()}
+    ratios = {step: round(least["now"][step] / least["before"][step], 4) for step in least["now"]}
     save(
         f"checks-cpu-{options.threads}-threads",
-        {"before_commit": options.before, **figures, "medians": medians, "now_over_before": ratios},
+        {"before_commit": options.before, **figures, "least": least, "now_over_before": ratios},
     )
     print(ratios)
 
