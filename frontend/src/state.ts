@@ -1,9 +1,10 @@
 // The whole view is in the location's hash, so that links and the back button restore it; hashes are validated.
 import { useEffect, useState } from "preact/hooks";
 import type { QueryFilter } from "./api/client";
-import type { Side, Sort } from "./api/types";
+import type { Join, Side, Sort } from "./api/types";
 
 export const SORTS: readonly Sort[] = ["file", "prompt", "relation", "frequency", "score", "rank"];
+export const JOINS: readonly Join[] = ["auto", "space", "none"];
 export const PAGE_SIZE = 50;
 export const LONGEST_SEARCH = 512;
 export const LONGEST_PROMPT = 32_768;
@@ -25,6 +26,8 @@ export interface View extends QueryFilter {
   highlights: string[];
   prompt: string;
   completion: string;
+  /** What stands between prompt and completion: a space where writing has one, always, or never. */
+  join: Join;
   methods: string[];
   top: number;
   key: string | null;
@@ -42,7 +45,7 @@ export const INITIAL: View = {
   tab: null, run: 0, beside: null, alone: false, page: 0, at: [], spectra: false, highlights: [],
   search: "", search_candidates: false, relation: [], bucket: [], model_correct: null, proponent_correct: null,
   score_min: null, score_max: null, sort: "file", descending: false,
-  prompt: "", completion: "", methods: [], top: 10, key: null, side: "proponents", row: null, over: "candidate",
+  prompt: "", completion: "", join: "auto", methods: [], top: 10, key: null, side: "proponents", row: null, over: "candidate",
   insight: false, groupField: "", groupMethod: "", groupTop: 100,
 };
 
@@ -101,6 +104,7 @@ export function parse(hash: string): View {
     descending: yes("desc"),
     prompt: text(given.get("prompt"), LONGEST_PROMPT),
     completion: text(given.get("completion"), LONGEST_PROMPT),
+    join: oneOf(given.get("join"), JOINS) ?? "auto",
     methods: many(given.getAll("method"), 64, 8),
     top: whole(given.get("top"), 1, MOST_TOP) ?? 10,
     key: key !== null && /^[A-Za-z0-9_-]{1,128}$/.test(key) ? key : null,
@@ -142,6 +146,7 @@ export function serialize(view: View): string {
   all("hl", view.highlights);
   set("prompt", view.prompt);
   set("completion", view.completion);
+  set("join", view.join, "auto");
   all("method", view.methods);
   set("top", view.top, 10);
   set("key", view.key);

@@ -1,27 +1,31 @@
-// The spacing rule, the part of a generation to attribute, and the format of numbers.
+// The part of a generation to attribute, and the format of numbers.
 import { describe, expect, it } from "vitest";
-import { between, partOf, wordStart } from "../src/ask/join";
+import { partOf, tokensOf } from "../src/ask/part";
 import { percent, points, score } from "../src/format";
 
 const generation = {
-  kind: "generation" as const, prompt: "The tower is in", text: " Paris 😀, France",
-  tokens: [[0, 6], [6, 8], [8, 9], [9, 16]].map(([start, stop]) => ({ start: start!, stop: stop!, probability: 0.5 })),
+  kind: "generation" as const, prompt: "The tower is in", text: " Paris 😀, France", prompt_ids: [0, 7, 8],
+  tokens: [[0, 6], [6, 8], [8, 9], [9, 16]].map(([start, stop], place) => ({
+    token_id: 20 + place, start: start!, stop: stop!, probability: 0.5,
+  })),
 };
 
 describe("the question", () => {
-  it("has one space between, unless there is white space", () => {
-    expect([between("a", "b"), between("a ", "b"), between("a", "\nb"), between("", "b")]).toEqual([" ", "", "", ""]);
+  it("takes the first token with its white space", () =>
+    expect(partOf(generation, 0, 0)).toEqual({
+      prompt: "The tower is in", completion: " Paris", tokens: { token_ids: [0, 7, 8, 20], first: 3 },
+    }));
+  it("takes later tokens after those before them", () => {
+    expect(partOf(generation, 3, 3)).toEqual({
+      prompt: "The tower is in Paris 😀,", completion: " France", tokens: { token_ids: [0, 7, 8, 20, 21, 22, 23], first: 6 },
+    });
+    expect(partOf(generation, 1, 2).completion).toBe(" 😀,");
   });
-  it("takes the first token", () => expect(partOf(generation, 0, 0)).toEqual({ prompt: "The tower is in", completion: "Paris" }));
-  it("takes later tokens", () => {
-    expect(partOf(generation, 3, 3)).toEqual({ prompt: "The tower is in Paris 😀,", completion: "France" });
-    expect(partOf(generation, 1, 2)).toEqual({ prompt: "The tower is in Paris", completion: "😀," });
-  });
-  it("begins with a word", () => {
-    const tokens = [[0, 1], [1, 3], [3, 5], [5, 6]].map(([start, stop]) => ({ start: start!, stop: stop!, probability: 1 }));
-    const broken = { ...generation, text: "Par is", tokens };
-    expect([0, 1, 2, 3].map((token) => wordStart(broken, token))).toEqual([0, 0, 2, 2]);
-    expect([0, 1, 2, 3].map((token) => wordStart(generation, token))).toEqual([0, 1, 1, 3]);
+  it("asks for tokens only while the texts are theirs", () => {
+    const part = partOf(generation, 0, 0);
+    expect(tokensOf(part, part.prompt, part.completion)).toEqual(part.tokens);
+    expect(tokensOf(part, part.prompt, "Paris")).toBeNull();
+    expect(tokensOf(null, part.prompt, part.completion)).toBeNull();
   });
 });
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from trackstar.indexing.array_tasks import finish_index
     from trackstar.indexing.build import build_index
     from trackstar.indexing.settings import IndexSettings
-    from trackstar.model.generation import generate
+    from trackstar.model.generation import Generation, generate, generate_samples
+    from trackstar.model.generation_settings import GenerationSettings
     from trackstar.model.language_model import LanguageModel, load_model, wrap_model
     from trackstar.pretraining import PretrainingConfig, pretrain
     from trackstar.store import Index, verify
@@ -49,6 +50,8 @@ __all__ = [
     "Check",
     "Corpus",
     "Example",
+    "Generation",
+    "GenerationSettings",
     "Index",
     "IndexSettings",
     "LanguageModel",
@@ -67,6 +70,7 @@ __all__ = [
     "convert_index",
     "finish_index",
     "generate",
+    "generate_samples",
     "load_model",
     "merge_indexes",
     "model_of_index",
@@ -104,7 +108,8 @@ _HOMES = {
     "trackstar.indexing.array_tasks": ("finish_index",),
     "trackstar.indexing.build": ("build_index",),
     "trackstar.indexing.settings": ("IndexSettings",),
-    "trackstar.model.generation": ("generate",),
+    "trackstar.model.generation": ("Generation", "generate", "generate_samples"),
+    "trackstar.model.generation_settings": ("GenerationSettings",),
     "trackstar.model.language_model": ("LanguageModel", "load_model", "wrap_model"),
     "trackstar.pretraining": ("PretrainingConfig", "pretrain"),
     "trackstar.store": ("Index", "verify"),

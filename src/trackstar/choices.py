@@ -29,6 +29,12 @@ OptimizerName = Literal["adafactor", "adamw"]
 DuplicateIds = Literal["refuse", "number"]
 """What is done with a second record of a name: it is an error, or it is named `NAME~2`."""
 
+Join = Literal["auto", "space", "none"]
+"""How a prompt and its completion are joined: with a space where writing has one, always, or never."""
+
+Stop = Literal["line", "end"]
+"""Where a generated answer ends: at the end of its line, or only where the model ends it."""
+
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
@@ -39,3 +45,5 @@ SECOND_MOMENT_KINDS: tuple[SecondMomentKind, ...] = get_args(SecondMomentKind)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 DUPLICATE_IDS: tuple[DuplicateIds, ...] = get_args(DuplicateIds)
+JOINS: tuple[Join, ...] = get_args(Join)
+STOPS: tuple[Stop, ...] = get_args(Stop)

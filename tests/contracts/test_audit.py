@@ -191,7 +191,7 @@ def test_question_and_chosen_settings_are_recorded(made: World):
 
 def test_the_format_is_frozen():
     """A change of a field needs a new AUDIT_VERSION and an entry in the changelog."""
-    assert AUDIT_VERSION == 2
+    assert AUDIT_VERSION == 3
     found = {
         kind.__name__: [field.name for field in dataclasses.fields(kind)]
         for kind in (
@@ -205,8 +205,8 @@ def test_the_format_is_frozen():
         "threads",
         "ResultsEntry": "file digest query_set",
         "QueriesEntry": "count digest",
-        "GenerationEntry": "max_new_tokens prompts",
-        "QuestionEntry": "top mixing damping reranked exact batch_tokens task prompt_field",
+        "GenerationEntry": "max_new_tokens temperature top_p seed stop chat prompts",
+        "QuestionEntry": "top mixing damping reranked exact batch_tokens task prompt_field join",
         "AnswerEntry": "mixing damping candidates codec reranked",
         "IndexEntry": "path identity content manifest_file r_train",
         "StreamEntry": "second_moment second_moment_examples whitening_examples r_train_examples r_train",
@@ -269,6 +269,8 @@ def test_an_audit_of_the_version_before_is_read_and_repeated(
     assert fields["made_with"]["format_version"] == 3
     assert "configuration" not in fields["made_with"]["model"]
     fields["audit_version"] = 1
+    assert fields["question"].pop("join") == "auto"
+    without_separators(old.folder / "results.jsonl", fields)
     added = {"made_with.model.location", "made_with.model.configuration", "made_with.model.libraries"}
     added.add("made_with.corpora.location")
     fields["descriptive"] = [name for name in fields["descriptive"] if name not in added]
@@ -277,6 +279,14 @@ def test_an_audit_of_the_version_before_is_read_and_repeated(
     found = old.outcomes(again=True)
     assert "differs" not in found.values()
     assert found["configuration"] == "not checked"
+
+
+def without_separators(results: Path, fields: dict[str, Any]) -> None:
+    """Result lines as versions 1 and 2 of audits have them, and the audit's digest of them."""
+    records = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert {record.pop("separator") for record in records} == {" "}
+    results.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    fields["results"]["digest"] = blake(results.read_bytes())
 
 
 # ---- Equal inputs ------------------------------------------------------------------------------------------------
@@ -651,9 +661,9 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     [
         ("", "the text is not JSON"), ("[1]", "the text is [1], expected a JSON object"), ("{", "not JSON"),
         ("[" * 100_000, "nested too deeply"), ('{"audit_version": 1, "audit_version": 1}', "repeated"),
-        ('{"audit_version": 3}', "audit_version is 3, expected at most 2: a newer trackstar wrote the file"),
-        ('{"audit_version": 0}', "audit_version is 0, expected 1 to 2"),
-        ("{}", "audit_version is None, expected 1 to 2"),
+        ('{"audit_version": 4}', "audit_version is 4, expected at most 3: a newer trackstar wrote the file"),
+        ('{"audit_version": 0}', "audit_version is 0, expected 1 to 3"),
+        ("{}", "audit_version is None, expected 1 to 3"),
         ('{"audit_version": 1e999}', "audit_version is inf"), ('{"audit_version": NaN}', "a number is NaN"),
         ('{"audit_version": ' + "9" * 5000 + "}", "not JSON"), ('{"audit_version": 1}', "descriptive is None"),
     ],

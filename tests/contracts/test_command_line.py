@@ -119,7 +119,8 @@ def test_options_are_frozen():
         "query": sorted(
             "index --index --prompt --completion --generate --queries --task --top --out --force --json "
             "--mixing --damping "
-            "--device --threads --model --prompt-field --query-set --max-new-tokens --batch-tokens --rerank --exact "
+            "--device --threads --model --prompt-field --query-set --batch-tokens --rerank --exact "
+            "--join --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
             "--data --text-field --id-field --limit --duplicate-ids --window-tokens --second-moment "
             "--whitening-examples --side --seed "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
@@ -196,7 +197,7 @@ def test_prompt_and_completion_give_a_table_and_its_settings(index_folder: Path,
     prompt = "The capital of France is"
     assert run("query", "--index", index_folder, "--prompt", prompt, "--completion", "Paris", "--top", 3) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("The capital of France is Paris   P = ")
+    assert shown.out.startswith("The capital of France is ⟦Paris⟧   P = ")
     rows = [line.split() for line in shown.out.splitlines()[1:] if line.strip()]
     proponents = [row for row in rows if row[0].startswith("+")]
     assert len(proponents) == 3
@@ -215,8 +216,8 @@ def test_queries_of_the_release_give_lines_of_the_release_and_a_report(
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["example_id"] for line in lines] == [f"f-{c}" for c in [*CAPITALS, "Egypt", "Spain"]]
     first = lines[0]
-    assert list(first)[:10] == [
-        "example_id", "query_set", "inputs_plaintext", "targets_plaintext", "proponents", "proponent_ids",
+    assert list(first)[:11] == [
+        "example_id", "query_set", "inputs_plaintext", "separator", "targets_plaintext", "proponents", "proponent_ids",
         "proponent_scores", "opponents", "opponent_ids", "opponent_scores",
     ]  # fmt: skip
     assert (first["query_set"], first["inputs_plaintext"], first["targets_plaintext"]) == (
@@ -262,10 +263,15 @@ def test_generate_explains_the_models_own_completion(
     index_folder: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     prompt = "The capital of Peru is"
-    said = trackstar.generate(trackstar.load_model(tiny_model_folder), prompt, max_new_tokens=4)
-    assert said
+    settings = trackstar.GenerationSettings(max_new_tokens=4)
+    generation = trackstar.generate(trackstar.load_model(tiny_model_folder), prompt, settings)
+    said = generation.text
+    assert said.strip()
     assert run("query", "--index", index_folder, "--prompt", prompt, "--generate", "--max-new-tokens", 4, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["targets_plaintext"] == said
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["targets_plaintext"] == said
+    assert answer["input_ids"] == list(generation.token_ids)
+    assert answer["labels"] == [-100] * len(generation.prompt_ids) + [token.token_id for token in generation.tokens]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": prompt}) + "\n" + json.dumps({"prompt": "Berlin", "completion": "x"}))
     command = ("query", "--index", index_folder, "--queries", prompts, "--generate", "--max-new-tokens", 4, "--json")
@@ -285,8 +291,11 @@ def test_generated_answer_is_the_likeliest_token_each_time(tiny_model_folder: Pa
         token_ids = [*token_ids, int(model.module(input_ids=torch.tensor([token_ids])).logits[0, -1].argmax())]
         if token_ids[-1] in (1, 2):
             break
-    expected = model.tokenizer.decode(token_ids[start:], skip_special_tokens=True).strip().split("\n", 1)[0].rstrip()
-    assert trackstar.generate(model, "The capital of Peru is", max_new_tokens=6) == expected
+    generation = trackstar.generate(
+        model, "The capital of Peru is", trackstar.GenerationSettings(max_new_tokens=6, stop="end")
+    )
+    assert list(generation.token_ids) == [token for token in token_ids if token not in (1, 2)]
+    assert generation.prompt_ids == tuple(token_ids[:start])
 
 
 def test_pretrained_checkpoint_is_indexed_with_its_own_optimizer_state(

@@ -126,7 +126,7 @@ def test_options_of_an_index_have_the_defaults_of_its_settings():
         ("convert", "trackstar.convert_index"),
         ("query", "trackstar.answer_queries"),
         ("query", "trackstar.stream_queries"),
-        ("query", "trackstar.generate"),
+        ("query", "trackstar.GenerationSettings"),
         ("pretrain", "trackstar.PretrainingConfig"),
         ("pretrain", "trackstar.pretrain"),
         ("explore", "trackstar.explorer.server.IndexOptions"),
@@ -135,7 +135,7 @@ def test_options_of_an_index_have_the_defaults_of_its_settings():
 def test_options_have_the_defaults_of_the_python_interface(command: str, function: str):
     home, _, name = function.rpartition(".")
     target = getattr(__import__(home, fromlist=[name]), name)
-    aliases = {"k": "top"}
+    aliases = {"k": "top"} | ({"seed": "sampling_seed"} if name == "GenerationSettings" else {})
     options = {option.name: option for option in command_group.commands[command].params}
     compared = 0
     for parameter in inspect.signature(target).parameters.values():

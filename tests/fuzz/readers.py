@@ -825,7 +825,9 @@ def _audit_seeds() -> list[bytes]:
         plain,
         index=None,
         stream=stream,
-        generation=GenerationEntry(max_new_tokens=4, prompts=asked),
+        generation=GenerationEntry(
+            max_new_tokens=4, temperature=0.5, top_p=0.9, seed=1, stop="line", chat=False, prompts=asked
+        ),
         question=dataclasses.replace(question, mixing=0.25, damping=0.0, task=asked, prompt_field="prompt"),
     )
     return [audit.to_json().encode("ascii") for audit in (plain, passed)]

@@ -1,7 +1,7 @@
 // The typed client: one function per endpoint; errors are one line for the user.
 import type {
-  Details,
-  Answer, ExportFormat, Groups, Insight, Job, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
+  AskedTokens, Details,
+  Answer, ExportFormat, Groups, Insight, Job, Join, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
 } from "./types";
 
 /** A response other than success; status 0 means that the server did not answer. */
@@ -104,8 +104,9 @@ export const api = {
     call<TextPart>("GET", `/api/candidates/${row}/text?start=${start}`, undefined, signal),
 
   generate: (prompt: string, max_new_tokens: number) => call<Job>("POST", "/api/generate", { prompt, max_new_tokens }),
-  attribute: (question: { prompt: string; completion: string; methods: string[]; top: number }) =>
-    call<Job>("POST", "/api/answers", question),
+  attribute: (question: {
+    prompt: string; completion: string; join: Join; tokens: AskedTokens | null; methods: string[]; top: number;
+  }) => call<Job>("POST", "/api/answers", question),
   answer: (name: string, signal?: AbortSignal) => call<Answer>("GET", `/api/answers/${key(name)}`, undefined, signal),
   tokens: (name: string, row: number, over: "candidate" | "query") =>
     call<Job>("POST", `/api/answers/${key(name)}/tokens`, { row, over }),

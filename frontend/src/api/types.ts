@@ -122,6 +122,7 @@ export interface QueryRecord {
   example_id: string;
   query_set: string;
   prompt: string;
+  separator: string;
   completion: string;
   relation: string | null;
   bucket: string | null;
@@ -141,6 +142,7 @@ export interface TextPart {
 }
 
 export interface GeneratedToken {
+  token_id: number;
   start: number;
   stop: number;
   probability: number;
@@ -150,8 +152,17 @@ export interface Generation {
   kind: "generation";
   prompt: string;
   text: string;
+  prompt_ids: number[];
   tokens: GeneratedToken[];
 }
+
+/** Tokens to ask as they are; `first` is the first one that is explained. */
+export interface AskedTokens {
+  token_ids: number[];
+  first: number;
+}
+
+export type Join = "auto" | "space" | "none";
 
 export interface Ranking {
   method: string;
@@ -165,6 +176,7 @@ export interface Answer {
   key: string;
   prompt: string;
   completion: string;
+  separator: string;
   loss: number;
   probability: number;
   top: number;

@@ -21,9 +21,10 @@ function ending(prompt: string): string {
   return prompt.length > LONGEST_HEADING ? `…${prompt.slice(-LONGEST_HEADING)}` : prompt;
 }
 
-/** A completion with its leading spaces shown, except the one space that the spacing rule inserts. */
+/** A completion with the white space at its ends shown. */
 function spaced(completion: string): string {
-  return completion.replace(/^ {2,}/, (spaces) => "␣".repeat(spaces.length)).replace(/^ /, "");
+  const shown = (space: string) => space.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  return completion.replace(/^\s+/, shown).replace(/\s+$/, shown);
 }
 
 const SCORE_TERMS: Record<string, TermName> = { TrackStar: "influence", BM25: "bm25", embeddings: "embeddings" };
@@ -45,7 +46,7 @@ export function AnswerView({ answer, index, view }: { answer: Answer; index: Ind
     <section class="answer" aria-label="Answer">
       <div class="query-head">
         <h1 class="question" dir="auto">
-          <Plain text={ending(answer.prompt)} /> <span class="completion"><Plain text={spaced(answer.completion)} /></span>
+          <Plain text={ending(answer.prompt + answer.separator)} /><span class="completion"><Plain text={spaced(answer.completion)} /></span>
         </h1>
         <div class="tools"><ExportMenu what="answer" address={(format) => downloads.answer(answer.key, format)} /></div>
       </div>

@@ -10,7 +10,7 @@ import { Empty, Problem, Waiting } from "../ui/parts";
 import { AnswerView } from "./answer";
 import { Form } from "./form";
 import { Generated } from "./generated";
-import { partOf } from "./join";
+import { type Part, partOf, tokensOf } from "./part";
 import { JobLine } from "./job";
 
 async function cachedAnswer(key: string, signal: AbortSignal): Promise<Answer | null> {
@@ -27,6 +27,7 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
   const generating = useJob();
   const attributing = useJob();
   const [generation, setGeneration] = useState<Generation | null>(null);
+  const [part, setPart] = useState<Part | null>(null);
   const [fresh, setFresh] = useState<Answer | null>(null);
   const methods = view.methods.filter((method) => index.methods.includes(method));
   const chosen = methods.length > 0 ? methods : index.methods;
@@ -47,8 +48,9 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
   const attribute = () =>
     attributing.start(
       () => {
-        const { prompt, completion, top } = currentView();
-        return api.attribute({ prompt, completion, methods: chosen, top });
+        const { prompt, completion, join, top } = currentView();
+        const tokens = tokensOf(part, prompt, completion);
+        return api.attribute({ prompt, completion, join, tokens, methods: chosen, top });
       },
       (result) => {
         if (result.kind !== "answer") return;
@@ -72,8 +74,9 @@ export function Ask({ index }: { session: Session; index: IndexSummary }) {
             <Generated
               generation={generation}
               choose={(first, last) => {
-                const part = partOf(generation, first, last);
-                change({ prompt: part.prompt, completion: part.completion });
+                const chosenPart = partOf(generation, first, last);
+                setPart(chosenPart);
+                change({ prompt: chosenPart.prompt, completion: chosenPart.completion });
               }}
               close={() => setGeneration(null)}
             />

@@ -1,10 +1,12 @@
 // The question's form: prompt, completion, methods, number of candidates.
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
-import type { IndexSummary } from "../api/types";
+import type { IndexSummary, Join } from "../api/types";
 import { useDebounced } from "../hooks";
 import { plain } from "../candidates/visible";
-import { LONGEST_PROMPT, MOST_TOP, change, currentView, type View } from "../state";
+import { JOINS, LONGEST_PROMPT, MOST_TOP, change, currentView, type View } from "../state";
+
+const JOIN_LABELS: Record<Join, string> = { auto: "as written", space: "with a space", none: "without a space" };
 
 export function Form(props: {
   view: View; index: IndexSummary; methods: string[]; busy: boolean; generate: () => void; attribute: () => void; children: ComponentChildren;
@@ -37,6 +39,15 @@ export function Form(props: {
             </label>
           ))}
         </fieldset>
+        <label class="inline" title="What stands between the prompt and the completion">
+          <span>Join</span>
+          <select
+            aria-label="Join prompt and completion" value={view.join}
+            onChange={(event) => change({ join: JOINS.find((join) => join === event.currentTarget.value) ?? "auto" }, false)}
+          >
+            {JOINS.map((join) => <option key={join} value={join}>{JOIN_LABELS[join]}</option>)}
+          </select>
+        </label>
         <label class="inline">
           <span>Top</span>
           <input

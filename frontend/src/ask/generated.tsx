@@ -5,7 +5,6 @@ import { percent } from "../format";
 import { toUnits } from "../candidates/codepoints";
 import { brief, plain } from "../candidates/visible";
 import { Plain } from "../ui/text";
-import { wordStart } from "./join";
 
 export function Generated(props: { generation: Generation; choose: (first: number, last: number) => void; close: () => void }) {
   const { generation, choose } = props;
@@ -27,7 +26,7 @@ export function Generated(props: { generation: Generation; choose: (first: numbe
   const units = toUnits(generation.text);
   const reach = (token: number) => {
     const from = anchor.current ?? token;
-    const range: [number, number] = [wordStart(generation, Math.min(from, token)), Math.max(from, token)];
+    const range: [number, number] = [Math.min(from, token), Math.max(from, token)];
     latest.current = range;
     set(range);
     return range;
@@ -35,7 +34,7 @@ export function Generated(props: { generation: Generation; choose: (first: numbe
   return (
     <section class="generation" aria-label="The model's answer">
       <div class="row spread">
-        <span class="note">Click a token, or drag over several, to select the part to attribute. A part always begins at a word.</span>
+        <span class="note">Click a token, or drag over several, to select the part to attribute. It is attributed token for token.</span>
         <button type="button" class="quiet small" aria-label="Close the model's answer" onClick={props.close}>✕</button>
       </div>
       <div class="gen-tokens" role="group" aria-label="Tokens of the answer">

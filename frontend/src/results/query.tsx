@@ -35,14 +35,17 @@ export function QueryView(props: Props) {
     <section class={first.stale && first.loading ? "query stale" : "query"} aria-label="Chosen query">
       <div class="query-head">
         <h1 class="question" dir="auto">
-          <Plain text={record.prompt || "(no prompt)"} />{" "}
+          <Plain text={record.prompt ? record.prompt + record.separator : "(no prompt) "} />
           <span class="completion"><Plain text={record.completion || "(no completion)"} /></span>
         </h1>
         <div class="tools">
           {props.index && (
             <button
               type="button" class="small" title="Ask the index about this query"
-              onClick={() => change({ tab: "ask", prompt: record.prompt, completion: record.completion, key: null })}
+              onClick={() => change({
+                tab: "ask", prompt: record.prompt, completion: record.completion,
+                join: record.separator === " " ? "space" : "none", key: null,
+              })}
             >
               Ask this
             </button>

@@ -20,9 +20,11 @@ from torch import Tensor
 from trackstar.attribution.question import Provenance, QuestionEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.writing import check_queries_as_json
-from trackstar.corpus import Query, tokenize_query
+from trackstar.choices import JOINS
+from trackstar.corpus import Query, query_text, query_with_texts, tokenize_query
+from trackstar.corpus.tokenization import count_spelled_out
 from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
-from trackstar.errors import OptionError, check_at_least
+from trackstar.errors import OptionError, check_at_least, check_choice
 from trackstar.gradients.projector import projected
 from trackstar.model.batching import plan_batches
 from trackstar.model.language_model import LanguageModel
@@ -91,6 +93,7 @@ def answer_queries(
     index = Index.of(index)
     check_choices(index, mixing=mixing, damping=damping)
     model = model_of_index(index, model, device=device)
+    queries = [query_with_texts(query, model.tokenizer) for query in queries]
     setup = gradient_setup(index, batch_tokens)
     phi, losses = gradients_of_queries(model, setup, queries, workers=workers, progress=progress)
     task_phi = phi
@@ -117,6 +120,8 @@ def checked_queries(queries: object) -> list[Query]:
         raise OptionError(f"`queries`: expected a sequence of queries, found {abridged(queries)}; pass it in a list")
     found = list(queries)
     for query in found:
+        if isinstance(query, Query):
+            check_choice("join", query.join, JOINS)
         texts = (query.query_id, query.prompt, query.completion) if isinstance(query, Query) else (None,)
         if not all(isinstance(text, str) for text in texts):
             raise OptionError(
@@ -124,6 +129,15 @@ def checked_queries(queries: object) -> list[Query]:
                 "make each with `Query`"
             )
     return found
+
+
+def query_notes(queries: Sequence[Query], model: LanguageModel) -> tuple[str, ...]:
+    """Notes for the user on how queries were read."""
+    texts = [query_text(query) for query in queries if query.token_ids is None]
+    count, tokens = count_spelled_out(texts, model.tokenizer)
+    if not count:
+        return ()
+    return (f"{count:,} of {len(queries):,} queries spell out {tokens}, which the tokenizer adds; each has it once",)
 
 
 def query_gradients(
@@ -204,7 +218,7 @@ def _report(
         coverage=str(model.coverage),
         second_moment=f"{manifest.second_moment.kind}, {manifest.second_moment.source}",
         provenance=provenance,
-        notes=index.notes,
+        notes=(*index.notes, *query_notes(queries, model)),
     )
 
 

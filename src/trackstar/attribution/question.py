@@ -7,8 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from trackstar.corpus import Query
+from trackstar.choices import Join
+from trackstar.corpus import Query, separator
 from trackstar.corpus.digests import digest_of_bytes, digest_of_json, digest_of_parts
+from trackstar.corpus.joining import joined
 from trackstar.store import Index, Manifest
 
 
@@ -33,6 +35,7 @@ class QuestionEntry:
         batch_tokens: Most tokens per batch.
         task: The queries that R_eval comes from; None if they are the question's own queries.
         prompt_field: Field of the queries' file that held the prompt.
+        join: How the file's prompts and completions were joined.
     """
 
     top: int
@@ -43,6 +46,7 @@ class QuestionEntry:
     batch_tokens: int
     task: QueriesEntry | None
     prompt_field: str | None
+    join: Join
 
     @classmethod
     def of(
@@ -66,6 +70,7 @@ class QuestionEntry:
             batch_tokens=batch_tokens,
             task=None if task is None else queries_entry(task),
             prompt_field=None,
+            join="auto",
         )
 
 
@@ -158,11 +163,24 @@ def queries_entry(queries: Sequence[Query]) -> QueriesEntry:
 
 
 def queries_digest(queries: Iterable[Query]) -> str:
-    """BLAKE2b-256 of one line per query: the JSON list of its name, prompt and completion, in ASCII
-    without spaces.
+    """BLAKE2b-256 of one line per query: a JSON list in ASCII without spaces.
+
+    The list holds the query's name, prompt and completion. If what stands between these two is not
+    what `join="space"` puts there, that follows; for a query of tokens, the token ids and the
+    numbers of the targets follow.
     """
-    lines = (json.dumps([query.query_id, query.prompt, query.completion], separators=(",", ":")) for query in queries)
+    lines = (json.dumps(_asked(query), separators=(",", ":")) for query in queries)
     return digest_of_parts((f"{line}\n".encode("ascii") for line in lines), bits=256)
+
+
+def _asked(query: Query) -> list[object]:
+    asked: list[object] = [query.query_id, query.prompt, query.completion]
+    if query.token_ids is not None:
+        mask = query.target_mask or ()
+        return [*asked, list(query.token_ids), [place for place, target in enumerate(mask) if target]]
+    between = separator(query)
+    spaced = joined(query.prompt, query.completion, "space")
+    return asked if query.prompt + between + query.completion == spaced else [*asked, between]
 
 
 def content_digest(manifest: Manifest) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from trackstar.attribution.markup import candidates_table, plain
 from trackstar.attribution.question import Provenance
-from trackstar.corpus import Query
+from trackstar.corpus import Query, separator
+from trackstar.corpus.queries import NO_TARGET
 from trackstar.curvature.mixing import Mixing
 
 if TYPE_CHECKING:
@@ -82,17 +83,30 @@ class QueryResult:
             for role, ranking in lists
             for candidate in ranking
         ]
-        question = f"{plain(self.query.prompt)} <b>{plain(self.query.completion)}</b>"
-        return f"<p dir='auto'>{question} &emsp; P = {self.probability:.2%}</p>{candidates_table(rows)}"
+        query = self.query
+        question = f"{plain(query.prompt + separator(query))}<b>{plain(query.completion)}</b>"
+        heading = f"<p dir='auto' style='white-space:pre-wrap'>{question} &emsp; P = {self.probability:.2%}</p>"
+        return heading + candidates_table(rows)
 
     def to_release(self, query_set: str) -> dict[str, object]:
-        """One line of the release's result files, field for field, and the query's further fields."""
+        """One line of the release's result files, field for field, and the query's further fields.
+
+        `separator` is what stands between prompt and completion in the text that was asked. A query
+        of tokens has `input_ids`, and `labels`, which are -100 for tokens that are no targets.
+        """
         record = self.query.record
+        token_ids, mask = self.query.token_ids, self.query.target_mask
+        tokens: dict[str, object] = {}
+        if token_ids is not None and mask is not None:
+            labels = [token if target else NO_TARGET for token, target in zip(token_ids, mask, strict=True)]
+            tokens = {"input_ids": list(token_ids), "labels": labels}
         return {
             "example_id": self.query.query_id,
             "query_set": query_set,
             "inputs_plaintext": self.query.prompt,
+            "separator": separator(self.query),
             "targets_plaintext": self.query.completion,
+            **tokens,
             "proponents": [ranked.text for ranked in self.proponents],
             "proponent_ids": [ranked.example_id for ranked in self.proponents],
             "proponent_scores": [ranked.influence for ranked in self.proponents],

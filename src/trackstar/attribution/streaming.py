@@ -19,12 +19,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trackstar.attribution.answering import checked_queries
+from trackstar.attribution.answering import checked_queries, query_notes
 from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.writing import check_queries_as_json
 from trackstar.choices import Dtype, DuplicateIds, Output, SecondMomentKind
-from trackstar.corpus import Corpus, Query, TokenizedExample, open_corpus, tokenize_examples, tokenize_query
+from trackstar.corpus import (
+    Corpus,
+    Query,
+    TokenizedExample,
+    open_corpus,
+    query_with_texts,
+    tokenize_examples,
+    tokenize_query,
+)
 from trackstar.corpus.digests import digest_of_fields
 from trackstar.curvature.autocorrelation import Autocorrelation, check_autocorrelation_size
 from trackstar.curvature.mixing import spectrum_of_autocorrelation
@@ -141,6 +149,7 @@ def stream_queries(
     _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device)
+    queries = [query_with_texts(query, model.tokenizer) for query in queries]
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids)
     question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
     stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
@@ -320,6 +329,7 @@ def _report(
             stream=entry,
             device=str(model.device),
         ),
+        notes=query_notes(queries, model),
     )
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trackstar.attribution.results import QueryResult, Ranked
+from trackstar.corpus import separator
 from trackstar.progress import printable
 
 # Line width if stdout is not a terminal.
@@ -36,6 +37,8 @@ def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title
     """Print a query with its proponents and opponents: influence, name and text; a star marks gold
     examples.
 
+    The query is the text as the model read it, with the completion between ⟦ and ⟧.
+
     Args:
         result: The query's result.
         gold: Names of the training examples that state the fact.
@@ -43,10 +46,10 @@ def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title
     """
     query = result.query
     console = _console()
-    prompt = printable(query.prompt).rstrip()
-    heading = Text((prompt if len(prompt) <= _LONGEST_TEXT else "…" + prompt[-_LONGEST_TEXT:]) + " ")
-    heading.append(printable(query.completion).strip(), style="bold")
-    heading.append(f"   P = {result.probability:.2%}")
+    prompt = _visible(query.prompt + separator(query))
+    heading = Text((prompt if len(prompt) <= _LONGEST_TEXT else "…" + prompt[-_LONGEST_TEXT:]) + "⟦")
+    heading.append(_visible(query.completion), style="bold")
+    heading.append(f"⟧   P = {result.probability:.2%}")
     if title:
         heading.append(f"   [{printable(title)}]")
     console.print(heading)
@@ -64,6 +67,11 @@ def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title
             )
     console.print(table)
     console.print()
+
+
+def _visible(text: str) -> str:
+    """The text on one line, with signs for line breaks and tabulators."""
+    return printable(text.replace("\r\n", "\n").replace("\n", "↵").replace("\t", "⇥"))
 
 
 def _name(candidate: Ranked) -> str:

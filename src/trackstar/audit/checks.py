@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from trackstar.attribution.question import QueriesEntry, content_digest, queries_entry
 from trackstar.audit.record import Audit, VersionsEntry
+from trackstar.choices import Join
 from trackstar.corpus import Corpus, Query, open_corpus, read_queries
 from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
 from trackstar.corpus.local_files import check_not_special
+from trackstar.corpus.queries import query_of_line
 from trackstar.errors import AuditError, CorpusError, DamagedIndexError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import SecondMoment
@@ -150,7 +152,7 @@ class InputChecks:
             return
         yield _comparison("results", file_digest(self.results), entry.digest, f"every byte of {self.results.name}")
         try:
-            self.result_queries = queries_of_results(self.results)
+            self.result_queries = queries_of_results(self.results, self.audit.question.join)
         except CorpusError as error:
             yield Check(name="queries in results", outcome="differs", said=str(error))
             return
@@ -161,9 +163,11 @@ class InputChecks:
             yield _not_checked("queries", "if they came from a file, pass it as `queries`")
             return
         generation = self.audit.generation
+        question = self.audit.question
         self.queries = read_queries(
-            self.available.queries, prompt_field=self.audit.question.prompt_field, needs_completion=generation is None
-        )
+            self.available.queries, prompt_field=question.prompt_field, needs_completion=generation is None,
+            join=question.join,
+        )  # fmt: skip
         if generation is None:
             yield _comparison_of_queries("queries", self.queries, self.audit.queries)
         else:
@@ -176,7 +180,8 @@ class InputChecks:
         if self.available.task is None:
             yield _not_checked("task", "pass the queries that R_eval comes from as `task`")
             return
-        self.task = read_queries(self.available.task, prompt_field=self.audit.question.prompt_field)
+        question = self.audit.question
+        self.task = read_queries(self.available.task, prompt_field=question.prompt_field, join=question.join)
         yield _comparison_of_queries("task", self.task, entry)
 
     def _check_projection(self) -> Check:
@@ -278,8 +283,12 @@ class InputChecks:
         return Check(name="versions", outcome="same", said=detail)
 
 
-def queries_of_results(path: Path) -> list[Query]:
+def queries_of_results(path: Path, join: Join = "auto") -> list[Query]:
     """The queries that a result file answers; each one's `record` is its whole line.
+
+    Args:
+        path: The file.
+        join: How prompts and completions were joined, for lines that do not say it.
 
     Raises:
         CorpusError: The file cannot be read, or a line is not a result.
@@ -295,15 +304,13 @@ def queries_of_results(path: Path) -> list[Query]:
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         record = json_object(line, where)
-        texts: list[str] = []
         for field in ("example_id", "inputs_plaintext", "targets_plaintext"):
             value = record.get(field)
             if not isinstance(value, str):
                 raise CorpusError(
                     f"{where}: field {field} is {abridged(value)}, expected a string; check that the file holds results"
                 )
-            texts.append(value)
-        queries.append(Query(query_id=texts[0], prompt=texts[1], completion=texts[2], record=record))
+        queries.append(query_of_line(record, where, name="", prompt_field="inputs_plaintext", join=join))
     return queries
 
 
@@ -337,7 +344,7 @@ def _digest_as(
 
 def without_completions(queries: Sequence[Query]) -> list[Query]:
     """The queries with their prompts only, as they were before the model completed them."""
-    return [dataclasses.replace(query, completion="") for query in queries]
+    return [dataclasses.replace(query, completion="", token_ids=None, target_mask=None) for query in queries]
 
 
 def _comparison(name: str, found: str, expected: str, what: str) -> Check:

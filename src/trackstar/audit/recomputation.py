@@ -19,7 +19,9 @@ from trackstar.audit.checks import AtHand, AuditReport, Check, InputChecks, Outc
 from trackstar.audit.record import Audit, read_audit
 from trackstar.corpus import Query
 from trackstar.errors import OptionError
-from trackstar.model.generation import generate
+from trackstar.model.generation import continuations, generate
+from trackstar.model.generation_settings import GenerationSettings
+from trackstar.model.language_model import LanguageModel
 from trackstar.store import Index
 
 # Influences lie between -1 and 1; the key is the dtype of the gradient computation.
@@ -104,21 +106,17 @@ class _Recomputation:
             yield Check(name="answer", outcome="not checked", said=reason)
             return
         if self._audit.generation is not None:
-            yield self._completions(self._audit.generation.max_new_tokens)
+            yield self._completions(self._audit.generation.settings)
         report = self._report()
         yield from self._statistics(report)
         yield from self._settings(report)
         yield from self._rankings(report)
 
-    def _completions(self, max_new_tokens: int) -> Check:
+    def _completions(self, settings: GenerationSettings) -> Check:
         model = self._inputs.model
         assert model is not None, "recomputation needs a model"
         queries = self._inputs.result_queries
-        different = [
-            query.query_id
-            for query in queries
-            if generate(model, query.prompt, max_new_tokens=max_new_tokens) != query.completion
-        ]
+        different = [query.query_id for query in queries if not _says(model, query, settings)]
         return _check_of_queries("completions", len(queries), different, "the model gives the same text")
 
     def _queries(self) -> list[Query]:
@@ -203,6 +201,8 @@ class _Recomputation:
         largest = 0.0
         for result, query in zip(report.results, self._inputs.result_queries, strict=True):
             found, expected = result.to_release(query_set), dict(query.record)
+            if self._audit.audit_version < 3:  # results of that time do not say what stood between the texts
+                found.pop("separator")
             distance = max(_distance(found.pop(field), expected.pop(field, None)) for field in _SCORES)
             if json.dumps(found) != json.dumps(expected):
                 reordered.append(query.query_id)
@@ -212,6 +212,22 @@ class _Recomputation:
         yield _check_of_queries("rankings", len(report.results), reordered, "the same candidates in the same order")
         detail = f"differences are at most {tolerance:g}, the largest is {largest:.2g}"
         yield _check_of_queries("scores", len(report.results), distant, detail)
+
+
+def _says(model: LanguageModel, query: Query, settings: GenerationSettings) -> bool:
+    """Whether the model completes a query's prompt as it did: in the same tokens, or in the same text
+    for results of an audit before version 3, which has no tokens.
+    """
+    if query.token_ids is None or query.target_mask is None:
+        return _line(generate(model, query.prompt, settings).text) == query.completion
+    start = query.target_mask.index(True)
+    said = continuations(model, query.prompt, query.token_ids[:start], 1, settings)[0]
+    return said.token_ids == query.token_ids
+
+
+def _line(text: str) -> str:
+    """The first line of a text that is not blank, as older versions recorded it."""
+    return text.strip().split("\n", 1)[0].rstrip()
 
 
 def _described(candidates: int, codec: str, reranked: int) -> str:

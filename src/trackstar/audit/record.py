@@ -9,24 +9,28 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry
+from trackstar.attribution.question import IndexEntry, QueriesEntry, QuestionEntry, StreamEntry, queries_entry
+from trackstar.choices import Stop
+from trackstar.corpus import Query
 from trackstar.corpus.digests import digest_of_bytes
 from trackstar.corpus.local_files import check_not_special
-from trackstar.errors import AuditError
+from trackstar.errors import AuditError, OptionError
+from trackstar.model.generation_settings import GenerationSettings
 from trackstar.store import Manifest
 from trackstar.store.manifest import manifest_fields, with_absent_fields
 from trackstar.store.manifest_entries import ADDED_FIELDS, DESCRIPTIVE_FIELDS
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
+from trackstar.text import Words
 
-AUDIT_VERSION = 2
+AUDIT_VERSION = 3
 OLDEST_AUDIT_VERSION = 1
-"""The oldest version that is read; its manifests have format version 3."""
+"""The oldest version that is read."""
 LARGEST_AUDIT = 16 * 2**20
 DESCRIPTIVE = tuple(
     sorted(
@@ -34,6 +38,11 @@ DESCRIPTIVE = tuple(
         | {f"made_with.{name}" for name in DESCRIPTIVE_FIELDS}
     )
 )
+_ADDED_IN_3: dict[str, dict[str, object]] = {
+    "question": {"join": "space"},
+    "generation": {"temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": "line", "chat": False},
+}
+"""Fields that older versions lack, by entry, and what they amount to there."""
 _LARGEST_SIDE = 4096  # with this side, R would have 10¹⁵ bytes per block
 _LARGEST_COUNT = 10**9
 _LONGEST_NAME = 255  # bytes that file systems accept
@@ -41,15 +50,41 @@ _LONGEST_NAME = 255  # bytes that file systems accept
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationEntry:
-    """Completions that the model generated.
+    """Completions that the model generated; see `GenerationSettings`.
 
     Attributes:
         max_new_tokens: Most tokens of a completion.
+        temperature: Divisor of the logits; 0 is greedy.
+        top_p: Share of the probability that was sampled from.
+        seed: Seed of the samples.
+        stop: Where completions end.
+        chat: Whether prompts were users' messages in the tokenizer's chat template.
         prompts: The queries without completions, including those whose completion is empty.
     """
 
     max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: Stop
+    chat: bool
     prompts: QueriesEntry
+
+    @classmethod
+    def of(cls, settings: GenerationSettings, prompts: Sequence[Query]) -> "GenerationEntry":
+        """The entry of prompts that were completed with these settings."""
+        fields = dataclasses.asdict(settings)
+        return cls(**fields, prompts=queries_entry(prompts))
+
+    @property
+    def settings(self) -> GenerationSettings:
+        """The settings, to generate with them again.
+
+        Raises:
+            OptionError: One is out of range.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(GenerationSettings)}
+        return GenerationSettings(**fields)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +184,12 @@ class Audit:
         return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
     def _fields(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"made_with": manifest_fields(self.made_with)}
+        fields = dataclasses.asdict(self) | {"made_with": manifest_fields(self.made_with)}
+        if self.audit_version < 3:
+            for entry, added in _ADDED_IN_3.items():
+                if fields[entry] is not None:
+                    fields[entry] = {name: value for name, value in fields[entry].items() if name not in added}
+        return fields
 
     def check(self) -> None:
         """Raise if a value is out of range or two fields contradict each other.
@@ -173,6 +213,11 @@ class Audit:
             _expect(name, value, value is None or 0 <= value <= 1, "a number from 0 to 1")
         for name, value in (("damping", self.question.damping), ("answer.damping", self.answer.damping)):
             _expect(name, value, value is None or (math.isfinite(value) and value >= 0), "a finite number, at least 0")
+        if self.generation is not None:
+            try:
+                self.generation.settings  # noqa: B018 - checked when it is made
+            except OptionError as error:
+                raise FieldError("generation", Words(str(error)), "settings that can be used") from None
         for name, value in self._counts():
             _expect(name, value, 1 <= value <= _LARGEST_COUNT, f"1 to {_LARGEST_COUNT}")
         reranked = self.question.reranked
@@ -222,6 +267,7 @@ def read_audit(path: str | os.PathLike[str]) -> Audit:
         _expect("descriptive", descriptive, descriptive == expected, "the list of descriptive fields")
         if isinstance(fields.get("made_with"), dict):
             fields["made_with"] = with_absent_fields(fields["made_with"])
+        _add_absent_fields(fields)
         audit = parse_object(Audit, fields)
         audit.check()
         _expect(
@@ -232,9 +278,19 @@ def read_audit(path: str | os.PathLike[str]) -> Audit:
     return audit
 
 
+def _add_absent_fields(fields: dict[str, Any]) -> None:
+    if fields["audit_version"] < 3:
+        for entry, added in _ADDED_IN_3.items():
+            if isinstance(fields.get(entry), dict):
+                for name in added:
+                    found = fields[entry].get(name)
+                    _expect(f"{entry}.{name}", found, name not in fields[entry], "no field of this name")
+                fields[entry] = fields[entry] | added
+
+
 def _descriptive(audit_version: int) -> tuple[str, ...]:
     """Names of the descriptive fields in an audit of this version."""
-    if audit_version == AUDIT_VERSION:
+    if audit_version >= 2:
         return DESCRIPTIVE
     added = {f"made_with.{entry}.{name}" for entry, names in ADDED_FIELDS.items() for name in names}
     return tuple(name for name in DESCRIPTIVE if name not in added)

@@ -12,8 +12,10 @@ from trackstar.attribution.results import QueryReport
 from trackstar.attribution.writing import ResultFiles
 from trackstar.audit.checks import file_digest, without_completions
 from trackstar.audit.record import AUDIT_VERSION, AnswerEntry, Audit, GenerationEntry, ResultsEntry, VersionsEntry
+from trackstar.choices import Join
 from trackstar.corpus import Query
 from trackstar.errors import AuditError
+from trackstar.model.generation_settings import GenerationSettings
 from trackstar.store.files.outputs import replace_text
 
 
@@ -24,7 +26,8 @@ def write_audit(
     query_set: str = "queries",
     prompt_field: str | None = None,
     prompts: Sequence[Query] | None = None,
-    max_new_tokens: int = 16,
+    generation: GenerationSettings | None = None,
+    join: Join = "auto",
     force: bool = False,
 ) -> Path:
     """Write the record from which another person can verify results.
@@ -36,7 +39,8 @@ def write_audit(
         query_set: The value passed to `write_results`.
         prompt_field: The value passed to `read_queries`.
         prompts: If the model generated the completions, the queries without them.
-        max_new_tokens: Most tokens of a generated completion.
+        generation: The settings with which the model generated them; None is the defaults.
+        join: The value passed to `read_queries`.
         force: Whether to replace an existing file that is no audit of results under this name.
 
     Returns:
@@ -60,8 +64,8 @@ def write_audit(
         queries=queries_entry([result.query for result in report.results]),
         generation=None
         if prompts is None
-        else GenerationEntry(max_new_tokens=max_new_tokens, prompts=queries_entry(without_completions(prompts))),
-        question=dataclasses.replace(provenance.question, prompt_field=prompt_field),
+        else GenerationEntry.of(generation or GenerationSettings(), without_completions(prompts)),
+        question=dataclasses.replace(provenance.question, prompt_field=prompt_field, join=join),
         answer=AnswerEntry(
             mixing=float(report.mixing.value),
             damping=float(report.damping),

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from trackstar.choices import DUPLICATE_IDS
+from trackstar.choices import DUPLICATE_IDS, STOPS
 from trackstar.cli.framework import FirstArgument, RareOption
 from trackstar.errors import OptionError
 from trackstar.indexing.settings import IndexSettings
+from trackstar.model.generation_settings import GenerationSettings
 from trackstar.progress import reworded_line
 
 if TYPE_CHECKING:
@@ -88,6 +89,54 @@ def corpus_options(function: Function) -> Function:
             "--id-field", metavar="NAME", show_default="found in the records", help="Field that names an example."
         ),
         click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text."),
+    ):
+        function = option(function)
+    return function
+
+
+def generation_options(function: Function) -> Function:
+    """Add options that say how the model answers."""
+
+    def generated(name: str) -> Any:
+        return GenerationSettings.default(name)
+
+    for option in (
+        rare("--chat", is_flag=True, help="With --generate: prompts are users' messages in the chat template."),
+        choice(
+            "--stop",
+            STOPS,
+            rare=True,
+            default=generated("stop"),
+            help="With --generate: end at the line's end, or only where the model does.",
+        ),
+        rare(
+            "--sampling-seed",
+            type=int,
+            default=generated("seed"),
+            metavar="N",
+            help="With --generate: seed of the answers.",
+        ),
+        rare(
+            "--top-p",
+            type=float,
+            default=generated("top_p"),
+            metavar="P",
+            help="With --generate: sample from this share of the probability.",
+        ),
+        rare(
+            "--temperature",
+            type=float,
+            default=generated("temperature"),
+            metavar="T",
+            help="With --generate: sample at this temperature; 0 is the most probable token.",
+        ),
+        rare(
+            "--max-new-tokens",
+            type=int,
+            default=generated("max_new_tokens"),
+            metavar="N",
+            help="With --generate: most tokens of an answer.",
+        ),
     ):
         function = option(function)
     return function

@@ -2,28 +2,32 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from trackstar.choices import JOINS, Join, Stop
 from trackstar.cli.framework import Command, prepare
 from trackstar.cli.options import (
     BATCH_HELP,
     DAMPING_HELP,
+    choice,
     chosen_workers,
     cluster_options,
     default,
     device_options,
     duplicate_ids_option,
+    generation_options,
     index_argument,
     note,
     rare,
 )
-from trackstar.errors import OptionError, TrackstarError, check_at_least
+from trackstar.errors import OptionError, TrackstarError
 from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES
+from trackstar.model.generation_settings import GenerationSettings
 
 if TYPE_CHECKING:
     from trackstar.attribution.results import QueryReport
@@ -36,6 +40,8 @@ _STREAMING = (
     "seed",
 )  # fmt: skip
 """Options of a streamed corpus; an index has settings of its own."""
+_GENERATION = ("max_new_tokens", "temperature", "top_p", "sampling_seed", "stop", "chat")
+"""Options of `--generate`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +107,13 @@ class Question:
         generate: Whether the model's own completions are explained.
         queries: File of queries.
         prompt_field: The field of the file that holds the prompt; None finds it.
-        max_new_tokens: Most tokens to generate.
+        join: How prompts and completions are joined.
+        max_new_tokens: See `GenerationSettings`.
+        temperature: See `GenerationSettings`.
+        top_p: See `GenerationSettings`.
+        sampling_seed: See `GenerationSettings`.
+        stop: See `GenerationSettings`.
+        chat: See `GenerationSettings`.
         query_set: Name of the set in results; None is the file's name.
     """
 
@@ -110,7 +122,13 @@ class Question:
     generate: bool
     queries: str | None
     prompt_field: str | None
+    join: Join
     max_new_tokens: int
+    temperature: float
+    top_p: float
+    sampling_seed: int
+    stop: Stop
+    chat: bool
     query_set: str | None
 
     @property
@@ -118,12 +136,26 @@ class Question:
         """The name of the set of queries in results."""
         return self.query_set or (Path(self.queries).name.split(".")[0] if self.queries is not None else "prompt")
 
-    def check(self) -> None:
-        """Raise if options contradict each other.
+    def settings(self) -> GenerationSettings:
+        """The settings of a generation.
 
         Raises:
-            OptionError: There is no query, or two sources of queries or completions, or no room to
-                generate.
+            OptionError: One is out of range.
+        """
+        return GenerationSettings(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
+            seed=self.sampling_seed, stop=self.stop, chat=self.chat,
+        )  # fmt: skip
+
+    def check(self, given: Collection[str]) -> None:
+        """Raise if options contradict each other.
+
+        Args:
+            given: Names of the options that the user gave.
+
+        Raises:
+            OptionError: There is no query, or two sources of queries or completions, or an option of
+                a generation without one.
         """
         if (self.prompt is None) == (self.queries is None):
             found = "neither" if self.prompt is None else "both"
@@ -139,15 +171,19 @@ class Question:
             raise OptionError(
                 "--completion: only with --prompt; each line of --queries has its own, or give --generate"
             )
-        check_at_least("max_new_tokens", self.max_new_tokens)
+        useless = [f"--{name.replace('_', '-')}" for name in _GENERATION if name in given]
+        if useless and not self.generate:
+            raise OptionError(f"{', '.join(useless)}: only with --generate, which lets the model answer")
 
     def read(self) -> "list[Query]":
         """Read the queries, with empty completions if they are to be generated."""
         from trackstar.corpus import Query, read_queries
 
         if self.queries is not None:
-            return read_queries(self.queries, prompt_field=self.prompt_field, needs_completion=not self.generate)
-        return [Query(query_id="prompt", prompt=self.prompt or "", completion=self.completion or "")]
+            return read_queries(
+                self.queries, prompt_field=self.prompt_field, needs_completion=not self.generate, join=self.join
+            )
+        return [Query(query_id="prompt", prompt=self.prompt or "", completion=self.completion or "", join=self.join)]
 
 
 def _resumes(options: Mapping[str, Any]) -> bool:
@@ -188,7 +224,14 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 @click.option("--model", metavar="MODEL", show_default="the index's", help="Path to the model, if it has moved.")
 @rare("--prompt-field", metavar="NAME", show_default="found", help="Field of --queries that holds the prompt.")
 @rare("--query-set", metavar="NAME", show_default="the file's", help="Name of the set of queries in results.")
-@rare("--max-new-tokens", type=int, default=16, metavar="N", help="Maximum number of tokens to generate.")
+@choice(
+    "--join",
+    JOINS,
+    rare=True,
+    default="auto",
+    help="Between prompt and completion: a space where writing has one, always, or never.",
+)
+@generation_options
 @rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @rare("--text-field", default="text", metavar="NAME", help="With --data: field that holds the text.")
 @rare("--id-field", metavar="NAME", show_default="found", help="With --data: field that names an example.")
@@ -241,7 +284,7 @@ def query(
     Ranks the examples of INDEX: proponents moved the model towards the completion, opponents away
     from it.
     """
-    given = {name for name in _STREAMING if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     source = Source(
         **{name: options[name] for name in ("index", "data", "model", "device", "reranked", "exact")},
         scoring={name: options[name] for name in ("mixing", "damping", "batch_tokens")},
@@ -249,9 +292,11 @@ def query(
         cluster={name: options[name] for name in ("ray", "ray_workers", "ray_cpus", "ray_gpus")},
     )
     question = Question(**{field.name: options[field.name] for field in dataclasses.fields(Question)})
-    question.check()
+    question.check(given)
     source.check(top)
     prepare(threads)
+    if question.generate:
+        question.settings()  # raises if one is out of range
     from trackstar.attribution.terminal import print_query_result
     from trackstar.attribution.writing import ResultFiles, check_writable, release_lines
     from trackstar.corpus import read_queries
@@ -261,7 +306,9 @@ def query(
     elif force:
         raise OptionError("--force: only with --out, whose files it replaces")
     queries = question.read()
-    task_queries = read_queries(task, prompt_field=question.prompt_field) if task is not None else None
+    task_queries = None
+    if task is not None:
+        task_queries = read_queries(task, prompt_field=question.prompt_field, join=question.join)
     unfinished = ResultFiles.at(out).unfinished if out is not None and source.data is not None else None
     prompts = queries if question.generate else None
     report = _answer(source, question, queries, task_queries, top, unfinished)
@@ -296,14 +343,14 @@ def _answer(
     if source.index is None:
         streamed = load_model(str(source.model), device=source.device)
         if question.generate:
-            queries = _with_generated_completions(queries, streamed, question.max_new_tokens)
+            queries = _with_generated_completions(queries, streamed, question.settings())
         return stream_queries(
             streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring, **source.streaming
         )
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
         model = model_of_index(index, source.model, device=source.device)
-        queries = _with_generated_completions(queries, model, question.max_new_tokens)
+        queries = _with_generated_completions(queries, model, question.settings())
     with chosen_workers(**source.cluster) as workers:
         return answer_queries(
             index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,
@@ -340,16 +387,16 @@ def _save(
     results, settings = write_results(report, out, query_set=question.name, force=force)
     audit = write_audit(
         report, out, query_set=question.name, prompt_field=question.prompt_field, prompts=prompts,
-        max_new_tokens=question.max_new_tokens, force=force,
+        generation=question.settings(), join=question.join, force=force,
     )  # fmt: skip
     note(f"results: {results}; report: {settings}")
     note(f"others can verify the results with: trackstar audit {audit}")
 
 
 def _with_generated_completions(
-    queries: "Sequence[Query]", model: "LanguageModel", max_new_tokens: int
+    queries: "Sequence[Query]", model: "LanguageModel", settings: GenerationSettings
 ) -> "list[Query]":
-    """Return the queries with the model's own completions, without prompts that it does not
+    """Return the queries of the tokens that the model says, without prompts that it does not
     complete.
 
     Each prompt that is left out is named in a note.
@@ -358,9 +405,9 @@ def _with_generated_completions(
 
     answered = []
     for query in queries:
-        completion = generate(model, query.prompt, max_new_tokens=max_new_tokens)
-        if completion:
-            answered.append(dataclasses.replace(query, completion=completion))
+        generation = generate(model, query.prompt, settings)
+        if generation.text.strip():
+            answered.append(generation.query(query.query_id, record=query.record))
         else:
             note(f"query {query.query_id}: left out, because the model says nothing after the prompt")
     if not answered:

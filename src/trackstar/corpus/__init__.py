@@ -6,7 +6,15 @@ a mask of the targets, whose cross-entropies sum to the loss of Eq. 1.
 
 from trackstar.corpus.corpus import Corpus, open_corpus
 from trackstar.corpus.names import read_names
-from trackstar.corpus.queries import prompt_tokens, query_text, read_queries, tokenize_query
+from trackstar.corpus.queries import (
+    prompt_tokens,
+    query_text,
+    query_with_texts,
+    read_queries,
+    separator,
+    token_texts,
+    tokenize_query,
+)
 from trackstar.corpus.records import Example, Query, TokenizedExample
 from trackstar.corpus.tokenization import Tokenizer, tokenize_example, tokenize_examples
 
@@ -19,8 +27,11 @@ __all__ = [
     "open_corpus",
     "prompt_tokens",
     "query_text",
+    "query_with_texts",
     "read_names",
     "read_queries",
+    "separator",
+    "token_texts",
     "tokenize_example",
     "tokenize_examples",
     "tokenize_query",

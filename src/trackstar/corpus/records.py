@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from trackstar.choices import Join
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
@@ -26,18 +28,28 @@ class Example:
 class Query:
     """z_q: a prompt and the completion whose probability is to be explained.
 
+    A query of texts is tokenized as `query_text` joins them. A query of tokens, such as the model's
+    own answer, is asked token for token; its prompt and completion are then the texts of its
+    tokens, for people, and are joined as they are.
+
     Attributes:
         query_id: Its name in results.
         prompt: Context, whose tokens do not enter the loss.
         completion: Text whose tokens are the targets of the query's loss.
         record: The query's whole line as read, with fields such as the release's `relation` and
             `entity0`, for results; empty for a query that was not read from a file.
+        join: How prompt and completion are joined; see `joined`. A query of tokens ignores it.
+        token_ids: The tokens to ask, special tokens included; None for a query of texts.
+        target_mask: One flag per token, true for the targets of the loss; None for a query of texts.
     """
 
     query_id: str
     prompt: str
     completion: str
     record: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    join: Join = "auto"
+    token_ids: tuple[int, ...] | None = None
+    target_mask: tuple[bool, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

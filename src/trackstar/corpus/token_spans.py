@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from trackstar.corpus import TokenizedExample, Tokenizer
-from trackstar.corpus.tokenization import count_special_tokens, encode, fast_backend
+from trackstar.corpus.tokenization import encode, fast_backend
 
 # A token's text is searched up to this many bytes after its expected position: a window can begin
 # within a character.
@@ -49,15 +49,15 @@ def token_spans(example: TokenizedExample, tokenizer: Tokenizer) -> tuple[TextSp
         ModelError: The tokenizer is not a fast one, or fails.
     """
     backend = fast_backend(tokenizer)
-    encoding = encode(backend, example.text, f"example {example.example_id}")
-    before, _ = count_special_tokens(encoding)
+    encoded = encode(backend, example.text, f"example {example.example_id}")
+    before = encoded.before
     token_ids, count = example.token_ids.tolist(), len(example.token_ids)
     # Only a prefix is compared: a query, and a window that is not the last, lack the special tokens
     # after the text; a window that ends within a character lacks that character's last bytes.
-    if encoding.ids[:count] == token_ids:
-        offsets = encoding.offsets[:count]
+    if encoded.token_ids[:count] == token_ids:
+        offsets = encoded.offsets[:count]
     else:
-        if token_ids[:before] != encoding.ids[:before]:
+        if token_ids[:before] != encoded.token_ids[:before]:
             before = 0
         before = min(before, count)
         offsets = [(0, 0)] * before + _search(example.text, [_token_bytes(backend, t) for t in token_ids[before:]])

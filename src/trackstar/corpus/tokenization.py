@@ -1,5 +1,6 @@
 """Tokenize examples as the tokenizer prescribes for training, and split long ones into windows."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -103,15 +104,35 @@ def check_window(backend: "Backend", *, window_tokens: int, overlap: int) -> Non
         )
 
 
-def encode(backend: "Backend", text: str, description: str) -> "Encoding":
-    """The text's tokens with character offsets and special tokens; messages begin with the description.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedText:
+    """A text's tokens, with the special tokens that the tokenizer puts around it.
+
+    Attributes:
+        token_ids: All tokens.
+        offsets: Each token's characters in the text, half-open; (0, 0) for a special token.
+        before: Number of special tokens before the text.
+        after: Number of special tokens after the text.
+    """
+
+    token_ids: list[int]
+    offsets: list[tuple[int, int]]
+    before: int
+    after: int
+
+
+def encode(backend: "Backend", text: str, description: str) -> EncodedText:
+    """The text's tokens; messages begin with the description.
+
+    A text that itself begins with the token that the tokenizer puts before it, such as `<s>`, gets
+    it once, as in training; so does one that ends with the token that is put after it.
 
     Raises:
         CorpusError: The text holds half a surrogate pair.
         ModelError: The tokenizer fails.
     """
     try:
-        return backend.encode(encodable(text, f"{description}: the text"))
+        encoding = backend.encode(encodable(text, f"{description}: the text"))
     except CorpusError:
         raise
     except Exception as error:  # the tokenizers library raises bare exceptions
@@ -119,14 +140,52 @@ def encode(backend: "Backend", text: str, description: str) -> "Encoding":
         raise ModelError(
             f"{description}: the tokenizer cannot read it ({reason}); expected one that reads any text"
         ) from error
+    before, after = _count_special_tokens(encoding)
+    repeated = _spelled_out(backend, encoding.ids, before, after)
+    token_ids = [token for position, token in enumerate(encoding.ids) if position not in repeated]
+    offsets = [span for position, span in enumerate(encoding.offsets) if position not in repeated]
+    return EncodedText(token_ids=token_ids, offsets=offsets, before=before, after=after)
 
 
-def count_special_tokens(encoding: "Encoding") -> tuple[int, int]:
+def count_spelled_out(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, str]:
+    """Number of texts that spell out a token that the tokenizer puts before or after every text.
+
+    Returns:
+        The number, and the tokens as they are spelled, such as `<s>`, for messages.
+
+    Raises:
+        ModelError: The tokenizer is not a fast one.
+    """
+    backend = fast_backend(tokenizer)
+    encoding = backend.encode("a")
+    before, after = _count_special_tokens(encoding)
+    added = backend.get_added_tokens_decoder()
+    ends = [encoding.ids[before - 1]] if before else []
+    first = tuple(added[token].content for token in ends if token in added)
+    ends = [encoding.ids[-after]] if after else []
+    last = tuple(added[token].content for token in ends if token in added)
+    count = sum(text.startswith(first) or text.endswith(last) for text in texts)
+    return count, " and ".join(dict.fromkeys((*first, *last)))
+
+
+def _count_special_tokens(encoding: "Encoding") -> tuple[int, int]:
     """Number of special tokens before the text and after it."""
     mask = encoding.special_tokens_mask
     before = next((position for position, special in enumerate(mask) if not special), len(mask))
     after = next((position for position, special in enumerate(reversed(mask)) if not special), 0)
     return before, after
+
+
+def _spelled_out(backend: "Backend", token_ids: list[int], before: int, after: int) -> set[int]:
+    """Positions in the text of tokens that the tokenizer has put before or after it, too."""
+    first, last = before, len(token_ids) - after - 1
+    repeated = set[int]()
+    if before and first <= last and token_ids[first] == token_ids[first - 1]:
+        repeated.add(first)
+    if after and first <= last and token_ids[last] == token_ids[last + 1]:
+        repeated.add(last)
+    added = backend.get_added_tokens_decoder() if repeated else {}
+    return {position for position in repeated if token_ids[position] in added}
 
 
 def _tokenized(
@@ -136,8 +195,8 @@ def _tokenized(
     for batch in _batches(examples):
         for example, token_ids in zip(batch, _token_ids(backend, batch), strict=True):
             if len(token_ids) > window_tokens:
-                encoding = encode(backend, example.text, f"example {example.example_id}")
-                yield _windows(example, encoding, window_tokens, overlap)
+                encoded = encode(backend, example.text, f"example {example.example_id}")
+                yield _windows(example, encoded, window_tokens, overlap)
             elif len(token_ids) == special or len(token_ids) < 2:
                 yield []
             else:
@@ -162,9 +221,18 @@ def _token_ids(backend: "Backend", batch: list[Example]) -> list[list[int]]:
     """Each text's token ids, special tokens included."""
     try:
         # Faster than `encode_batch`, as it computes no offsets; only texts that are split need them.
-        return [encoding.ids for encoding in backend.encode_batch_fast([example.text for example in batch])]
+        encodings = backend.encode_batch_fast([example.text for example in batch])
     except Exception:  # encode one by one, so that the error names the example
-        return [encode(backend, example.text, f"example {example.example_id}").ids for example in batch]
+        return [encode(backend, example.text, f"example {example.example_id}").token_ids for example in batch]
+    before, after = _count_special_tokens(backend.encode("a"))
+    whole = []
+    for encoding in encodings:
+        token_ids = encoding.ids
+        repeated = _spelled_out(backend, token_ids, before, after)
+        whole.append(
+            [token for place, token in enumerate(token_ids) if place not in repeated] if repeated else token_ids
+        )
+    return whole
 
 
 def _whole(example: Example, token_ids: list[int]) -> TokenizedExample:
@@ -181,12 +249,12 @@ def _whole(example: Example, token_ids: list[int]) -> TokenizedExample:
     )
 
 
-def _windows(example: Example, encoding: "Encoding", window_tokens: int, overlap: int) -> list[TokenizedExample]:
+def _windows(example: Example, encoded: EncodedText, window_tokens: int, overlap: int) -> list[TokenizedExample]:
     """The windows of a text that is longer than one window."""
-    before, after = count_special_tokens(encoding)
-    token_ids = np.array(encoding.ids, dtype=np.int32)
+    before, after = encoded.before, encoded.after
+    token_ids = np.array(encoded.token_ids, dtype=np.int32)
     prefix, stream = token_ids[:before], token_ids[before:]  # the stream ends with the trailing special tokens
-    offsets = encoding.offsets[before : len(token_ids) - after]
+    offsets = encoded.offsets[before : len(token_ids) - after]
     capacity = window_tokens - before  # tokens of the stream per window
     step = capacity - overlap  # new tokens per window after the first
     count = 1 + math.ceil((len(stream) - capacity) / step)

@@ -19,7 +19,8 @@ from trackstar.evaluation.comparisons import Estimate, compare, estimate
 from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.indexing.build import build_index
-from trackstar.model.generation import generate
+from trackstar.model.generation import Generation, generate
+from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.pretraining import pretrain
 from trackstar.retrieval.scoring import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
@@ -104,7 +105,9 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
     watch.lap("training")
     model = load_model(checkpoint)
     print_line(f"   {model.coverage.total_parameters:,} parameters, trained in {watch.seconds['training']:.0f} s")
-    answers = {query.query_id: generate(model, query.prompt, max_new_tokens=12) for query in corpus.queries}
+    settings = GenerationSettings(max_new_tokens=12)
+    generations = {query.query_id: generate(model, query.prompt, settings) for query in corpus.queries}
+    answers = {name: generation.text.strip() for name, generation in generations.items()}
     correct = [query for query in corpus.queries if _is_correct(query, answers[query.query_id])]
     accuracy = len(correct) / len(corpus.queries)
     print_line(f"   it answers {len(correct)} of {len(corpus.queries)} questions correctly ({accuracy:.0%})")
@@ -113,7 +116,7 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
     watch.lap("indexing")
     print_line("4. Which training examples made the model say that?")
     print_line("   P: the model's probability of the answer; numbers: influence, from -1 to 1; ★: states the fact")
-    report = _shown_queries(index, model, corpus, answers)
+    report = _shown_queries(index, model, corpus, generations)
     write_results(report, out / "results.jsonl")
     for result in report.results:
         gold = corpus.gold[_fact_of(result.query)]
@@ -232,25 +235,26 @@ def _fact_of(query: Query) -> str:
     return query.query_id.removesuffix(" (model's answer)")
 
 
-def _shown_queries(index: Index, model: LanguageModel, corpus: DemoCorpus, answers: Mapping[str, str]) -> QueryReport:
+def _shown_queries(
+    index: Index, model: LanguageModel, corpus: DemoCorpus, generations: Mapping[str, Generation]
+) -> QueryReport:
     """Answer about ten queries, some that the model answers correctly and some that it does not.
 
-    A wrong answer is explained instead of the correct one.
+    A wrong answer is explained, token for token, instead of the correct one.
     """
     chosen: list[Query] = []
     by_relation: dict[object, int] = {}
     for correct, most in ((True, _SHOWN_CORRECT), (False, _SHOWN_WRONG)):
-        queries = [q for q in corpus.queries if _is_correct(q, answers[q.query_id]) is correct]
+        queries = [q for q in corpus.queries if _is_correct(q, generations[q.query_id].text.strip()) is correct]
         # The first query of each relation, then the second of each, so that all relations are
         # shown.
         queries.sort(key=lambda query: _occurrence(by_relation, query))
         for query in queries[:most]:
-            answer = answers[query.query_id].strip().rstrip(".")
-            if correct or not answer:
+            generation = generations[query.query_id]
+            if correct or not generation.text.strip():
                 chosen.append(query)
             else:
-                name = f"{query.query_id} (model's answer)"
-                chosen.append(dataclasses.replace(query, query_id=name, completion=answer))
+                chosen.append(generation.query(f"{query.query_id} (model's answer)", record=query.record))
         by_relation.clear()
     return answer_queries(index, chosen, model=model, k=3, task=corpus.queries)
 

@@ -31,6 +31,7 @@ from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace, check_folder
 from trackstar.model.generation import generate
+from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.store.files.outputs import Input, inputs, refuse_input_folder
@@ -226,12 +227,13 @@ def _answers(
 ) -> list[str]:
     """The model's greedy answers to the main prompts."""
     queries = to_queries(facts, config.templates[0])
+    settings = GenerationSettings(max_new_tokens=12)
 
     def compute() -> list[str]:
         with Progress("Answers of the model", unit="queries", total=len(queries), shown=progress) as bar:
             answers = []
             for query in queries:
-                answers.append(generate(model, query.prompt, max_new_tokens=12))
+                answers.append(generate(model, query.prompt, settings).text.strip())
                 bar.advance(1)
             return answers
 

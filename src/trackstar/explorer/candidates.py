@@ -87,6 +87,7 @@ def query_record(file: ResultFile, run: int, place: int) -> QueryRecord:
         example_id=line.example_id,
         query_set=line.query_set,
         prompt=line.prompt,
+        separator=line.separator,
         completion=line.completion,
         relation=line.relation,
         bucket=line.bucket,

@@ -41,6 +41,7 @@ class ExportedQuery:
         query_id: The query's name.
         prompt: The query's prompt.
         completion: The query's completion.
+        separator: What stands between prompt and completion.
         rankings: Method, role and candidates of each list.
         heading: A further line about the query, such as its relation.
     """
@@ -52,12 +53,14 @@ class ExportedQuery:
         completion: str,
         rankings: Sequence[tuple[str, str, Sequence[Candidate]]],
         heading: str = "",
+        separator: str = " ",
     ) -> None:
         self.query_id = query_id
         self.prompt = prompt
         self.completion = completion
         self.rankings = rankings
         self.heading = heading
+        self.separator = separator
 
     @classmethod
     def of_answer(cls, answer: Answer) -> "ExportedQuery":
@@ -72,6 +75,7 @@ class ExportedQuery:
                 for role, candidates in (("proponent", ranking.proponents), ("opponent", ranking.opponents))
                 if candidates
             ],
+            separator=answer.separator,
             heading=f"P = {answer.probability:.2%}, λ = {answer.mixing.value:.4f}",
         )
 
@@ -84,6 +88,7 @@ class ExportedQuery:
             "example_id": self.query_id,
             "query_set": "explorer",
             "inputs_plaintext": self.prompt,
+            "separator": self.separator,
             "targets_plaintext": self.completion,
             **{
                 f"{role}{suffix}": [value(candidate) for candidate in lists.get((first, role), ())]
@@ -149,7 +154,7 @@ def to_html(queries: Iterable[ExportedQuery], title: str) -> Iterator[str]:
     )
     for query in queries:
         yield (
-            f"<h2 dir=auto>{plain(query.prompt)} <b>{plain(query.completion)}</b></h2>"
+            f"<h2 dir=auto>{plain(query.prompt + query.separator)}<b>{plain(query.completion)}</b></h2>"
             f"<p><small>{plain(query.query_id)} {plain(query.heading)}</small></p>\n"
         )
         for method, role, candidates in query.rankings:

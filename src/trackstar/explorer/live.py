@@ -20,7 +20,7 @@ from trackstar.attribution.attributor import Attribution, Attributor, TokenInflu
 from trackstar.baselines.bm25 import BM25Retriever
 from trackstar.baselines.embeddings import EmbeddingRetriever, Encoder
 from trackstar.baselines.interface import Pool
-from trackstar.corpus import Corpus, Query, query_text
+from trackstar.corpus import Corpus, Query, query_text, separator
 from trackstar.corpus.digests import digest_of_json
 from trackstar.errors import CorpusError, OptionError, TrackstarError
 from trackstar.explorer.candidates import make_candidate
@@ -44,7 +44,8 @@ from trackstar.explorer.question_schemas import (
 from trackstar.explorer.refusals import MissingError
 from trackstar.explorer.result_files import mixing_summary
 from trackstar.explorer.schemas import Candidate, IndexSummary
-from trackstar.model.generation import generate_tokens
+from trackstar.model.generation import generate
+from trackstar.model.generation_settings import GenerationSettings
 from trackstar.progress import Progress
 from trackstar.store import place_name
 
@@ -128,22 +129,23 @@ class LiveIndex:
 
     def generate(self, request: GenerateRequest) -> Generation:
         """The model's continuation of a prompt, token by token."""
-        generated = generate_tokens(self._model, request.prompt, max_new_tokens=request.max_new_tokens)
-        if not generated.text:
+        settings = GenerationSettings(
+            max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed,
+            stop=request.stop, chat=request.chat,
+        )  # fmt: skip
+        generated = generate(self._model, request.prompt, settings)
+        if not generated.text.strip():
             raise OptionError("the model's answer is empty; enter a completion, or another prompt")
         return Generation(
-            prompt=sendable(request.prompt),
+            prompt=sendable(generated.prompt),
             text=generated.text,
-            tokens=[
-                GeneratedToken(start=token.start, stop=token.stop, probability=token.probability)
-                for token in generated.tokens
-            ],
+            prompt_ids=list(generated.prompt_ids),
+            tokens=[GeneratedToken(**dataclasses.asdict(token)) for token in generated.tokens],
         )
 
     def key(self, request: AnswerRequest) -> str:
         """Key of the answer to a request, from the request and the index's manifest."""
-        fields = [request.prompt, request.completion, request.methods, request.top, self._index.manifest.to_json()]
-        return digest_of_json(fields)
+        return digest_of_json([request.model_dump(), self._index.manifest.to_json()])
 
     def check(self, request: AnswerRequest) -> None:
         """Raise if a request cannot be answered, before it is queued.
@@ -160,7 +162,7 @@ class LiveIndex:
         key = self.key(request)
         if (cached := self._cached(key)) is not None:
             return cached.answer
-        query = Query(query_id="query", prompt=request.prompt, completion=request.completion)
+        query = _query(request)
         self._read_metadata()
         # Always computed: token splits, measured effects and the overview need TrackStar's
         # influences.
@@ -174,6 +176,7 @@ class LiveIndex:
             key=key,
             prompt=sendable(request.prompt),
             completion=sendable(request.completion),
+            separator=separator(query),
             loss=attribution.loss,
             probability=math.exp(-attribution.loss),
             top=request.top,
@@ -381,6 +384,22 @@ class LiveIndex:
         if cached is None:
             raise MissingError(ANSWER_GONE)
         return cached
+
+
+def _query(request: AnswerRequest) -> Query:
+    """The query of a request.
+
+    Raises:
+        OptionError: The first token to explain is none of the tokens.
+    """
+    query = Query(query_id="query", prompt=request.prompt, completion=request.completion, join=request.join)
+    if request.tokens is None:
+        return query
+    token_ids, first = request.tokens.token_ids, request.tokens.first
+    if first >= len(token_ids):
+        raise OptionError(f"`tokens.first`: expected one of {len(token_ids)} tokens, counted from 0, found {first}")
+    mask = tuple(position >= first for position in range(len(token_ids)))
+    return dataclasses.replace(query, token_ids=tuple(token_ids), target_mask=mask)
 
 
 def _window_notes(query: Query, attribution: Attribution) -> list[str]:

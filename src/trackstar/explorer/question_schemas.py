@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from trackstar.choices import Join, Stop
 from trackstar.explorer.schemas import Candidate, Method, MixingSummary
 
 LONGEST_PROMPT = 32_768
@@ -21,6 +22,7 @@ def _number(value: object) -> object:
 
 WHOLE_NUMBER = BeforeValidator(_number)
 """Takes a whole number of JSON, 5 or 5.0, but not "5" or true; comes last, so that bounds are described."""
+TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE_NUMBER]
 
 
 class RequestBody(BaseModel):
@@ -34,13 +36,40 @@ class GenerateRequest(RequestBody):
 
     prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)]
     max_new_tokens: Annotated[int, Field(ge=1, le=256), WHOLE_NUMBER] = 16
+    temperature: Annotated[float, Field(ge=0, le=100, strict=True)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**53), WHOLE_NUMBER] = 0
+    stop: Stop = "line"
+    chat: Annotated[bool, Field(strict=True)] = False
+
+
+class AskedTokens(RequestBody):
+    """Tokens to attribute as they are, such as those of a generation.
+
+    Attributes:
+        token_ids: The tokens, special tokens included.
+        first: The first one that is explained; it and all after it are the completion.
+    """
+
+    token_ids: Annotated[list[TokenId], Field(min_length=2, max_length=LONGEST_PROMPT)]
+    first: Annotated[int, Field(ge=1, lt=LONGEST_PROMPT), WHOLE_NUMBER]
 
 
 class AnswerRequest(RequestBody):
-    """A completion to attribute."""
+    """A completion to attribute.
+
+    Attributes:
+        prompt: The prompt; for `tokens`, its text, for people.
+        completion: The completion; for `tokens`, its text, for people.
+        join: How the two are joined: with a space where writing has one, always, or never.
+        tokens: If given, exactly these tokens are asked.
+        methods: The methods that rank training examples.
+        top: Number of candidates per ranking.
+    """
 
     prompt: Annotated[str, Field(max_length=LONGEST_PROMPT)]
     completion: Annotated[str, Field(min_length=1, max_length=LONGEST_PROMPT)]
+    join: Join = "auto"
+    tokens: AskedTokens | None = None
     methods: Annotated[list[Method], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
     top: Annotated[int, Field(ge=1, le=MOST_TOP), WHOLE_NUMBER] = 10
 
@@ -65,19 +94,28 @@ class TokensRequest(CandidateRequest):
 
 
 class GeneratedToken(BaseModel):
-    """Characters [start, stop) of the generated text, and the model's probability of the token."""
+    """A token, its characters [start, stop) in the generated text, and the model's probability of it."""
 
+    token_id: int
     start: int
     stop: int
     probability: float
 
 
 class Generation(BaseModel):
-    """The model's continuation of a prompt, token by token."""
+    """The model's continuation of a prompt, token by token.
+
+    Attributes:
+        prompt: The prompt as the model read it, in the chat template if one was used.
+        text: The continuation, with the white space at its ends.
+        prompt_ids: The tokens of the prompt, special tokens included.
+        tokens: The tokens of the continuation.
+    """
 
     kind: Literal["generation"] = "generation"
     prompt: str
     text: str
+    prompt_ids: list[int]
     tokens: list[GeneratedToken]
 
 
@@ -105,6 +143,7 @@ class Answer(BaseModel):
         key: Identifies the answer in other requests; equal requests have equal keys.
         prompt: The request's prompt.
         completion: The request's completion.
+        separator: What stands between the two in the text that was asked: a space or nothing.
         loss: The completion's loss, in nats.
         probability: The model's probability of the completion after the prompt.
         top: Number of candidates requested per ranking.
@@ -117,6 +156,7 @@ class Answer(BaseModel):
     key: str
     prompt: str
     completion: str
+    separator: str
     loss: float
     probability: float
     top: int

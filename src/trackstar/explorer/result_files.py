@@ -12,6 +12,7 @@ import numpy as np
 
 from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.fields import json_kind, json_object
+from trackstar.corpus.joining import joined
 from trackstar.corpus.local_files import FileState, file_state
 from trackstar.corpus.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
@@ -37,6 +38,7 @@ class Line:
         example_id: The query's name.
         query_set: The set of queries that it belongs to.
         prompt: The prompt.
+        separator: What stands between the two in the text that was asked.
         completion: The completion that the ranking explains.
         relation: The relation's name or template.
         bucket: The fact's frequency bucket.
@@ -52,6 +54,7 @@ class Line:
     example_id: str
     query_set: str
     prompt: str
+    separator: str
     completion: str
     relation: str | None
     bucket: str | None
@@ -213,6 +216,7 @@ def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
         example_id=sendable(name),
         query_set=_optional(fields, "query_set") or "",
         prompt=sendable(prompt),
+        separator=_separator(fields, prompt, completion),
         completion=sendable(completion),
         relation=relation,
         bucket=_optional(fields, "c4_frequency_bucket"),
@@ -224,6 +228,15 @@ def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
         query_text="\n".join((prompt, completion, name, relation or "")).casefold(),
         candidates_text="\n".join((*texts, *other_texts)).casefold(),
     )
+
+
+def _separator(fields: Mapping[str, Any], prompt: str, completion: str) -> str:
+    """What the results say, or else what trackstar would put there."""
+    found = fields.get("separator")
+    if found in ("", " "):
+        return found
+    text = joined(prompt, completion)
+    return text[len(prompt) : len(text) - len(completion)]
 
 
 def _ranking(fields: Mapping[str, Any], role: str, where: str) -> tuple[list[str], list[str], list[float]]:

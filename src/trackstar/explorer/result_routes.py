@@ -160,6 +160,7 @@ def _exported(files: Sequence[ResultFile], runs: Sequence[int], place: int) -> E
         query_id=first.example_id,
         prompt=first.prompt,
         completion=first.completion,
+        separator=first.separator,
         rankings=[
             (method, role, candidates)
             for method, record in records

@@ -265,6 +265,7 @@ class QueryRecord(BaseModel):
     example_id: str
     query_set: str
     prompt: str
+    separator: str
     completion: str
     relation: str | None
     bucket: str | None
