@@ -205,7 +205,7 @@ def test_the_format_is_frozen():
         "threads",
         "ResultsEntry": "file digest query_set",
         "QueriesEntry": "count digest",
-        "GenerationEntry": "max_new_tokens temperature top_p seed stop chat prompts",
+        "GenerationEntry": "max_new_tokens temperature top_p sampling_seed stop chat prompts",
         "QuestionEntry": "top mixing damping reranked exact batch_tokens task prompt_field join",
         "AnswerEntry": "mixing damping candidates codec reranked",
         "IndexEntry": "path identity content manifest_file r_train",

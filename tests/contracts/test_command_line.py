@@ -20,8 +20,8 @@ from trackstar.cli.framework import RareOption
 from trackstar.store import Index
 
 COMMANDS = [
-    "index", "finish", "add", "merge", "remove", "convert", "verify", "query", "explore", "audit", "evaluate", "demo",
-    "pretrain",
+    "index", "finish", "add", "merge", "remove", "convert", "verify", "query", "explore", "audit", "evaluate",
+    "generate", "demo", "pretrain",
 ]  # fmt: skip
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
@@ -137,6 +137,10 @@ def test_options_are_frozen():
         "explore": sorted(
             "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
             "--rerank --batch-tokens --help-all".split()
+        ),
+        "generate": sorted(
+            "--model --queries --out --samples --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
+            "--device --threads --prompt-field --force --help-all".split()
         ),
         "evaluate": sorted("--config --out --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()),
         "pretrain": sorted(

@@ -176,10 +176,10 @@ def test_a_query_of_tokens_that_is_too_long_loses_the_tokens_after_the_first() -
 
 def test_samples_depend_on_the_seed_alone() -> None:
     model = tiny()
-    settings = GenerationSettings(max_new_tokens=8, temperature=2.0, stop="end", seed=5)
+    settings = GenerationSettings(max_new_tokens=8, temperature=2.0, stop="end", sampling_seed=5)
     few, many = (generate_samples(model, "Gold is", count, settings) for count in (2, 5))
     assert [one.token_ids for one in few] == [one.token_ids for one in many[:2]]
-    other = generate_samples(model, "Gold is", 5, dataclasses.replace(settings, seed=6))
+    other = generate_samples(model, "Gold is", 5, dataclasses.replace(settings, sampling_seed=6))
     assert [one.token_ids for one in other] != [one.token_ids for one in many]
     narrow = dataclasses.replace(settings, top_p=1e-6)
     greedy = generate(model, "Gold is", GenerationSettings(max_new_tokens=8, stop="end"))
@@ -193,7 +193,7 @@ def test_samples_depend_on_the_seed_alone() -> None:
         ({"temperature": math.nan}, "`temperature`"),
         ({"top_p": 0.0}, "`top_p`"),
         ({"max_new_tokens": 0}, "`max_new_tokens`"),
-        ({"seed": -1}, "`seed`"),
+        ({"sampling_seed": -1}, "`sampling_seed`"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, Any], found: str) -> None:

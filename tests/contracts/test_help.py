@@ -80,7 +80,7 @@ def test_help_is_in_the_imperative(command: str):
     first = help_page(command).splitlines()[2].split()[0]
     imperatives = {
         "Index", "Complete", "Add", "Merge", "Remove", "Store", "Check", "Find", "Explore", "Verify", "Compute",
-        "Train",
+        "Train", "Sample",
     }  # fmt: skip
     assert first in imperatives
 
@@ -135,7 +135,7 @@ def test_options_of_an_index_have_the_defaults_of_its_settings():
 def test_options_have_the_defaults_of_the_python_interface(command: str, function: str):
     home, _, name = function.rpartition(".")
     target = getattr(__import__(home, fromlist=[name]), name)
-    aliases = {"k": "top"} | ({"seed": "sampling_seed"} if name == "GenerationSettings" else {})
+    aliases = {"k": "top"}
     options = {option.name: option for option in command_group.commands[command].params}
     compared = 0
     for parameter in inspect.signature(target).parameters.values():

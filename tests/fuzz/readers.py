@@ -826,7 +826,7 @@ def _audit_seeds() -> list[bytes]:
         index=None,
         stream=stream,
         generation=GenerationEntry(
-            max_new_tokens=4, temperature=0.5, top_p=0.9, seed=1, stop="line", chat=False, prompts=asked
+            max_new_tokens=4, temperature=0.5, top_p=0.9, sampling_seed=1, stop="line", chat=False, prompts=asked
         ),
         question=dataclasses.replace(question, mixing=0.25, damping=0.0, task=asked, prompt_field="prompt"),
     )

@@ -40,7 +40,7 @@ DESCRIPTIVE = tuple(
 )
 _ADDED_IN_3: dict[str, dict[str, object]] = {
     "question": {"join": "space"},
-    "generation": {"temperature": 0.0, "top_p": 1.0, "seed": 0, "stop": "line", "chat": False},
+    "generation": {"temperature": 0.0, "top_p": 1.0, "sampling_seed": 0, "stop": "line", "chat": False},
 }
 """Fields that older versions lack, by entry, and what they amount to there."""
 _LARGEST_SIDE = 4096  # with this side, R would have 10¹⁵ bytes per block
@@ -56,7 +56,7 @@ class GenerationEntry:
         max_new_tokens: Most tokens of a completion.
         temperature: Divisor of the logits; 0 is greedy.
         top_p: Share of the probability that was sampled from.
-        seed: Seed of the samples.
+        sampling_seed: Seed of the samples.
         stop: Where completions end.
         chat: Whether prompts were users' messages in the tokenizer's chat template.
         prompts: The queries without completions, including those whose completion is empty.
@@ -65,7 +65,7 @@ class GenerationEntry:
     max_new_tokens: int
     temperature: float
     top_p: float
-    seed: int
+    sampling_seed: int
     stop: Stop
     chat: bool
     prompts: QueriesEntry

@@ -16,6 +16,7 @@ import click
 from trackstar.choices import OPTIMIZERS
 from trackstar.cli.audit_command import audit
 from trackstar.cli.framework import INTERRUPTED, TERMINATED, Command, Group, Terminated, prepare, run
+from trackstar.cli.generate_command import generate
 from trackstar.cli.index_commands import add, convert, finish, index, merge, remove, verify
 from trackstar.cli.options import (
     BATCH_HELP,
@@ -218,7 +219,7 @@ def demo(*, out: str, seed: int) -> None:
 
 trackstar.add_section("Make and change indexes", [index, finish, add, merge, remove, convert, verify])
 trackstar.add_section("Query", [query, explore, audit])
-trackstar.add_section("Evaluate", [evaluate, demo])
+trackstar.add_section("Evaluate", [evaluate, generate, demo])
 trackstar.add_section("Train", [pretrain])
 
 

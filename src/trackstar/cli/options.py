@@ -94,52 +94,63 @@ def corpus_options(function: Function) -> Function:
     return function
 
 
-def generation_options(function: Function) -> Function:
-    """Add options that say how the model answers."""
+def generation_options(condition: str, *, temperature: float | None = None) -> Callable[[Function], Function]:
+    """Add options that say how the model answers.
 
-    def generated(name: str) -> Any:
+    Args:
+        condition: Beginning of their help texts.
+        temperature: Default of the temperature; None is that of `GenerationSettings`.
+    """
+
+    def usual(name: str) -> Any:
         return GenerationSettings.default(name)
 
-    for option in (
-        rare("--chat", is_flag=True, help="With --generate: prompts are users' messages in the chat template."),
-        choice(
-            "--stop",
-            STOPS,
-            rare=True,
-            default=generated("stop"),
-            help="With --generate: end at the line's end, or only where the model does.",
-        ),
-        rare(
-            "--sampling-seed",
-            type=int,
-            default=generated("seed"),
-            metavar="N",
-            help="With --generate: seed of the answers.",
-        ),
-        rare(
-            "--top-p",
-            type=float,
-            default=generated("top_p"),
-            metavar="P",
-            help="With --generate: sample from this share of the probability.",
-        ),
-        rare(
-            "--temperature",
-            type=float,
-            default=generated("temperature"),
-            metavar="T",
-            help="With --generate: sample at this temperature; 0 is the most probable token.",
-        ),
-        rare(
-            "--max-new-tokens",
-            type=int,
-            default=generated("max_new_tokens"),
-            metavar="N",
-            help="With --generate: most tokens of an answer.",
-        ),
-    ):
-        function = option(function)
-    return function
+    def said(text: str) -> str:
+        return f"{condition}{text}" if condition else f"{text[0].upper()}{text[1:]}"
+
+    def decorated(function: Function) -> Function:
+        for option in (
+            rare("--chat", is_flag=True, help=said("prompts are users' messages in the chat template.")),
+            choice(
+                "--stop",
+                STOPS,
+                rare=True,
+                default=usual("stop"),
+                help=said("end at the line's end, or only where the model does."),
+            ),
+            rare(
+                "--sampling-seed",
+                type=int,
+                default=usual("sampling_seed"),
+                metavar="N",
+                help=said("seed of the answers."),
+            ),
+            rare(
+                "--top-p",
+                type=float,
+                default=usual("top_p"),
+                metavar="P",
+                help=said("sample from this share of the probability."),
+            ),
+            rare(
+                "--temperature",
+                type=float,
+                default=usual("temperature") if temperature is None else temperature,
+                metavar="T",
+                help=said("sample at this temperature; 0 is the most probable token."),
+            ),
+            rare(
+                "--max-new-tokens",
+                type=int,
+                default=usual("max_new_tokens"),
+                metavar="N",
+                help=said("most tokens of an answer."),
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return decorated
 
 
 def cluster_options(function: Function) -> Function:

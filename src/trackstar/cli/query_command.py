@@ -144,7 +144,7 @@ class Question:
         """
         return GenerationSettings(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
-            seed=self.sampling_seed, stop=self.stop, chat=self.chat,
+            sampling_seed=self.sampling_seed, stop=self.stop, chat=self.chat,
         )  # fmt: skip
 
     def check(self, given: Collection[str]) -> None:
@@ -231,7 +231,7 @@ def _resumes(options: Mapping[str, Any]) -> bool:
     default="auto",
     help="Between prompt and completion: a space where writing has one, always, or never.",
 )
-@generation_options
+@generation_options("With --generate: ")
 @rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @rare("--text-field", default="text", metavar="NAME", help="With --data: field that holds the text.")
 @rare("--id-field", metavar="NAME", show_default="found", help="With --data: field that names an example.")
@@ -405,7 +405,7 @@ def _with_generated_completions(
 
     answered = []
     for query in queries:
-        generation = generate(model, query.prompt, settings)
+        generation = generate(model, query.prompt, settings, query_id=query.query_id)
         if generation.text.strip():
             answered.append(generation.query(query.query_id, record=query.record))
         else:

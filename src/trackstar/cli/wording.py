@@ -23,6 +23,7 @@ COMMAND_OF = {
     "check_audit": "audit",
     "run_evaluation": "evaluate",
     "run_demo": "demo",
+    "sample_answers": "generate",
     "verify": "verify",
     "explore": "explore",
     "evaluate": "evaluate",

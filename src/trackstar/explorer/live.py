@@ -130,7 +130,7 @@ class LiveIndex:
     def generate(self, request: GenerateRequest) -> Generation:
         """The model's continuation of a prompt, token by token."""
         settings = GenerationSettings(
-            max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed,
+            max_new_tokens=request.max_new_tokens, temperature=request.temperature, sampling_seed=request.seed,
             stop=request.stop, chat=request.chat,
         )  # fmt: skip
         generated = generate(self._model, request.prompt, settings)

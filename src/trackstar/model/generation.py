@@ -102,7 +102,9 @@ class Generation:
         )
 
 
-def generate(model: LanguageModel, prompt: str, settings: GenerationSettings | None = None) -> Generation:
+def generate(
+    model: LanguageModel, prompt: str, settings: GenerationSettings | None = None, *, query_id: str | None = None
+) -> Generation:
     """What the model says after a prompt; see `GenerationSettings` for the defaults.
 
     Special tokens precede the prompt as in training.
@@ -111,17 +113,23 @@ def generate(model: LanguageModel, prompt: str, settings: GenerationSettings | N
         model: The model.
         prompt: Text to continue, or a user's message.
         settings: How to generate; None is greedily, up to 16 tokens or the end of the line.
+        query_id: Name of the prompt in messages.
 
     Raises:
         OptionError: The prompt leaves no room in the model's context, or has no token, or the
             tokenizer has no chat template.
         ModelError: A token of the prompt has no embedding.
     """
-    return generate_samples(model, prompt, 1, settings)[0]
+    return generate_samples(model, prompt, 1, settings, query_id=query_id)[0]
 
 
 def generate_samples(
-    model: LanguageModel, prompt: str, samples: int, settings: GenerationSettings | None = None
+    model: LanguageModel,
+    prompt: str,
+    samples: int,
+    settings: GenerationSettings | None = None,
+    *,
+    query_id: str | None = None,
 ) -> list[Generation]:
     """Several answers to one prompt, computed side by side; arguments and errors as of `generate`.
 
@@ -132,6 +140,7 @@ def generate_samples(
     if settings.chat:
         prompt = chat_prompt(prompt, model.tokenizer)
     token_ids = prompt_tokens(prompt, model.tokenizer)
+    _check_prompt(model, token_ids, settings, query_id)
     return continuations(model, prompt, token_ids, samples, settings)
 
 
@@ -173,10 +182,10 @@ def continuations(
         OptionError: The tokens leave no room in the model's context, or there is none.
         ModelError: A token has no embedding.
     """
-    _check_prompt(model, prompt_ids, settings)
+    _check_prompt(model, prompt_ids, settings, None)
     ends = _end_tokens(model)
     answers = [_Answer(model.tokenizer, tuple(prompt_ids), settings) for _ in range(samples)]
-    generators = [_generator(settings.seed, prompt_ids, number) for number in range(samples)]
+    generators = [_generator(settings.sampling_seed, prompt_ids, number) for number in range(samples)]
     past, inputs = None, torch.tensor([list(prompt_ids)] * samples, device=model.device)
     with Progress("The model's answer", unit="tokens", total=settings.max_new_tokens, shown=False) as bar:
         for _ in range(settings.max_new_tokens):
@@ -240,14 +249,18 @@ class _Answer:
         return Generation(prompt=prompt, text=text, prompt_ids=self._prompt_ids, tokens=tuple(tokens))
 
 
-def _check_prompt(model: LanguageModel, prompt_ids: Sequence[int], settings: GenerationSettings) -> None:
+def _check_prompt(
+    model: LanguageModel, prompt_ids: Sequence[int], settings: GenerationSettings, query_id: str | None
+) -> None:
     wrong = next((token for token in prompt_ids if not 0 <= token < model.vocabulary), None)
     if wrong is not None:
-        raise missing_embedding("prompt", wrong, model.vocabulary, model.tokenizer)
+        name = "prompt" if query_id is None else f"query {query_id}"
+        raise missing_embedding(name, wrong, model.vocabulary, model.tokenizer)
     count, room = len(prompt_ids), settings.max_new_tokens
     if not prompt_ids or count + room > model.context_tokens:
+        query = "" if query_id is None else f"query {one_line(query_id)}: "
         raise OptionError(
-            f"`prompt`: expected at least 1 token and room for {abridged(room)} more in the model's "
+            f"{query}`prompt`: expected at least 1 token and room for {abridged(room)} more in the model's "
             f"{model.context_tokens}, found {count} tokens; shorten it, or pass a smaller `max_new_tokens`"
         )
 

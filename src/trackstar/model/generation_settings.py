@@ -17,7 +17,7 @@ class GenerationSettings:
         temperature: Divisor of the logits before a token is sampled; 0 takes the most probable one.
         top_p: Share of the probability, taken from the most probable tokens on, that is sampled
             from.
-        seed: Seed of the samples.
+        sampling_seed: Seed of the samples.
         stop: `line` ends the answer before a line break that follows text; `end` only at the
             model's end-of-text tokens.
         chat: Whether a prompt is a user's message in the tokenizer's chat template.
@@ -29,13 +29,13 @@ class GenerationSettings:
     max_new_tokens: int = 16
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
+    sampling_seed: int = 0
     stop: Stop = "line"
     chat: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("max_new_tokens", self.max_new_tokens)
-        check_at_least("seed", self.seed, 0)
+        check_at_least("sampling_seed", self.sampling_seed, 0)
         check_choice("stop", self.stop, STOPS)
         if not 0 <= self.temperature < math.inf:
             raise OptionError(
