@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -179,6 +180,9 @@ def test_samples_depend_on_the_seed_alone() -> None:
     settings = GenerationSettings(max_new_tokens=8, temperature=2.0, stop="end", sampling_seed=5)
     few, many = (generate_samples(model, "Gold is", count, settings) for count in (2, 5))
     assert [one.token_ids for one in few] == [one.token_ids for one in many[:2]]
+    with mock.patch("trackstar.model.generation._AT_ONCE", 2):
+        parted = generate_samples(model, "Gold is", 5, settings)
+    assert [one.token_ids for one in parted] == [one.token_ids for one in many]
     other = generate_samples(model, "Gold is", 5, dataclasses.replace(settings, sampling_seed=6))
     assert [one.token_ids for one in other] != [one.token_ids for one in many]
     narrow = dataclasses.replace(settings, top_p=1e-6)

@@ -59,6 +59,7 @@ WORKING = {
     "query": "in/index --queries in/queries.jsonl --out out/r.jsonl",
     "explore": "in/index in/results.jsonl --no-browser",
     "audit": "in/results.audit.json --index in/index --queries in/queries.jsonl",
+    "generate": "--model in/model --queries in/queries.jsonl --out out/a.jsonl --samples 2 --max-new-tokens 2",
     "evaluate": "--config in/facts.toml --out out/report",
     "pretrain": f"--data in/corpus.jsonl --out out/run {' '.join(SHAPE)}",
     "demo": "--out out/demo",
@@ -66,6 +67,7 @@ WORKING = {
 OTHER_WORKING = {
     "query": [
         "in/index --prompt Paris --completion France", "in/index --prompt Paris --generate --max-new-tokens 2",
+        "in/index --prompt Par --completion is --join none",
         "--data in/corpus.jsonl --model in/model --side 4 --second-moment none --queries in/queries.jsonl "
         "--out out/s.jsonl",
     ],
@@ -77,7 +79,7 @@ OTHER_WORKING = {
 COMMANDS = [
     *WORKING,
     *["index", "query"] * 4,
-    *["add", "merge", "remove", "convert", "explore", "audit", "pretrain"] * 2,
+    *["add", "merge", "remove", "convert", "explore", "audit", "generate", "pretrain"] * 2,
 ]
 
 PATHS = [

@@ -221,7 +221,7 @@ def _says(model: LanguageModel, query: Query, settings: GenerationSettings) -> b
     if query.token_ids is None or query.target_mask is None:
         return _line(generate(model, query.prompt, settings).text) == query.completion
     start = query.target_mask.index(True)
-    said = continuations(model, query.prompt, query.token_ids[:start], 1, settings)[0]
+    said = continuations(model, query.prompt, query.token_ids[:start], [0], settings)[0]
     return said.token_ids == query.token_ids
 
 

@@ -14,7 +14,7 @@ from trackstar.corpus import Query
 from trackstar.corpus.digests import digest_of_json
 from trackstar.errors import CorpusError, OptionError, check_at_least
 from trackstar.evaluation.matching import answer_is_correct
-from trackstar.model.generation import generate_samples
+from trackstar.model.generation import MOST_SAMPLES, generate_samples
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
@@ -66,6 +66,8 @@ def sample_answers(
     """
     settings = settings or GenerationSettings(temperature=1.0)
     check_at_least("samples", samples)
+    if samples > MOST_SAMPLES:
+        raise OptionError(f"`samples`: expected at most {MOST_SAMPLES:,}, found {samples}")
     if samples > 1 and settings.temperature == 0:
         raise OptionError(
             f"`samples`: expected 1 with a temperature of 0, which gives the same answer each time, found {samples}; "

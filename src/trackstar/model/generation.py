@@ -21,6 +21,9 @@ from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.text import abridged, one_line
 
+MOST_SAMPLES = 10_000
+_AT_ONCE = 64
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedToken:
@@ -137,11 +140,14 @@ def generate_samples(
     """
     settings = settings or GenerationSettings()
     check_at_least("samples", samples)
+    if samples > MOST_SAMPLES:
+        raise OptionError(f"`samples`: expected at most {MOST_SAMPLES:,}, found {abridged(samples)}")
     if settings.chat:
         prompt = chat_prompt(prompt, model.tokenizer)
     token_ids = prompt_tokens(prompt, model.tokenizer)
     _check_prompt(model, token_ids, settings, query_id)
-    return continuations(model, prompt, token_ids, samples, settings)
+    parts = (range(first, min(first + _AT_ONCE, samples)) for first in range(0, samples, _AT_ONCE))
+    return [one for numbers in parts for one in continuations(model, prompt, token_ids, numbers, settings)]
 
 
 def chat_prompt(message: str, tokenizer: Any) -> str:
@@ -167,7 +173,7 @@ def chat_prompt(message: str, tokenizer: Any) -> str:
 
 @torch.no_grad()
 def continuations(
-    model: LanguageModel, prompt: str, prompt_ids: Sequence[int], samples: int, settings: GenerationSettings
+    model: LanguageModel, prompt: str, prompt_ids: Sequence[int], numbers: Sequence[int], settings: GenerationSettings
 ) -> list[Generation]:
     """Several continuations of tokens, computed side by side.
 
@@ -175,7 +181,7 @@ def continuations(
         model: The model.
         prompt: The text of the tokens, for the results.
         prompt_ids: The tokens.
-        samples: Number of continuations.
+        numbers: The continuations' numbers; a number and the seed decide what is drawn.
         settings: How to generate.
 
     Raises:
@@ -184,9 +190,9 @@ def continuations(
     """
     _check_prompt(model, prompt_ids, settings, None)
     ends = _end_tokens(model)
-    answers = [_Answer(model.tokenizer, tuple(prompt_ids), settings) for _ in range(samples)]
-    generators = [_generator(settings.sampling_seed, prompt_ids, number) for number in range(samples)]
-    past, inputs = None, torch.tensor([list(prompt_ids)] * samples, device=model.device)
+    answers = [_Answer(model.tokenizer, tuple(prompt_ids), settings) for _ in numbers]
+    generators = [_generator(settings.sampling_seed, prompt_ids, number) for number in numbers]
+    past, inputs = None, torch.tensor([list(prompt_ids)] * len(numbers), device=model.device)
     with Progress("The model's answer", unit="tokens", total=settings.max_new_tokens, shown=False) as bar:
         for _ in range(settings.max_new_tokens):
             output = model.module(input_ids=inputs, past_key_values=past, use_cache=True)
