@@ -301,7 +301,7 @@ CASES = [
     Case("audit of a folder", "audit {folder}", "trackstar: {folder}: cannot be read (Is a directory"),
     Case("audit of results", "audit {corpus}", "trackstar: {corpus}: the text is not JSON (Extra data"),
     Case("audit in binary", "audit {folder}/r.audit.json", "trackstar: {folder}/r.audit.json: expected JSON, found a byte that is not UTF-8 at 0", lambda w: w.write("r.audit.json", b"\xff\xfe")),
-    Case("audit of the future", AUDIT, "trackstar: {folder}/r.audit.json: audit_version is 3, expected at most 2: a newer trackstar wrote the file", _edited_audit('"audit_version": 2', '"audit_version": 3')),
+    Case("audit of the future", AUDIT, "trackstar: {folder}/r.audit.json: audit_version is 4, expected at most 3: a newer trackstar wrote the file", _edited_audit('"audit_version": 3', '"audit_version": 4')),
     Case("audit of another type", AUDIT, "trackstar: {folder}/r.audit.json: question.top is '10', expected a whole number", _edited_audit('"top": 10', '"top": "10"')),
     Case("audit of huge numbers", AUDIT, "trackstar: {folder}/r.audit.json: question.top is 1000000000000000000, expected 1 to 1000000000", _edited_audit('"top": 10', '"top": 1000000000000000000')),
     Case("audit of infinity", AUDIT, "trackstar: {folder}/r.audit.json: answer.mixing is inf, expected a finite number", _edited_audit('"mixing": 0.0', '"mixing": 1e999')),

@@ -42,7 +42,7 @@ export function Form(props: {
         <label class="inline" title="What stands between the prompt and the completion">
           <span>Join</span>
           <select
-            aria-label="Join prompt and completion" value={view.join}
+            aria-label="Join" value={view.join}
             onChange={(event) => change({ join: JOINS.find((join) => join === event.currentTarget.value) ?? "auto" }, false)}
           >
             {JOINS.map((join) => <option key={join} value={join}>{JOIN_LABELS[join]}</option>)}
