@@ -14,6 +14,7 @@ from faults import setting as settings
 from faults.processes import UNDISTURBED, Conditions, Outcome, Run, attempt
 from faults.setting import KINDS, Kind, Setting, files_of
 from faults.tally import Case, Tally
+from shard_bytes import without_places
 
 MOST_RUNS = 8
 """How often the same call may have to be made again once nothing disturbs it any more."""
@@ -411,4 +412,7 @@ def remote_runs(
                     struck += 1
     if place < len(calls):
         outcomes.append((Outcome(state="failed", text="is not finished however often it is run again"), None))
-    return outcomes, stored_bytes(url)
+    files = stored_bytes(url)
+    return outcomes, {
+        name: without_places(content) if name == "manifest.json" else content for name, content in files.items()
+    }
