@@ -106,7 +106,7 @@ class _Recomputation:
             yield Check(name="answer", outcome="not checked", said=reason)
             return
         if self._audit.generation is not None:
-            yield self._completions(self._audit.generation.settings)
+            yield self._completions(self._audit.generation.settings())
         report = self._report()
         yield from self._statistics(report)
         yield from self._settings(report)

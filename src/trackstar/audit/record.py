@@ -76,7 +76,6 @@ class GenerationEntry:
         fields = dataclasses.asdict(settings)
         return cls(**fields, prompts=queries_entry(prompts))
 
-    @property
     def settings(self) -> GenerationSettings:
         """The settings, to generate with them again.
 
@@ -215,7 +214,7 @@ class Audit:
             _expect(name, value, value is None or (math.isfinite(value) and value >= 0), "a finite number, at least 0")
         if self.generation is not None:
             try:
-                self.generation.settings  # noqa: B018 - checked when it is made
+                self.generation.settings()
             except OptionError as error:
                 raise FieldError("generation", Words(str(error)), "settings that can be used") from None
         for name, value in self._counts():

@@ -1,10 +1,10 @@
 """The command `trackstar generate`: the model's own answers to facts, and how sure it is."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from trackstar.choices import Stop
 from trackstar.cli.framework import Command, prepare
 from trackstar.cli.options import device_options, generation_options, note, rare
 from trackstar.model.generation_settings import GenerationSettings
@@ -30,26 +30,18 @@ def generate(
     queries: str,
     out: str,
     samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    sampling_seed: int,
-    stop: Stop,
-    chat: bool,
     device: str,
     threads: int | None,
     prompt_field: str | None,
     force: bool,
+    **generation: Any,
 ) -> None:
     """Sample a model's answers to prompts.
 
     Writes each line of --queries with `8b_generations`, the answers, and `8b_confidence`, the share
     of them that match the line's own. If a run is interrupted, run the same command again to resume.
     """
-    settings = GenerationSettings(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, sampling_seed=sampling_seed, stop=stop,
-        chat=chat,
-    )  # fmt: skip
+    settings = GenerationSettings(**generation)
     prepare(threads)
     from trackstar.corpus import read_queries
     from trackstar.evaluation.sampled_answers import check_written, sample_answers

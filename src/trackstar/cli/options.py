@@ -103,51 +103,28 @@ def generation_options(condition: str, *, temperature: float | None = None) -> C
     """
 
     def usual(name: str) -> Any:
-        return GenerationSettings.default(name)
+        given = temperature if name == "temperature" else None
+        return GenerationSettings.default(name) if given is None else given
 
     def said(text: str) -> str:
         return f"{condition}{text}" if condition else f"{text[0].upper()}{text[1:]}"
 
+    numbers: tuple[tuple[str, type, str, str], ...] = (
+        ("sampling_seed", int, "N", "seed of the answers."),
+        ("top_p", float, "P", "sample from this share of the probability."),
+        ("temperature", float, "T", "sample at this temperature; 0 is the most probable token."),
+        ("max_new_tokens", int, "N", "most tokens of an answer."),
+    )
+
     def decorated(function: Function) -> Function:
-        for option in (
-            rare("--chat", is_flag=True, help=said("prompts are users' messages in the chat template.")),
-            choice(
-                "--stop",
-                STOPS,
-                rare=True,
-                default=usual("stop"),
-                help=said("end at the line's end, or only where the model does."),
-            ),
-            rare(
-                "--sampling-seed",
-                type=int,
-                default=usual("sampling_seed"),
-                metavar="N",
-                help=said("seed of the answers."),
-            ),
-            rare(
-                "--top-p",
-                type=float,
-                default=usual("top_p"),
-                metavar="P",
-                help=said("sample from this share of the probability."),
-            ),
-            rare(
-                "--temperature",
-                type=float,
-                default=usual("temperature") if temperature is None else temperature,
-                metavar="T",
-                help=said("sample at this temperature; 0 is the most probable token."),
-            ),
-            rare(
-                "--max-new-tokens",
-                type=int,
-                default=usual("max_new_tokens"),
-                metavar="N",
-                help=said("most tokens of an answer."),
-            ),
-        ):
-            function = option(function)
+        function = rare("--chat", is_flag=True, help=said("prompts are users' messages in the chat template."))(
+            function
+        )
+        stop = said("end at the line's end, or only where the model does.")
+        function = choice("--stop", STOPS, rare=True, default=usual("stop"), help=stop)(function)
+        for name, kind, metavar, text in numbers:
+            flag = f"--{name.replace('_', '-')}"
+            function = rare(flag, type=kind, default=usual(name), metavar=metavar, help=said(text))(function)
         return function
 
     return decorated

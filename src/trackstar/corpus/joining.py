@@ -25,6 +25,7 @@ _WITHOUT_SPACES = frozenset(
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks without width
 _QUOTES = frozenset("\"'`´′″＂＇｀")
 _OPERATORS = frozenset("&@*|–—")  # beside the category of mathematical symbols
+_OPERATOR_RUN = "".join(sorted(_OPERATORS)) + "<>=+-!:"  # signs of one operator, such as != and ->
 _TIGHT = frozenset("/\\#~^°·፡")  # signs that are written without spaces
 _INVERTED = frozenset("¿¡")
 _NUMBER_GOES_ON = (
@@ -109,7 +110,7 @@ def _end_of(text: str) -> _Left:
     if category == "So" and character not in _TIGHT:
         return "picture"
     if _is_operator(character, category):
-        before = text[: base - 1].rstrip("".join(set(text) & _OPERATORS) + "<>=+-!:")
+        before = text[: base - 1].rstrip(_OPERATOR_RUN)
         alone = before[-1:].isspace() and not text.endswith("**")
         return "operator" if alone else "tight"
     if character in "%‰" or category == "Sc":
@@ -129,9 +130,9 @@ def _beginning_of(text: str, before: str) -> _Right:
         return "tight" if text.startswith("**") and before[-1].isdigit() else "word"
     if category == "Sc":
         return "word" if text[1:2].isdigit() else "tight"
-    run = re.match(r"\S+", text)
-    alone = run is not None and all(_is_operator(c, unicodedata.category(c)) for c in run.group())
-    return "operator" if alone and text != (run.group() if run else "") else "tight"
+    run = re.match(r"\S+(?=\s)", text)
+    alone = run is not None and all(_is_operator(sign, unicodedata.category(sign)) for sign in run.group())
+    return "operator" if alone else "tight"
 
 
 def _is_operator(character: str, category: str) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from trackstar.corpus import Query
 from trackstar.corpus.digests import digest_of_json
-from trackstar.errors import CorpusError, OptionError, check_at_least
+from trackstar.errors import CorpusError, OptionError
 from trackstar.evaluation.matching import answer_is_correct
-from trackstar.model.generation import MOST_SAMPLES, generate_samples
+from trackstar.model.generation import check_samples, generate_samples
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
@@ -65,9 +65,7 @@ def sample_answers(
         TrackstarError: A prompt cannot be read, or the file cannot be written.
     """
     settings = settings or GenerationSettings(temperature=1.0)
-    check_at_least("samples", samples)
-    if samples > MOST_SAMPLES:
-        raise OptionError(f"`samples`: expected at most {MOST_SAMPLES:,}, found {samples}")
+    check_samples(samples)
     if samples > 1 and settings.temperature == 0:
         raise OptionError(
             f"`samples`: expected 1 with a temperature of 0, which gives the same answer each time, found {samples}; "

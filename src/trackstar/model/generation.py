@@ -139,15 +139,24 @@ def generate_samples(
     Equal seeds draw equal answers, whatever else is generated. Without a temperature all are equal.
     """
     settings = settings or GenerationSettings()
-    check_at_least("samples", samples)
-    if samples > MOST_SAMPLES:
-        raise OptionError(f"`samples`: expected at most {MOST_SAMPLES:,}, found {abridged(samples)}")
+    check_samples(samples)
     if settings.chat:
         prompt = chat_prompt(prompt, model.tokenizer)
     token_ids = prompt_tokens(prompt, model.tokenizer)
     _check_prompt(model, token_ids, settings, query_id)
     parts = (range(first, min(first + _AT_ONCE, samples)) for first in range(0, samples, _AT_ONCE))
     return [one for numbers in parts for one in continuations(model, prompt, token_ids, numbers, settings)]
+
+
+def check_samples(samples: int) -> None:
+    """Raise if so many answers to a prompt cannot be generated.
+
+    Raises:
+        OptionError: The number is below 1 or above `MOST_SAMPLES`.
+    """
+    check_at_least("samples", samples)
+    if samples > MOST_SAMPLES:
+        raise OptionError(f"`samples`: expected at most {MOST_SAMPLES:,}, found {abridged(samples)}")
 
 
 def chat_prompt(message: str, tokenizer: Any) -> str:
