@@ -236,7 +236,8 @@ def test_a_text_that_spells_out_the_beginning_of_text_has_it_once(tmp_path: Path
         assert [window.token_ids[0] for window in windows] == [0] * len(windows)
         whole = tokenizer(text)["input_ids"]
         assert windows[0].token_ids[:5].tolist() == whole[:5]  # pyright: ignore[reportIndexIssue]
-    assert count_spelled_out(plain, tokenizer) == (len(SENTENCES) // 2, "<s> and </s>")
+    assert count_spelled_out(plain, tokenizer) == (len(SENTENCES) // 2, "<s>")
+    assert count_spelled_out(plain, tiny_tokenizer("plain")) == (0, "")
     model = tiny(special="bos")
     index = build_index(model, list(SENTENCES), tmp_path / "index", **SETTINGS)
     queries = [
@@ -249,10 +250,22 @@ def test_a_text_that_spells_out_the_beginning_of_text_has_it_once(tmp_path: Path
     assert generate(model, f"{BOS}Gold is").prompt_ids == generate(model, "Gold is").prompt_ids
 
 
+@pytest.mark.parametrize("special", ["plain", "bos", "bos_eos"])
+def test_a_completion_that_spells_out_the_end_of_the_text_keeps_it_as_a_target(special: SpecialTokens) -> None:
+    tokenizer = tiny_tokenizer(special)
+    with_end, without = (
+        tokenize_query(Query(query_id="q", prompt="Gold is", completion=text), tokenizer, window_tokens=64)
+        for text in ("Au</s>", "Au")
+    )
+    assert with_end.token_ids.tolist() == [*without.token_ids.tolist(), 1]
+    assert with_end.target_mask.tolist() == [*without.target_mask.tolist(), True]
+
+
 def test_the_stop_at_a_line_keeps_whole_tokens() -> None:
     model = tiny()
     end = generate_samples(model, "Gold is", 8, GenerationSettings(max_new_tokens=30, temperature=4.0, stop="end"))
     line = generate_samples(model, "Gold is", 8, GenerationSettings(max_new_tokens=30, temperature=4.0, stop="line"))
+    assert [one.token_ids for one in line] != [one.token_ids for one in end]
     for whole, cut in zip(end, line, strict=True):
         assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
         if cut.token_ids != whole.token_ids:

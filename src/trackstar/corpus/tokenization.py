@@ -141,31 +141,30 @@ def encode(backend: "Backend", text: str, description: str) -> EncodedText:
             f"{description}: the tokenizer cannot read it ({reason}); expected one that reads any text"
         ) from error
     before, after = _count_special_tokens(encoding)
-    repeated = _spelled_out(backend, encoding.ids, before, after)
-    token_ids = [token for position, token in enumerate(encoding.ids) if position not in repeated]
-    offsets = [span for position, span in enumerate(encoding.offsets) if position not in repeated]
-    return EncodedText(token_ids=token_ids, offsets=offsets, before=before, after=after)
+    token_ids = encoding.ids
+    repeated = _repeated(backend, token_ids, before, after)
+    return EncodedText(
+        token_ids=[token for position, token in enumerate(token_ids) if position not in repeated],
+        offsets=[span for position, span in enumerate(encoding.offsets) if position not in repeated],
+        before=before,
+        after=after - (len(token_ids) - after in repeated),
+    )
 
 
 def count_spelled_out(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, str]:
-    """Number of texts that spell out a token that the tokenizer puts before or after every text.
+    """Number of texts that begin with the token that the tokenizer puts before every text.
 
     Returns:
-        The number, and the tokens as they are spelled, such as `<s>`, for messages.
+        The number, and the token as it is spelled, such as `<s>`, for messages.
 
     Raises:
         ModelError: The tokenizer is not a fast one.
     """
     backend = fast_backend(tokenizer)
     encoding = backend.encode("a")
-    before, after = _count_special_tokens(encoding)
-    added = backend.get_added_tokens_decoder()
-    ends = [encoding.ids[before - 1]] if before else []
-    first = tuple(added[token].content for token in ends if token in added)
-    ends = [encoding.ids[-after]] if after else []
-    last = tuple(added[token].content for token in ends if token in added)
-    count = sum(text.startswith(first) or text.endswith(last) for text in texts)
-    return count, " and ".join(dict.fromkeys((*first, *last)))
+    before, _ = _count_special_tokens(encoding)
+    added = backend.get_added_tokens_decoder().get(encoding.ids[before - 1]) if before else None
+    return (0, "") if added is None else (sum(text.startswith(added.content) for text in texts), added.content)
 
 
 def _count_special_tokens(encoding: "Encoding") -> tuple[int, int]:
@@ -176,14 +175,18 @@ def _count_special_tokens(encoding: "Encoding") -> tuple[int, int]:
     return before, after
 
 
-def _spelled_out(backend: "Backend", token_ids: list[int], before: int, after: int) -> set[int]:
-    """Positions in the text of tokens that the tokenizer has put before or after it, too."""
+def _repeated(backend: "Backend", token_ids: list[int], before: int, after: int) -> set[int]:
+    """Positions to leave out, so that a token that the text spells out and the tokenizer adds is there once.
+
+    Before the text the added token stays, so that windows begin with it. After it the text's own
+    stays, so that a query keeps it.
+    """
     first, last = before, len(token_ids) - after - 1
     repeated = set[int]()
     if before and first <= last and token_ids[first] == token_ids[first - 1]:
         repeated.add(first)
     if after and first <= last and token_ids[last] == token_ids[last + 1]:
-        repeated.add(last)
+        repeated.add(last + 1)
     added = backend.get_added_tokens_decoder() if repeated else {}
     return {position for position in repeated if token_ids[position] in added}
 
@@ -228,7 +231,7 @@ def _token_ids(backend: "Backend", batch: list[Example]) -> list[list[int]]:
     whole = []
     for encoding in encodings:
         token_ids = encoding.ids
-        repeated = _spelled_out(backend, token_ids, before, after)
+        repeated = _repeated(backend, token_ids, before, after)
         whole.append(
             [token for place, token in enumerate(token_ids) if place not in repeated] if repeated else token_ids
         )
