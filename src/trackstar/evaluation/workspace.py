@@ -15,7 +15,7 @@ from trackstar.text import abridged, system_reason
 MARKER = ".trackstar-report"
 """File that marks a folder as that of a report."""
 
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 """Part of every result's key. Raise it when a change of the code changes results: it voids saved ones."""
 
 
