@@ -247,7 +247,7 @@ CASES = [
     Case("damping", ASK + " --damping -1", "trackstar: --damping: expected 0 or more, as a fraction of R_train's mean eigenvalue, found -1.0"),
     Case("too little damping", ASK + " --damping 0", "trackstar: attention.0-0: R is singular with damping 0"),
     Case("tokens", "query --index {index} --prompt Paris --generate --max-new-tokens 0", "trackstar: --max-new-tokens: expected 1 or more, found 0"),
-    Case("no room to answer", "query --index {index} --prompt Paris --generate --max-new-tokens 90", "trackstar: --prompt: expected at least 1 token and room for 90 more "),
+    Case("no room to answer", "query --index {index} --prompt Paris --generate --max-new-tokens 90", "trackstar: query prompt: expected at least 1 token and room for 90 more "),
     Case("queries are no queries", "query --index {index} --queries {corpus}", 'trackstar: {corpus}:1: no prompt; expected a field prompt or'),
     Case("no queries", "query --index {index} --queries {folder}/q.jsonl", "trackstar: {folder}/q.jsonl: "),
     Case("queries as text", "query --index {index} --queries {folder}/q.txt", "trackstar: {folder}/q.txt: not JSON lines", lambda w: w.write("q.txt", "Paris\n")),

@@ -124,7 +124,7 @@ def test_mistakes_are_one_line(
         (("--temperature", 0), "--samples: expected 1 with a temperature of 0"),
         (("--sampling-seed", -1), "--sampling-seed: expected 0 or more, found -1"),
         (("--samples", 0), "--samples: expected 1 or more"),
-        (("--max-new-tokens", 10_000), "query f1: --prompt: expected at least 1 token and room for 10000"),
+        (("--max-new-tokens", 10_000), "query f1: expected at least 1 token and room for 10000"),
     ):
         assert generated(tiny_model_folder, facts, out, *options) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]

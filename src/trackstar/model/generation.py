@@ -273,10 +273,10 @@ def _check_prompt(
         raise missing_embedding(name, wrong, model.vocabulary, model.tokenizer)
     count, room = len(prompt_ids), settings.max_new_tokens
     if not prompt_ids or count + room > model.context_tokens:
-        query = "" if query_id is None else f"query {one_line(query_id)}: "
+        name = "`prompt`" if query_id is None else f"query {one_line(query_id)}"
         raise OptionError(
-            f"{query}`prompt`: expected at least 1 token and room for {abridged(room)} more in the model's "
-            f"{model.context_tokens}, found {count} tokens; shorten it, or pass a smaller `max_new_tokens`"
+            f"{name}: expected at least 1 token and room for {abridged(room)} more in the model's "
+            f"{model.context_tokens}, found a prompt of {count}; shorten the prompt, or pass a smaller `max_new_tokens`"
         )
 
 
