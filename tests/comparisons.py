@@ -16,7 +16,7 @@ from trackstar.gradients.projection import ProjectedGradients, projections
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
 from trackstar.model.batching import make_batch, plan_batches
 from trackstar.model.language_model import LanguageModel, wrap_model
-from trackstar.model.layer_blocks import LayerBlock
+from trackstar.model.layer_blocks import LayerBlock, WeightMatrix
 
 SIDE = 4
 """√d of the tests' projections; 16 dimensions a layer block."""
@@ -73,11 +73,18 @@ def reference_gradients(
             double,
             torch.from_numpy(example.token_ids),
             torch.from_numpy(example.target_mask),
-            [f"{matrix.name}.weight" for matrix in model.matrices],
+            sorted({matrix.parameter for matrix in model.matrices}),
             output=output,
         )
-        gradients.append({name.removesuffix(".weight"): gradient for name, gradient in named.items()})
+        gradients.append({matrix.name: of_matrix(named[matrix.parameter], matrix) for matrix in model.matrices})
     return gradients
+
+
+def of_matrix(gradient: Tensor, matrix: WeightMatrix) -> Tensor:
+    """G of one matrix: the oracle's gradient, or a fused expert's slice of it as [outputs, inputs]."""
+    if matrix.expert is None:
+        return gradient  # transposed by the oracle
+    return gradient[matrix.expert].T if matrix.transposed else gradient[matrix.expert]
 
 
 def reference_losses(model: LanguageModel, examples: Sequence[TokenizedExample]) -> Tensor:

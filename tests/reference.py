@@ -74,6 +74,8 @@ def double_copy(model: nn.Module) -> nn.Module:
     duplicate = copy.deepcopy(model).double().eval().requires_grad_(False)
     if hasattr(duplicate, "set_attn_implementation"):
         duplicate.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+    if any("Experts" in type(child).__name__ for child in duplicate.modules()):
+        duplicate.set_experts_implementation("eager")  # pyright: ignore[reportCallIssue]
     return duplicate
 
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from comparisons import assert_rows_close, language_model, package_phi, random_examples, with_targets
 from tiny_models import ARCHITECTURES, CORE_ARCHITECTURES, tiny_model, tiny_tokenizer
+from trackstar.errors import ModelError, OptionError
 from trackstar.gradients.estimated_moment import estimate_second_moment
-from trackstar.gradients.per_example import gradient_pass
+from trackstar.gradients.per_example import BatchedPass, gradient_pass
 from trackstar.gradients.projection import ProjectedGradients
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, FactoredMoment, Moment, SecondMoment
 from trackstar.model.batching import Batch, make_batch, plan_batches
-from trackstar.model.language_model import wrap_model
+from trackstar.model.language_model import LanguageModel, wrap_model
 
 LENGTHS = [14, 3, 25, 9, 9, 2, 17]
 # Tolerance of results that differ only in the order of float32 sums.
@@ -96,11 +97,42 @@ def test_gradients_do_not_depend_on_the_global_random_state_or_earlier_passes():
 def test_pass_leaves_the_model_as_it_was():
     model, examples = language_model("llama"), random_examples([5])
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    trainable = [parameter.requires_grad for parameter in model.module.parameters()]
     package_phi(model, examples)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert [parameter.requires_grad for parameter in model.module.parameters()] == trainable
     assert all(parameter.grad is None for parameter in model.module.parameters())
     assert not any(module._forward_hooks for module in model.module.modules())
+
+
+def package_phi_of_unknown_token(model: LanguageModel) -> None:
+    consumer, example = ProjectedGradients(model, NO_SECOND_MOMENT, side=4), random_examples([5], vocabulary=10**6)[0]
+    with BatchedPass(model, consumer, batch_tokens=64, note=print) as run:
+        assert not any(child.training for child in model.module.modules())
+        list(run.batches([example], consumer.result))
+
+
+def test_callers_model_keeps_its_training_mode_and_trainable_parameters_also_when_something_raises():
+    module, examples = tiny_model("qwen2").train(), random_examples([5, 7])
+    module.get_submodule("model.layers.0").eval()
+    module.get_parameter("model.norm.weight").requires_grad_(False)
+
+    def state() -> tuple[list[bool], list[bool]]:
+        return [child.training for child in module.modules()], [p.requires_grad for p in module.parameters()]
+
+    before = state()
+    model = wrap_model(module, tiny_tokenizer(), layer_blocks=2)
+    assert state() == before
+    in_training = package_phi(model, examples)
+    assert state() == before
+    assert torch.equal(in_training, package_phi(wrap_model(module.eval(), tiny_tokenizer(), layer_blocks=2), examples))
+    module.train()
+    module.get_submodule("model.layers.0").eval()
+    with pytest.raises(OptionError, match="expected a regular expression"):
+        wrap_model(module, tiny_tokenizer(), attention_pattern="(")
+    with pytest.raises(ModelError, match="has no embedding"):
+        package_phi_of_unknown_token(model)
+    assert state() == before
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -62,7 +62,7 @@ def test_every_product_is_of_tensors_on_one_device():
             token_ids = torch.ones(2, 5, dtype=torch.int64, device="cpu")
             consumer.start(Batch(token_ids=token_ids, target_mask=token_ids.bool(), indices=(0, 1)))
             with gradient_pass(model, consumer):
-                hidden = model.hidden_states(model.embeddings(token_ids))
+                hidden = model.hidden_states(token_ids)
                 assert hidden.device == torch.device("meta")
                 hidden.backward(torch.ones_like(hidden))
             if isinstance(consumer, ProjectedGradients):

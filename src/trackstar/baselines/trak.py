@@ -109,7 +109,7 @@ def mean_target_probabilities(
 
     with Progress("Probabilities of candidates", unit="examples", total=len(examples), shown=progress) as bar:
         check_token_ids(examples, model.vocabulary, model.tokenizer)
-        plan = plan_batches([len(example.token_ids) for example in examples], batch_tokens)
+        plan = plan_batches([len(example.token_ids) for example in examples], model.batch_budget(batch_tokens))
         for rows, means in run_adaptively(plan, run, bar.note):
             probabilities[torch.tensor(rows)] = means.cpu()
             bar.advance(len(rows))
@@ -118,7 +118,8 @@ def mean_target_probabilities(
 
 
 def _mean_probabilities(model: LanguageModel, batch: Batch) -> Float[Tensor, "batch"]:
-    hidden = model.hidden_states(model.embeddings(batch.token_ids))  # (batch, tokens, width)
+    with model.frozen():
+        hidden = model.hidden_states(batch.token_ids)  # (batch, tokens, width)
     # The hidden state at a position predicts the next token.
     example, position = batch.target_mask[:, 1:].nonzero(as_tuple=True)
     targets = batch.token_ids[example, position + 1]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.errors import OptionError
-from trackstar.gradients.per_example import gradient_matrices
+from trackstar.gradients.consumer import gradient_matrices
 from trackstar.gradients.projection import BlockSums, inverse_roots, random_projection
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.model.language_model import LanguageModel

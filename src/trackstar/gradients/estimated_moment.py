@@ -22,7 +22,8 @@ from torch import Tensor
 from trackstar.choices import SecondMomentKind
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import OptionError, SecondMomentError
-from trackstar.gradients.per_example import BatchedPass, GradientConsumer, gradient_matrices
+from trackstar.gradients.consumer import GradientConsumer, gradient_matrices
+from trackstar.gradients.per_example import BatchedPass
 from trackstar.gradients.second_moment import (
     DEFAULT_FLOOR,
     ElementwiseMoment,
@@ -32,8 +33,9 @@ from trackstar.gradients.second_moment import (
     checked_second_moment,
 )
 from trackstar.model.batching import Batch
-from trackstar.model.language_model import LanguageModel, largest_weight
+from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
+from trackstar.model.probe import largest_weight
 
 # Examples whose squares are summed together: enough to fill a batch, few enough to occupy several workers.
 _PART_EXAMPLES = 16

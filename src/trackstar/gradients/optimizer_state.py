@@ -178,11 +178,13 @@ def _moment(matrix: WeightMatrix, of_matrix: ParameterState, state: OptimizerSta
             "a beta2 from 0 to below 1, for the bias correction of Adam's second moment"
         )
     entries = of_matrix[key].float() / (1 - beta2**step)
-    return "Adam", ElementwiseMoment(entries=(entries.T if matrix.transposed else entries).contiguous())
+    return "Adam", ElementwiseMoment(entries=matrix.of_parameter(entries).contiguous())
 
 
 def _from_factors(matrix: WeightMatrix, row: Tensor, column: Tensor) -> FactoredMoment:
     """V = row columnᵀ / mean(row) as stored, transposed if the module stores [inputs, outputs]."""
+    if matrix.expert is not None:  # both Adafactors factor the slices of a 3-D parameter one by one
+        row, column = row[matrix.expert], column[matrix.expert]
     row, column = row.float().flatten().clone(), column.float().flatten().clone()
     if not matrix.transposed:
         return FactoredMoment(row=row, column=column)

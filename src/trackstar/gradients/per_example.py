@@ -13,10 +13,9 @@ The loss is what is differentiated; TRAK's margin and the logit exist for compar
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,49 +24,17 @@ from torch import Tensor
 from trackstar.choices import Output
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError
+from trackstar.gradients.consumer import GradientConsumer
+from trackstar.gradients.matrix_hooks import matrix_hooks
 from trackstar.model.batching import Batch, check_token_ids, make_batch, plan_batches, run_adaptively
-from trackstar.model.language_model import Head, LanguageModel, largest_weight
-from trackstar.model.layer_blocks import WeightMatrix
+from trackstar.model.language_model import Head, LanguageModel
+from trackstar.model.probe import largest_weight
 
 # Bytes that the logits of a chunk of positions take: small enough to stay in a last-level cache,
 # large enough for an efficient matrix product.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 Result = TypeVar("Result")
-
-
-class GradientConsumer(ABC):
-    """Sums over the factors g and a of each matrix's gradients.
-
-    For each batch, `gradient_pass` calls `start` once, then `save_for_backward` for each matrix in
-    the forward pass, then `add` for each matrix in the backward pass. If memory runs out in the
-    middle of a batch, the next call is `start`.
-    """
-
-    @abstractmethod
-    def start(self, batch: Batch) -> None:
-        """Begin a batch, and discard what a batch that did not finish has added."""
-
-    @abstractmethod
-    def save_for_backward(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
-        """Return what `add` needs of the matrix's inputs a: themselves, or a projection of them."""
-
-    @abstractmethod
-    def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
-        """Add one matrix's part.
-
-        Args:
-            matrix: The matrix.
-            saved: The tensor that `save_for_backward` returned for the matrix.
-            gradients: g, the gradients of the loss with respect to the matrix's outputs; zero on padding.
-        """
-
-
-def gradient_matrices(
-    inputs: Float[Tensor, "*batch tokens columns"], gradients: Float[Tensor, "*batch tokens rows"]
-) -> Float[Tensor, "*batch rows columns"]:
-    """G = Σ_t g_t a_tᵀ, materialized in float32, for the consumers that cannot do without it."""
-    return gradients.float().mT @ inputs.float()
 
 
 @contextmanager
@@ -77,41 +44,28 @@ def gradient_pass(
     """Hook the model's matrices, and yield a function that runs a batch forward and backward.
 
     The function returns each example's loss: the sum of its target tokens' cross-entropies, in nats
-    (paper, §3). The consumer receives the gradients of `output`.
+    (paper, §3). The consumer receives the gradients of `output`. The model is frozen meanwhile.
     """
-    handles = [
-        model.module.get_submodule(matrix.name).register_forward_hook(_forward_hook(matrix, consumer))
-        for matrix in model.matrices
-    ]
+    with model.frozen(), matrix_hooks(model, consumer) as hooks:
 
-    def run(batch: Batch) -> Float[Tensor, "batch"]:
-        consumer.start(batch)
-        with torch.enable_grad():
-            hidden = model.hidden_states(model.embeddings(batch.token_ids))
-        losses, hidden_gradients = loss_and_hidden_gradients(
-            model.head, hidden.detach(), batch.token_ids, batch.target_mask, output=output
-        )
-        hidden.backward(hidden_gradients)
-        return losses
+        def run(batch: Batch) -> Float[Tensor, "batch"]:
+            consumer.start(batch)
+            hooks.start(batch)
+            with torch.enable_grad():
+                hidden = model.hidden_states(batch.token_ids)
+            if not hidden.requires_grad:
+                raise GradientError(
+                    f"{model.source}: no gradient passes through {model.architecture}, whose code computes its own "
+                    "backward pass; expected layers that torch differentiates; use another model"
+                )
+            losses, hidden_gradients = loss_and_hidden_gradients(
+                model.head, hidden.detach(), batch.token_ids, batch.target_mask, output=output
+            )
+            hidden.backward(hidden_gradients)
+            hooks.finish()
+            return losses
 
-    try:
         yield run
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _forward_hook(matrix: WeightMatrix, consumer: GradientConsumer) -> Callable[..., Tensor | None]:
-    def forward(_module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        saved = consumer.save_for_backward(matrix, arguments[0].detach())
-        starts_graph = not output.requires_grad
-        if starts_graph:
-            output.requires_grad_(True)
-        output.register_hook(lambda gradients: consumer.add(matrix, saved, gradients))
-        # A leaf of the graph must not be changed in place, as OLMo does when it clips; a copy of it may.
-        return output.clone() if starts_graph else None
-
-    return forward
 
 
 @final
@@ -178,7 +132,9 @@ class BatchedPass:
             losses = run(make_batch(examples, indices, device=self._model.device))
             return result(), losses
 
-        plan = plan_batches([len(example.token_ids) for example in examples], self._batch_tokens)
+        plan = plan_batches(
+            [len(example.token_ids) for example in examples], self._model.batch_budget(self._batch_tokens)
+        )
         for indices, (rows, losses) in run_adaptively(plan, run_batch, self._note):
             finite = torch.isfinite(losses)
             if isinstance(rows, Tensor):

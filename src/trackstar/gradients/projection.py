@@ -27,9 +27,10 @@ from torch import Tensor
 
 from trackstar.corpus.digests import draw_bytes, running_digest
 from trackstar.errors import check_at_least
-from trackstar.gradients.per_example import GradientConsumer, gradient_matrices
+from trackstar.gradients.consumer import GradientConsumer, gradient_matrices
 from trackstar.gradients.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
 from trackstar.model.batching import Batch
+from trackstar.model.experts import Routing
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 
@@ -180,6 +181,37 @@ class ProjectedGradients(BlockSums):
             self._sums[matrix.block].baddbmm_(left.mT.float(), saved.float())
         else:
             self._sums[matrix.block] += (left.mT.float() @ saved.float()).to(self._device)
+
+    def save_routed(
+        self, matrices: Mapping[int, WeightMatrix], inputs: Float[Tensor, "pairs columns"], routing: Routing
+    ) -> Any:
+        """Return P₁ a of each pair of a token and an expert; a padded by expert if V is elementwise."""
+        if any(matrix.name in self._inverse_roots for matrix in matrices.values()):
+            return super().save_routed(matrices, inputs, routing)
+        right = inputs.new_zeros(len(inputs), self.side)
+        for number, part in routing.hit():
+            if number in matrices:
+                right[part] = inputs[part] @ self._right[matrices[number].name]
+        return right
+
+    def add_routed(
+        self,
+        matrices: Mapping[int, WeightMatrix],
+        saved: Any,
+        gradients: Float[Tensor, "pairs rows"],
+        routing: Routing,
+    ) -> None:
+        """Add Σ (P₀ g)(P₁ a)ᵀ over the pairs of each example, all experts in one product."""
+        if not isinstance(saved, Tensor):
+            super().add_routed(matrices, saved, gradients, routing)
+            return
+        left = gradients.new_zeros(len(gradients), self.side)
+        for number, part in routing.hit():
+            if number in matrices:
+                left[part] = gradients[part] @ self._left[matrices[number].name]
+        block = next(iter(matrices.values())).block
+        left, right = routing.by_example(left), routing.by_example(saved)  # [batch, pairs, side]
+        self._sums[block] += (left.mT.float() @ right.float()).to(self._device)
 
     def _add_elementwise(self, matrix: WeightMatrix, inputs: Tensor, gradients: Tensor) -> None:
         left = self._left[matrix.name]  # [rows, side]

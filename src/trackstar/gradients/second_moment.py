@@ -109,12 +109,16 @@ NO_SECOND_MOMENT = SecondMoment(kind="none", moments={}, source="none")
 def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[WeightMatrix]) -> SecondMoment:
     """Return V after checking that each matrix has one of its shape, finite, not negative and not all zero.
 
+    V of a fused expert that no token has reached is zero; it becomes the mean over its layer's other
+    experts, and `source` says so.
+
     Raises:
         SecondMomentError: V lacks a matrix, has another shape, or holds values that no mean of
             squares can have.
     """
     if second_moment.kind == "none":
         return second_moment
+    second_moment = _with_unreached_experts(second_moment, matrices)
     for matrix in matrices:
         moment = second_moment.moments.get(matrix.name)
         if moment is None:
@@ -135,3 +139,33 @@ def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[Weight
                     "is zero throughout; expected means of squares"
                 )
     return second_moment
+
+
+def _with_unreached_experts(second_moment: SecondMoment, matrices: Sequence[WeightMatrix]) -> SecondMoment:
+    """V with the mean over the other experts of the same parameter for each expert whose V is zero."""
+    stacks: dict[str, list[str]] = {}
+    for matrix in matrices:
+        if matrix.expert is not None and matrix.name in second_moment.moments:
+            stacks.setdefault(matrix.parameter, []).append(matrix.name)
+    moments = dict(second_moment.moments)
+    filled = 0
+    for names in stacks.values():
+        zero = [name for name in names if not any(bool(part.any()) for part in _parts(moments[name]))]
+        others = [moments[name] for name in names if name not in zero]
+        if not zero or not others:
+            continue
+        mean = [torch.stack(of).mean(dim=0) for of in zip(*map(_parts, others), strict=True)]
+        for name in zero:
+            factored = isinstance(others[0], FactoredMoment)
+            moments[name] = (
+                FactoredMoment(row=mean[0], column=mean[1]) if factored else ElementwiseMoment(entries=mean[0])
+            )
+        filled += len(zero)
+    if not filled:
+        return second_moment
+    note = f"; {filled} matrices of experts that no token reached have the mean of their layer's others"
+    return dataclasses.replace(second_moment, moments=moments, source=second_moment.source + note)
+
+
+def _parts(moment: Moment) -> list[Tensor]:
+    return [moment.row, moment.column] if isinstance(moment, FactoredMoment) else [moment.entries]

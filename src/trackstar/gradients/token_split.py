@@ -17,8 +17,8 @@ that attend to it.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -27,11 +27,14 @@ from torch import Tensor
 from trackstar.choices import Output, ProjectionKind
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import OptionError, check_at_least
+from trackstar.gradients.consumer import GradientConsumer
 from trackstar.gradients.dense_projection import check_flattened_size, example_slices
-from trackstar.gradients.per_example import BatchedPass, GradientConsumer
+from trackstar.gradients.per_example import BatchedPass
 from trackstar.gradients.projection import inverse_roots, projections, random_projection
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.model.batching import Batch
+from trackstar.model.experts import Routing
+from trackstar.model.input_layouts import FLAT
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 
@@ -108,6 +111,12 @@ def split_over_tokens(
 
 def _check(model: LanguageModel, examples: Sequence[TokenizedExample], vectors: Tensor, side: int) -> None:
     model.check_on_one_device("influence split over tokens")
+    flat = [path for path, layout in model.layouts.items() if layout is FLAT]
+    if flat:
+        raise OptionError(
+            f"influence split over tokens: {flat[0]} of {model.architecture} does not read one row per token, expected "
+            "layers that do; ask for influences of whole examples"
+        )
     expected = (len(examples), len(model.blocks) * side * side)
     if vectors.shape != expected:
         raise OptionError(
@@ -219,7 +228,23 @@ class _TokenParts(GradientConsumer):
         return self._splits[matrix.name].save_for_backward(inputs)
 
     def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
-        self._sums += self._splits[matrix.name].parts(saved, gradients, self._blocks[matrix.block])
+        parts = self._splits[matrix.name].parts(saved, gradients, self._blocks[matrix.block])
+        # A layer that reads several rows per token has its rows beside each other.
+        self._sums += parts if parts.shape == self._sums.shape else parts.unflatten(1, (self._sums.shape[1], -1)).sum(2)
+
+    def add_routed(
+        self,
+        matrices: Mapping[int, WeightMatrix],
+        saved: Any,
+        gradients: Float[Tensor, "pairs rows"],
+        routing: Routing,
+    ) -> None:
+        hit = [(number, part) for number, part in routing.hit() if number in matrices]
+        for (number, part), of_expert in zip(hit, saved, strict=True):
+            slots, matrix = routing.slots(part), matrices[number]
+            split = self._splits[matrix.name]
+            parts = split.parts(of_expert, slots.padded(gradients[part]), self._blocks[matrix.block])
+            self._sums.view(-1).index_add_(0, routing.token_rows[part], slots.gathered(parts))
 
     def result(self) -> Float[Tensor, "batch tokens"]:
         """c_t of each position of the last batch, in float32; zero on padding."""

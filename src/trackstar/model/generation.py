@@ -202,7 +202,10 @@ def continuations(
     answers = [_Answer(model.tokenizer, tuple(prompt_ids), settings) for _ in numbers]
     generators = [_generator(settings.sampling_seed, prompt_ids, number) for number in numbers]
     past, inputs = None, torch.tensor([list(prompt_ids)] * len(numbers), device=model.device)
-    with Progress("The model's answer", unit="tokens", total=settings.max_new_tokens, shown=False) as bar:
+    with (
+        model.frozen(),
+        Progress("The model's answer", unit="tokens", total=settings.max_new_tokens, shown=False) as bar,
+    ):
         for _ in range(settings.max_new_tokens):
             output = model.module(input_ids=inputs, past_key_values=past, use_cache=True)
             past = output.past_key_values

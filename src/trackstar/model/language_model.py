@@ -1,7 +1,9 @@
 """Load a causal language model with its tokenizer, freeze it, and split it into backbone and head."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from trackstar.choices import DTYPES
 from trackstar.corpus.digests import digest_of_bytes, running_digest
 from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import ModelError, OptionError, check_choice
+from trackstar.model.computation import check_computed, frozen, input_groups, module_paths
 from trackstar.model.configuration import deciding_fields
+from trackstar.model.input_layouts import FLAT, InputLayout
 from trackstar.model.layer_blocks import (
     Coverage,
     LayerBlock,
@@ -25,9 +29,13 @@ from trackstar.model.layer_blocks import (
     named_layer_blocks,
 )
 from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer, spread_over_gpus
-from trackstar.text import abridged, one_line
+from trackstar.model.probe import hidden_states, probe
+from trackstar.text import abridged
 
-_PROBE_TOKENS = 5
+# Fields of a configuration for the bound on logits (Gemma 2; RecurrentGemma; xLSTM).
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Linear layers that may return more than their product: which expert a token goes to.
+_ROUTER = re.compile(r".*\.(?:router|gate)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +69,19 @@ class LanguageModel:
     """A frozen causal language model, its tokenizer and its layer blocks.
 
     Attributes:
-        module: The Transformers model, in evaluation mode; no parameter requires gradients.
+        module: The Transformers model. Computations run within `frozen`, which leaves its training mode
+            and its parameters' `requires_grad` as they were.
         tokenizer: Its tokenizer.
         blocks: Its layer blocks, attention before MLP.
         coverage: Share of its parameters in the layer blocks.
         head: Its output head.
         input_groups: For each matrix, the first matrix with the same input tensor (query-key-value,
             gate-up).
+        layouts: Layout of the input of each module that does not read [batch, tokens, columns].
+        repeated: Names of the matrices that several calls in a forward pass compute with.
+        from_base: Whether the head's input is the last hidden state of the module's `base_model`.
+        one_at_a_time: Whether a batch must be one example: the model mixes the examples of a batch, or
+            a layer's inputs cannot be told apart by example.
         source: The path or hub name it was loaded from.
         revision: The hub's revision, or None.
         gguf_file: The file of GGUF weights that it was loaded from, or None.
@@ -84,6 +98,10 @@ class LanguageModel:
     revision: str | None = None
     gguf_file: str | None = None
     folder: Path | None = None
+    layouts: Mapping[str, InputLayout] = dataclasses.field(default_factory=dict)
+    repeated: frozenset[str] = frozenset()
+    from_base: bool = True
+    one_at_a_time: bool = False
 
     @property
     def matrices(self) -> tuple[WeightMatrix, ...]:
@@ -142,14 +160,27 @@ class LanguageModel:
         """Most tokens that the model reads at once."""
         return context_tokens(self.module)
 
+    def frozen(self) -> AbstractContextManager[None]:
+        """Context in which the model is in evaluation mode, and no parameter requires gradients."""
+        return frozen(self.module)
+
+    def hidden_states(self, token_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
+        """The head's input. Padding must be on the right, where causal attention hides it."""
+        return hidden_states(self.module, token_ids, from_base=self.from_base).to(self.device)
+
     def embeddings(self, token_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
         """Token embeddings, detached from the graph."""
         return self.module.get_input_embeddings()(token_ids).detach()
 
-    def hidden_states(self, embeddings: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """The head's input. Padding must be on the right, where causal attention hides it."""
-        hidden = self.module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        return hidden.to(self.device)
+    def states_from_embeddings(
+        self, embeddings: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """The last hidden state of `base_model`, from token embeddings."""
+        return self.module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.to(self.device)
+
+    def batch_budget(self, batch_tokens: int) -> int:
+        """Most tokens per batch, of which a model that takes one example at a time needs one."""
+        return 1 if self.one_at_a_time else batch_tokens
 
     def digest(self) -> str:
         """BLAKE2b-128 of every parameter's and persistent buffer's name, shape, dtype and bytes."""
@@ -215,6 +246,7 @@ def load_model(
         spread_over_gpus(module, name)
     else:
         nn.Module.to(module, target)
+    module.eval().requires_grad_(False)
     tokenizer = load_pretrained_tokenizer(name, name=name, **options)
     return wrap_model(
         module,
@@ -241,46 +273,59 @@ def wrap_model(
     mlp_pattern: str | None = None,
     layer_blocks: int | Sequence[NamedBlock] = 8,
 ) -> LanguageModel:
-    """Freeze a Transformers model in memory and name its layer blocks; arguments as in `load_model`.
+    """Name the layer blocks of a Transformers model in memory; arguments as in `load_model`.
+
+    The model keeps its training mode and its parameters' `requires_grad`, which computations change only
+    while they run.
 
     Raises:
         ModelError: It holds values that are not finite, or does not compute its logits as `Head` does.
         UnsupportedModelError: Its matrices cannot be named.
         OptionError: A pattern or the number of layer blocks cannot be used.
     """
-    if isinstance(layer_blocks, int):
-        blocks = find_layer_blocks(
-            module, blocks_per_kind=layer_blocks, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern
-        )
-    else:
-        blocks = named_layer_blocks(module, layer_blocks)
     for parameter_name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
                 f"{source}: {parameter_name} holds NaN or infinite weights; expected finite ones; reload or retrain it"
             )
-    module.eval().requires_grad_(False)
-    head = _head(module, source)
-    groups = _probe(module, head, [matrix for block in blocks for matrix in block.matrices], source)
+    heads = _heads(module, source)
+    with frozen(module):
+        found = probe(module, [head.logits for head in heads], _vocabulary(module, heads[0]), source)
+    if isinstance(layer_blocks, int):
+        blocks = find_layer_blocks(
+            module,
+            blocks_per_kind=layer_blocks,
+            attention_pattern=attention_pattern,
+            mlp_pattern=mlp_pattern,
+            used=[path for path in found.calls if path not in found.faults or not _ROUTER.fullmatch(path)],
+        )
+    else:
+        blocks = named_layer_blocks(module, layer_blocks)
+    matrices = [matrix for block in blocks for matrix in block.matrices]
+    for matrix in matrices:
+        check_computed(module, matrix, found, source)
+    layouts = {path: found.layouts[path] for m in matrices for path in module_paths(m) if path in found.layouts}
+    repeated = frozenset(m.name for m in matrices if sum(found.calls.get(path, 0) for path in module_paths(m)) > 1)
     return LanguageModel(
         module=module,
         tokenizer=tokenizer,
         blocks=blocks,
         coverage=coverage(module, blocks),
-        head=head,
-        input_groups=groups,
+        head=heads[found.head],
+        input_groups=input_groups(matrices, found.groups, repeated),
         source=source,
         revision=revision,
         gguf_file=gguf_file,
         folder=folder,
+        layouts=layouts,
+        repeated=repeated,
+        from_base=found.from_base,
+        one_at_a_time=found.mixes or FLAT in layouts.values(),
     )
 
 
-def largest_weight(module: nn.Module) -> str:
-    """The largest weight in absolute value, with its parameter, for messages."""
-    largest = {name: float(parameter.abs().max()) for name, parameter in module.named_parameters() if parameter.numel()}
-    name = max(largest, key=lambda name: largest[name])
-    return f"the largest weight is {largest[name]:.3g}, in {name}"
+def _vocabulary(module: PreTrainedModel, head: Head) -> int:
+    return min(len(module.get_input_embeddings().get_parameter("weight")), len(head.weight))
 
 
 def context_tokens(module: PreTrainedModel) -> int:
@@ -344,64 +389,14 @@ def _loaded(name: str, *, options: dict[str, Any], dtype: torch.dtype) -> PreTra
     )
 
 
-def _head(module: PreTrainedModel, source: str) -> Head:
+def _heads(module: PreTrainedModel, source: str) -> list[Head]:
+    """What the head may be: with the configuration's factor, or without it where that precedes the head."""
     output = module.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         raise ModelError(f"{source}: found {type(output).__name__} as output head; expected one linear layer")
     config = module.config.get_text_config()
     multiplier = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
-    return Head(
-        weight=output.weight,
-        bias=output.bias,
-        scale=(multiplier or 1.0) / (divisor or 1.0),
-        cap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _probe(module: PreTrainedModel, head: Head, matrices: list[WeightMatrix], source: str) -> dict[str, str]:
-    """Run a few tokens: check that backbone and head give the model's logits, and group matrices by input.
-
-    Returns:
-        `LanguageModel.input_groups`.
-    """
-    inputs: dict[str, Tensor] = {}
-    handles = [
-        module.get_submodule(matrix.name).register_forward_hook(
-            lambda _module, arguments, _output, name=matrix.name: inputs.__setitem__(name, arguments[0])
-        )
-        for matrix in matrices
-    ]
-    token_ids = (torch.arange(_PROBE_TOKENS, device=head.weight.device) % head.weight.shape[0]).unsqueeze(0)
-    try:
-        with torch.no_grad():
-            expected = module(input_ids=token_ids, use_cache=False).logits.float()
-            inputs.clear()
-            embeddings = module.get_input_embeddings()(token_ids)
-            hidden = module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-            found = head.logits(hidden[0].to(head.weight.device)).float()[None].to(expected.device)
-    except Exception as error:
-        reason = one_line(error, 300) or type(error).__name__
-        raise ModelError(f"{source}: {type(module).__name__} cannot be run from embeddings ({reason})") from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not torch.isfinite(expected).all():
-        raise ModelError(
-            f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; "
-            f"{largest_weight(module)}: its weights are damaged, or too large for the computation's dtype"
-        )
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
-    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-        raise ModelError(
-            f"{source}: {type(module).__name__} computes logits in a way that trackstar does not support (they differ "
-            f"by {float((found - expected).abs().max()):.3g} from those of a linear head); please report this "
-            "architecture"
-        )
-    unused = [matrix for matrix in matrices if matrix.name not in inputs]
-    if unused:
-        raise ModelError(
-            f"{source}: {unused[0].name} takes no part in the forward pass; exclude it with `{unused[0].kind}_pattern`"
-        )
-    leaders: dict[int, str] = {}
-    return {name: leaders.setdefault(id(tensor), name) for name, tensor in inputs.items()}
+    cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
+    scales = dict.fromkeys(((multiplier or 1.0) / (divisor or 1.0), 1.0))
+    return [Head(weight=output.weight, bias=output.bias, scale=scale, cap=cap) for scale in scales]

@@ -46,7 +46,7 @@ def exact_log_probabilities(
         GradientError: The loss of a proponent is not finite.
     """
     after = np.zeros(len(pairs))
-    with _undoable(step.optimizer) as undo:
+    with model.frozen(), _undoable(step.optimizer) as undo:
         for proponent, numbers in by_proponent(pairs).items():
             try:
                 _make_step(model, step, proponents[proponent])
@@ -64,7 +64,7 @@ def measured_log_probabilities(
 ) -> Float64[np.ndarray, "queries"]:
     """log p(completion | prompt) of each query under the model's current weights, in nats."""
     measured = np.zeros(len(queries))
-    for indices in plan_batches([len(query.token_ids) for query in queries], batch_tokens):
+    for indices in plan_batches([len(query.token_ids) for query in queries], model.batch_budget(batch_tokens)):
         batch = make_batch(queries, indices, device=model.device)
         _, targets, counts = shifted(batch)
         hidden = _hidden_states(model, batch)
@@ -73,7 +73,7 @@ def measured_log_probabilities(
 
 
 def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
-    return model.module.base_model(input_ids=batch.token_ids[:, :-1], use_cache=False).last_hidden_state
+    return model.hidden_states(batch.token_ids[:, :-1])
 
 
 def _make_step(model: LanguageModel, step: TrainingStep, proponent: TokenizedExample) -> None:

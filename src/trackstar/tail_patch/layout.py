@@ -9,6 +9,7 @@ Each module is tried on a few tokens first. A parameter that is used in another 
 patched row by row, and is an error.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -160,11 +161,26 @@ def _input_shapes(model: LanguageModel) -> dict[str, list[tuple[int, ...]]]:
         handles.append(module.register_forward_pre_hook(record))
     try:
         token_ids = torch.arange(_PROBE[0] * _PROBE[1], device=model.device).view(_PROBE) % model.head.weight.shape[0]
-        model.hidden_states(model.embeddings(token_ids))
+        with contextlib.suppress(Exception):  # the error has its line in `_check_runs_from_embeddings`
+            model.states_from_embeddings(model.embeddings(token_ids))
     finally:
         for handle in handles:
             handle.remove()
+    _check_runs_from_embeddings(model, token_ids)
     return shapes
+
+
+def _check_runs_from_embeddings(model: LanguageModel, token_ids: Tensor) -> None:
+    """Raise unless the head's input is the last hidden state of the backbone run from token embeddings."""
+    try:
+        found = model.states_from_embeddings(model.embeddings(token_ids)) if model.from_base else None
+    except Exception:  # of a family whose layers read the tokens, too
+        found = None
+    if found is None or not torch.allclose(found, model.hidden_states(token_ids), rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ModelError(
+            f"{model.source}: {model.architecture} does not compute the head's input from token embeddings alone; the "
+            'fast tail-patch needs that, use the exact path, `path="exact"`'
+        )
 
 
 def _describe(

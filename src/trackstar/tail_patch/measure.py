@@ -58,7 +58,7 @@ def tail_patch(
     _check(model, queries, proponents, pairs)
     used = sorted({pair.query for pair in pairs})
     before = np.zeros(len(queries))
-    with Progress("Tail-patch", unit="pairs", total=len(pairs), shown=progress) as bar:
+    with model.frozen(), Progress("Tail-patch", unit="pairs", total=len(pairs), shown=progress) as bar:
         before[used] = measured_log_probabilities(model, [queries[q] for q in used], batch_tokens=batch_tokens)
         for query in used:
             if not np.isfinite(before[query]):

@@ -13,6 +13,7 @@ for every step from the second on.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -150,10 +151,14 @@ class TrainingStep:
             raise OptionError(f"`moment`: expected a factored second moment, found one of kind {moment.kind}")
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise OptionError(f"`learning_rate`: expected a finite number above 0, found {learning_rate}")
-        checked_second_moment(moment, model.matrices)
+        moment = checked_second_moment(moment, model.matrices)
+        of_parameter: dict[str, list[WeightMatrix]] = {}
+        for matrix in model.matrices:
+            of_parameter.setdefault(matrix.parameter, []).append(matrix)
         parameters = dict(model.module.named_parameters())
+        _check_whole(of_parameter, parameters)
         optimizer = Adafactor(
-            [parameters[matrix.parameter] for matrix in model.matrices],
+            [parameters[name] for name in of_parameter],
             lr=learning_rate,
             eps=(_REGULARIZATION, _LEAST_SCALE),
             clip_threshold=_CLIP,
@@ -161,9 +166,9 @@ class TrainingStep:
             scale_parameter=True,
             relative_step=False,
         )
-        for matrix in model.matrices:
-            row, column = _stored_factors(matrix, moment)
-            parameter = parameters[matrix.parameter]
+        for name, matrices in of_parameter.items():
+            row, column = _stacked_factors(matrices, moment)
+            parameter = parameters[name]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             optimizer.state[parameter] = {
                 "step": 1,
@@ -212,6 +217,26 @@ def _check_weights(folder: Path, model: LanguageModel) -> None:
         saved = weights.get(name)
         if saved is None or saved.shape != parameter.shape or not (saved.to(parameter) == parameter).all():
             raise ModelError(f"{model.source}: {name} differs from {path}; expected the model of that checkpoint")
+
+
+def _check_whole(of_parameter: Mapping[str, list[WeightMatrix]], parameters: Mapping[str, Tensor]) -> None:
+    """Raise if only some experts of a parameter are in the layer blocks: a step would move all of them."""
+    for name, matrices in of_parameter.items():
+        experts = len(parameters[name]) if matrices[0].expert is not None else 1
+        if len(matrices) != experts:
+            raise SecondMomentError(
+                f"{name}: V is known of {len(matrices)} of its {experts} experts, expected all of them for a step; "
+                "match all experts with `mlp_pattern`"
+            )
+
+
+def _stacked_factors(matrices: list[WeightMatrix], moment: SecondMoment) -> tuple[Tensor, Tensor]:
+    """`_stored_factors` of a parameter: [rows] and [columns], or [experts, rows] and [experts, columns]."""
+    if matrices[0].expert is None:
+        return _stored_factors(matrices[0], moment)
+    factors = [_stored_factors(matrix, moment) for matrix in sorted(matrices, key=lambda matrix: matrix.expert or 0)]
+    row, column = zip(*factors, strict=True)
+    return torch.stack(row), torch.stack(column)
 
 
 def _stored_factors(matrix: WeightMatrix, moment: SecondMoment) -> tuple[Tensor, Tensor]:

@@ -70,8 +70,8 @@ def check_again(index: Index, model: LanguageModel, stored: Sequence[StoredExamp
     losses = torch.empty(len(examples))
     for place in range(len(examples)):
         batch = make_batch(examples, [place], device=model.device)
-        with torch.no_grad():
-            hidden = model.hidden_states(model.embeddings(batch.token_ids))
+        with torch.no_grad(), model.frozen():
+            hidden = model.hidden_states(batch.token_ids)
             found, _ = loss_and_hidden_gradients(model.head, hidden, batch.token_ids, batch.target_mask)
             losses[place] = found.cpu()[0]
     check_losses(index, model, stored, losses)
