@@ -36,6 +36,11 @@ def test_command_line_page_is_up_to_date():
     assert (ROOT / "docs" / "explorer-api.json").read_text("utf-8") == generated["explorer_api"](), GENERATE
 
 
+def test_page_of_families_is_up_to_date():
+    generated = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert (ROOT / "docs" / "families.md").read_text("utf-8") == generated["families_page"](), GENERATE
+
+
 def test_tree_of_packages_is_up_to_date():
     generated = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert (ROOT / "CONTRIBUTING.md").read_text("utf-8") == generated["contributing"](), GENERATE
