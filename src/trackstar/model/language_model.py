@@ -30,6 +30,13 @@ from trackstar.model.layer_blocks import (
 )
 from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer, spread_over_gpus
 from trackstar.model.probe import hidden_states, probe
+from trackstar.model.quantization import (
+    ADVICE,
+    check_floating_point,
+    dequantized,
+    dequantizing_options,
+    quantization_method,
+)
 from trackstar.text import abridged
 
 # Fields of a configuration for the bound on logits (Gemma 2; RecurrentGemma; xLSTM).
@@ -283,6 +290,7 @@ def wrap_model(
         UnsupportedModelError: Its matrices cannot be named.
         OptionError: A pattern or the number of layer blocks cannot be used.
     """
+    check_floating_point(module, source)
     for parameter_name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
@@ -377,16 +385,22 @@ def _may_be_on_hub(source: str) -> bool:
 
 
 def _loaded(name: str, *, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    return load_pretrained(
+    method = quantization_method(name, **options)
+    expected = "a Hugging Face model folder or hub name with safetensors weights, or GGUF weights"
+    if method is not None:
+        expected = f"weights that are not quantised, which these are ({method}); {ADVICE}"
+    module = load_pretrained(
         "AutoModelForCausalLM",
         name,
         name=name,
         purpose="a causal language model",
-        expected="a Hugging Face model folder or hub name with safetensors weights, or GGUF weights",
+        expected=expected,
         whole="a complete causal language model (missing weights would be random)",
         dtype=dtype,
         **options,
+        **dequantizing_options(name, **options),
     )
+    return dequantized(module, name, dtype)
 
 
 def _heads(module: PreTrainedModel, source: str) -> list[Head]:
