@@ -94,14 +94,14 @@ def _edit_config(world: World) -> None:
 
 
 def _mixture_of_experts(world: World) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     shutil.rmtree(world.model)
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=300, num_local_experts=2,
+    config = Llama4TextConfig(
+        hidden_size=16, intermediate_size=16, intermediate_size_mlp=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, vocab_size=300, num_local_experts=2,
     )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(world.model)
+    Llama4ForCausalLM(config).save_pretrained(world.model)
     tiny_tokenizer("bos").save_pretrained(world.model)
 
 
@@ -211,7 +211,7 @@ CASES = [
         path.unlink() for path in w.model.glob("tokenizer*")
     ]),
     Case("model without attention", INDEX, "trackstar: {model}: ", _edit_config),
-    Case("experts", INDEX, "trackstar: MixtralForCausalLM: ", _mixture_of_experts),
+    Case("experts", INDEX, "trackstar: Llama4ForCausalLM: 2 weight matrices match no known pattern", _mixture_of_experts),
     Case("bad GGUF", "index --model {folder}/x.gguf --data {corpus} --out {folder}/new", "trackstar: {folder}: cannot be loaded", lambda w: w.write("x.gguf", b"GGUFxxxx")),
     # Optimizer state
     Case("no state", INDEX + " --second-moment {folder}/none.pt", "trackstar: {folder}/none.pt: no such file; expected an optimizer's state"),
