@@ -1,4 +1,4 @@
-"""Bytes of tensor files and of indexes of format version 3, made as FORMAT.md says, without the package's code."""
+"""Bytes of tensor files and of indexes of older format versions, made as FORMAT.md says, without the package's code."""
 
 import hashlib
 import itertools
@@ -63,36 +63,66 @@ def without_places(manifest: bytes) -> bytes:
 
 
 def in_format_3(index: Path, out: Path) -> Path:
-    """A copy of an index as the version before wrote it: no checksums, and nothing of the model's configuration."""
+    """A copy of an index as format version 3: no checksums, and nothing of the model's configuration."""
+    return _in_format(3, index, out)
+
+
+def in_format_4(index: Path, out: Path) -> Path:
+    """A copy of an index as format version 4: no metadata, and texts as the only form of records."""
+    return _in_format(4, index, out)
+
+
+def _in_format(version: int, index: Path, out: Path) -> Path:
     shutil.copytree(index, out)
     shutil.rmtree(out / "derived", ignore_errors=True)
     manifest = json.loads((index / "manifest.json").read_text())
-    manifest["format_version"] = 3
-    for name in ("location", "configuration", "libraries"):
-        del manifest["model"][name]
+    manifest["format_version"] = version
+    for name in ("truncate", "pack"):
+        del manifest["windows"][name]
     for corpus in manifest["corpora"]:
-        del corpus["location"]
+        for name in ("format", "train_on", "join", "chat_template", "metadata"):
+            del corpus[name]
+    if version == 3:
+        for name in ("location", "configuration", "libraries"):
+            del manifest["model"][name]
+        for corpus in manifest["corpora"]:
+            del corpus["location"]
     identity = _identity_digest(manifest)
     for entry in manifest["completion"]["shards"]:
         file = out / "shards" / entry["file"]
-        file.write_bytes(_without_checksums(file.read_bytes(), identity))
+        file.write_bytes(_older_shard(file.read_bytes(), identity, version))
         entry["digest"] = file.read_bytes()[DIGEST].decode("ascii")
     (out / "manifest.json").write_text(sealed_manifest(manifest))
     return out
 
 
-def _without_checksums(content: bytes, identity: str) -> bytes:
+def _older_shard(content: bytes, identity: str, version: int) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    data = content[8 + length :][: header.pop("checksums")["data_offsets"][0]]
-    header["__metadata__"] |= {"format": "trackstar-shard-2", "manifest_digest": identity}
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    metadata = header.pop("__metadata__")
+    metadata |= {"format": f"trackstar-shard-{version - 1}", "manifest_digest": identity}
+    tensors, data = {}, b""
+    for name, entry in header.items():
+        if name in ("metadata", "metadata_offsets", "checksums"):
+            continue
+        first, stop = entry["data_offsets"]
+        part = content[8 + length + first : 8 + length + stop]
+        tensors[name] = entry | {"data_offsets": [len(data), len(data) + len(part)]}
+        data += part
+    if version > 3:
+        codes = tensors["codes"]["data_offsets"][1]
+        blocks = len(range(0, codes, 65536)) + len(range(codes, len(data), 4096))
+        size = 8 * (blocks + 2)
+        tensors["checksums"] = {"dtype": "I64", "shape": [blocks + 2], "data_offsets": [len(data), len(data) + size]}
+        data += bytes(size)
+    text = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % 4096)
     return sealed(len(text).to_bytes(8, "little") + text + data)
 
 
 _DESCRIPTIVE = {
     "model.source", "model.revision", "model.gguf_file", "corpora.source", "second_moment.source", "whitening.source",
+    "model.location", "model.libraries", "corpora.location",
 }  # fmt: skip
 
 

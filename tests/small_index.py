@@ -47,6 +47,7 @@ def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Mani
                 text_field="text",
                 id_field=None,
                 limit=None,
+                metadata=("source",),
             ),
         ),
         removed=None,
@@ -88,6 +89,7 @@ def small_example(row: int) -> TokenizedExample:
         text=f"Zürich {row} \N{SNOWMAN}\ud800 " + "x" * row,
         token_ids=np.arange(row, row + tokens, dtype=np.int32),
         target_mask=np.arange(tokens) > 0,
+        metadata=f'{{"source":"{row}é\ud800"}}' if row % 3 else "",
     )
 
 

@@ -35,6 +35,13 @@ Join = Literal["auto", "space", "none"]
 Stop = Literal["line", "end"]
 """Where a generated answer ends: at the end of its line, or only where the model ends it."""
 
+RecordFormat = Literal["text", "prompt-completion", "messages", "instruction", "tokens"]
+"""The form of a corpus's records: which of their fields are the text that the model was trained on."""
+
+TrainOn = Literal["all", "completion", "assistant", "labels"]
+"""The tokens of an example that are targets: all, those of the completion or the last answer, those of every
+answer of the assistant, or those that the record's labels name."""
+
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
@@ -47,3 +54,5 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 DUPLICATE_IDS: tuple[DuplicateIds, ...] = get_args(DuplicateIds)
 JOINS: tuple[Join, ...] = get_args(Join)
 STOPS: tuple[Stop, ...] = get_args(Stop)
+RECORD_FORMATS: tuple[RecordFormat, ...] = get_args(RecordFormat)
+TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shard_bytes import in_format_3, sealed
+from shard_bytes import in_format_3, in_format_4, sealed
 from small_index import small_manifest, write_small_index
 from trackstar import store
 from trackstar.choices import CodecName
@@ -43,6 +43,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "text_offsets": ("examples",),
     "id_offsets": ("examples",),
     "parent_offsets": ("examples",),
+    "metadata_offsets": ("examples",),
+    "metadata": ("examples",),
     "checksums": ("a scan", "examples"),
 }
 
@@ -113,6 +115,21 @@ def test_large_codes_span_blocks_and_only_the_blocks_of_a_row_are_compared(tmp_p
     tensor_reading.compare_mapped(opened, tensor_reading.map_tensor(opened, "codes"), 10, 11, compared)
     with pytest.raises(DamagedIndexError, match="codes of rows"):
         tensor_reading.compare_mapped(opened, tensor_reading.map_tensor(opened, "codes"), 10, 11, None)
+
+
+@pytest.mark.parametrize("codec", ["float16", "1-bit"])
+def test_an_index_of_format_version_4_is_read_without_metadata(tmp_path: Path, codec: CodecName) -> None:
+    write_small_index(tmp_path / "index", small_manifest(codec))
+    old = store.Index.open(in_format_4(tmp_path / "index", tmp_path / "old"))
+    assert (old.manifest.format_version, old.notes) == (4, ())
+    assert old.manifest.corpora[0].metadata == ()
+    index = store.Index.open(tmp_path / "index")
+    for found, expected in zip(old.examples(), index.examples(), strict=True):
+        assert (found.example.text, found.metadata) == (expected.example.text, {})
+        assert found.example.token_ids.tolist() == expected.example.token_ids.tolist()
+    assert [bool(stored.metadata) for stored in index.examples()] == [row % 3 > 0 for row in range(index.rows)]
+    assert torch.equal(old.shards[0].stored.codes, index.shards[0].stored.codes)
+    assert store.verify(tmp_path / "old").ok
 
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "1-bit"])

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,17 @@ def _parquet(rows: dict[str, list[Any]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def _arrow(rows: dict[str, list[Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.ipc as ipc
+
+    sink = pa.BufferOutputStream()
+    table = pa.table(rows)
+    with ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
 def _parquet_with_bytes(text: bytes) -> bytes:
     """A Parquet file whose string column holds the bytes, which may not be UTF-8."""
     import pyarrow as pa
@@ -84,7 +96,29 @@ BAD_FILES = [
     Bad("control.jsonl", GOOD + b'{"id": "b", "text": "Par\x01is"}', "{}:2: broken JSON (Invalid control character at"),
     Bad("two_on_a_line.jsonl", GOOD.strip() + GOOD, "{}:1: broken JSON (Extra data at character 28)"),
     Bad("pretty.json", b'{\n "id": "a",\n "text": "x"\n}', "{}:1: broken JSON ("),
-    Bad("array.json", b'[{"id": "a", "text": "x"}]', "{}:1: found an array, expected one JSON object per line"),
+    Bad("array.jsonl", b'[{"id": "a", "text": "x"}]', "{}:1: found an array, expected one JSON object per line"),
+    Bad("no_array.json", b'[{"text": "x"}, 3]', "{}: record 1: found a number, expected an object"),
+    Bad("empty_array.json", b"[ ]", "{}: holds no record; "),
+    Bad("cut.json", b'[{"text": "x"}, {"text": "y', "{}: record 1: broken JSON (Unterminated string starting at at"),
+    Bad("open.json", b'[{"text": "x"}', "{}: record 1: broken JSON (found the end of the file where ',' was expected)"),
+    Bad("comma.json", b'[{"text": "x"} {"text": "y"}]', "{}: record 1: broken JSON (found '{' where ',' was expected)"),
+    Bad("tail.json", b'[{"text": "x"}] []', "{}: text behind the JSON array; expected one array"),
+    Bad("twice.json", b'[{"text": "x", "text": "y"}]', '{}: record 0: field "text" is repeated; expected each field'),
+    Bad("latin1.json", b'[{"text": "caf\xe9"}]', "{}: record 0 or a later one: a byte 0xe9 is not UTF-8"),
+    Bad("text_number.json", b'[{"text": "x"}, {"text": 3}]', '{}: record 1: field "text" is a number; expected a'),
+    Bad("no_text.csv", b"id,body\na,x\n", '{}:2: no field "text"; found id, body; name the one to read'),
+    Bad("ragged.csv", b"id,text\na,x\n\nb,y,z\n", "{}:4: found 3 values, expected 2, as many as the header has"),
+    Bad("quotes.csv", b'text\n"x"y\n', "{}:2: broken CSV ("),
+    Bad("open.csv", b'text\nx\n"y\n\n', "{}:3: broken CSV (unexpected end of data)"),
+    Bad("header.tsv", b"text\ttext\nx\ty\n", "{}:1: the header names 'text' twice; expected each once"),
+    Bad("latin1.csv", b"text\ncaf\xe9\n", "{}:2: byte 3 is 0xe9, which is not UTF-8"),
+    Bad("empty.csv", b"text\n", "{}: holds no record; "),
+    Bad("plain.jsonl.xz", LINES, "{}: damaged xz data ("),
+    Bad("cut.jsonl.xz", lzma.compress(LINES)[:-9], "{}: after line 3: the compressed data ends early; expected"),
+    Bad("plain.arrow", LINES, "{}: not a whole Arrow file or stream ("),
+    Bad("no_column.arrow", _arrow({"content": ["x"]}), '{}: no field "text"; found content; name the one to read'),
+    Bad("text_int.arrow", _arrow({"text": [1, 2]}), '{}: row 0: field "text" is a number; expected a string'),
+    Bad("cut.arrow", _arrow({"text": ["x"] * 99})[:-300], "{}: not a whole Arrow file or stream ("),
     Bad("number.jsonl", GOOD + b"\n12\n", "{}:3: found a number, expected one JSON object per line"),
     Bad("null.jsonl", GOOD + b"null\n", "{}:2: found null, expected one JSON object per line"),
     Bad("string.jsonl", b'"Paris"\n', "{}:1: found a string, expected one JSON object per line"),
@@ -364,9 +398,13 @@ BAD_SEQUENCES: list[tuple[object, str]] = [
     ([{"text": "good"}, {"body": "x"}], 'record 1: no field "text"; found body; name the one to read'),
     ([{"text": "good"}, {"text": b"x"}], 'record 1: field "text" is of type bytes; expected a string'),
     (["good", "bad\ud800"], "record 1: the text holds half a surrogate pair (U+D800 at character 3); expected text"),
-    (b"bytes", "a corpus of type bytes; expected a path, a datasets.Dataset, or a list"),
-    (iter(["x"]), "a corpus of type list_iterator; expected a path, a datasets.Dataset, or a list"),
+    (b"bytes", "a corpus of type bytes; expected a path, hf:NAME, a datasets.Dataset, a frame"),
+    ({"text": "x"}, "a corpus of type dict; expected a path"),
+    (3, "a corpus of type int; expected a path"),
     (None, "a corpus of type NoneType; expected a path"),
+    (iter(["x", 3]), "record 1: found int, expected a string, a mapping or an Example"),
+    (iter([]), "in memory: holds no record; expected at least one"),
+    (lambda: 1 / 0, "in memory: cannot be read from record 0 on (ZeroDivisionError: division by zero)"),
 ]
 
 
@@ -457,7 +495,7 @@ def test_windows_without_room_are_refused(tiny_tokenizer: Any) -> None:
         (9, 8, "`window_tokens`: expected 10 or more (1 special tokens, 8 of overlap and one target), found 9"),
         (9, 0, "`overlap`: expected 1 or more, found 0"),
     ]:
-        options = {"window_tokens": window_tokens, "overlap": overlap}
+        options: dict[str, Any] = {"window_tokens": window_tokens, "overlap": overlap}
         assert _raised(lambda o=options: tokenize_example(_example("x"), tiny_tokenizer, **o), OptionError) == message
     message = _raised(lambda: tokenize_query(_query("a", "b"), tiny_tokenizer, window_tokens=2), OptionError)
     assert message.startswith("`window_tokens`: expected ")

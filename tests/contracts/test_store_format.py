@@ -27,13 +27,13 @@ from trackstar.store import shard_files, tensor_file, tensor_reading
 
 # A changed digest here is a changed format: it needs a new FORMAT_VERSION, and readers of the old one.
 GOLDEN: dict[CodecName, str] = {
-    "float32": "09aabc87fe3dce2a55c2dd1603addcabfcc5dd31269ff0e22dc9ef6c8cff2f3d",
-    "bfloat16": "aaa514a66943cb84ef54a322bbbffe4ba6db08bcde6d63444a4db80cbb438092",
-    "float16": "d6563be0f4f028d66b0c11644d7de91594f049804c940f30374d873e55a18a8f",
-    "int8": "fc66cc8977cc036776e62c9023a69ec5cde553130dc0dfb8446e39b29b524a1d",
-    "4-bit": "305e8da58dd3d8ee15a1dbb8ab43c91bcafa707dcc3e875b0770ef1b52f39395",
-    "2-bit": "7f6bf7f827982eed8368a5a0cf222c7ba4db4ec8da33f59b723c719ca723333b",
-    "1-bit": "3400e7b052635951a2ebcf88c4faf5ac1522972890c37883248998d054b6c2ae",
+    "float32": "86113f189e0c77a0bb39c9e4ccc87d7b984c351a1be7d64c36e6152735b0dfbc",
+    "bfloat16": "31cd7eb733943185518c78774cf00012ef9388c1a178b487f4bf7c195ff429e5",
+    "float16": "a8809de9180cc55a2b2756340811d42305c7c975f54fa386430ffca27cf840d4",
+    "int8": "f6ec9f1909c0c7c07d1ee4df084a354eaccc52c2071af21fe08053dbc47236aa",
+    "4-bit": "88015daa16e8e1e578527bbaa8a2d4d1f7bb99d01ce343e416df175e50be54a1",
+    "2-bit": "9ad9b5ca5572359360cdebafb22d7cefd10b30fd703e193e2936212e91b97b58",
+    "1-bit": "be6ce9e0dd57e9ea05e9335eb5affd04a232f41307482918874a61b556a2c58e",
 }
 
 
@@ -68,7 +68,7 @@ def test_other_readers_of_safetensors_read_a_shard(tmp_path: Path, codec: CodecN
     assert tensors["tokens"].dtype is torch.int32
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-    assert metadata["format"] == "trackstar-shard-3"
+    assert metadata["format"] == "trackstar-shard-4"
     assert metadata["manifest_digest"] == small_manifest(codec).identity_digest()
     assert (metadata["number"], metadata["first_row"]) == ("1", "3")
     assert (metadata["next_record"], metadata["next_window"], metadata["skipped"]) == ("6", "0", "3")

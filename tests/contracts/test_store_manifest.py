@@ -16,7 +16,7 @@ from trackstar.store import manifest_entries
 # Another valid choice for each field with a fixed list of choices.
 _OTHER_CHOICE = {"whitened": "projected", "1-bit": "2-bit",
     "float32": "float16", "factored": "none", "attention": "mlp", "mlp": "attention", "two-sided": "one-sided",
-    "loss": "margin", "absolute": "relative",
+    "loss": "margin", "absolute": "relative", "text": "messages", "all": "completion", "auto": "none",
 }  # fmt: skip
 
 
@@ -58,10 +58,12 @@ def _changed(old: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}.{key}", old | {key: "other"}
     elif isinstance(old, str):
         yield name, _OTHER_CHOICE.get(old, f"{old}x")
+    elif isinstance(old, bool):
+        yield name, not old
     elif isinstance(old, int | float):
         yield name, old + 1
     elif old is None and name != "completion":
-        yield name, 3 if name.endswith(".limit") else "x"
+        yield name, 3 if name.endswith((".limit", ".pack")) else "x"
 
 
 CHANGES = list(_leaf_changes(small_manifest("1-bit")))
@@ -80,7 +82,7 @@ def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str
 
 
 def test_the_fields_changed_above_are_complete() -> None:
-    assert len(CHANGES) == 56
+    assert len(CHANGES) == 63
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
     } - {"completion"}
@@ -119,11 +121,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no version": (lambda m: m.update(format_version=0), "format_version is 0, expected 3"),
     "an older version": (
         lambda m: m.update(format_version=1),
-        "format_version is 1, expected 3 or 4: an older trackstar built the index in another format; build it again",
+        "format_version is 1, expected 3 to 5: an older trackstar built the index in another format; build it again",
     ),
     "a newer version": (
-        lambda m: m.update(format_version=5, trackstar_version="9.1", magic=1),
-        r"format_version is 5, expected at most 4: a newer trackstar \(9.1\) built the index",
+        lambda m: m.update(format_version=6, trackstar_version="9.1", magic=1),
+        r"format_version is 6, expected at most 5: a newer trackstar \(9.1\) built the index",
     ),
     "no examples a shard": (lambda m: m.update(shard_examples=0), "shard_examples is 0, expected at least 1"),
     "a side of zero": (lambda m: m["projection"].update(side=0), "projection.side is 0, expected at least 1"),

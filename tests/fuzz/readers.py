@@ -419,7 +419,9 @@ def _use_corpus(path: Path, **options: Any) -> None:
     examples = list(corpus.examples())
     assert [example.record for example in examples] == list(range(len(examples)))
     assert [example.text for example in corpus.examples(1)] == [example.text for example in examples[1:]]
-    assert corpus.count() >= len(examples)
+    count = corpus.count()
+    assert count is not None
+    assert count >= len(examples)
     assert len(corpus.sample(2, 0)) == min(2, len(examples))
     corpus.digest()
     _use_metadata(corpus)

@@ -3,10 +3,11 @@
 import dataclasses
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from hypothesis import strategies as st
 
 from trackstar.corpus import Corpus, Example, open_corpus, read_queries
 from trackstar.corpus.data_files import find_files
-from trackstar.corpus.sources import LineSource, ParquetSource
+from trackstar.corpus.sources import FileSource
+from trackstar.corpus.tables import TableSource
+from trackstar.errors import CorpusError
 
 TEXTS = ["Paris is in France.", "", " spaces kept ", "Zürich 漢字 🙂", 'quotes " and \\', "two\nlines", "nul \0", "z"]
 RECORDS = [{"id": f"r{n}", "text": text, "n": n} for n, text in enumerate(TEXTS)]
-EXPECTED = [Example(example_id=r["id"], text=r["text"], record=n) for n, r in enumerate(RECORDS)]
+EXPECTED = [
+    Example(example_id=r["id"], text=r["text"], record=n, metadata=f'{{"n":{n}}}') for n, r in enumerate(RECORDS)
+]
 
 
 def _json_lines(records: list[dict[str, Any]] = RECORDS) -> bytes:
@@ -114,6 +119,65 @@ def _reordered_dataset(_: Path) -> object:
     return datasets.Dataset.from_list(RECORDS[::-1]).select(range(len(RECORDS) - 1, -1, -1))
 
 
+def _array(folder: Path) -> Path:
+    """A JSON array over several lines, behind a byte order mark."""
+    (folder / "c.json").write_bytes(b"\xef\xbb\xbf \n" + json.dumps(RECORDS, indent=1).encode() + b"\n")
+    return folder / "c.json"
+
+
+def _array_on_one_line(folder: Path) -> Path:
+    (folder / "c.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS, ensure_ascii=False).encode()))
+    return folder / "c.json.gz"
+
+
+def _xz(folder: Path) -> Path:
+    half = len(_json_lines()) // 2
+    (folder / "c.jsonl.xz").write_bytes(lzma.compress(_json_lines()[:half]) + lzma.compress(_json_lines()[half:]))
+    return folder / "c.jsonl.xz"
+
+
+def _arrow_file(folder: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.ipc as ipc
+
+    table = pa.Table.from_pylist(RECORDS)
+    with ipc.new_file(str(folder / "c.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return folder / "c.arrow"
+
+
+def _arrow_stream(folder: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.ipc as ipc
+
+    table = pa.Table.from_pylist(RECORDS)
+    with ipc.new_stream(str(folder / "c.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return folder / "c.arrow"
+
+
+def _iterable_dataset(folder: Path) -> object:
+    import datasets
+
+    return datasets.load_dataset("json", data_files=str(_jsonl(folder)), split="train", streaming=True)
+
+
+def _generator_function(_: Path) -> object:
+    return lambda: iter(RECORDS)
+
+
+def _pandas(_: Path) -> object:
+    import pandas
+
+    return pandas.DataFrame(RECORDS, index=range(5, 5 + len(RECORDS)))
+
+
+def _arrow_table(_: Path) -> object:
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(RECORDS)
+
+
 STORED: list[Callable[[Path], object]] = [
     _jsonl,
     _jsonl_of_windows,
@@ -127,6 +191,15 @@ STORED: list[Callable[[Path], object]] = [
     _url,
     _dataset,
     _reordered_dataset,
+    _array,
+    _array_on_one_line,
+    _xz,
+    _arrow_file,
+    _arrow_stream,
+    _iterable_dataset,
+    _generator_function,
+    _pandas,
+    _arrow_table,
     lambda _: RECORDS,
     lambda _: tuple(EXPECTED),
 ]
@@ -158,6 +231,90 @@ def test_metadata_does_not_depend_on_how_records_are_stored(stored: object) -> N
 def test_metadata_is_short_text_and_leaves_out_what_is_null() -> None:
     record = {"id": "a", "text": "t", "source": "x" * 500, "tags": ["é", 1], "year": None}
     assert list(open_corpus([record]).metadata()) == [{"source": "x" * 200, "tags": '["é", 1]'}]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("c.csv", ","), ("c.tsv.xz", "\t")])
+def test_separated_values_are_records_of_text(name: str, separator: str, tmp_path: Path) -> None:
+    """A header, quoted separators, quotes and line ends, and a blank line; every value is text."""
+    rows = [["id", "text", "n"]] + [[r["id"], r["text"], str(r["n"])] for r in RECORDS if "\0" not in r["text"]]
+    quoted = [separator.join('"' + value.replace('"', '""') + '"' for value in row) for row in rows]
+    content = "\r\n".join([*quoted[:3], "", *quoted[3:]]).encode()
+    (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith("xz") else content)
+    corpus = open_corpus(tmp_path / name)
+    expected = [r for r in RECORDS if "\0" not in r["text"]]
+    found = list(corpus.examples())
+    assert [(e.example_id, e.text, e.metadata) for e in found] == [
+        (r["id"], r["text"], f'{{"n":"{r["n"]}"}}') for r in expected
+    ]
+    assert corpus.count() == len(expected)
+    assert list(corpus.examples(3)) == found[3:]
+
+
+def test_an_iterator_is_read_once_and_gives_its_records_again() -> None:
+    taken: list[int] = []
+
+    def records() -> Iterator[dict[str, Any]]:
+        for number, record in enumerate(RECORDS):
+            taken.append(number)
+            yield record
+
+    corpus = open_corpus(records())
+    assert list(corpus.examples()) == list(corpus.examples()) == EXPECTED
+    assert corpus.count() == len(EXPECTED)
+    assert taken == list(range(len(RECORDS)))
+
+
+def test_a_function_whose_iterators_differ_is_noticed() -> None:
+    once = iter(RECORDS)
+    corpus = open_corpus(lambda: iter(RECORDS[: 3 + (next(once, None) is None)]))
+    assert len(list(corpus.examples())) == 3
+    for _ in range(len(RECORDS)):
+        next(once, None)
+    with pytest.raises(CorpusError, match="gave 4 records, expected 3 as stated or as the first time"):
+        list(corpus.examples())
+
+
+def test_a_dataset_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in: `datasets` takes a folder of that name before it asks the hub."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_bytes(_json_lines())
+    (folder / "test.jsonl").write_bytes(_json_lines(RECORDS[:2]))
+    monkeypatch.chdir(tmp_path)
+    corpus = open_corpus("hf:owner/name")
+    assert list(corpus.examples()) == EXPECTED
+    assert (corpus.name, corpus.in_memory, corpus.count()) == ("hf:owner/name", False, len(EXPECTED))
+    assert list(open_corpus("hf:owner/name:default:test").examples()) == EXPECTED[:2]
+    with pytest.raises(CorpusError, match="hf:owner/name:default:dev: cannot be opened "):
+        open_corpus("hf:owner/name:default:dev")
+    with pytest.raises(CorpusError, match="not the name of a dataset; expected hf:NAME, "):
+        open_corpus("hf:../name")
+
+
+def test_nested_fields_are_read_by_their_path(tmp_path: Path) -> None:
+    records = [{"doc": {"text": f"text {n}", "url": f"u{n}"}, "meta": {"id": f"i{n}", "year": n}} for n in range(3)]
+    (tmp_path / "c.jsonl").write_bytes(_json_lines(records))
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "c.parquet")
+    for data in (tmp_path / "c.jsonl", tmp_path / "c.parquet", records, datasets.Dataset.from_list(records)):
+        corpus = open_corpus(data, text_field="doc.text", id_field="meta.id")
+        found = [(e.example_id, e.text, e.metadata) for e in corpus.examples()]
+        assert found[1] == ("i1", "text 1", '{"doc":{"url":"u1"},"meta":{"year":1}}')
+        kept = open_corpus(data, text_field="doc.text", id_field="meta.id", metadata=["meta.year", "absent"])
+        assert [e.metadata for e in kept.examples()] == [f'{{"meta.year":{n}}}' for n in range(3)]
+    with pytest.raises(CorpusError, match=r'no field "doc\.body"; found doc, meta; name the one to read with `text_'):
+        list(open_corpus(tmp_path / "c.jsonl", text_field="doc.body").examples())
+
+
+def test_array_longer_than_a_block_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trackstar.corpus import entries
+
+    for block in (1, 7, 50):
+        monkeypatch.setattr(entries, "BLOCK_BYTES", block)
+        assert list(open_corpus(_array(tmp_path)).examples()) == EXPECTED
 
 
 def test_limit_equals_the_first_records(stored: object) -> None:
@@ -251,14 +408,18 @@ def test_text_is_read_from_the_text_field(tmp_path: Path) -> None:
     assert next(open_corpus(path, text_field="body").examples()).text == "x"
 
 
-@pytest.mark.parametrize("build", [_jsonl, _gzipped, _zstandard, _parquet], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build",
+    [_jsonl, _gzipped, _zstandard, _parquet, _array, _xz, _arrow_file, _arrow_stream],
+    ids=lambda build: build.__name__,
+)
 def test_any_changed_byte_of_a_file_changes_the_digest(build: Callable[[Path], Path], tmp_path: Path) -> None:
     path = build(tmp_path)
     corpus = open_corpus(path)
 
     def digest() -> str:
         """The digest of the file as it is now; its first record may be broken, so it is not opened as a corpus."""
-        source = ParquetSource if path.suffix == ".parquet" else LineSource
+        source = TableSource if path.suffix in (".parquet", ".arrow") else FileSource
         return dataclasses.replace(corpus, source=source(find_files(str(path)))).digest()
 
     content = path.read_bytes()
@@ -335,8 +496,8 @@ def test_sample_is_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path.write_bytes(_json_lines())
     corpus = open_corpus(path)
     opened: list[str] = []
-    real = sources.raw_lines
-    monkeypatch.setattr(sources, "raw_lines", lambda file: (opened.append(file.name), real(file))[1])
+    real = sources.open_raw
+    monkeypatch.setattr(sources, "open_raw", lambda file: (opened.append(file.name), real(file))[1])
     corpus.sample(3, seed=0)
     assert opened == [str(path)]
 
@@ -349,6 +510,7 @@ def test_description_names_the_files_read_and_not_read(tmp_path: Path) -> None:
     assert open_corpus(_folder(tmp_path), limit=5).description == {
         "source": str(tmp_path),
         "format": "JSON lines, 2 files; not read: README.md",
+        "records": "text, targets: all",
         "text_field": "text",
         "id_field": "id",
         "limit": "5",

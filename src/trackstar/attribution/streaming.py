@@ -23,7 +23,7 @@ from trackstar.attribution.answering import checked_queries, query_notes
 from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.writing import check_queries_as_json
-from trackstar.choices import Dtype, DuplicateIds, Output, SecondMomentKind
+from trackstar.choices import Dtype, DuplicateIds, Join, Output, RecordFormat, SecondMomentKind, TrainOn
 from trackstar.corpus import (
     Corpus,
     Query,
@@ -73,8 +73,14 @@ def stream_queries(
     id_field: str | None = None,
     limit: int | None = None,
     duplicate_ids: DuplicateIds = "refuse",
+    format: RecordFormat | None = None,
+    train_on: TrainOn | None = None,
+    join: Join = "auto",
+    chat_template: str | Path | None = None,
     window_tokens: int | None = _DEFAULT.window_tokens,
     overlap: int = _DEFAULT.overlap,
+    truncate: bool = _DEFAULT.truncate,
+    pack: int | None = _DEFAULT.pack,
     second_moment: str | Path | SecondMoment = _DEFAULT.second_moment,
     second_moment_kind: SecondMomentKind = _DEFAULT.second_moment_kind,
     second_moment_examples: int = _DEFAULT.second_moment_examples,
@@ -104,8 +110,15 @@ def stream_queries(
         limit: Most records to read.
         duplicate_ids: Whether a second record of a name is refused, or named `NAME~2`; see
             `open_corpus`.
+        format: Form of the records; None finds it. See `open_corpus`.
+        train_on: Which tokens are targets; None is what training of the format counts. See
+            `open_corpus`.
+        join: What is put between prompt and completion.
+        chat_template: File with the chat template; None is the tokenizer's own.
         window_tokens: See `IndexSettings`.
         overlap: See `IndexSettings`.
+        truncate: See `IndexSettings`.
+        pack: See `IndexSettings`.
         second_moment: See `IndexSettings`.
         second_moment_kind: See `IndexSettings`.
         second_moment_examples: See `IndexSettings`.
@@ -132,25 +145,20 @@ def stream_queries(
     check_mixing(mixing)
     check_damping(damping)
     settings = IndexSettings(
-        window_tokens=window_tokens,
-        overlap=overlap,
-        second_moment=second_moment,
-        second_moment_kind=second_moment_kind,
-        second_moment_examples=second_moment_examples,
-        whitening_examples=whitening_examples,
-        side=side,
-        seed=seed,
-        output=output,
-        batch_tokens=batch_tokens,
-        codec="float32",
-        shard_examples=1,
-    )
+        window_tokens=window_tokens, overlap=overlap, truncate=truncate, pack=pack, second_moment=second_moment,
+        second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples,
+        whitening_examples=whitening_examples, side=side, seed=seed, output=output, batch_tokens=batch_tokens,
+        codec="float32", shard_examples=1,
+    )  # fmt: skip
     check_queries_as_json(queries)
     _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device)
     queries = [query_with_texts(query, model.tokenizer) for query in queries]
-    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids)
+    corpus = open_corpus(
+        data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
+        train_on=train_on, join=join, chat_template=chat_template, metadata="none",
+    ).for_tokenizer(model.tokenizer, pack=pack)  # fmt: skip
     question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
     stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
     ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
@@ -182,6 +190,9 @@ class _Stream:
         """Digest of the question; a run resumes from the partial results of the same question only."""
         manifest = self.setup.manifest
         source = f"{manifest.corpora[0].digest} {manifest.model.digest} {k}"
+        windows = manifest.windows
+        if windows.truncate or windows.pack is not None:
+            source += f" {windows.truncate} {windows.pack}"
         return digest_of_fields(self.vectors.contiguous().numpy().tobytes(), source.encode())
 
 
@@ -243,7 +254,9 @@ def _autocorrelation(
         CorpusError: No record of the sample has a token to score.
     """
     drawn = corpus.sample(settings.whitening_examples, settings.seed)
-    sample = tokenize_examples(drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap)
+    sample = tokenize_examples(
+        drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap, truncate=windows.truncate
+    )
     examples = itertools.chain.from_iterable(sample)
     sums = Autocorrelation(len(model.blocks), settings.side**2, device=model.device)
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
@@ -274,9 +287,7 @@ def _parts(
     """Some hundred windows at a time, with the position after them."""
     part: list[TokenizedExample] = []
     position = start
-    for window, position in tokenized_windows(
-        corpus, model, start, window_tokens=windows.tokens, overlap=windows.overlap
-    ):
+    for window, position in tokenized_windows(corpus, model, start, windows):
         if window is not None:
             part.append(window)
         if len(part) == _EXAMPLES_AT_ONCE:

@@ -8,7 +8,7 @@ again (`trackstar.audit.recomputation`).
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trackstar.attribution.question import QueriesEntry, content_digest, queries_entry
 from trackstar.audit.record import Audit, VersionsEntry
@@ -18,6 +18,7 @@ from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
 from trackstar.corpus.local_files import check_not_special
 from trackstar.corpus.queries import query_of_line
+from trackstar.corpus.reading import Reading
 from trackstar.errors import AuditError, CorpusError, DamagedIndexError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import SecondMoment
@@ -195,7 +196,7 @@ class InputChecks:
         entries = dict(enumerate(self.audit.made_with.corpora))
         unmatched: list[tuple[object, str]] = []
         for data in self.available.data:
-            digests: dict[tuple[object, ...], tuple[Corpus, str]] = {}
+            digests: dict[Reading, tuple[Corpus, str]] = {}
             for number in sorted(set(entries) - set(self.corpora)):
                 corpus, found = _digest_as(data, entries[number], digests)
                 if found == entries[number].digest:
@@ -328,16 +329,12 @@ def file_digest(path: Path) -> str:
         raise AuditError(f"{path}: cannot be read ({error.strerror}); pass the audited results as `results`") from error
 
 
-def _digest_as(
-    data: object, entry: CorpusEntry, digests: dict[tuple[object, ...], tuple[Corpus, str]]
-) -> tuple[Corpus, str]:
+def _digest_as(data: object, entry: CorpusEntry, digests: dict[Reading, tuple[Corpus, str]]) -> tuple[Corpus, str]:
     """The corpus read with the entry's fields and limit, and its digest; `digests` caches both."""
-    settings: dict[str, Any] = {"text_field": entry.text_field, "id_field": entry.id_field, "limit": entry.limit}
-    key = tuple(settings.values())
-    if key not in digests:
-        corpus = open_corpus(data, **settings)
-        digests[key] = corpus, corpus.digest()
-    corpus, found = digests[key]
+    if entry.reading not in digests:
+        corpus = open_corpus(data, **entry.options).read_as(entry.reading)
+        digests[entry.reading] = corpus, corpus.digest()
+    corpus, found = digests[entry.reading]
     choice = corpus.choice_of_digest(entry.digest)
     return (corpus, found) if choice is None else (dataclasses.replace(corpus, duplicate_ids=choice), entry.digest)
 

@@ -291,7 +291,9 @@ def _descriptive(audit_version: int) -> tuple[str, ...]:
     """Names of the descriptive fields in an audit of this version."""
     if audit_version >= 2:
         return DESCRIPTIVE
-    added = {f"made_with.{entry}.{name}" for entry, names in ADDED_FIELDS.items() for name in names}
+    added = {
+        f"made_with.{entry}.{name}" for of in ADDED_FIELDS.values() for entry, names in of.items() for name in names
+    }
     return tuple(name for name in DESCRIPTIVE if name not in added)
 
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from trackstar.store import Index
 
 _MODEL_OPTIONS = ("dtype", "device", "layer_blocks", "attention_pattern", "mlp_pattern", "revision", "gguf_file")
-_CORPUS_OPTIONS = ("text_field", "id_field", "limit", "duplicate_ids")
+_CORPUS_OPTIONS = (
+    "text_field", "id_field", "limit", "duplicate_ids", "format", "train_on", "join", "chat_template", "metadata",
+)  # fmt: skip
 
 
 @click.command(
@@ -61,6 +63,8 @@ _CORPUS_OPTIONS = ("text_field", "id_field", "limit", "duplicate_ids")
     help="Longest window; longer documents are split.",
 )
 @rare("--overlap", type=int, default=default("overlap"), metavar="N", help="Tokens that a window repeats as context.")
+@rare("--truncate", is_flag=True, help="Cut longer documents to one window, as training with truncation does.")
+@rare("--pack", type=int, metavar="N", help="Pack documents into rows of N tokens, as training on packed rows does.")
 @rare("--layer-blocks", type=int, default=8, metavar="N", help="Blocks for each of attention and MLP.")
 @rare("--attention-pattern", metavar="REGEX", help="Names of the attention matrices; group 1 is the layer.")
 @rare("--mlp-pattern", metavar="REGEX", help="Names of the MLP matrices; group 1 is the layer.")
@@ -139,7 +143,8 @@ def index(
     refuse_input_folder(out, inputs(data=data, model=model, second_moment=settings.second_moment))
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         loaded = load_model(model, **of_model)
-        made = index_corpus(loaded, open_corpus(data, **of_corpus), out, settings, share=part, workers=workers)
+        corpus = open_corpus(data, **of_corpus, tokenizer=loaded.tokenizer)
+        made = index_corpus(loaded, corpus, out, settings, share=part, workers=workers)
     if part is None or made.manifest.completion is not None:
         _report(made)
 

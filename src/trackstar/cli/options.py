@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from trackstar.choices import DUPLICATE_IDS, STOPS
+from trackstar.choices import DUPLICATE_IDS, JOINS, RECORD_FORMATS, STOPS, TRAIN_ON
 from trackstar.cli.framework import FirstArgument, RareOption
 from trackstar.errors import OptionError
 from trackstar.indexing.settings import IndexSettings
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-CORPUS_HELP = "Corpus: JSON lines, Parquet, plain text or a folder saved by `datasets`."
+CORPUS_HELP = "Corpus: JSON, CSV, Parquet, Arrow or text files, a saved dataset, or hf:NAME."
 BATCH_HELP = "Most tokens per batch, padding included; peak memory follows it."
 DAMPING_HELP = "Ridge added to R_train, as a fraction of its mean eigenvalue per block."
 
@@ -84,6 +84,29 @@ def corpus_options(function: Function) -> Function:
     """Add options that say how records of a corpus are read."""
     for option in (
         duplicate_ids_option,
+        rare(
+            "--metadata",
+            default="all",
+            metavar="FIELDS",
+            help="Other fields to keep with the index: all, none, or names with commas.",
+        ),
+        choice("--join", JOINS, rare=True, default="auto", help="What is put between prompt and completion."),
+        rare(
+            "--chat-template", metavar="FILE", show_default="the tokenizer's", help="Chat template of the training run."
+        ),
+        choice(
+            "--train-on",
+            TRAIN_ON,
+            rare=True,
+            show_default="as the format's training does",
+            help="Tokens that are targets.",
+        ),
+        choice(
+            "--format",
+            RECORD_FORMATS,
+            show_default="found in the records",
+            help=f"Form of the records: {', '.join(RECORD_FORMATS)}.",
+        ),
         click.option("--limit", type=int, metavar="N", help="Read only the first N records."),
         click.option(
             "--id-field", metavar="NAME", show_default="found in the records", help="Field that names an example."

@@ -6,13 +6,11 @@ import itertools
 import json
 import os
 import struct
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any
 
-from trackstar.choices import DUPLICATE_IDS, DuplicateIds
-from trackstar.corpus.data_files import find_files
+from trackstar.choices import DUPLICATE_IDS, JOINS, DuplicateIds, Join, RecordFormat, TrainOn
+from trackstar.corpus.chat import ChatTemplate, read_template
 from trackstar.corpus.digests import digest_of_json, draw_bytes
 from trackstar.corpus.duplicates import (
     DuplicateCheck,
@@ -23,25 +21,22 @@ from trackstar.corpus.duplicates import (
     TakenNames,
     numbered,
 )
-from trackstar.corpus.local_files import check_no_special_inside
-from trackstar.corpus.records import Example
-from trackstar.corpus.sources import (
-    DatasetSource,
-    Fields,
-    LineSource,
-    ParquetSource,
-    Record,
-    SequenceSource,
-    Source,
+from trackstar.corpus.origins import source_of
+from trackstar.corpus.packing import Packing
+from trackstar.corpus.reading import (
+    ID_FIELDS,
+    Reading,
+    checked_format,
+    checked_train_on,
+    field_of_text,
+    metadata_fields,
 )
+from trackstar.corpus.record_reader import ReadRecord, Record, RecordReader
+from trackstar.corpus.records import Example
+from trackstar.corpus.sources import ALL, Source
 from trackstar.errors import CorpusError, OptionError, check_at_least, check_choice
-from trackstar.text import one_line
 
 _LONGEST_VALUE = 200
-_DATASET_NAME = "datasets.Dataset"
-
-ID_FIELDS = ("example_id", "sentence_id", "id")
-"""Fields that name an example, tried in this order if `id_field` is None."""
 
 
 def open_corpus(
@@ -51,33 +46,59 @@ def open_corpus(
     id_field: str | None = None,
     limit: int | None = None,
     duplicate_ids: DuplicateIds = "refuse",
+    format: RecordFormat | None = None,
+    train_on: TrainOn | None = None,
+    join: Join = "auto",
+    chat_template: str | os.PathLike[str] | None = None,
+    metadata: str | Sequence[str] = "all",
+    tokenizer: Any = None,
 ) -> "Corpus":
     """Open a corpus and check its first record; nothing else is read yet.
 
     Args:
-        data: A path, glob or URL of files: JSON lines (.jsonl, .ndjson, .json), text with one
-            example per line (.txt), either plain, .gz or .zst; or Parquet (.parquet). Or a folder
-            of such files, a folder saved by `datasets`, a `datasets.Dataset`, or a sequence of
-            strings, mappings or `Example`s.
-        text_field: Field or column that holds the text; text lines and strings have none.
+        data: A path, glob or URL of files: JSON lines (.jsonl, .ndjson, .json), a JSON array
+            (.json), separated values with a header (.csv, .tsv), text with one example per line
+            (.txt), all plain, .gz, .zst or .xz; Parquet (.parquet) or Arrow (.arrow, .feather). Or
+            a folder of such files, a folder saved by `datasets`, or `hf:NAME[:CONFIG[:SPLIT]]` for
+            a dataset of the hub, which is streamed. Or a dataset of `datasets`, a frame of pandas
+            or polars, a sequence or iterator of strings, mappings or `Example`s, or a function that
+            returns such an iterator.
+        text_field: Field or column that holds the text, the messages or the token ids; text lines
+            and strings have none. `doc.text` is the field `text` of the object `doc`.
         id_field: Field or column that names an example. None is the first of `ID_FIELDS` that the
             first record has; if it has none of them, examples are named `STEM:RECORD` after the
             file and the record's number.
         limit: Most records to read; None reads all.
         duplicate_ids: What `Corpus.survey`, and so every index, does with a second record of a
             name: `refuse` raises, `number` names it `NAME~2`.
+        format: Form of the records: `text`; `prompt-completion` (fields prompt and completion);
+            `messages` (messages with role and content, or ShareGPT's conversations); `instruction`
+            (instruction, input and output); `tokens` (input_ids with labels or loss_mask). None
+            finds it by the first record's fields.
+        train_on: Which tokens are targets: `all`; `completion`, for conversations the last answer;
+            `assistant`, every answer; `labels`. None is what training of that form counts:
+            the completion, every answer, the labels, or all of a text.
+        join: What is put between prompt and completion: see `trackstar.corpus.joining.joined`.
+        chat_template: File with the chat template of the training run; None is the tokenizer's own.
+        metadata: Fields that are kept with an index: `all` that are not read otherwise, `none`, or
+            their names.
+        tokenizer: The model's tokenizer, whose chat template renders conversations; an index
+            passes its model's.
 
     Returns:
         The corpus. Reading it holds one record, or a block of 1,024 rows, in memory at a time.
 
     Raises:
         CorpusError: The data does not exist, holds no record, or its first record cannot be read.
-        OptionError: `limit` is below 1 or not below 2^63, `duplicate_ids` is unknown, or `id_field`
-            is given for bare text.
+        OptionError: `limit` is below 1 or not below 2^63, a choice is unknown or does not fit the
+            format, or `id_field` is given for bare text.
+        ModelError: The tokenizer has no chat template, and a conversation needs one.
     """
     check_at_least("limit", limit)
     check_choice("duplicate_ids", duplicate_ids, DUPLICATE_IDS)
-    source = _source(data)
+    check_choice("join", join, JOINS)
+    kept = metadata_fields(metadata)
+    source = source_of(data)
     field_names = source.field_names()
     if id_field is not None and not field_names:
         raise OptionError(
@@ -86,8 +107,27 @@ def open_corpus(
         )
     if id_field is None:
         id_field = next((name for name in ID_FIELDS if name in field_names), None)
-    corpus = Corpus(source=source, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids)
-    if next(corpus.examples(), None) is None:
+    form = checked_format(format, field_names, text_field)
+    if chat_template is not None and form not in ("messages", "instruction"):
+        raise OptionError(
+            f"`chat_template`: expected none for records of the format {form}, which is no conversation; leave it out, "
+            "or choose another `format`"
+        )
+    reading = Reading(
+        text_field=field_of_text(form, field_names, text_field, source.name),
+        id_field=id_field,
+        limit=limit,
+        format=form,
+        train_on=checked_train_on(train_on, form),
+        join=join,
+        chat_template=None if chat_template is None else "",
+        metadata=kept,
+    )
+    template = None if chat_template is None else read_template(chat_template)
+    corpus = Corpus(source=source, reading=reading, duplicate_ids=duplicate_ids, template=template)
+    if tokenizer is not None:
+        corpus = corpus.for_tokenizer(tokenizer)
+    if corpus.check_first() is None:
         raise CorpusError(f"{source.name}: holds no record; expected at least one")
     return corpus
 
@@ -98,20 +138,22 @@ class Corpus:
 
     Attributes:
         source: Origin of the records.
-        text_field: Field that holds the text.
-        id_field: Field that names an example; None if names come from the file and record number.
-        limit: Most records to read; None for all.
+        reading: How records are read.
         duplicate_ids: What is done with a second record of a name.
+        template: Text of a chat template; None for the tokenizer's own.
+        chat: The chat template with a tokenizer's special tokens; None until a tokenizer is known.
+        packing: Packs the examples into rows of equal length; None leaves them as they are.
         first_position: Number that positions in names (`STEM:POSITION`) begin with; above 0 if the
             corpus is added to an index.
         taken: Names that the index has to which the corpus is added; None if there is none.
     """
 
     source: Source
-    text_field: str
-    id_field: str | None
-    limit: int | None
+    reading: Reading
     duplicate_ids: DuplicateIds = "refuse"
+    template: str | None = None
+    chat: ChatTemplate | None = None
+    packing: Packing | None = None
     first_position: int = 0
     taken: TakenNames | None = None
     _contents: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
@@ -125,17 +167,63 @@ class Corpus:
     @property
     def in_memory(self) -> bool:
         """Whether the records were passed as objects, so that `name` cannot be opened again."""
-        return isinstance(self.source, SequenceSource) or self.name == _DATASET_NAME
+        return self.source.in_memory
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether records are conversations, which a tokenizer's chat template makes texts of."""
+        return self.reading.format == "messages" or self.reading.chat_template is not None
+
+    def for_tokenizer(self, tokenizer: Any, *, pack: int | None = None) -> "Corpus":
+        """This corpus as a model reads it: conversations are rendered, unless they already are.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            pack: Tokens of a row that the examples are packed into; None leaves them as they are.
+
+        Raises:
+            ModelError: The tokenizer has no chat template, and none was given; or no end-of-text
+                token.
+            OptionError: `pack` is below 2.
+        """
+        corpus = self
+        if self.needs_tokenizer and self.chat is None:
+            chat = ChatTemplate.of(tokenizer, self.template)
+            reading = dataclasses.replace(self.reading, chat_template=chat.digest)
+            corpus = dataclasses.replace(corpus, chat=chat, reading=reading)
+        if pack is not None:
+            corpus = dataclasses.replace(corpus, packing=Packing(pack, tokenizer))
+        return corpus
+
+    def read_as(self, reading: Reading) -> "Corpus":
+        """The same records read in another way, to compare contents."""
+        return dataclasses.replace(self, reading=reading, chat=None)
+
+    def check_first(self) -> ReadRecord | None:
+        """The first record, checked; None if there is none.
+
+        Raises:
+            CorpusError: It cannot be read.
+        """
+        reader = self._reader
+        for record in self.source.records(0, self.reading.columns):
+            first = reader.read(record)
+            if first.content.chat is None or self.chat is not None:
+                reader.example(first, "first")
+            return first
+        return None
 
     @property
     def description(self) -> dict[str, str]:
-        """Source, format, text_field, id_field and limit, for people to read."""
+        """Source, format, form of the records, text_field, id_field and limit, for people to read."""
+        reading = self.reading
         return {
             "source": self.source.name,
             "format": self.source.kind,
-            "text_field": self.text_field,
-            "id_field": self.id_field or "none: named after file and record",
-            "limit": "none" if self.limit is None else str(self.limit),
+            "records": f"{reading.format}, targets: {reading.train_on}",
+            "text_field": reading.text_field,
+            "id_field": reading.id_field or "none: named after file and record",
+            "limit": "none" if reading.limit is None else str(reading.limit),
         }
 
     def examples(self, start: int = 0) -> Iterator[Example]:
@@ -150,28 +238,42 @@ class Corpus:
         return self._examples(start)
 
     def _examples(self, start: int) -> Iterator[Example]:
-        if self.limit is not None and start >= self.limit:
+        if self.packing is not None:
+            # A row's place among the tokens is known only after all rows before it.
+            rows = self.packing.rows(self._documents(0), first_row=self.first_position)
+            return itertools.islice(rows, start, None)
+        return self._documents(start)
+
+    def _documents(self, start: int) -> Iterator[Example]:
+        """The examples before they are packed."""
+        limit = self.reading.limit
+        if limit is not None and start >= limit:
             return
-        records = self.source.records(start, self._fields)
+        reader = self._reader
+        records = self.source.records(start, self.reading.columns)
         numbers = self.survey().numbers if self.duplicate_ids == "number" else {}
-        for record in itertools.islice(records, None if self.limit is None else self.limit - start):
-            name = self._name(record)
+        for record in itertools.islice(records, None if limit is None else limit - start):
+            read = reader.read(record)
+            name = self._name(read)
             if record.number in numbers:
                 name = numbered(name, numbers[record.number])
-            yield Example(example_id=name, text=record.text, record=record.number)
+            yield reader.example(read, name)
 
-    def _name(self, record: Record) -> str:
+    def _name(self, record: ReadRecord) -> str:
         if record.identifier is not None:
             return record.identifier
         return f"{record.stem}:{self.first_position + record.number}"
 
     @property
     def metadata_fields(self) -> tuple[str, ...]:
-        """The first record's fields other than its text and name, such as source, date and licence."""
-        return tuple(name for name in self.source.field_names() if name not in (self.text_field, self.id_field))
+        """The first record's fields that are read neither as text, targets nor name, such as source,
+        date and licence.
+        """
+        used = self.reading.used
+        return tuple(name for name in self.source.field_names() if name not in used)
 
     def metadata(self) -> Iterator[dict[str, str]]:
-        """Each record's fields other than its text and name, as short text, in record order.
+        """Each record's other fields, as short text, in record order.
 
         Lists and objects become JSON, values are cut after 200 characters, null fields are left
         out, and half of a surrogate pair becomes U+FFFD.
@@ -179,22 +281,28 @@ class Corpus:
         Raises:
             CorpusError: A record cannot be read; the message names file and line, or row.
         """
-        for record in itertools.islice(self.source.whole_records(), self.limit):
+        reader = RecordReader(dataclasses.replace(self.reading, metadata=None), None)
+        for record in itertools.islice(self.source.records(0, ALL), self.reading.limit):
+            fields = reader.other_fields(record.value) if isinstance(record.value, Mapping) else {}
             yield {
-                _whole_characters(str(name)): _short_text(value)
-                for name, value in record.items()
-                if value is not None and name not in (self.text_field, self.id_field)
+                _whole_characters(str(name)): short_text(value) for name, value in fields.items() if value is not None
             }
 
-    def count(self) -> int:
-        """Number of examples. Counts lines without parsing them, or reads the count from the
-        format.
+    def count(self) -> int | None:
+        """Number of examples; None if it is not known beforehand, as of packed ones.
+
+        Counts lines without parsing them, or reads the count from the format. An iterator without a
+        length is surveyed.
 
         Raises:
             CorpusError: A file cannot be read.
         """
+        if self.packing is not None:
+            return None
         records = self.source.count()
-        return records if self.limit is None else min(records, self.limit)
+        if records is None:
+            return self.survey().records
+        return records if self.reading.limit is None else min(records, self.reading.limit)
 
     def sample(self, count: int, seed: int) -> list[Example]:
         """`count` examples drawn uniformly without replacement in one pass, in record order.
@@ -212,17 +320,30 @@ class Corpus:
         return sorted(drawn, key=lambda example: example.record)
 
     def digest(self) -> str:
-        """BLAKE2b-128 of the content, the field names, the limit and `duplicate_ids`; reads
-        everything once.
+        """BLAKE2b-128 of the content, of how it is read, and of `duplicate_ids`; reads everything
+        once.
 
         For files it covers their bytes as stored: the same records in another format or compression
-        have another digest. For a `datasets.Dataset`, saved or not, and for a sequence it covers
-        names and texts. Folder and file names matter only if examples are named after them.
+        have another digest. For a `datasets.Dataset`, saved or not, and for other objects it covers
+        names, contents and metadata. Folder and file names matter only if examples are named after them.
 
         Raises:
             CorpusError: A file or record cannot be read.
         """
-        return self._digest_with(self.source.content_digest(self._fields), self.duplicate_ids)
+        return self._digest_with(self._content_digest(), self.duplicate_ids)
+
+    def _content_digest(self) -> str:
+        reading = self.reading
+        return self.source.content_digest(reading.columns, stems=reading.id_field is None, encode=self._encoded)
+
+    def _encoded(self, record: Record) -> bytes:
+        """A record's name, content and metadata for a digest, each preceded by its length."""
+        read = self._reader.read(record)
+        name = b"" if read.identifier is None else read.identifier.encode()
+        content = read.content.key.encode("utf-8", "surrogatepass")
+        metadata = read.metadata.encode("utf-8", "surrogatepass")
+        begin = struct.pack("<?QQ", read.identifier is not None, len(name), len(content))
+        return begin + name + content + (struct.pack("<Q", len(metadata)) + metadata if metadata else b"")
 
     def choice_of_digest(self, digest: str) -> DuplicateIds | None:
         """The `duplicate_ids` with which this corpus has a digest; None if it has it with neither.
@@ -233,7 +354,7 @@ class Corpus:
             CorpusError: A file or record cannot be read.
         """
         if not self._contents:
-            self._contents.append(self.source.content_digest(self._fields))
+            self._contents.append(self._content_digest())
         content = self._contents[0]
         return next((choice for choice in DUPLICATE_IDS if self._digest_with(content, choice) == digest), None)
 
@@ -250,18 +371,27 @@ class Corpus:
         """
         if not self._surveyed:
             names, texts = NameCollector(), HashCollector()
-            records = blank = 0
+            reader = self._reader
+            records = blank = metadata = 0
 
             def visit(record: Record) -> None:
-                nonlocal records, blank
+                nonlocal records, blank, metadata
                 records += 1
-                names.add(self._name(record))
-                if record.text and not record.text.isspace():
-                    texts.add(record.text)
-                elif record.text:
+                read = reader.read(record)
+                names.add(self._name(read))
+                metadata += len(read.metadata.encode("utf-8", "surrogatepass"))
+                key = read.content.key
+                if key and not key.isspace():
+                    texts.add(key)
+                elif key:
                     blank += 1
+                if self.chat is not None and read.content.chat is not None:
+                    reader.example(read, "checked")
 
-            content = self.source.visit(self._fields, self.limit, visit)
+            reading = self.reading
+            content = self.source.visit(
+                reading.columns, reading.limit, visit, stems=reading.id_field is None, encode=self._encoded
+            )
             self._contents[:] = [content]
             if self.taken is not None:
                 self.taken.check_content()
@@ -273,32 +403,44 @@ class Corpus:
                 records=records,
                 blank_texts=blank,
                 repeated_texts=texts.repeated(),
+                metadata_bytes=metadata,
                 numbers=check.numbers() if self.duplicate_ids == "number" else {},
             )
             self._surveyed.append(survey)
         return self._surveyed[0]
 
     def _named(self) -> Iterator[Named]:
-        for record in itertools.islice(self.source.records(0, self._fields), self.limit):
-            yield Named(name=self._name(record), record=record.number, location=record.location)
+        reader = self._reader
+        for record in itertools.islice(self.source.records(0, self.reading.columns), self.reading.limit):
+            yield Named(name=self._name(reader.read(record)), record=record.number, location=record.location)
 
     def _digest_with(self, content: str, duplicate_ids: DuplicateIds) -> str:
+        reading = self.reading
         choices: dict[str, Any] = {
             "content": content,
-            "id_field": self.id_field,
-            "limit": self.limit,
-            "text_field": self.text_field,
+            "id_field": reading.id_field,
+            "limit": reading.limit,
+            "text_field": reading.text_field,
         }
-        if duplicate_ids != "refuse":  # the digest of the default is that of indexes made before there was a choice
+        # The digest of a text is that of indexes made before there were other formats and choices.
+        if duplicate_ids != "refuse":
             choices["duplicate_ids"] = duplicate_ids
+        if reading.format != "text":
+            choices |= {
+                "format": reading.format,
+                "train_on": reading.train_on,
+                "join": reading.join,
+                "chat_template": reading.chat_template,
+            }
         return digest_of_json(choices, sort_keys=True)
 
     @property
-    def _fields(self) -> Fields:
-        return Fields(text=self.text_field, identifier=self.id_field)
+    def _reader(self) -> RecordReader:
+        return RecordReader(self.reading, self.chat)
 
 
-def _short_text(value: object) -> str:
+def short_text(value: object) -> str:
+    """A value as text of at most 200 characters: JSON for lists and objects."""
     if not isinstance(value, str):
         try:
             value = json.dumps(value, ensure_ascii=False, default=str)
@@ -315,38 +457,3 @@ def _whole_characters(text: str) -> str:
 def _priority(seed: int, record: int) -> bytes:
     """A keyed hash of the record's number, as a pseudorandom sort key."""
     return draw_bytes(struct.pack("<q", record), key=f"trackstar sample {seed}")
-
-
-def _source(data: object) -> Source:
-    if isinstance(data, (str, os.PathLike)):
-        return _path_source(os.fspath(data))
-    # Only a caller who has imported `datasets` can pass a dataset, so it is not imported here.
-    datasets = sys.modules.get("datasets")
-    if datasets is not None:
-        if isinstance(data, datasets.Dataset):
-            return DatasetSource(data, name=_DATASET_NAME, stem="example")
-        if isinstance(data, datasets.DatasetDict):
-            splits = ", ".join(map(str, cast("Mapping[str, object]", data)))
-            raise CorpusError(f"a DatasetDict of several splits ({splits}); expected one of them: dataset[SPLIT]")
-    if isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray, memoryview)):
-        return SequenceSource(data)
-    raise CorpusError(
-        f"a corpus of type {type(data).__name__}; expected a path, a datasets.Dataset, or a list of texts, mappings or "
-        "Examples (pass an iterator as a list)"
-    )
-
-
-def _path_source(path: str | bytes) -> Source:
-    data_files = find_files(os.fsdecode(path))
-    name = data_files.name
-    if not data_files.dataset:
-        return ParquetSource(data_files) if data_files.files[0].format == "parquet" else LineSource(data_files)
-    import datasets
-
-    check_no_special_inside(os.fsdecode(path))
-    try:
-        dataset = datasets.load_from_disk(os.fsdecode(path))
-    except Exception as error:
-        reason = one_line(error) or type(error).__name__
-        raise CorpusError(f"{name}: a saved dataset that cannot be opened ({reason}); save it again") from error
-    return DatasetSource(dataset, name=name, stem=PurePosixPath(os.fsdecode(path)).name)

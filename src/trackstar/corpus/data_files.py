@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import lzma
 import re
 import zlib
 from collections.abc import Iterator
@@ -29,13 +30,15 @@ from trackstar.text import one_line, without_credentials
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-Format = Literal["jsonl", "text", "parquet"]
-Compression = Literal["gzip", "zstd"]
+Format = Literal["jsonl", "text", "csv", "tsv", "parquet", "arrow"]
+Compression = Literal["gzip", "zstd", "xz"]
 
 LONGEST_LINE = 64 * 2**20
 """Most bytes of one line. Bounds memory if a file has no line ends."""
 
 BLOCK_BYTES = 2**20
+Decompressed = io.BufferedReader | gzip.GzipFile | lzma.LZMAFile
+"""A stream of a file's decompressed bytes."""
 _ZSTD_BLOCK_BYTES = 2**13  # zstd expands up to 32,000-fold: 8 KiB read are at most 256 MiB decompressed
 
 _FORMATS: dict[str, Format] = {
@@ -43,11 +46,15 @@ _FORMATS: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
-EXPECTED_NAMES = ".jsonl, .ndjson, .json or .txt (plain, .gz or .zst), or .parquet"
-_TABLES = {".csv": "", ".tsv": "sep='\\t', "}
+_UNCOMPRESSED: tuple[Format, ...] = ("parquet", "arrow")
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
+EXPECTED_NAMES = ".jsonl, .ndjson, .json, .txt, .csv or .tsv (plain, .gz, .zst or .xz), or .parquet, .arrow or .feather"
 _REPLACE = "copy it from its source or write it again"
 
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")  # the public release's `trex_sentences.jsonl-00003-of-00020`
@@ -64,6 +71,7 @@ class DataFile:
         stem: Its base name without endings; names the examples whose records have no name.
         format: Format of its records.
         compression: Its compression; None for none.
+        array: Whether it may hold one JSON array in place of lines, as its name ends in `.json`.
         state: Its state when it was found, if it is local; it must not change until it is read.
     """
 
@@ -73,6 +81,7 @@ class DataFile:
     stem: str
     format: Format
     compression: Compression | None
+    array: bool = False
     state: FileState | None = dataclasses.field(default=None, repr=False)
 
 
@@ -125,24 +134,7 @@ def find_files(path: str) -> DataFiles:
         raise
     except Exception as error:  # remote file systems raise the errors of their client libraries
         raise _unreadable(name, error) from error
-    suffix = PurePosixPath(root).suffix.lower()
-    if suffix in _TABLES:
-        raise CorpusError(f"{name}: a {suffix[1:].upper()} file, expected {EXPECTED_NAMES}; {_conversion(root, name)}")
     raise CorpusError(f"{name}: its name has no known ending; expected {EXPECTED_NAMES}; rename it")
-
-
-def _conversion(path: str, name: str) -> str:
-    """A shell command that converts a table of comma- or tab-separated values to JSON lines, for
-    corpora and queries alike.
-    """
-    table = PurePosixPath(path)
-    files = (path, str(table.with_suffix(".jsonl")))
-    if "://" in name or any(sign in path for sign in "'\"\\$`!\n"):
-        files = (f"FILE{table.suffix}", "FILE.jsonl")
-    return (
-        f"convert it with: python -c \"import pandas as p; p.read_csv('{files[0]}', {_TABLES[table.suffix.lower()]}"
-        f"dtype=str, keep_default_na=False).to_json('{files[1]}', orient='records', lines=True)\""
-    )
 
 
 def _filesystem(path: str, name: str) -> "tuple[AbstractFileSystem, str]":
@@ -205,12 +197,13 @@ def _data_file(filesystem: "AbstractFileSystem", path: str, name: str) -> DataFi
     base = PurePosixPath(_SHARD_NUMBER.sub("", path.split("?")[0] if "://" in name else path))
     compression = _COMPRESSIONS.get(base.suffix.lower())
     uncompressed = base.with_suffix("") if compression else base
-    form = _FORMATS.get(uncompressed.suffix.lower())
-    if form is None or (form == "parquet" and compression):
+    ending = uncompressed.suffix.lower()
+    form = _FORMATS.get(ending)
+    if form is None or (form in _UNCOMPRESSED and compression):
         return None
     return DataFile(
         filesystem=filesystem, path=path, name=name, stem=uncompressed.stem, format=form, compression=compression,
-        state=file_state(path) if _is_local(filesystem) else None,
+        array=ending == ".json", state=file_state(path) if _is_local(filesystem) else None,
     )  # fmt: skip
 
 
@@ -289,13 +282,28 @@ def raw_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
 
 def lines_of(raw: io.BufferedReader, file: DataFile) -> Iterator[tuple[int, bytes]]:
     """The lines of an open file, as `raw_lines` returns them."""
+    return filled_lines(decompressed(raw, file), file)
+
+
+def filled_lines(stream: Decompressed, file: DataFile) -> Iterator[tuple[int, bytes]]:
+    """The lines of a decompressed file that are not blank, without line ends, each with its number from 1."""
+    for number, line in whole_lines(stream, file):
+        if line.strip():
+            yield number, line.rstrip(b"\r\n")
+
+
+def whole_lines(stream: Decompressed, file: DataFile) -> Iterator[tuple[int, bytes]]:
+    """Every line of a decompressed file with its line end and its number from 1.
+
+    Raises:
+        CorpusError: The file cannot be decompressed, or has a line longer than `LONGEST_LINE`.
+    """
     number = 0
-    stream = _decompressed(raw, file.compression)
     while True:
         try:
             line = stream.readline(LONGEST_LINE + 1)
         except Exception as error:
-            raise _unreadable(file.name, error, after_line=number) from error
+            raise unreadable(file, error, after=f"line {number}" if number else "") from error
         if not line:
             return
         number += 1
@@ -304,10 +312,7 @@ def lines_of(raw: io.BufferedReader, file: DataFile) -> Iterator[tuple[int, byte
                 f"{file.name}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; "
                 "expected one record per line; is the file binary or without line ends?"
             )
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield number, line.rstrip(b"\r\n")
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
 
 
 def decoded(line: bytes, location: str) -> str:
@@ -325,11 +330,14 @@ def decoded(line: bytes, location: str) -> str:
         raise CorpusError(f"{location}: {byte}; expected UTF-8 text; convert the file") from None
 
 
-def _decompressed(raw: io.BufferedReader, compression: Compression | None) -> io.BufferedIOBase:
-    if compression == "gzip":
+def decompressed(raw: io.BufferedReader, file: DataFile) -> Decompressed:
+    """An open file's bytes, decompressed as they are read."""
+    if file.compression == "gzip":
         return gzip.GzipFile(fileobj=raw, mode="rb")
-    if compression == "zstd":
+    if file.compression == "zstd":
         return io.BufferedReader(_ZstdStream(raw), BLOCK_BYTES)
+    if file.compression == "xz":
+        return lzma.LZMAFile(raw)
     return raw
 
 
@@ -393,9 +401,13 @@ class _ZstdStream(io.RawIOBase):
         return True
 
 
-def _unreadable(name: str, error: Exception, *, after_line: int | None = None) -> CorpusError:
+def unreadable(file: DataFile, error: Exception, *, after: str) -> CorpusError:
+    """The error for a file that cannot be read or decompressed behind a line or record."""
+    return _unreadable(file.name if not after else f"{file.name}: after {after}", error)
+
+
+def _unreadable(location: str, error: Exception) -> CorpusError:
     """The error for a file that cannot be read."""
-    location = name if not after_line else f"{name}: after line {after_line}"
     reason = one_line(error) or type(error).__name__
     if isinstance(error, FileNotFoundError):
         return CorpusError(f"{location}: no such file; check the path")
@@ -405,6 +417,8 @@ def _unreadable(name: str, error: Exception, *, after_line: int | None = None) -
         return CorpusError(f"{location}: the compressed data ends early; expected a whole file; {_REPLACE}")
     if isinstance(error, (gzip.BadGzipFile, zlib.error)):
         return CorpusError(f"{location}: damaged gzip data ({reason}); expected a whole gzip file; {_REPLACE}")
+    if isinstance(error, lzma.LZMAError):
+        return CorpusError(f"{location}: damaged xz data ({reason}); expected a whole xz file; {_REPLACE}")
     if type(error).__module__.startswith("zstandard"):
         return CorpusError(f"{location}: damaged zstd data ({reason}); expected a whole zstd file; {_REPLACE}")
     return CorpusError(f"{location}: cannot be read ({reason}); expected a readable file; check it")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from trackstar.corpus.data_files import decoded
 from trackstar.errors import CorpusError
@@ -13,14 +13,7 @@ _MOST_SHOWN = 12
 _DEEPEST = 64
 
 
-class Fields(NamedTuple):
-    """Names of the fields that hold a record's text and name; `identifier` is None if there is no name."""
-
-    text: str
-    identifier: str | None
-
-
-class _RepeatedFieldError(ValueError):
+class RepeatedFieldError(ValueError):
     """An object names one field twice."""
 
 
@@ -28,11 +21,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _RepeatedFieldError(next(name for number, name in enumerate(names) if name in names[:number]))
+        raise RepeatedFieldError(next(name for number, name in enumerate(names) if name in names[:number]))
     return fields
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Decodes JSON, and raises `RepeatedFieldError` if an object names one field twice."""
 
 
 def json_object(line: bytes, location: str) -> dict[str, object]:
@@ -43,10 +37,9 @@ def json_object(line: bytes, location: str) -> dict[str, object]:
             names the location.
     """
     try:
-        value = _DECODER.decode(decoded(line, location))
-    except _RepeatedFieldError as error:
-        name = one_line(error, 60)
-        raise CorpusError(f'{location}: field "{name}" is repeated; expected each field once; leave one out') from None
+        value = DECODER.decode(decoded(line, location))
+    except RepeatedFieldError as error:
+        raise repeated_field(error, location) from None
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at character {error.pos}"
         raise CorpusError(f"{location}: broken JSON ({reason}); expected one whole JSON object per line") from None
@@ -57,6 +50,12 @@ def json_object(line: bytes, location: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CorpusError(f"{location}: found {json_kind(value)}, expected one JSON object per line")
     return value
+
+
+def repeated_field(error: RepeatedFieldError, location: str) -> CorpusError:
+    """The error for an object that names one field twice."""
+    name = one_line(error, 60)
+    return CorpusError(f'{location}: field "{name}" is repeated; expected each field once; leave one out')
 
 
 def check_writable(record: Mapping[Any, object], location: str) -> None:
@@ -100,17 +99,40 @@ def _members(field: str, value: Any, location: str) -> Iterator[tuple[str, objec
         yield (f"{field}.{name}" if field else name), member
 
 
-def name_and_text(record: Mapping[Any, object], fields: Fields, location: str) -> tuple[str | None, str]:
-    """The record's name and text, checked.
+MISSING = object()
+"""What `value_at` gives for a field that a record does not have."""
 
-    Raises:
-        CorpusError: A field is missing or holds no such value; the message names the location.
+
+def value_at(record: Mapping[Any, object], path: str) -> object:
+    """The value of a field, or `MISSING`; `doc.text` is the field `text` of the object `doc`, unless the
+    record has a field of the whole name.
     """
-    for name in fields:
-        if name is not None and name not in record:
-            raise missing_field(name, fields, [str(key) for key in record], location)
-    identifier = None if fields.identifier is None else checked_name(record[fields.identifier], fields, location)
-    return identifier, checked_text(record[fields.text], fields, location)
+    if path in record:
+        return record[path]
+    value: object = record
+    for name in path.split(".") if "." in path else ():
+        if not isinstance(value, Mapping) or name not in value:
+            return MISSING
+        value = value[name]
+    return MISSING if value is record else value
+
+
+def without_paths(record: Mapping[Any, object], paths: Sequence[str]) -> dict[Any, object]:
+    """A copy of a record without some fields, which may lie in nested objects."""
+    rest = dict(record)
+    for path in paths:
+        if path in rest:
+            del rest[path]
+        elif "." in path:
+            head, _, tail = path.partition(".")
+            inner = rest.get(head)
+            if isinstance(inner, Mapping):
+                left = without_paths(inner, [tail])
+                if left:
+                    rest[head] = left
+                else:
+                    del rest[head]
+    return rest
 
 
 def encodable(text: str, description: str) -> str:
@@ -128,32 +150,30 @@ def encodable(text: str, description: str) -> str:
     return text
 
 
-def checked_text(value: object, fields: Fields, location: str) -> str:
-    """The value of a record's text field, if it is text that can be encoded.
+def checked_text(value: object, field: str, location: str) -> str:
+    """The value of a field, if it is text that can be encoded.
 
     Raises:
         CorpusError: It is not; the message names the location.
     """
     if not isinstance(value, str):
-        raise CorpusError(f'{location}: field "{fields.text}" is {json_kind(value)}; expected a string')
+        raise CorpusError(f'{location}: field "{field}" is {json_kind(value)}; expected a string')
     return encodable(value, f"{location}: the text")
 
 
-def checked_name(value: object, fields: Fields, location: str) -> str | None:
-    """The value of a record's name field as a string; None if records have no such field.
+def checked_name(value: object, field: str, location: str) -> str:
+    """The value of a record's name field as a string.
 
     Raises:
         CorpusError: It is neither a string on one line nor a whole number of at most 64 bits; the
             message names the location.
     """
-    if fields.identifier is None:
-        return None
     if isinstance(value, str) and value:
-        return one_line_name(value, f'{location}: field "{fields.identifier}"')
+        return one_line_name(value, f'{location}: field "{field}"')
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64:
         return str(value)
     kind = "an empty string" if isinstance(value, str) else json_kind(value)
-    raise CorpusError(f'{location}: field "{fields.identifier}" is {kind}; expected a name: a string or a whole number')
+    raise CorpusError(f'{location}: field "{field}" is {kind}; expected a name: a string or a whole number')
 
 
 def one_line_name(name: str, description: str) -> str:
@@ -171,12 +191,10 @@ def one_line_name(name: str, description: str) -> str:
     return encodable(name, description)
 
 
-def missing_field(name: str, fields: Fields, field_names: Sequence[str], location: str) -> CorpusError:
-    """The error for a missing field; the message lists the fields that the record has."""
+def listed(field_names: Sequence[str]) -> str:
+    """The first names of a record's fields, on one line."""
     shown = ", ".join(field_names[:_MOST_SHOWN]) + (" ..." if len(field_names) > _MOST_SHOWN else "")
-    parameter = "text_field" if name == fields.text else "id_field"
-    found = one_line(shown) or "no fields"
-    return CorpusError(f'{location}: no field "{name}"; found {found}; name the one to read with `{parameter}`')
+    return one_line(shown) or "no fields"
 
 
 def json_kind(value: object) -> str:

@@ -15,13 +15,37 @@ class Example:
 
     Attributes:
         example_id: Its name in results.
-        text: Text that the model was trained on.
+        text: Text that the model was trained on; for an example of token ids, it may be empty.
         record: Number of its record in the corpus, from 0.
+        targets: Half-open ranges of characters of the text, ascending and apart. A token that has a
+            character in one of them is a target; so are special tokens behind the text if the last
+            range reaches its end. None makes every token a target.
+        special_tokens: Whether the tokenizer adds its special tokens around the text. A rendered
+            chat has them in its text.
+        tokens: The example as token ids, in place of the text; None for a text.
+        metadata: The record's other fields as a JSON object, or nothing.
     """
 
     example_id: str
     text: str
     record: int
+    targets: tuple[tuple[int, int], ...] | None = None
+    special_tokens: bool = True
+    tokens: "TokenSequence | None" = None
+    metadata: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenSequence:
+    """Token ids as the model was trained on them.
+
+    Attributes:
+        token_ids: The model's input.
+        target_mask: True if the position's token is a target; the first position never is one.
+    """
+
+    token_ids: Int32[np.ndarray, "tokens"]
+    target_mask: Bool[np.ndarray, "tokens"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +89,8 @@ class TokenizedExample:
         token_ids: The model's input.
         target_mask: True if the position's token is predicted and its cross-entropy enters the loss.
             The first position has no context and is always false.
+        metadata: The record's other fields (source, date, licence ...) as a JSON object, or
+            nothing.
     """
 
     example_id: str
@@ -74,3 +100,4 @@ class TokenizedExample:
     text: str
     token_ids: Int32[np.ndarray, "tokens"]
     target_mask: Bool[np.ndarray, "tokens"]
+    metadata: str = ""

@@ -1,64 +1,42 @@
-"""Sources of a corpus's records: files, a `datasets.Dataset`, or a sequence in memory.
+"""Sources of a corpus's records: files of lines, arrays or separated values, and objects in memory.
 
-A source yields its records in order, from any record on, and digests its content. Limits, fallback
-names and tokens are left to its users.
+A source yields its records in order, from any record on, and digests its content. What the fields
+mean, limits and fallback names are left to its users. `tables.py` has the sources with columns.
 """
 # ruff: noqa: D102 - a method is documented once, where it is abstract.
 
 import abc
 import itertools
-import struct
+import pickle
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, final
 
 from trackstar.corpus.data_files import (
     DataFile,
     DataFiles,
     content_digest,
-    decoded,
     digested,
-    lines_of,
     open_raw,
-    raw_lines,
     read_to_end,
 )
 from trackstar.corpus.digests import digest_of_bytes, running_digest
-from trackstar.corpus.fields import (
-    Fields,
-    checked_name,
-    checked_text,
-    json_object,
-    missing_field,
-    name_and_text,
-    one_line_name,
-)
-from trackstar.corpus.records import Example
+from trackstar.corpus.entries import Entry, count_of, entries_of
+from trackstar.corpus.reading import Columns
+from trackstar.corpus.record_reader import Record
 from trackstar.errors import CorpusError
 from trackstar.text import one_line
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
 ROWS_AT_ONCE = 1024
-# Arrow raises these for values and names that it cannot convert to Python objects.
-_CONVERSION_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
-
-
-class Record(NamedTuple):
-    """One record: its number from 0, the stem of its fallback name, its name or None, its text, and
-    its location for messages.
-    """
-
-    number: int
-    stem: str
-    identifier: str | None
-    text: str
-    location: str
-
+ALL = Columns((), (), everything=True)
+_LINES = {"jsonl": "JSON lines", "text": "text lines", "csv": "CSV", "tsv": "TSV"}
 
 Visit = Callable[[Record], None]
 """Callback that receives a record."""
+
+Encode = Callable[[Record], bytes]
+"""A record's name and content as bytes, for a digest."""
 
 
 class Source(abc.ABC):
@@ -67,10 +45,12 @@ class Source(abc.ABC):
     Attributes:
         name: Its name in messages and manifests.
         kind: Description of its format, for people to read.
+        in_memory: Whether the records were passed as objects, so that `name` cannot be opened again.
     """
 
     name: str
     kind: str
+    in_memory: bool = False
 
     @abc.abstractmethod
     def field_names(self) -> tuple[str, ...]:
@@ -81,216 +61,119 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
-    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+    def records(self, start: int, columns: Columns) -> Iterator[Record]:
         """The records from number `start` on; earlier ones are skipped unchecked.
 
-        Raises:
-            CorpusError: A record cannot be read; the message names it.
-        """
-
-    @abc.abstractmethod
-    def whole_records(self) -> Iterator[Mapping[str, object]]:
-        """Every record with all its fields, in order; empty mappings if records are bare text.
+        Args:
+            start: Number of the first record.
+            columns: The fields to read, where a format stores them apart.
 
         Raises:
             CorpusError: A record cannot be read; the message names it.
         """
 
     @abc.abstractmethod
-    def count(self) -> int:
-        """Number of records, which are not checked.
+    def count(self) -> int | None:
+        """Number of records, which are not checked; None if only reading them all would tell.
 
         Raises:
             CorpusError: A file cannot be read.
         """
 
     @abc.abstractmethod
-    def content_digest(self, fields: Fields) -> str:
-        """BLAKE2b-128 of the content that `records` reads."""
+    def content_digest(self, columns: Columns, *, stems: bool, encode: Encode) -> str:
+        """BLAKE2b-128 of the content that `records` reads: of files' bytes, or of encoded records.
+
+        Args:
+            columns: The fields to read.
+            stems: Whether examples are named after files.
+            encode: Encodes records.
+        """
 
     @abc.abstractmethod
-    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+    def visit(self, columns: Columns, limit: int | None, visit: Visit, *, stems: bool, encode: Encode) -> str:
         """Pass the first `limit` records to a callback, and return `content_digest`.
 
-        Lines, datasets and sequences are read once for both. Parquet files are read a second time,
-        the columns of text and name only.
+        All but tables in files are read once for both. These are read a second time, the columns
+        that are used.
 
         Raises:
             CorpusError: A record cannot be read; the message names it.
         """
 
 
-class LineSource(Source):
-    """Files of lines: JSON objects, or bare text."""
+class RecordSource(Source):
+    """A source whose digest is that of its records."""
+
+    def content_digest(self, columns: Columns, *, stems: bool, encode: Encode) -> str:
+        del stems
+        return _records_digest(self.records(0, columns), encode)
+
+    def visit(self, columns: Columns, limit: int | None, visit: Visit, *, stems: bool, encode: Encode) -> str:
+        del stems
+        return _records_digest(_visited(self.records(0, columns), limit, visit), encode)
+
+
+class FileSource(Source):
+    """Files of JSON lines, JSON arrays, separated values or bare text."""
 
     def __init__(self, data_files: DataFiles) -> None:
         self.name = data_files.name
         self._files = data_files.files
-        self._json = data_files.files[0].format == "jsonl"
-        self.kind = f"{'JSON lines' if self._json else 'text lines'}, {files_description(data_files)}"
+        self.kind = f"{_LINES[data_files.files[0].format]}, {files_description(data_files)}"
 
     def field_names(self) -> tuple[str, ...]:
         for file in self._files:
-            for number, line in raw_lines(file):
-                return tuple(json_object(line, f"{file.name}:{number}")) if self._json else ()
+            for _, value in _entries(file):
+                return tuple(map(str, value)) if isinstance(value, Mapping) else ()
         raise CorpusError(f"{self.name}: holds no record; expected at least one line that is not blank")
 
-    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+    def records(self, start: int, columns: Columns) -> Iterator[Record]:
+        del columns
         record = -1
         for file in self._files:
-            for number, line in raw_lines(file):
+            for location, value in _entries(file, skip=start - record - 1):
                 record += 1
                 if record >= start:
-                    yield self._record(record, file, number, line, fields)
-
-    def _record(self, record: int, file: DataFile, number: int, line: bytes, fields: Fields) -> Record:
-        location = f"{file.name}:{number}"
-        if self._json:
-            identifier, text = name_and_text(json_object(line, location), fields, location)
-        else:
-            identifier, text = None, decoded(line, location)
-        return Record(record, file.stem, identifier, text, location)
-
-    def whole_records(self) -> Iterator[Mapping[str, object]]:
-        for file in self._files:
-            for number, line in raw_lines(file):
-                yield json_object(line, f"{file.name}:{number}") if self._json else {}
+                    yield Record(record, file.stem, value, location)
 
     def count(self) -> int:
-        return sum(1 for file in self._files for _ in raw_lines(file))
+        count = 0
+        for file in self._files:
+            with open_raw(file) as raw:
+                count += count_of(raw, file)
+        return count
 
-    def content_digest(self, fields: Fields) -> str:
-        return files_digest(self._files, stems=fields.identifier is None)
+    def content_digest(self, columns: Columns, *, stems: bool, encode: Encode) -> str:
+        del columns, encode
+        return files_digest(self._files, stems=stems)
 
-    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
+    def visit(self, columns: Columns, limit: int | None, visit: Visit, *, stems: bool, encode: Encode) -> str:
+        del columns, encode
         record, digests = 0, []
         for file in self._files:
             digest = running_digest()
             with open_raw(file) as raw:
                 stream = digested(raw, digest)
                 if limit is None or record < limit:
-                    lines = lines_of(stream, file)
-                    for number, line in itertools.islice(lines, None if limit is None else limit - record):
-                        visit(self._record(record, file, number, line, fields))
+                    entries = entries_of(stream, file)
+                    for location, value in itertools.islice(entries, None if limit is None else limit - record):
+                        visit(Record(record, file.stem, value, location))
                         record += 1
                 read_to_end(stream, file)
             digests.append(digest.hexdigest())
-        return joined_digest(self._files, digests, stems=fields.identifier is None)
+        return joined_digest(self._files, digests, stems=stems)
 
 
-class ParquetSource(Source):
-    """Parquet files; `records` reads only the columns of the text and the name."""
-
-    def __init__(self, data_files: DataFiles) -> None:
-        self.name = data_files.name
-        self.kind = f"Parquet, {files_description(data_files)}"
-        self._files = data_files.files
-
-    def field_names(self) -> tuple[str, ...]:
-        with open_raw(self._files[0]) as stream:
-            return _column_names(_parquet(stream, self._files[0]), self._files[0])
-
-    def records(self, start: int, fields: Fields) -> Iterator[Record]:
-        record = 0
-        for file in self._files:
-            with open_raw(file) as stream:
-                table = _parquet(stream, file)
-                columns = [name for name in fields if name is not None]
-                column_names = _column_names(table, file)
-                for name in columns:
-                    if name not in column_names:
-                        raise missing_field(name, fields, column_names, file.name)
-                    if column_names.count(name) > 1:
-                        raise CorpusError(f"{file.name}: has two columns {one_line(repr(name))}; expected one")
-                first = record
-                for group in range(table.num_row_groups):
-                    rows = table.metadata.row_group(group).num_rows
-                    if record + rows > start:
-                        batches = _parquet_batches(table, group, columns, file)
-                        yield from _rows(batches, fields, start, record, file, first)
-                    record += rows
-
-    def whole_records(self) -> Iterator[Mapping[str, object]]:
-        for file in self._files:
-            with open_raw(file) as stream:
-                table = _parquet(stream, file)
-                names = list(_column_names(table, file))
-                first = 0
-                for group in range(table.num_row_groups):
-                    for batch in _parquet_batches(table, group, names, file):
-                        columns = {
-                            name: _values(batch.column(number), f"{file.name}: row", first)
-                            for number, name in enumerate(batch.schema.names)
-                        }
-                        for row in range(batch.num_rows):
-                            yield {name: values[row] for name, values in columns.items()}
-                        first += batch.num_rows
-
-    def count(self) -> int:
-        rows = 0
-        for file in self._files:
-            with open_raw(file) as stream:
-                rows += _parquet(stream, file).metadata.num_rows
-        return rows
-
-    def content_digest(self, fields: Fields) -> str:
-        return files_digest(self._files, stems=fields.identifier is None)
-
-    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
-        for record in itertools.islice(self.records(0, fields), limit):
-            visit(record)
-        return self.content_digest(fields)
+def _entries(file: DataFile, *, skip: int = 0) -> Iterator[Entry]:
+    with open_raw(file) as raw:
+        yield from entries_of(raw, file, skip=skip)
 
 
-class DatasetSource(Source):
-    """A `datasets.Dataset`, in memory or memory-mapped from a folder."""
-
-    def __init__(self, dataset: Any, *, name: str, stem: str) -> None:
-        self.name = name
-        self.kind = "datasets.Dataset"
-        self._dataset = dataset
-        self._stem = stem
-
-    def field_names(self) -> tuple[str, ...]:
-        if not len(self._dataset):
-            raise CorpusError(f"{self.name}: holds no record; expected at least one")
-        return tuple(self._dataset.column_names)
-
-    def records(self, start: int, fields: Fields) -> Iterator[Record]:
-        columns = [name for name in fields if name is not None]
-        for name in columns:
-            if name not in self._dataset.column_names:
-                raise missing_field(name, fields, self._dataset.column_names, self.name)
-        table = self._dataset.select_columns(list(dict.fromkeys(columns))).with_format("arrow")
-        for first in range(start, len(table), ROWS_AT_ONCE):
-            try:
-                rows = table[first : min(first + ROWS_AT_ONCE, len(table))]
-            except Exception as error:
-                raise CorpusError(f"{self.name}: cannot be read from record {first} on ({one_line(error)})") from error
-            texts, identifiers = _columns(rows, fields, f"{self.name}: record", first)
-            for row, (text, identifier) in enumerate(zip(texts, identifiers, strict=True), start=first):
-                location = f"{self.name}: record {row}"
-                name = checked_name(identifier, fields, location)
-                yield Record(row, self._stem, name, checked_text(text, fields, location), location)
-
-    def whole_records(self) -> Iterator[Mapping[str, object]]:
-        try:
-            yield from self._dataset
-        except Exception as error:
-            raise CorpusError(f"{self.name}: cannot be read ({one_line(error)}); save it again") from error
-
-    def count(self) -> int:
-        return len(self._dataset)
-
-    def content_digest(self, fields: Fields) -> str:
-        return _records_digest(self.records(0, fields))
-
-    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
-        return _records_digest(_visited(self.records(0, fields), limit, visit))
-
-
-class SequenceSource(Source):
+class SequenceSource(RecordSource):
     """Strings, mappings or examples in memory."""
+
+    in_memory = True
 
     def __init__(self, items: Sequence[object]) -> None:
         self.name = "in memory"
@@ -303,35 +186,99 @@ class SequenceSource(Source):
         first = self._items[0]
         return tuple(map(str, first)) if isinstance(first, Mapping) else ()
 
-    def records(self, start: int, fields: Fields) -> Iterator[Record]:
+    def records(self, start: int, columns: Columns) -> Iterator[Record]:
+        del columns
         for number in range(start, len(self._items)):
-            item, location = self._items[number], f"record {number}"
-            if isinstance(item, Example):
-                identifier, text = (
-                    one_line_name(item.example_id, f"{location}: the id"),
-                    checked_text(item.text, fields, location),
-                )
-            elif isinstance(item, str):
-                identifier, text = None, checked_text(item, fields, location)
-            elif isinstance(item, Mapping):
-                identifier, text = name_and_text(item, fields, location)
-            else:
-                kind = type(item).__name__
-                raise CorpusError(f"{location}: found {kind}, expected a string, a mapping or an Example")
-            yield Record(number, "example", identifier, text, location)
-
-    def whole_records(self) -> Iterator[Mapping[str, object]]:
-        for item in self._items:
-            yield item if isinstance(item, Mapping) else {}
+            yield Record(number, "example", self._items[number], f"record {number}")
 
     def count(self) -> int:
         return len(self._items)
 
-    def content_digest(self, fields: Fields) -> str:
-        return _records_digest(self.records(0, fields))
 
-    def visit(self, fields: Fields, limit: int | None, visit: Visit) -> str:
-        return _records_digest(_visited(self.records(0, fields), limit, visit))
+class IterableSource(RecordSource):
+    """Records from an iterator that begins anew each time, such as a streamed dataset's.
+
+    Args:
+        begin: Returns an iterator over all records, the same ones each time.
+        name: Its name in messages and manifests.
+        kind: Description of its format.
+        length: Number of records; None if it is not known.
+        in_memory: Whether `name` cannot be opened again.
+    """
+
+    def __init__(
+        self, begin: Callable[[], Iterator[object]], *, name: str, kind: str, length: int | None, in_memory: bool
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.in_memory = in_memory
+        self._begin = begin
+        self._length = length
+
+    def field_names(self) -> tuple[str, ...]:
+        first = next(self.records(0, ALL), None)
+        if first is None:
+            raise CorpusError(f"{self.name}: holds no record; expected at least one")
+        return tuple(map(str, first.value)) if isinstance(first.value, Mapping) else ()
+
+    def records(self, start: int, columns: Columns) -> Iterator[Record]:
+        del columns
+        prefix = "" if self.in_memory else f"{self.name}: "
+        number = 0
+        try:
+            items = iter(self._begin())
+        except Exception as error:
+            raise self._failed(number, error) from error
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                break
+            except Exception as error:
+                raise self._failed(number, error) from error
+            if number >= start:
+                yield Record(number, "example", item, f"{prefix}record {number}")
+            number += 1
+        if self._length is None:
+            self._length = number
+        elif self._length != number:
+            raise CorpusError(
+                f"{self.name}: gave {number} records, expected {self._length} as stated or as the first time; pass a "
+                "list, or a function whose iterators give the same records each time"
+            )
+
+    def count(self) -> int | None:
+        return self._length
+
+    def _failed(self, number: int, error: Exception) -> CorpusError:
+        if isinstance(error, CorpusError):
+            return error
+        reason = one_line(error) or type(error).__name__
+        return CorpusError(f"{self.name}: cannot be read from record {number} on ({type(error).__name__}: {reason})")
+
+
+@final
+class Spool:
+    """The items of an iterator, kept in a temporary file so that they can be read more than once."""
+
+    def __init__(self, items: Iterator[object]) -> None:
+        self._items = items
+        self._file: Any = None
+
+    def __call__(self) -> Iterator[object]:
+        """All items from the first on."""
+        if self._file is None:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed with this object
+            weakref.finalize(self, file.close)
+            for item in self._items:
+                pickle.dump(item, file)
+            self._file = file
+        place, end = 0, self._file.seek(0, 2)
+        while place < end:
+            self._file.seek(place)
+            item = pickle.load(self._file)
+            place = self._file.tell()
+            yield item
 
 
 def files_description(data_files: DataFiles) -> str:
@@ -352,15 +299,11 @@ def joined_digest(files: Sequence[DataFile], digests: Sequence[str], *, stems: b
     return digest_of_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
 
 
-def _records_digest(records: Iterator[Record]) -> str:
-    """BLAKE2b-128 over every record's name and text, each preceded by its length."""
+def _records_digest(records: Iterator[Record], encode: Encode) -> str:
+    """BLAKE2b-128 over every record's name and content."""
     digest = running_digest()
     for record in records:
-        name = b"" if record.identifier is None else record.identifier.encode()
-        text = record.text.encode()
-        digest.update(struct.pack("<?QQ", record.identifier is not None, len(name), len(text)))
-        digest.update(name)
-        digest.update(text)
+        digest.update(encode(record))
     return digest.hexdigest()
 
 
@@ -370,111 +313,3 @@ def _visited(records: Iterator[Record], limit: int | None, visit: Visit) -> Iter
         if limit is None or record.number < limit:
             visit(record)
         yield record
-
-
-def _parquet(stream: Any, file: DataFile) -> "pq.ParquetFile":
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(stream)
-    except Exception as error:
-        reason = one_line(error)
-        raise CorpusError(
-            f"{file.name}: not a Parquet file ({reason}); expected a whole Parquet file; write it again"
-        ) from error
-    groups = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-    if min(groups, default=0) < 0 or sum(groups) != table.metadata.num_rows:
-        raise CorpusError(
-            f"{file.name}: its footer counts {table.metadata.num_rows} rows, its row groups {sum(groups)}; expected "
-            "equal counts; write the file again"
-        )
-    return table
-
-
-def _column_names(table: "pq.ParquetFile", file: DataFile) -> tuple[str, ...]:
-    """The names of the columns.
-
-    Raises:
-        CorpusError: They cannot be read.
-    """
-    try:
-        return tuple(table.schema_arrow.names)
-    except _CONVERSION_ERRORS as error:  # a type that Arrow does not know, a name that is not UTF-8
-        raise CorpusError(
-            f"{file.name}: its columns cannot be read ({one_line(error)}); write the file again"
-        ) from error
-
-
-def _parquet_batches(
-    table: "pq.ParquetFile", group: int, columns: list[str], file: DataFile
-) -> Iterator["pa.RecordBatch"]:
-    rows = 0
-    try:
-        for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(dict.fromkeys(columns))):
-            rows += batch.num_rows
-            yield batch
-    except Exception as error:
-        reason = one_line(error)
-        raise CorpusError(f"{file.name}: row group {group} is damaged ({reason}); write the file again") from error
-    expected = table.metadata.row_group(group).num_rows
-    if rows != expected:
-        raise CorpusError(
-            f"{file.name}: row group {group} holds {rows} rows, expected {expected}; write the file again"
-        )
-
-
-def _rows(
-    batches: Iterator["pa.RecordBatch"], fields: Fields, start: int, record: int, file: DataFile, first: int
-) -> Iterator[Record]:
-    """A row group's records from number `start` on.
-
-    `record` is the number of the row group's first record, `first` that of the file's first record.
-    """
-    for batch in batches:
-        skipped = min(max(start - record, 0), batch.num_rows)
-        record += skipped
-        texts, identifiers = _columns(batch.slice(skipped), fields, f"{file.name}: row", record - first)
-        for text, identifier in zip(texts, identifiers, strict=True):
-            location = f"{file.name}: row {record - first}"
-            name = checked_name(identifier, fields, location)
-            yield Record(record, file.stem, name, checked_text(text, fields, location), location)
-            record += 1
-
-
-def _columns(
-    rows: "pa.RecordBatch | pa.Table", fields: Fields, location: str, first: int
-) -> tuple[list[object], list[object]]:
-    """The text and the name of each row as Python objects; names are None if records have none."""
-    for name in fields:
-        if name is not None and name not in rows.schema.names:  # a Parquet group (struct) without members
-            raise CorpusError(f'{location} {first}: field "{name}" holds no values; expected strings')
-    texts = _values(rows.column(fields.text), location, first)
-    if fields.identifier is None:
-        return texts, [None] * len(texts)
-    return texts, _values(rows.column(fields.identifier), location, first)
-
-
-def _values(column: Any, location: str, first: int) -> list[object]:
-    """A column's values as Python objects.
-
-    Raises:
-        CorpusError: A value cannot be converted: text that is not UTF-8, a date out of range, a
-            date of an unknown time zone.
-    """
-    try:
-        return cast("list[object]", column.to_pylist())
-    except _CONVERSION_ERRORS as error:
-        for row in range(len(column)):
-            _check_value(column, row, f"{location} {row + first}")
-        raise CorpusError(
-            f"{location} {first} or a later one: cannot be read ({one_line(error)}); write the file again"
-        ) from None
-
-
-def _check_value(column: Any, row: int, location: str) -> None:
-    try:
-        column[row].as_py()
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{location}: byte {error.start} is not UTF-8; expected UTF-8 text") from None
-    except _CONVERSION_ERRORS as error:
-        raise CorpusError(f"{location}: cannot be read ({one_line(error)}); write it as text") from None

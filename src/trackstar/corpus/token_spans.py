@@ -52,6 +52,10 @@ def token_spans(example: TokenizedExample, tokenizer: Tokenizer) -> tuple[TextSp
     encoded = encode(backend, example.text, f"example {example.example_id}")
     before = encoded.before
     token_ids, count = example.token_ids.tolist(), len(example.token_ids)
+    if encoded.token_ids[:count] != token_ids:  # a rendered chat has its special tokens in its text
+        bare = encode(backend, example.text, f"example {example.example_id}", special_tokens=False)
+        if bare.token_ids[:count] == token_ids:
+            encoded, before = bare, 0
     # Only a prefix is compared: a query, and a window that is not the last, lack the special tokens
     # after the text; a window that ends within a character lacks that character's last bytes.
     if encoded.token_ids[:count] == token_ids:

@@ -6,9 +6,10 @@ run is resumed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from trackstar.choices import DuplicateIds
+from trackstar.choices import DuplicateIds, Join, RecordFormat, TrainOn
 from trackstar.corpus import Corpus, open_corpus
 from trackstar.curvature.task import train_whitening
 from trackstar.editing.duplicates import added_corpus
@@ -36,6 +37,11 @@ def add_examples(
     id_field: str | None = None,
     limit: int | None = None,
     duplicate_ids: DuplicateIds = "refuse",
+    format: RecordFormat | None = None,
+    train_on: TrainOn | None = None,
+    join: Join = "auto",
+    chat_template: str | Path | None = None,
+    metadata: str | Sequence[str] = "all",
     device: str = "cpu",
     batch_tokens: int = 2048,
     progress: bool = True,
@@ -57,6 +63,12 @@ def add_examples(
         duplicate_ids: What is done with a record whose name an earlier record or an example of the
             index has: `refuse` raises, `number` names it `NAME~2`. Records without a name are named
             after their position behind the index's records.
+        format: Form of the records; None finds it. See `open_corpus`.
+        train_on: Which tokens are targets; None is what training of the format counts. See
+            `open_corpus`.
+        join: What is put between prompt and completion.
+        chat_template: File with the chat template; None is the tokenizer's own.
+        metadata: Fields that are kept with the index; see `open_corpus`.
         device: Device that gradients are computed on.
         batch_tokens: Most tokens per batch, padding included.
         progress: Whether to show a progress bar if stderr is a terminal.
@@ -76,10 +88,16 @@ def add_examples(
     refuse_input_folder(out, inputs(data=data, model=recorded if model is None else model))
     completion = index.manifest.completion
     assert completion is not None, "an open index is finished"
-    corpus = added_corpus(
-        index,
-        open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids),
-    )
+    opened = open_corpus(
+        data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
+        train_on=train_on, join=join, chat_template=chat_template, metadata=metadata,
+    )  # fmt: skip
+    pack = index.manifest.windows.pack
+    indexed_model = None
+    if opened.needs_tokenizer or pack is not None:
+        indexed_model = model_of_index(index, model, device=device)
+        opened = opened.for_tokenizer(indexed_model.tokenizer, pack=pack)
+    corpus = added_corpus(index, opened)
     folder = as_folder(out)
     entry = corpus_entry(corpus, folder)
     copied = relocated(index.manifest, index.path, folder)
@@ -88,7 +106,8 @@ def add_examples(
     existing = load_manifest(out)
     # A model that does not fit is refused before a folder is made.
     unfinished = existing is None or existing.completion is None
-    indexed_model = model_of_index(index, model, device=device) if unfinished else None
+    if unfinished and indexed_model is None:
+        indexed_model = model_of_index(index, model, device=device)
     with (
         Progress("Adding", unit="examples", shown=progress) as bar,
         IndexWriter.open(out, extended, on_note=bar.note) as writer,

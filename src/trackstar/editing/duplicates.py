@@ -117,11 +117,10 @@ def renaming(indexes: Sequence[Index], duplicate_ids: DuplicateIds) -> Rename | 
 
 def _is_same_corpus(indexed: CorpusEntry, corpus: Corpus) -> bool:
     """Whether an indexed corpus is this one, also if it was read with another limit or other fields."""
-    reread = corpus
-    if (indexed.text_field, indexed.id_field, indexed.limit) != (corpus.text_field, corpus.id_field, corpus.limit):
-        reread = dataclasses.replace(
-            corpus, text_field=indexed.text_field, id_field=indexed.id_field, limit=indexed.limit
-        )
+    reading = indexed.reading
+    if not corpus.in_memory:  # the digest of files does not depend on the metadata that are kept
+        reading = dataclasses.replace(reading, metadata=corpus.reading.metadata)
+    reread = corpus if reading == corpus.reading else corpus.read_as(reading)
     try:
         return reread.choice_of_digest(indexed.digest) is not None
     except CorpusError:
@@ -168,8 +167,7 @@ def check_disjoint(indexes: Sequence[Index]) -> None:
 
 def _may_be_same(one: CorpusEntry, other: CorpusEntry) -> bool:
     """Whether two corpora are the same, or may be the same one read with another limit or other fields."""
-    settings = [(entry.text_field, entry.id_field, entry.limit) for entry in (one, other)]
-    return one.digest == other.digest or (one.source == other.source and settings[0] != settings[1])
+    return one.digest == other.digest or (one.source == other.source and one.reading != other.reading)
 
 
 def _equal_examples(some: Sequence[StoredExample], others: Sequence[StoredExample]) -> list[str]:

@@ -89,7 +89,7 @@ class LiveIndex:
         self._encoder = encoder
         self._corpora = list(corpora)
         self._metadata: Metadata | None = None
-        self._has_metadata = bool(metadata_fields(self._corpora))
+        self._has_metadata = bool(metadata_fields(self._index, self._corpora))
         self._pool: Pool | None = None
         self._bm25: BM25Retriever | None = None
         self._embeddings: EmbeddingRetriever | None = None
@@ -124,7 +124,7 @@ class LiveIndex:
             methods=self.methods,
             step=self._step,
             no_step=self._no_step,
-            metadata=metadata_fields(self._corpora) if self._has_metadata else [],
+            metadata=metadata_fields(self._index, self._corpora) if self._has_metadata else [],
         )
 
     def generate(self, request: GenerateRequest) -> Generation:

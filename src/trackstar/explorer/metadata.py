@@ -1,17 +1,20 @@
 """Fields of an indexed corpus's records (source, date, licence ...), by column, to show and to group by."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from trackstar.corpus import Corpus, open_corpus
+from trackstar.corpus.corpus import short_text
 from trackstar.errors import CorpusError, OptionError
 from trackstar.progress import Progress
 from trackstar.store import Index
 from trackstar.store.locations import opened_source
 
 _MOST_FIELDS = 30
+_FIRST_EXAMPLES = 64
 _MOST_CHARACTERS = 64 << 20
 
 
@@ -47,15 +50,24 @@ class Metadata:
 
     @classmethod
     def read(cls, index: Index, corpora: Sequence[Corpus]) -> "Metadata":
-        """Read the fields of the corpora that an index was built from.
+        """The fields that an index keeps, or else those of the corpora that it was built from.
 
         A field whose distinct values exceed 64 Mi characters is left out.
 
         Raises:
             CorpusError: A corpus differs from the indexed one, or cannot be read.
         """
-        columns = {name: _Column() for name in metadata_fields(corpora)}
+        columns = {name: _Column() for name in metadata_fields(index, corpora)}
         records = 0
+        if keeps_metadata(index):
+            for stored in index.examples():
+                record = stored.example.record
+                if record < records:  # a further window of a record
+                    continue
+                for name in [name for name in columns if name in stored.metadata]:
+                    _add(columns, name, record, stored.metadata[name])
+                records = record + 1
+            return cls._of(columns, records)
         with Progress("Reading corpus fields", unit="records", shown=False) as bar:
             for corpus, entry in zip(corpora, index.manifest.corpora, strict=True):
                 if corpus.choice_of_digest(entry.digest) is None:
@@ -66,11 +78,13 @@ class Metadata:
                 records = entry.first_record
                 for fields in corpus.metadata():
                     for name in [name for name in columns if name in fields]:
-                        columns[name].add(records, fields[name])
-                        if columns[name].characters > _MOST_CHARACTERS:
-                            del columns[name]
+                        _add(columns, name, records, fields[name])
                     records += 1
                     bar.advance(1)
+        return cls._of(columns, records)
+
+    @classmethod
+    def _of(cls, columns: "dict[str, _Column]", records: int) -> "Metadata":
         for column in columns.values():
             column.codes.extend([0] * (records - len(column.codes)))
         return cls({name: (np.array(column.codes, dtype=np.int32), column.values) for name, column in columns.items()})
@@ -95,9 +109,29 @@ class Metadata:
         return {values[code]: count / len(codes) for code, count in Counter(codes.tolist()).items()}
 
 
-def metadata_fields(corpora: Sequence[Corpus]) -> list[str]:
-    """Names of all corpora's fields, each once; at most as many as are read."""
-    names = dict.fromkeys(name for corpus in corpora for name in corpus.metadata_fields)
+def _add(columns: dict[str, _Column], name: str, record: int, value: object) -> None:
+    """Add a value to a column; a column whose values are too long is dropped."""
+    if value is None:
+        return
+    columns[name].add(record, short_text(value))
+    if columns[name].characters > _MOST_CHARACTERS:
+        del columns[name]
+
+
+def keeps_metadata(index: Index) -> bool:
+    """Whether the index keeps its records' fields, so that the corpora need not be there."""
+    return all(entry.metadata != () for entry in index.manifest.corpora)
+
+
+def metadata_fields(index: Index, corpora: Sequence[Corpus]) -> list[str]:
+    """Names of the fields of the first examples, or of the corpora's first records, each once; at most
+    as many as are read.
+    """
+    if keeps_metadata(index):
+        first = itertools.islice(index.examples(), _FIRST_EXAMPLES)
+        names = dict.fromkeys(name for stored in first for name in stored.metadata)
+    else:
+        names = dict.fromkeys(name for corpus in corpora for name in corpus.metadata_fields)
     return list(names)[:_MOST_FIELDS]
 
 
@@ -115,11 +149,8 @@ def corpora_of_index(index: Index, data: str | None) -> list[Corpus]:
     if data is not None and len(entries) > 1:
         raise OptionError(f"`data`: {index.path} was built from {len(entries)} corpora, found one path; leave it out")
     return [
-        open_corpus(
-            data or opened_source(entry.source, entry.location, index.path),
-            text_field=entry.text_field,
-            id_field=entry.id_field,
-            limit=entry.limit,
+        open_corpus(data or opened_source(entry.source, entry.location, index.path), **entry.options).read_as(
+            entry.reading
         )
         for entry in entries
     ]

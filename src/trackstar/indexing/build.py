@@ -1,6 +1,7 @@
 """Build an index: a corpus and a model give φ of every training example, and R_train or W_train (Eq. 2-4)."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trackstar.choices import (
@@ -8,9 +9,12 @@ from trackstar.choices import (
     Coordinates,
     Dtype,
     DuplicateIds,
+    Join,
     Output,
     ProjectionKind,
+    RecordFormat,
     SecondMomentKind,
+    TrainOn,
 )
 from trackstar.corpus import Corpus, open_corpus
 from trackstar.curvature.autocorrelation import check_autocorrelation_size
@@ -37,8 +41,15 @@ def build_index(
     id_field: str | None = None,
     limit: int | None = None,
     duplicate_ids: DuplicateIds = "refuse",
+    format: RecordFormat | None = None,
+    train_on: TrainOn | None = None,
+    join: Join = "auto",
+    chat_template: str | Path | None = None,
+    metadata: str | Sequence[str] = "all",
     window_tokens: int | None = _DEFAULT.window_tokens,
     overlap: int = _DEFAULT.overlap,
+    truncate: bool = _DEFAULT.truncate,
+    pack: int | None = _DEFAULT.pack,
     revision: str | None = None,
     gguf_file: str | None = None,
     dtype: Dtype = "float32",
@@ -76,8 +87,17 @@ def build_index(
         limit: Most records to read.
         duplicate_ids: Whether a second record of a name is refused, or named `NAME~2`; see
             `open_corpus`.
+        format: Form of the records; None finds it. See `open_corpus`.
+        train_on: Which tokens are targets; None is what training of the format counts. See
+            `open_corpus`.
+        join: What is put between prompt and completion.
+        chat_template: File with the chat template; None is the tokenizer's own.
+        metadata: Fields that are kept with the index: `all` that are not read otherwise, `none`, or
+            their names.
         window_tokens: See `IndexSettings`, as for every parameter without a description here.
         overlap: See `IndexSettings`.
+        truncate: See `IndexSettings`.
+        pack: See `IndexSettings`.
         revision: Revision of a hub's model.
         gguf_file: Name of the file with GGUF weights, if the model's folder holds several.
         dtype: Number format of the gradient computation, `float32` or `bfloat16`.
@@ -110,29 +130,22 @@ def build_index(
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
     settings = IndexSettings(
-        window_tokens=window_tokens,
-        overlap=overlap,
-        second_moment=second_moment,
-        second_moment_kind=second_moment_kind,
-        second_moment_examples=second_moment_examples,
-        side=side,
-        seed=seed,
-        output=output,
-        projection=projection,
-        codec=codec,
-        coordinates=coordinates,
-        whitening_examples=whitening_examples,
-        damping=damping,
-        shard_examples=shard_examples,
+        window_tokens=window_tokens, overlap=overlap, truncate=truncate, pack=pack, second_moment=second_moment,
+        second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples, side=side, seed=seed,
+        output=output, projection=projection, codec=codec, coordinates=coordinates,
+        whitening_examples=whitening_examples, damping=damping, shard_examples=shard_examples,
         batch_tokens=batch_tokens,
-    )
+    )  # fmt: skip
     share = Share.parsed(share) if isinstance(share, str) else share
     if not isinstance(model, LanguageModel):
         model = load_model(
             model, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device,
             attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks,
         )  # fmt: skip
-    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids)
+    corpus = open_corpus(
+        data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
+        train_on=train_on, join=join, chat_template=chat_template, metadata=metadata, tokenizer=model.tokenizer,
+    )  # fmt: skip
     return index_corpus(model, corpus, out, settings, share=share, workers=workers, progress=progress)
 
 
@@ -160,6 +173,7 @@ def index_corpus(
     folder = as_folder(out)
     refuse_input_folder(folder, inputs(data=corpus.name, model=model.source, second_moment=settings.second_moment))
     check_autocorrelation_size(len(model.blocks), settings.side, model.device)
+    corpus = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
     total = corpus.count() if progress and share is None and sys.stderr.isatty() else None
     with Progress("Indexing", unit="examples", total=total, shown=progress) as bar:
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trackstar.corpus import Example, TokenizedExample, tokenize_examples
 from trackstar.model.language_model import LanguageModel
-from trackstar.store import Index, Manifest, ResumePoint, StoredRows
+from trackstar.store import Index, Manifest, ResumePoint, StoredRows, WindowsEntry
 
 # Whitening reads all of W_train, so it needs many rows at once. A worker that dies loses one group.
 GROUP_EXAMPLES = 512
@@ -47,7 +47,7 @@ class ExampleSource(Protocol):
 
 
 def tokenized_windows(
-    corpus: ExampleSource, model: LanguageModel, start: CorpusPosition, *, window_tokens: int, overlap: int
+    corpus: ExampleSource, model: LanguageModel, start: CorpusPosition, windows: WindowsEntry
 ) -> Iterator[tuple[TokenizedExample | None, CorpusPosition]]:
     """Windows in order from `start` on, each with the position after it; None for a record without
     a window.
@@ -55,17 +55,18 @@ def tokenized_windows(
     skipped = start.skipped
     # Each example is used twice: for its windows, and for its record number if it has none.
     first, second = itertools.tee(corpus.examples(start.record))
-    tokenized = tokenize_examples(first, model.tokenizer, window_tokens=window_tokens, overlap=overlap)
-    for example, windows in zip(second, tokenized, strict=True):
-        if not windows:
+    tokenized = tokenize_examples(
+        first, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap, truncate=windows.truncate
+    )
+    for example, parts in zip(second, tokenized, strict=True):
+        if not parts:
             skipped += 1
             yield None, CorpusPosition(record=example.record + 1, window=0, skipped=skipped)
-        for number, window in enumerate(windows):
-            if example.record == start.record and number < start.window:
+        for part in parts:
+            if example.record == start.record and part.window < start.window:
                 continue
-            last = number + 1 == len(windows)
-            after = (example.record + 1, 0) if last else (example.record, number + 1)
-            yield window, CorpusPosition(record=after[0], window=after[1], skipped=skipped)
+            after = (example.record + 1, 0) if part is parts[-1] else (example.record, part.window + 1)
+            yield part, CorpusPosition(record=after[0], window=after[1], skipped=skipped)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -188,9 +189,7 @@ class ShardGroups:
         corpus.
         """
         manifest, held, after = self._manifest, list[TokenizedExample](), self.end
-        windows = tokenized_windows(
-            self._corpus, self._model, self.end, window_tokens=manifest.windows.tokens, overlap=manifest.windows.overlap
-        )
+        windows = tokenized_windows(self._corpus, self._model, self.end, manifest.windows)
         in_shard = 0
         for window, self.end in windows:
             if window is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from trackstar.corpus import Corpus, TokenizedExample
+from trackstar.corpus.marked_text import first_example
 from trackstar.errors import DamagedIndexError, IncompleteIndexError
 from trackstar.gradients.estimated_moment import SquaredGradients, SummedSquares, estimate_parts, mean_of_squares
 from trackstar.gradients.projection import floored_entries
@@ -154,6 +155,9 @@ def prepare(
     manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings, out=out)
     for line in corpus.survey().notes(corpus.name):
         bar.note(line)
+    shown = first_example(corpus, model.tokenizer, manifest.windows.tokens)
+    if shown is not None:
+        bar.note(shown)
     batch_tokens = settings.batch_tokens
     squares = SquaresSetup(manifest=manifest, kind=settings.second_moment_kind, batch_tokens=batch_tokens)
     moment = second_moment_for(

@@ -2,6 +2,7 @@
 their digests.
 """
 
+import dataclasses
 from importlib.metadata import version
 
 from trackstar.choices import CodecName
@@ -50,7 +51,15 @@ def windows_entry(model: LanguageModel, settings: IndexSettings) -> WindowsEntry
         raise OptionError(
             f"`window_tokens`: expected at most the {model.context_tokens} tokens that the model reads, found {tokens}"
         )
-    return WindowsEntry(tokens=tokens, overlap=settings.overlap)
+    if settings.pack is not None and settings.pack > tokens:
+        raise OptionError(
+            f"`pack`: expected at most the {tokens} tokens of a window, found {settings.pack}; pass "
+            f"`window_tokens={settings.pack}` and as many `batch_tokens`, or pack shorter rows"
+            if settings.pack <= model.context_tokens
+            else f"`pack`: expected at most the {model.context_tokens} tokens that the model reads, found "
+            f"{settings.pack}"
+        )
+    return WindowsEntry(tokens=tokens, overlap=settings.overlap, truncate=settings.truncate, pack=settings.pack)
 
 
 def default_shard_examples(blocks: int, side: int, codec: CodecName) -> int:
@@ -176,7 +185,5 @@ def corpus_entry(corpus: Corpus, out: Place | None) -> CorpusEntry:
         source=place.source,
         location=place.location,
         digest=corpus.survey().digest,
-        text_field=corpus.text_field,
-        id_field=corpus.id_field,
-        limit=corpus.limit,
+        **dataclasses.asdict(corpus.reading),
     )

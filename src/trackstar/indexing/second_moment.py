@@ -104,7 +104,9 @@ def _first_windows(
     the document.
     """
     drawn = corpus.sample(settings.second_moment_examples, settings.seed)
-    tokenized = tokenize_examples(drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap)
+    tokenized = tokenize_examples(
+        drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap, truncate=windows.truncate
+    )
     sample = [parts[0] for parts in tokenized if parts]
     if not sample:
         raise CorpusError(

@@ -39,6 +39,11 @@ class IndexSettings:
         window_tokens: Longest window, in tokens; longer documents are split. None is the model's
             context or `batch_tokens`, whichever is shorter.
         overlap: Tokens that a window repeats from the one before, as context only.
+        truncate: Whether a longer document is cut to one window, as training with truncation does,
+            and not split.
+        pack: Tokens of a row, for what was trained on packed sequences: the documents' tokens, each
+            document's followed by the end-of-text token, are cut into rows of this length, which are
+            the examples. None leaves documents as they are.
         second_moment: V: `auto` reads the optimizer's state beside the model's weights and
             estimates V if there is none; `estimate`, `none`, a file or folder of optimizer state,
             or a `SecondMoment`.
@@ -71,6 +76,8 @@ class IndexSettings:
 
     window_tokens: int | None = None
     overlap: int = 1
+    truncate: bool = False
+    pack: int | None = None
     second_moment: "str | Path | SecondMoment" = "auto"
     second_moment_kind: SecondMomentKind = "factored"
     second_moment_examples: int = 256
@@ -98,6 +105,12 @@ class IndexSettings:
         ):  # fmt: skip
             check_at_least(name, getattr(self, name))
         check_at_least("window_tokens", self.window_tokens, 2)
+        check_at_least("pack", self.pack, 2)
+        if self.pack is not None and self.truncate:
+            raise OptionError(
+                f"`truncate`: expected False with `pack`, whose rows hold whole documents, found {self.truncate}; "
+                "leave one of them out"
+            )
         check_at_least("seed", self.seed, 0, bits=64)
         check_damping(self.damping)
         if self.codec in LOW_BIT_CODECS:

@@ -11,6 +11,7 @@ import glob
 import os
 from pathlib import Path
 
+from trackstar.corpus.origins import HUB
 from trackstar.errors import StoreError
 from trackstar.store.files.places import Place, is_url
 from trackstar.store.manifest import FORMAT_VERSION, Manifest
@@ -54,6 +55,8 @@ def recorded_corpus(name: str, index: Place | None, *, on_disk: bool) -> Recorde
     """
     if is_url(name):
         return Recorded(source=without_credentials(name), location="url")
+    if name.startswith(HUB):
+        return Recorded(source=name, location="hub")
     return recorded_path(name, index) if on_disk else Recorded(source=name, location="memory")
 
 

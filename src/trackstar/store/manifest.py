@@ -34,7 +34,7 @@ from trackstar.store.manifest_entries import (
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 from trackstar.text import Words, abridged, cut
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 OLDEST_FORMAT_VERSION = 3
 """The oldest version that is read; its indexes are never extended, only copied into the current one."""
 DIGEST_FIELD = "digest"
@@ -157,7 +157,7 @@ def manifest_fields(manifest: Manifest) -> dict[str, Any]:
 
 
 def with_absent_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The values that `manifest_fields` returned, with None for fields that their version lacks.
+    """The values that `manifest_fields` returned, with values for fields that their version lacks.
 
     Raises:
         FieldError: Such a field is there.
@@ -165,8 +165,9 @@ def with_absent_fields(fields: dict[str, Any]) -> dict[str, Any]:
     for entry in _old_entries(fields):
         unknown = next((name for name in entry.added if name in entry.fields), None)
         if unknown is not None:
-            raise FieldError(unknown, Words("unknown"), "no field of this name in format version 3")
-        entry.fields.update(dict.fromkeys(entry.added))
+            version = fields["format_version"]
+            raise FieldError(unknown, Words("unknown"), f"no field of this name in format version {version}")
+        entry.fields.update(entry.added)
     return fields
 
 
@@ -174,15 +175,23 @@ class _OldEntry(NamedTuple):
     """An entry of a manifest of an old format version, and the fields that were added to it since."""
 
     fields: dict[str, Any]
-    added: tuple[str, ...]
+    added: Mapping[str, Any]
+
+
+def _added_since(version: object) -> dict[str, dict[str, Any]]:
+    """By entry, the fields that a format version lacks."""
+    added: dict[str, dict[str, Any]] = {}
+    if type(version) is int and version >= OLDEST_FORMAT_VERSION:
+        for newer, entries in ADDED_FIELDS.items():
+            for name, fields in entries.items() if version < newer else ():
+                added.setdefault(name, {}).update(fields)
+    return added
 
 
 def _old_entries(fields: dict[str, Any]) -> list[_OldEntry]:
     """The entries that lack fields, by the manifest's own format version; damaged ones are left out."""
-    if fields.get("format_version") != OLDEST_FORMAT_VERSION:
-        return []
     entries = []
-    for name, added in ADDED_FIELDS.items():
+    for name, added in _added_since(fields.get("format_version")).items():
         value = fields.get(name)
         items = value if isinstance(value, (list, tuple)) else [value]
         entries += [_OldEntry(item, added) for item in items if isinstance(item, dict)]
@@ -252,7 +261,8 @@ def _is_configuration(name: str) -> bool:
 
 def _is_absent(manifest: Manifest, name: str) -> bool:
     """Whether a field does not exist in the manifest's format version."""
-    return manifest.format_version == OLDEST_FORMAT_VERSION and _is_configuration(name)
+    entry, _, field = re.sub(r"\[[0-9]+\]", "", name).partition(".")
+    return field.split(".")[0] in _added_since(manifest.format_version).get(entry, {})
 
 
 def _is_descriptive(name: str) -> bool:
@@ -295,7 +305,7 @@ def _check_version(fields: dict[str, object]) -> None:
         raise FieldError(
             "format_version",
             version,
-            f"{OLDEST_FORMAT_VERSION} or {FORMAT_VERSION}: an older trackstar built the index in another format; "
+            f"{OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}: an older trackstar built the index in another format; "
             "build it again",
         )
     if type(version) is int and version > FORMAT_VERSION:
@@ -331,6 +341,9 @@ def _check_settings(manifest: Manifest) -> None:
     starts = [corpus.first_record for corpus in manifest.corpora]
     _expect("corpora.first_record", starts, starts[0] == 0 and starts == sorted(starts), "numbers that rise from 0")
     _expect("windows.tokens", manifest.windows.tokens, manifest.windows.tokens >= 2, "at least 2")
+    pack = manifest.windows.pack
+    fits = pack is None or 2 <= pack <= manifest.windows.tokens
+    _expect("windows.pack", pack, fits, f"null, or 2 to {manifest.windows.tokens}, the tokens of a window")
 
 
 def _check_model(manifest: Manifest) -> None:

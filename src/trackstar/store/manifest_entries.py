@@ -6,9 +6,10 @@ two things are the same, so a model or corpus that has moved is still the same m
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from trackstar.choices import ProjectionKind, SecondMomentKind
+from trackstar.choices import Join, ProjectionKind, RecordFormat, SecondMomentKind, TrainOn
+from trackstar.corpus.reading import Reading
 
 Location = Literal["absolute", "relative", "hub", "url", "memory", "typed"]
 """What a `source` is: an absolute path, a path relative to the index's folder, a name on the hub, a
@@ -29,8 +30,14 @@ DESCRIPTIVE_FIELDS = frozenset(
     }
 )
 
-ADDED_FIELDS = {"model": ("location", "configuration", "libraries"), "corpora": ("location",)}
-"""Fields that format version 3 lacks, by entry; they are None in such a manifest."""
+ADDED_FIELDS: Mapping[int, Mapping[str, Mapping[str, Any]]] = {
+    4: {"model": {"location": None, "configuration": None, "libraries": None}, "corpora": {"location": None}},
+    5: {
+        "corpora": {"format": "text", "train_on": "all", "join": "auto", "chat_template": None, "metadata": []},
+        "windows": {"truncate": False, "pack": None},
+    },
+}
+"""By format version and entry, the fields that it added, and what they are in an older manifest."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +86,15 @@ class CorpusEntry:
         location: What `source` is (descriptive); None in an index of format version 3, which has
             the path as the user typed it.
         digest: Digest of its content and of how it is read.
-        text_field: Field that holds a record's text.
+        text_field: Field that holds a record's text, messages or token ids.
         id_field: Field that holds a record's name; None if names are made from record numbers.
         limit: Largest number of records that are read; None for all.
+        format: Form of the records.
+        train_on: Which tokens are targets.
+        join: What is put between a prompt and its completion.
+        chat_template: Digest of the chat template and the special tokens that rendered
+            conversations; None if none did.
+        metadata: Fields that are kept as metadata; None for every field that is not read otherwise.
         first_record: Number of its first record among the records of all corpora of the index.
     """
 
@@ -91,15 +104,42 @@ class CorpusEntry:
     text_field: str
     id_field: str | None
     limit: int | None
+    format: RecordFormat = "text"
+    train_on: TrainOn = "all"
+    join: Join = "auto"
+    chat_template: str | None = None
+    metadata: tuple[str, ...] | None = ()
     first_record: int = 0
+
+    @property
+    def reading(self) -> Reading:
+        """How the records are read."""
+        names = [field.name for field in dataclasses.fields(Reading)]
+        return Reading(**{name: getattr(self, name) for name in names})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `open_corpus` that read the records in this way, but for the chat template."""
+        options = dataclasses.asdict(self.reading)
+        del options["chat_template"]
+        return options | {"metadata": "all" if self.metadata is None else self.metadata or "none"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WindowsEntry:
-    """How long documents are split: at most `tokens` per window, `overlap` of them from the previous one."""
+    """How documents become examples.
+
+    Attributes:
+        tokens: Most tokens of a window.
+        overlap: Tokens that a window repeats from the previous one.
+        truncate: Whether a longer document is cut, and not split into windows.
+        pack: Tokens of a row that documents are packed into; None if they are not packed.
+    """
 
     tokens: int
     overlap: int
+    truncate: bool = False
+    pack: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from trackstar.store.files.durable import exists
 from trackstar.store.files.places import Place, as_folder
 from trackstar.store.files.read_ahead import read_ahead, read_each
 from trackstar.store.index_tensors import IndexTensors
-from trackstar.store.manifest import FORMAT_VERSION, Manifest, load_manifest, shard_file_name
+from trackstar.store.manifest import FORMAT_VERSION, OLDEST_FORMAT_VERSION, Manifest, load_manifest, shard_file_name
 from trackstar.store.shard_content import ShardPlan
 from trackstar.store.shard_files import open_shard
 from trackstar.store.shard_folder import no_index
@@ -135,17 +135,17 @@ class Index:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user of the index should know, one line each; nothing for an index of the current format."""
-        if self._manifest.format_version == FORMAT_VERSION:
-            if self._manifest.model.configuration:
-                return ()
+        version, copy = self._manifest.format_version, f'`convert_index` with `codec="{self._manifest.codec}"`'
+        if version == OLDEST_FORMAT_VERSION:
             return (
-                f"{self._path}: does not record the model's configuration, as it comes from an index of format "
-                "version 3; only losses tell whether it is the same",
+                f"{self._path}: format version {version} has no checksums of what is read, and does not record the "
+                f"model's configuration; {copy} copies it into the current format, with checksums",
             )
+        if self._manifest.model.configuration:
+            return ()
         return (
-            f"{self._path}: format version {self._manifest.format_version} has no checksums of what is read, and does "
-            f'not record the model\'s configuration; `convert_index` with `codec="{self._manifest.codec}"` copies it '
-            "into the current format, with checksums",
+            f"{self._path}: does not record the model's configuration, as it comes from an index of format "
+            "version 3; only losses tell whether it is the same",
         )
 
     @property

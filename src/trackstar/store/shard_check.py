@@ -1,10 +1,12 @@
 """Check that a shard's values are plausible, which a digest from the same writer cannot show."""
 
+import json
+
 import numpy as np
 import torch
 
 from trackstar.store.codecs import quantized_bits
-from trackstar.store.shards import RAGGED, ResumePoint, Shard
+from trackstar.store.shards import ResumePoint, Shard, ragged_tensors
 from trackstar.store.tensor_file import damaged
 
 ROWS_AT_ONCE = 256
@@ -44,7 +46,7 @@ def _check_numbers(shard: Shard) -> None:
 
 def _check_examples(shard: Shard, begin: ResumePoint) -> None:
     """Check that offsets cover all values, masks agree with counts, and records and windows rise."""
-    for kind, names in RAGGED.items():
+    for kind, names in ragged_tensors(shard).items():
         offsets, length = shard.read(f"{kind}_offsets"), shard.file.tensors[names[0]].shape[0]
         if offsets[0] != 0 or offsets[-1] != length or np.any(offsets[1:] < offsets[:-1]):
             raise damaged(shard.path, f"{kind}_offsets do not rise from 0 to {length}")
@@ -56,6 +58,8 @@ def _check_examples(shard: Shard, begin: ResumePoint) -> None:
         mask = example.target_mask
         if len(mask) == 0 or mask[0] or count != np.count_nonzero(mask) or count == 0:
             raise damaged(shard.path, f"row {row} has a target mask that does not fit its {count} targets")
+        if not _is_object(example.metadata):
+            raise damaged(shard.path, f"row {row} has metadata that are no JSON object")
         if not before <= (example.record, example.window) < after:
             found = (example.record, example.window)
             raise damaged(shard.path, f"row {row} is of record and window {found}, expected {before} to {after}")
@@ -63,3 +67,11 @@ def _check_examples(shard: Shard, begin: ResumePoint) -> None:
         raise damaged(shard.path, f"{shard.targets} targets in the header, {sum(counts)} in the rows")
     if shard.end.skipped < begin.skipped:
         raise damaged(shard.path, f"{shard.end.skipped} skipped records, expected at least {begin.skipped}")
+
+
+def _is_object(metadata: str) -> bool:
+    """Whether the metadata of an example are a JSON object, or nothing."""
+    try:
+        return not metadata or isinstance(json.loads(metadata), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -25,6 +25,7 @@ class ShardPlan:
         blocks: Number of layer blocks.
         codec: How rows are stored.
         checksums: Whether the files have checksums of their blocks, as from format version 4 on.
+        metadata: Whether the files hold the records' metadata, as from format version 5 on.
     """
 
     index: str
@@ -33,6 +34,7 @@ class ShardPlan:
     blocks: int
     codec: CodecName
     checksums: bool
+    metadata: bool
 
     @classmethod
     def of(cls, manifest: Manifest) -> "ShardPlan":
@@ -44,6 +46,7 @@ class ShardPlan:
             blocks=len(manifest.layer_blocks),
             codec=manifest.codec,
             checksums=manifest.format_version >= 4,
+            metadata=manifest.format_version >= 5,
         )
 
 
@@ -85,6 +88,7 @@ def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
     text_offsets, text = _strings([example.text for example in examples])
     id_offsets, ids = _strings([example.example_id for example in examples])
     parent_offsets, parents = _strings([example.parent_id for example in examples])
+    metadata_offsets, metadata = _strings([example.metadata for example in examples])
     counts = [int(np.count_nonzero(example.target_mask)) for example in examples]
     return {
         "codes": stored.codes,
@@ -93,6 +97,7 @@ def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
         "text_offsets": text_offsets,
         "id_offsets": id_offsets,
         "parent_offsets": parent_offsets,
+        "metadata_offsets": metadata_offsets,
         "scales": stored.scales.to(torch.float32),
         "norms": stored.norms.to(torch.float32),
         "losses": content.losses.to(torch.float32),
@@ -103,6 +108,7 @@ def shard_tensors(content: ShardContent, plan: ShardPlan) -> dict[str, Tensor]:
         "text": text,
         "ids": ids,
         "parents": parents,
+        "metadata": metadata,
     }
 
 

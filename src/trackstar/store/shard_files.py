@@ -18,9 +18,9 @@ from trackstar.store.strict_json import FieldError
 from trackstar.store.tensor_file import TensorFile, damaged, open_tensor_file, write_tensor_file
 from trackstar.text import abridged, cut
 
-SHARD_FORMAT = "trackstar-shard-3"
-OLD_SHARD_FORMAT = "trackstar-shard-2"
-"""The format without checksums, of indexes with format version 3."""
+SHARD_FORMAT = "trackstar-shard-4"
+_WITHOUT_METADATA = "trackstar-shard-3"  # of indexes with format version 4
+_WITHOUT_CHECKSUMS = "trackstar-shard-2"  # of indexes with format version 3
 SHARD_METADATA = {
     "format",
     "manifest_digest",
@@ -50,7 +50,7 @@ def write_shard_file(
     """
     if sys.byteorder != "little":
         raise StoreError("this machine is big-endian, but an index is little-endian; use another machine")
-    assert plan.checksums, "an index of an older format is read only"
+    assert plan.metadata, "an index of an older format is read only"
     tensors = shard_tensors(content, plan)
     metadata = {
         "format": SHARD_FORMAT,
@@ -84,7 +84,8 @@ def open_shard(path: Place, plan: ShardPlan, number: int, entry: ShardEntry | No
         StoreError: The file cannot be read.
     """
     file = open_tensor_file(path)
-    expected_format = SHARD_FORMAT if plan.checksums else OLD_SHARD_FORMAT
+    older = _WITHOUT_METADATA if plan.checksums else _WITHOUT_CHECKSUMS
+    expected_format = SHARD_FORMAT if plan.metadata else older
     if file.metadata.get("format") != expected_format:
         raise damaged(path, f"format {abridged(file.metadata.get('format'))}, expected {expected_format!r}")
     found_index = file.metadata.get("manifest_digest")
@@ -176,6 +177,7 @@ def _check_tensors(shard: Shard, plan: ShardPlan) -> None:
         "text_offsets": (torch.int64, (rows + 1,)),
         "id_offsets": (torch.int64, (rows + 1,)),
         "parent_offsets": (torch.int64, (rows + 1,)),
+        "metadata_offsets": (torch.int64, (rows + 1,)),
         "scales": (torch.float32, scales_shape(plan.codec, rows, plan.blocks)),
         "norms": (torch.float32, (rows,)),
         "losses": (torch.float32, (rows,)),
@@ -186,7 +188,10 @@ def _check_tensors(shard: Shard, plan: ShardPlan) -> None:
         "text": (torch.uint8, None),
         "ids": (torch.uint8, None),
         "parents": (torch.uint8, None),
+        "metadata": (torch.uint8, None),
     }
+    if not plan.metadata:
+        del expected["metadata_offsets"], expected["metadata"]
     if plan.checksums:
         expected[CHECKSUMS] = (torch.int64, None)  # opening the file has compared their number with its size
     names = list(shard.file.tensors)

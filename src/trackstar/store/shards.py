@@ -7,8 +7,10 @@ writes and opens them.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
+from trackstar.errors import DamagedIndexError
 from trackstar.store.block_checksums import ComparedBlocks
 from trackstar.store.codecs import StoredRows, quantized_bits
 from trackstar.store.files.places import Place
@@ -63,6 +66,24 @@ class StoredExample:
     row: int
     example: TokenizedExample
     loss: float
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The other fields of its record, such as source, date and licence; empty if none were kept.
+
+        Raises:
+            DamagedIndexError: They are no JSON object, which no writer writes.
+        """
+        text = self.example.metadata
+        try:
+            fields = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise DamagedIndexError(
+                f"row {self.row}: the metadata are {abridged(text)}, expected a JSON object; build the index again"
+            )
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,12 +309,13 @@ class _ExampleBatch:
 
     @classmethod
     def read(cls, shard: Shard, reader: TensorFileReader, first: int, stop: int) -> "_ExampleBatch":
+        ragged = ragged_tensors(shard)
         numbers = reader.read_several(
-            [(name, first, stop) for name in _NUMBERS] + [(f"{kind}_offsets", first, stop + 1) for kind in RAGGED]
+            [(name, first, stop) for name in _NUMBERS] + [(f"{kind}_offsets", first, stop + 1) for kind in ragged]
         )
-        offsets = dict(zip(RAGGED, numbers[len(_NUMBERS) :], strict=True))
+        offsets = dict(zip(ragged, numbers[len(_NUMBERS) :], strict=True))
         parts = []
-        for kind, names in RAGGED.items():
+        for kind, names in ragged.items():
             starts, length = offsets[kind], shard.file.tensors[names[0]].shape[0]
             if starts[0] < 0 or starts[-1] > length or np.any(starts[1:] < starts[:-1]):
                 raise damaged(shard.path, f"{kind}_offsets of rows {first} to {stop} do not rise from 0 to {length}")
@@ -317,6 +339,7 @@ class _ExampleBatch:
             text=self._string("text", index),
             token_ids=self._part("token", "tokens", index).copy(),
             target_mask=self._part("token", "target_masks", index).astype(np.bool_),
+            metadata=self._string("metadata", index) if "metadata" in self.offsets else "",
         )
         return StoredExample(row=row, example=example, loss=float(self.losses[index]))
 
@@ -325,7 +348,7 @@ class _ExampleBatch:
         return self.values[name][offsets[index] - offsets[0] : offsets[index + 1] - offsets[0]]
 
     def _string(self, kind: str, index: int) -> str:
-        content = self._part(kind, RAGGED[kind][0], index).tobytes()
+        content = self._part(kind, _RAGGED[kind][0], index).tobytes()
         try:
             return content.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError as error:
@@ -336,5 +359,15 @@ class _ExampleBatch:
 _NUMBERS = ("losses", "records", "windows")
 """Tensors with one number per example."""
 
-RAGGED = {"token": ("tokens", "target_masks"), "text": ("text",), "id": ("ids",), "parent": ("parents",)}
-"""Tensors with a sequence per example, by the kind of their offsets."""
+_RAGGED = {
+    "token": ("tokens", "target_masks"),
+    "text": ("text",),
+    "id": ("ids",),
+    "parent": ("parents",),
+    "metadata": ("metadata",),
+}
+
+
+def ragged_tensors(shard: Shard) -> dict[str, tuple[str, ...]]:
+    """The shard's tensors with a sequence per example, by the kind of their offsets."""
+    return {kind: names for kind, names in _RAGGED.items() if names[0] in shard.file.tensors}
