@@ -234,21 +234,6 @@ def test_command_line_refuses_a_pipe_as_queries(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.startswith(f"trackstar: {tmp_path / 'q.jsonl'}: is a pipe; expected a regular file")
 
 
-@pytest.mark.parametrize("separator", [",", "\t"], ids=["csv", "tsv"])
-def test_advice_for_tables_of_separated_values_works_to_the_letter(separator: str, tmp_path: Path):
-    table = tmp_path / ("my corpus.csv" if separator == "," else "c.tsv")
-    rows = [["id", "text"], ["a", '"Paris, and\nRome\t!"'], ["b", "Gold"]]
-    table.write_text("".join(separator.join(row) + "\n" for row in rows))
-    with pytest.raises(CorpusError) as caught:
-        open_corpus(table)
-    message = str(caught.value)
-    assert message.startswith(f"{table}: a {table.suffix[1:].upper()} file, expected .jsonl")
-    command = message.split("convert it with: ")[1].replace("python ", f"{sys.executable} ", 1)
-    subprocess.run(command, shell=True, check=True)
-    examples = list(open_corpus(table.with_suffix(".jsonl")).examples())
-    assert [(example.example_id, example.text) for example in examples] == [("a", "Paris, and\nRome\t!"), ("b", "Gold")]
-
-
 def test_advice_for_a_table_of_queries_works_to_the_letter(tmp_path: Path):
     table = tmp_path / "queries.csv"
     table.write_text("id,prompt,completion\n1,The capital of France is,Paris\n2,NA,null\n")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trackstar.choices import JOINS, Join
-from trackstar.corpus.data_files import find_files, raw_lines
+from trackstar.corpus.data_files import conversion, find_files, raw_lines
 from trackstar.corpus.fields import check_writable, encodable, json_object
 from trackstar.corpus.joining import joined
 from trackstar.corpus.records import Query, TokenizedExample
@@ -60,6 +60,8 @@ def read_queries(
     """
     check_choice("join", join, JOINS)
     data_files = find_files(os.fspath(path))
+    if not data_files.dataset and data_files.files[0].format in ("csv", "tsv"):
+        raise CorpusError(f"{data_files.name}: not JSON lines, which queries are; {conversion(data_files.files[0])}")
     if data_files.dataset or data_files.files[0].format != "jsonl":
         raise CorpusError(f"{data_files.name}: not JSON lines; queries are read from .jsonl (plain, .gz or .zst)")
     queries: list[Query] = []
