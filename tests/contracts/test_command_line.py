@@ -110,6 +110,7 @@ def test_options_are_frozen():
     assert found == {
         "index": sorted(
             "--model --data --out --text-field --id-field --limit --duplicate-ids --second-moment --dtype --codec "
+            "--format --train-on --join --chat-template --metadata --truncate --pack "
             "--batch-tokens --device --threads --window-tokens --overlap --side --layer-blocks "
             "--attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
@@ -128,6 +129,7 @@ def test_options_are_frozen():
         "finish": sorted("index --threads --help-all".split()),
         "add": sorted(
             "index --index --data --out --text-field --id-field --limit --duplicate-ids --batch-tokens "
+            "--format --train-on --join --chat-template --metadata "
             "--device --threads "
             "--model --help-all".split()
         ),

@@ -12,6 +12,7 @@ import pytest
 
 from capitals import QUERIES, TEXTS
 from explorer_server import HEADERS, explorer, finished, opened, question_body, result, waited
+from tiny_models import TinyModelFolder
 from trackstar.attribution.answering import answer_queries
 from trackstar.errors import OptionError
 from trackstar.explorer import live as live_module
@@ -127,7 +128,22 @@ def test_a_completion_that_cannot_be_attributed_fails_with_one_line(client: http
     assert job["error"].startswith("query query: the completion is empty")
 
 
-def test_fields_of_a_changed_corpus_are_not_shown_and_a_note_says_so(index: Index, corpus: Path, tmp_path: Path):
+def test_fields_that_an_index_keeps_need_no_corpus(index: Index):
+    with explorer([], opened(index, None)) as address, httpx.Client(base_url=address, headers=HEADERS) as client:
+        answer = result(client, "/api/answers", question_body())
+        session = client.get("/api/session").json()
+    found = [ranking["proponents"][0] for ranking in answer["rankings"]]
+    assert next(p["metadata"] for p in found if p["text"] == TEXTS[0]) == {"source": "France", "year": "1990"}
+    assert session["index"]["metadata"] == ["source", "year"]
+
+
+def test_fields_of_a_changed_corpus_are_not_shown_and_a_note_says_so(
+    corpus: Path, tiny_model_folders: TinyModelFolder, tmp_path: Path
+):
+    index = build_index(
+        tiny_model_folders("llama", "bos"), str(corpus), tmp_path / "index", side=4, layer_blocks=2, codec="float32",
+        second_moment_examples=8, metadata="none", progress=False,
+    )  # fmt: skip
     changed = tmp_path / "corpus.jsonl"
     changed.write_text(corpus.read_text().replace("France", "Gaul"))
     with explorer([], opened(index, changed)) as address, httpx.Client(base_url=address, headers=HEADERS) as client:

@@ -23,7 +23,7 @@ def test_the_session_names_what_is_open_without_the_folders_above(client: httpx.
     assert [run["queries"] for run in session["runs"]] == [60, 50, 1]
     assert session["index"]["candidates"] == len(TEXTS)
     assert session["index"]["methods"] == ["TrackStar", "BM25"]
-    assert session["index"]["metadata"] == ["source", "year", "none"]
+    assert session["index"]["metadata"] == ["source", "year"]
     assert str(results[0].parent.parent) not in json.dumps(session)
 
 
