@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import lzma
+import operator
 import statistics
 import tempfile
 import time
@@ -161,18 +162,18 @@ def main() -> None:
                 elapsed = seconds(run)
                 if number:  # the first round warms up
                     times.setdefault(name, []).append(elapsed)
+    processor = {name: [one for one, _ in each] for name, each in times.items()}
+    clock = {name: [one for _, one in each] for name, each in times.items()}
     ratios = {
-        name: round(
-            statistics.median(a / b for (a, _), (b, _) in zip(each, times[COMPARED.get(name, "text")], strict=True)), 4
-        )
-        for name, each in times.items()
+        name: round(statistics.median(map(operator.truediv, each, processor[COMPARED.get(name, "text")])), 4)
+        for name, each in processor.items()
     }
     save(
         f"layouts-cpu-{arguments.threads}-threads",
         {
             "examples": arguments.examples, "rounds": arguments.rounds, "bar": BAR,
-            "processor_seconds": {name: round(statistics.median(a for a, _ in each), 3) for name, each in times.items()},
-            "clock_seconds": {name: round(statistics.median(b for _, b in each), 3) for name, each in times.items()},
+            "processor_seconds": {name: round(statistics.median(each), 3) for name, each in processor.items()},
+            "clock_seconds": {name: round(statistics.median(each), 3) for name, each in clock.items()},
             "ratio_to_text": ratios, "within_bar": all(ratio <= BAR for ratio in ratios.values()),
         },
     )  # fmt: skip
