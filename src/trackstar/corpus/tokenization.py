@@ -138,7 +138,8 @@ class EncodedText:
 
     Attributes:
         token_ids: All tokens.
-        offsets: Each token's characters in the text, half-open; (0, 0) for a special token.
+        offsets: Each token's characters in the text, half-open; (0, 0) for a special token that the
+            text does not spell out.
         before: Number of special tokens before the text.
         after: Number of special tokens after the text.
     """
@@ -177,9 +178,12 @@ def _encoded_text(backend: "Backend", encoding: "Encoding", *, special_tokens: b
     before, after = _count_special_tokens(encoding) if special_tokens else (0, 0)
     token_ids = encoding.ids
     repeated = _repeated(backend, token_ids, before, after)
+    offsets = encoding.offsets
+    if before in repeated:  # the token that stays is the one that the text spells out
+        offsets[before - 1] = offsets[before]
     return EncodedText(
         token_ids=[token for position, token in enumerate(token_ids) if position not in repeated],
-        offsets=[span for position, span in enumerate(encoding.offsets) if position not in repeated],
+        offsets=[span for position, span in enumerate(offsets) if position not in repeated],
         before=before,
         after=after - (len(token_ids) - after in repeated),
     )
