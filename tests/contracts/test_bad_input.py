@@ -250,7 +250,7 @@ CASES = [
     Case("no room to answer", "query --index {index} --prompt Paris --generate --max-new-tokens 90", "trackstar: query prompt: expected at least 1 token and room for 90 more "),
     Case("queries are no queries", "query --index {index} --queries {corpus}", 'trackstar: {corpus}:1: no prompt; expected a field prompt or'),
     Case("no queries", "query --index {index} --queries {folder}/q.jsonl", "trackstar: {folder}/q.jsonl: "),
-    Case("queries as text", "query --index {index} --queries {folder}/q.txt", "trackstar: {folder}/q.txt: not JSON lines", lambda w: w.write("q.txt", "Paris\n")),
+    Case("queries as text", "query --index {index} --queries {folder}/q.txt", "trackstar: {folder}/q.txt: plain text; queries are records with a prompt", lambda w: w.write("q.txt", "Paris\n")),
     Case("results in no folder", ASK + " --out {corpus}/results.jsonl", "trackstar: {corpus}/results.jsonl: results cannot be written"),
     Case("unfinished index", ASK, "trackstar: {index}: the index is not finished (1 shards with 4 examples so far); make it again with the same settings", _unfinished),
     Case("cut shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),

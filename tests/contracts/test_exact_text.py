@@ -16,7 +16,7 @@ from trackstar.attribution.answering import answer_queries
 from trackstar.corpus import Query, open_corpus, read_queries, tokenize_query
 from trackstar.corpus.queries import query_with_texts
 from trackstar.corpus.token_spans import token_spans
-from trackstar.corpus.tokenization import count_spelled_out, tokenize_examples
+from trackstar.corpus.tokenization import tokenize_examples
 from trackstar.errors import CorpusError, OptionError
 from trackstar.indexing.build import build_index
 from trackstar.model.generation import GeneratedToken, Generation, generate, generate_samples
@@ -142,13 +142,17 @@ def test_queries_of_tokens_without_texts_get_the_texts_of_their_tokens(tmp_path:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ({"input_ids": [0, 5], "labels": [5]}, "1 labels and 2 input_ids"),
-        ({"input_ids": [0, 5], "labels": [-100, 6]}, r"labels\[1\] is 6; expected input_ids\[1\], 5, or -100"),
-        ({"input_ids": [0, 5]}, '"labels" is missing'),
-        ({"input_ids": [0, "a"], "labels": [0, 1]}, '"input_ids" is'),
+        ({"input_ids": [0, 5], "labels": [5]}, "labels has 1 entries, input_ids 2"),
+        (
+            {"input_ids": [0, 5], "labels": [-100, 6]},
+            r"labels\[1\] is 6; expected 5, the token of input_ids",
+        ),
+        ({"input_ids": [0, 5]}, "no labels; expected as many as input_ids"),
+        ({"input_ids": [0, "a"], "labels": [0, 1]}, r"input_ids\[1\] is a string; expected a whole number"),
         ({"input_ids": [0, 5], "labels": [-100, -100]}, "has no token; expected at least one target"),
         ({"input_ids": [0, 5], "labels": [0, 5]}, "first token is a target, which has no context"),
-        ({"input_ids": [0, 2**31], "labels": [-100, 2**31]}, "expected ids from 0 to"),
+        ({"input_ids": [0, 2**31], "labels": [-100, 2**31]}, "expected a whole number of 32 bits"),
+        ({"input_ids": [0, -1], "labels": [-100, -1]}, "expected ids from 0 to"),
         ({"prompt": "a", "completion": "b", "separator": "\n"}, '"separator" is'),
     ],
 )
@@ -236,8 +240,11 @@ def test_a_text_that_spells_out_the_beginning_of_text_has_it_once(tmp_path: Path
         assert [window.token_ids[0] for window in windows] == [0] * len(windows)
         whole = tokenizer(text)["input_ids"]
         assert windows[0].token_ids[:5].tolist() == whole[:5]  # pyright: ignore[reportIndexIssue]
-    assert count_spelled_out(plain, tokenizer) == (len(SENTENCES) // 2, "<s>")
-    assert count_spelled_out(plain, tiny_tokenizer("plain")) == (0, "")
+    assert list(open_corpus(plain, tokenizer=tokenizer).survey().notes("it")) == [
+        f"it: the texts of {len(SENTENCES) // 2} of {len(SENTENCES)} records spell out <s>, which the tokenizer adds; "
+        "each has it once"
+    ]
+    assert list(open_corpus(plain, tokenizer=tiny_tokenizer("plain")).survey().notes("it")) == []
     model = tiny(special="bos")
     index = build_index(model, list(SENTENCES), tmp_path / "index", **SETTINGS)
     queries = [

@@ -145,7 +145,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "tensors that are no shard": (
         replace_by(SHARD, "second_moment.safetensors"),
         DamagedIndexError,
-        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-3'",
+        f"{SHARD}: format 'trackstar-tensors-1', expected 'trackstar-shard-4'",
     ),
     "no second moment": (remove("second_moment.safetensors"), DamagedIndexError, "second_moment.safetensors: missing"),
     "no autocorrelation": (

@@ -22,7 +22,7 @@ from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.writing import check_queries_as_json
 from trackstar.choices import JOINS
 from trackstar.corpus import Query, query_text, query_with_texts, tokenize_query
-from trackstar.corpus.tokenization import count_spelled_out
+from trackstar.corpus.tokenization import leading_token
 from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
 from trackstar.errors import OptionError, check_at_least, check_choice
 from trackstar.gradients.projector import projected
@@ -133,11 +133,11 @@ def checked_queries(queries: object) -> list[Query]:
 
 def query_notes(queries: Sequence[Query], model: LanguageModel) -> tuple[str, ...]:
     """Notes for the user on how queries were read."""
-    texts = [query_text(query) for query in queries if query.token_ids is None]
-    count, tokens = count_spelled_out(texts, model.tokenizer)
+    token = leading_token(model.tokenizer)
+    count = sum(query.token_ids is None and query_text(query).startswith(token) for query in queries) if token else 0
     if not count:
         return ()
-    return (f"{count:,} of {len(queries):,} queries spell out {tokens}, which the tokenizer adds; each has it once",)
+    return (f"{count:,} of {len(queries):,} queries spell out {token}, which the tokenizer adds; each has it once",)
 
 
 def query_gradients(

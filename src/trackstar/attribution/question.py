@@ -166,18 +166,21 @@ def queries_digest(queries: Iterable[Query]) -> str:
     """BLAKE2b-256 of one line per query: a JSON list in ASCII without spaces.
 
     The list holds the query's name, prompt and completion. If what stands between these two is not
-    what `join="space"` puts there, that follows; for a query of tokens, the token ids and the
-    numbers of the targets follow.
+    what `join="space"` puts there, that follows. For a query of tokens, whose texts are only for
+    people, it holds the name, the token ids and the positions of the targets; for a query of
+    messages the name, the messages, the tools and the chat template.
     """
     lines = (json.dumps(_asked(query), separators=(",", ":")) for query in queries)
     return digest_of_parts((f"{line}\n".encode("ascii") for line in lines), bits=256)
 
 
 def _asked(query: Query) -> list[object]:
-    asked: list[object] = [query.query_id, query.prompt, query.completion]
     if query.token_ids is not None:
         mask = query.target_mask or ()
-        return [*asked, list(query.token_ids), [place for place, target in enumerate(mask) if target]]
+        return [query.query_id, list(query.token_ids), [place for place, target in enumerate(mask) if target]]
+    if query.messages is not None:
+        return [query.query_id, list(map(dict, query.messages)), query.tools, query.chat_template]
+    asked: list[object] = [query.query_id, query.prompt, query.completion]
     between = separator(query)
     spaced = joined(query.prompt, query.completion, "space")
     return asked if query.prompt + between + query.completion == spaced else [*asked, between]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trackstar.attribution.markup import candidates_table, plain
 from trackstar.attribution.question import Provenance
 from trackstar.corpus import Query, separator
-from trackstar.corpus.queries import NO_TARGET
+from trackstar.corpus.record_reader import NO_TARGET
 from trackstar.curvature.mixing import Mixing
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import Literal
 from trackstar.attribution.question import QueriesEntry, content_digest, queries_entry
 from trackstar.audit.record import Audit, VersionsEntry
 from trackstar.choices import Join
-from trackstar.corpus import Corpus, Query, open_corpus, read_queries
+from trackstar.corpus import Corpus, Query, open_corpus, query_with_texts, read_queries
 from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
 from trackstar.corpus.local_files import check_not_special
-from trackstar.corpus.queries import query_of_line
+from trackstar.corpus.query_files import query_of_record
 from trackstar.corpus.reading import Reading
 from trackstar.errors import AuditError, CorpusError, DamagedIndexError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
@@ -79,6 +79,7 @@ class AtHand:
         data: The corpora, in any order.
         queries: The query file.
         task: The file of the queries that R_eval comes from.
+        chat_template: The file with the template of their conversations; None is the tokenizer's own.
         second_moment: Without an index, the optimizer state that V was read from; None computes V
             as the audit says.
         device: Device that the model is loaded on.
@@ -90,6 +91,7 @@ class AtHand:
     data: Sequence[object] = ()
     queries: str | Path | None = None
     task: str | Path | None = None
+    chat_template: str | Path | None = None
     second_moment: str | Path | SecondMoment | None = None
     device: str = "cpu"
 
@@ -134,12 +136,17 @@ class InputChecks:
             TrackstarError: An input cannot be read; see `trackstar.errors`.
         """
         yield from self._check_results()
-        yield from self._check_queries()
+        self._read_queries()
+        needs_tokenizer = any(query.messages is not None for query in self.queries or ())
+        if not needs_tokenizer:
+            yield from self._check_queries()
         yield from self._check_task()
         yield self._check_projection()
         yield from self._check_corpora()
         yield from self._check_index()
         yield from self._check_model()
+        if needs_tokenizer:
+            yield from self._check_queries()
         yield self._check_versions()
 
     def _check_results(self) -> Iterator[Check]:
@@ -159,20 +166,28 @@ class InputChecks:
             return
         yield _comparison_of_queries("queries in results", self.result_queries, self.audit.queries)
 
+    def _read_queries(self) -> None:
+        if self.available.queries is not None:
+            question = self.audit.question
+            self.queries = read_queries(
+                self.available.queries, prompt_field=question.prompt_field,
+                needs_completion=self.audit.generation is None, join=question.join,
+                chat_template=self.available.chat_template,
+            )  # fmt: skip
+
     def _check_queries(self) -> Iterator[Check]:
-        if self.available.queries is None:
+        if self.queries is None:
             yield _not_checked("queries", "if they came from a file, pass it as `queries`")
             return
-        generation = self.audit.generation
-        question = self.audit.question
-        self.queries = read_queries(
-            self.available.queries, prompt_field=question.prompt_field, needs_completion=generation is None,
-            join=question.join,
-        )  # fmt: skip
-        if generation is None:
-            yield _comparison_of_queries("queries", self.queries, self.audit.queries)
-        else:
-            yield _comparison_of_queries("prompts", without_completions(self.queries), generation.prompts)
+        if self.audit.generation is not None:
+            yield _comparison_of_queries("prompts", without_completions(self.queries), self.audit.generation.prompts)
+            return
+        if any(query.messages is not None for query in self.queries):
+            if self.model is None:
+                yield _not_checked("queries", "they are conversations; pass the model, whose tokenizer reads them")
+                return
+            self.queries = [query_with_texts(query, self.model.tokenizer) for query in self.queries]
+        yield _comparison_of_queries("queries", self.queries, self.audit.queries)
 
     def _check_task(self) -> Iterator[Check]:
         entry = self.audit.question.task
@@ -182,7 +197,10 @@ class InputChecks:
             yield _not_checked("task", "pass the queries that R_eval comes from as `task`")
             return
         question = self.audit.question
-        self.task = read_queries(self.available.task, prompt_field=question.prompt_field, join=question.join)
+        self.task = read_queries(
+            self.available.task, prompt_field=question.prompt_field, join=question.join,
+            chat_template=self.available.chat_template,
+        )  # fmt: skip
         yield _comparison_of_queries("task", self.task, entry)
 
     def _check_projection(self) -> Check:
@@ -311,7 +329,7 @@ def queries_of_results(path: Path, join: Join = "auto") -> list[Query]:
                 raise CorpusError(
                     f"{where}: field {field} is {abridged(value)}, expected a string; check that the file holds results"
                 )
-        queries.append(query_of_line(record, where, name="", prompt_field="inputs_plaintext", join=join))
+        queries.append(query_of_record(record, where, name="", prompt_field="inputs_plaintext", join=join))
     return queries
 
 

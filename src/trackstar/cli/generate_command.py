@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from trackstar.cli.framework import Command, prepare
-from trackstar.cli.options import device_options, generation_options, note, rare
+from trackstar.cli.options import chat_template_option, device_options, generation_options, note, rare
 from trackstar.model.generation_settings import GenerationSettings
 
 
@@ -23,6 +23,7 @@ from trackstar.model.generation_settings import GenerationSettings
 @generation_options("", temperature=1.0)
 @device_options
 @rare("--prompt-field", metavar="NAME", show_default="found", help="Field of --queries that holds the prompt.")
+@chat_template_option("Template of conversations.")
 @rare("--force", is_flag=True, help="Replace an existing file.")
 def generate(
     *,
@@ -33,6 +34,7 @@ def generate(
     device: str,
     threads: int | None,
     prompt_field: str | None,
+    chat_template: str | None,
     force: bool,
     **generation: Any,
 ) -> None:
@@ -50,7 +52,7 @@ def generate(
 
     read = inputs(model=model, queries=queries)
     check_written(Path(out), read=read, force=force)
-    asked = read_queries(queries, prompt_field=prompt_field, needs_completion=False)
+    asked = read_queries(queries, prompt_field=prompt_field, needs_completion=False, chat_template=chat_template)
     made = sample_answers(
         load_model(model, device=device), asked, out, settings, samples=samples, read=read, force=force
     )

@@ -81,40 +81,63 @@ def duplicate_ids_option(function: Function) -> Function:
 
 
 def corpus_options(function: Function) -> Function:
-    """Add options that say how records of a corpus are read."""
-    for option in (
-        duplicate_ids_option,
-        rare(
-            "--metadata",
-            default="all",
-            metavar="FIELDS",
-            help="Other fields to keep with the index: all, none, or names with commas.",
-        ),
-        choice("--join", JOINS, rare=True, default="auto", help="What is put between prompt and completion."),
-        rare(
-            "--chat-template", metavar="FILE", show_default="the tokenizer's", help="Chat template of the training run."
-        ),
-        choice(
-            "--train-on",
-            TRAIN_ON,
-            rare=True,
-            show_default="as the format's training does",
-            help="Tokens that are targets.",
-        ),
-        choice(
-            "--format",
-            RECORD_FORMATS,
-            show_default="found in the records",
-            help=f"Form of the records: {', '.join(RECORD_FORMATS)}.",
-        ),
-        click.option("--limit", type=int, metavar="N", help="Read only the first N records."),
-        click.option(
-            "--id-field", metavar="NAME", show_default="found in the records", help="Field that names an example."
-        ),
-        click.option("--text-field", default="text", metavar="NAME", help="Field that holds the text."),
-    ):
-        function = option(function)
-    return function
+    """Add options that say how records of a corpus are read, and what is kept of them."""
+    function = rare(
+        "--metadata",
+        default="all",
+        metavar="FIELDS",
+        help="Other fields to keep with the index: all, none, or names with commas.",
+    )(function)
+    function = choice("--join", JOINS, rare=True, default="auto", help="What is put between prompt and completion.")(
+        function
+    )
+    return record_options("", rare_ones=False)(chat_template_option("Chat template of the training run.")(function))
+
+
+def record_options(condition: str, *, rare_ones: bool) -> Callable[[Function], Function]:
+    """Add options that say which fields of a corpus's records are read, and which tokens are targets.
+
+    Args:
+        condition: Beginning of their help texts.
+        rare_ones: Whether all of them are listed with the rarely used options.
+    """
+    usual = rare if rare_ones else click.option
+
+    def decorated(function: Function) -> Function:
+        for option in (
+            duplicate_ids_option,
+            choice(
+                "--train-on",
+                TRAIN_ON,
+                rare=True,
+                show_default="as the format's training does",
+                help=f"{condition}Tokens that are targets.",
+            ),
+            choice(
+                "--format",
+                RECORD_FORMATS,
+                rare=rare_ones,
+                show_default="found in the records",
+                help=f"{condition}Form of the records: {', '.join(RECORD_FORMATS)}.",
+            ),
+            usual("--limit", type=int, metavar="N", help=f"{condition}Read only the first N records."),
+            usual(
+                "--id-field",
+                metavar="NAME",
+                show_default="found in the records",
+                help=f"{condition}Field that names an example.",
+            ),
+            usual("--text-field", default="text", metavar="NAME", help=f"{condition}Field that holds the text."),
+        ):
+            function = option(function)
+        return function
+
+    return decorated
+
+
+def chat_template_option(text: str) -> Callable[[Function], Function]:
+    """Add `--chat-template` with a help text."""
+    return rare("--chat-template", metavar="FILE", show_default="the tokenizer's", help=text)
 
 
 def generation_options(condition: str, *, temperature: float | None = None) -> Callable[[Function], Function]:

@@ -14,16 +14,17 @@ from trackstar.cli.framework import Command, prepare
 from trackstar.cli.options import (
     BATCH_HELP,
     DAMPING_HELP,
+    chat_template_option,
     choice,
     chosen_workers,
     cluster_options,
     default,
     device_options,
-    duplicate_ids_option,
     generation_options,
     index_argument,
     note,
     rare,
+    record_options,
 )
 from trackstar.errors import OptionError, TrackstarError
 from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     from trackstar.store.files.outputs import Input
 
 _STREAMING = (
-    "text_field", "id_field", "limit", "duplicate_ids", "window_tokens", "second_moment", "whitening_examples", "side",
-    "seed",
+    "text_field", "id_field", "limit", "duplicate_ids", "format", "train_on", "window_tokens", "truncate", "pack",
+    "second_moment", "whitening_examples", "side", "seed",
 )  # fmt: skip
 """Options of a streamed corpus; an index has settings of its own."""
+_SHARED = ("join", "chat_template")
+"""Options of the queries and of a streamed corpus."""
 _GENERATION = ("max_new_tokens", "temperature", "top_p", "sampling_seed", "stop", "chat")
 """Options of `--generate`."""
 
@@ -108,6 +111,7 @@ class Question:
         queries: File of queries.
         prompt_field: The field of the file that holds the prompt; None finds it.
         join: How prompts and completions are joined.
+        chat_template: File with the template of conversations; None is the tokenizer's own.
         max_new_tokens: See `GenerationSettings`.
         temperature: See `GenerationSettings`.
         top_p: See `GenerationSettings`.
@@ -123,6 +127,7 @@ class Question:
     queries: str | None
     prompt_field: str | None
     join: Join
+    chat_template: str | None
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -181,8 +186,9 @@ class Question:
 
         if self.queries is not None:
             return read_queries(
-                self.queries, prompt_field=self.prompt_field, needs_completion=not self.generate, join=self.join
-            )
+                self.queries, prompt_field=self.prompt_field, needs_completion=not self.generate, join=self.join,
+                chat_template=self.chat_template,
+            )  # fmt: skip
         return [Query(query_id="prompt", prompt=self.prompt or "", completion=self.completion or "", join=self.join)]
 
 
@@ -233,10 +239,8 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 )
 @generation_options("With --generate: ")
 @rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
-@rare("--text-field", default="text", metavar="NAME", help="With --data: field that holds the text.")
-@rare("--id-field", metavar="NAME", show_default="found", help="With --data: field that names an example.")
-@rare("--limit", type=int, metavar="N", help="With --data: read only the first N records.")
-@duplicate_ids_option
+@chat_template_option("Template of conversations.")
+@record_options("With --data: ", rare_ones=True)
 @rare(
     "--window-tokens",
     type=int,
@@ -244,6 +248,8 @@ def _resumes(options: Mapping[str, Any]) -> bool:
     show_default="context or batch",
     help="With --data: split longer documents.",
 )
+@rare("--truncate", is_flag=True, help="With --data: cut longer documents instead.")
+@rare("--pack", type=int, metavar="N", help="With --data: pack documents into rows of N tokens.")
 @rare(
     "--second-moment",
     default=default("second_moment"),
@@ -288,7 +294,11 @@ def query(
     source = Source(
         **{name: options[name] for name in ("index", "data", "model", "device", "reranked", "exact")},
         scoring={name: options[name] for name in ("mixing", "damping", "batch_tokens")},
-        streaming={name: options[name] for name in _STREAMING if name in given},
+        streaming={
+            name: options[name]
+            for name in (*_STREAMING, *(_SHARED if options["data"] is not None else ()))
+            if name in given
+        },
         cluster={name: options[name] for name in ("ray", "ray_workers", "ray_cpus", "ray_gpus")},
     )
     question = Question(**{field.name: options[field.name] for field in dataclasses.fields(Question)})
@@ -308,7 +318,9 @@ def query(
     queries = question.read()
     task_queries = None
     if task is not None:
-        task_queries = read_queries(task, prompt_field=question.prompt_field, join=question.join)
+        task_queries = read_queries(
+            task, prompt_field=question.prompt_field, join=question.join, chat_template=question.chat_template
+        )
     unfinished = ResultFiles.at(out).unfinished if out is not None and source.data is not None else None
     prompts = queries if question.generate else None
     report = _answer(source, question, queries, task_queries, top, unfinished)
@@ -401,11 +413,12 @@ def _with_generated_completions(
 
     Each prompt that is left out is named in a note.
     """
+    from trackstar.corpus import prompt_of
     from trackstar.model.generation import generate
 
     answered = []
     for query in queries:
-        generation = generate(model, query.prompt, settings, query_id=query.query_id)
+        generation = generate(model, prompt_of(query, model.tokenizer), settings, query_id=query.query_id)
         if generation.text.strip():
             answered.append(generation.query(query.query_id, record=query.record))
         else:

@@ -7,14 +7,15 @@ a mask of the targets, whose cross-entropies sum to the loss of Eq. 1.
 from trackstar.corpus.corpus import Corpus, open_corpus
 from trackstar.corpus.names import read_names
 from trackstar.corpus.queries import (
+    prompt_of,
     prompt_tokens,
     query_text,
     query_with_texts,
-    read_queries,
     separator,
     token_texts,
     tokenize_query,
 )
+from trackstar.corpus.query_files import read_queries
 from trackstar.corpus.records import Example, Query, TokenizedExample
 from trackstar.corpus.tokenization import Tokenizer, tokenize_example, tokenize_examples
 
@@ -25,6 +26,7 @@ __all__ = [
     "TokenizedExample",
     "Tokenizer",
     "open_corpus",
+    "prompt_of",
     "prompt_tokens",
     "query_text",
     "query_with_texts",

@@ -213,6 +213,15 @@ class ChatTemplate:
             targets = tuple(self._answers(chat, answers, text, location))
         return RenderedChat(text=text, targets=targets[-1:] if train_on == "completion" else targets)
 
+    def prompt(self, chat: Conversation, location: str) -> str:
+        """The text of a conversation up to where the assistant's next answer begins.
+
+        Raises:
+            CorpusError: The template refuses the conversation.
+        """
+        text, _ = self._render(chat, chat.messages, location, prompt=True)
+        return text
+
     def _answers(self, chat: Conversation, answers: list[int], text: str, location: str) -> Iterator[tuple[int, int]]:
         """The range of each answer: what the template adds between the prompt for it and its end."""
         for number in answers:

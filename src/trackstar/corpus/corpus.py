@@ -34,6 +34,7 @@ from trackstar.corpus.reading import (
 from trackstar.corpus.record_reader import ReadRecord, Record, RecordReader
 from trackstar.corpus.records import Example
 from trackstar.corpus.sources import ALL, Source
+from trackstar.corpus.tokenization import leading_token
 from trackstar.errors import CorpusError, OptionError, check_at_least, check_choice
 
 _LONGEST_VALUE = 200
@@ -143,6 +144,8 @@ class Corpus:
         template: Text of a chat template; None for the tokenizer's own.
         chat: The chat template with a tokenizer's special tokens; None until a tokenizer is known.
         packing: Packs the examples into rows of equal length; None leaves them as they are.
+        leading: The token that the tokenizer puts before every text; empty for none, or until a
+            tokenizer is known.
         first_position: Number that positions in names (`STEM:POSITION`) begin with; above 0 if the
             corpus is added to an index.
         taken: Names that the index has to which the corpus is added; None if there is none.
@@ -154,6 +157,7 @@ class Corpus:
     template: str | None = None
     chat: ChatTemplate | None = None
     packing: Packing | None = None
+    leading: str = ""
     first_position: int = 0
     taken: TakenNames | None = None
     _contents: list[str] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
@@ -186,7 +190,7 @@ class Corpus:
                 token.
             OptionError: `pack` is below 2.
         """
-        corpus = self
+        corpus = dataclasses.replace(self, leading=leading_token(tokenizer))
         if self.needs_tokenizer and self.chat is None:
             chat = ChatTemplate.of(tokenizer, self.template)
             reading = dataclasses.replace(self.reading, chat_template=chat.digest)
@@ -372,10 +376,10 @@ class Corpus:
         if not self._surveyed:
             names, texts = NameCollector(), HashCollector()
             reader = self._reader
-            records = blank = metadata = 0
+            records = blank = metadata = spelled_out = 0
 
             def visit(record: Record) -> None:
-                nonlocal records, blank, metadata
+                nonlocal records, blank, metadata, spelled_out
                 records += 1
                 read = reader.read(record)
                 names.add(self._name(read))
@@ -385,6 +389,8 @@ class Corpus:
                     texts.add(key)
                 elif key:
                     blank += 1
+                if self.leading and read.content.special_tokens and read.content.text.startswith(self.leading):
+                    spelled_out += 1
                 if self.chat is not None and read.content.chat is not None:
                     reader.example(read, "checked")
 
@@ -404,6 +410,8 @@ class Corpus:
                 blank_texts=blank,
                 repeated_texts=texts.repeated(),
                 metadata_bytes=metadata,
+                spelled_out=spelled_out,
+                leading=self.leading,
                 numbers=check.numbers() if self.duplicate_ids == "number" else {},
             )
             self._surveyed.append(survey)

@@ -137,19 +137,6 @@ def find_files(path: str) -> DataFiles:
     raise CorpusError(f"{name}: its name has no known ending; expected {EXPECTED_NAMES}; rename it")
 
 
-def conversion(file: DataFile) -> str:
-    """A shell command that converts a file of separated values to JSON lines, where only these are read."""
-    table = PurePosixPath(file.path)
-    files = (file.path, str(table.with_suffix(".jsonl")))
-    if "://" in file.name or any(sign in file.path for sign in "'\"\\$`!\n"):
-        files = (f"FILE{table.suffix}", "FILE.jsonl")
-    separator = "sep='\\t', " if file.format == "tsv" else ""
-    return (
-        f"convert it with: python -c \"import pandas as p; p.read_csv('{files[0]}', {separator}"
-        f"dtype=str, keep_default_na=False).to_json('{files[1]}', orient='records', lines=True)\""
-    )
-
-
 def _filesystem(path: str, name: str) -> "tuple[AbstractFileSystem, str]":
     import fsspec.core
 

@@ -155,6 +155,8 @@ class Survey:
         repeated_texts: Number of records whose text, not blank, an earlier record has.
         numbers: k of each record that is named `NAME~k`, by its number; empty if duplicates are refused.
         metadata_bytes: Length of all records' metadata.
+        spelled_out: Number of records whose text begins with the tokenizer's leading token.
+        leading: That token; empty for none.
     """
 
     digest: str
@@ -163,6 +165,8 @@ class Survey:
     repeated_texts: int
     numbers: Mapping[int, int]
     metadata_bytes: int = 0
+    spelled_out: int = 0
+    leading: str = ""
 
     def notes(self, name: str) -> Iterator[str]:
         """Lines for the user about the corpus of that name."""
@@ -174,6 +178,11 @@ class Survey:
             yield (
                 f"{name}: the texts of {self.repeated_texts:,} of {self.records:,} records repeat an earlier record's; "
                 "each is indexed and ranked by itself"
+            )
+        if self.spelled_out:
+            yield (
+                f"{name}: the texts of {self.spelled_out:,} of {self.records:,} records spell out {self.leading}, "
+                "which the tokenizer adds; each has it once"
             )
         if self.metadata_bytes:
             yield (

@@ -199,14 +199,12 @@ class RecordReader:
             prompt, completion = (self._text(record, name, location) for name in ("prompt", "completion"))
             return self._completed(prompt, completion)
         instruction, output = (self._text(record, name, location) for name in ("instruction", "output"))
-        given = record.get("input")
-        given = "" if given is None else checked_text(given, "input", location)
         if reading.chat_template is not None:
+            given = _input(record, location)
             request = f"{instruction}\n\n{given}" if given.strip() else instruction
             messages = [{"role": "user", "content": request}, {"role": "assistant", "content": output}]
             return Content(chat=conversation(messages, None, "messages", location))
-        prompt = INSTRUCTION_WITH_INPUT if given.strip() else INSTRUCTION_ALONE
-        return self._completed(prompt.replace("{instruction}", instruction, 1).replace("{input}", given, 1), output)
+        return self._completed(instruction_prompt(record, location), output)
 
     def _completed(self, prompt: str, completion: str) -> Content:
         join: Join = self._reading.join
@@ -231,13 +229,13 @@ class RecordReader:
 
     def _tokens(self, record: Mapping[Any, object], location: str) -> TokenSequence:
         reading = self._reading
-        ids = _whole_numbers(self._value(record, reading.text_field, location), reading.text_field, location)
+        ids = whole_numbers(self._value(record, reading.text_field, location), reading.text_field, location)
         if len(ids) and int(ids.min()) < 0:
             at = int(np.argmin(ids))
             raise CorpusError(f"{location}: {reading.text_field}[{at}] is {ids[at]}; expected token ids, 0 or more")
         mask = np.ones(len(ids), dtype=bool)
         if reading.train_on != "all":
-            mask = _targets(record, ids, reading.text_field, location)
+            mask = target_positions(record, ids, reading.text_field, location)
         given = record.get("attention_mask")
         if given is not None:
             attended = _aligned(given, "attention_mask", ids, reading.text_field, location) != 0
@@ -261,8 +259,34 @@ class RecordReader:
         return checked_text(value, name, location)
 
 
-def _targets(record: Mapping[Any, object], ids: np.ndarray, ids_field: str, location: str) -> np.ndarray:
-    """The positions that a record's labels or mask name; all if it has neither."""
+def instruction_prompt(record: Mapping[Any, object], location: str) -> str:
+    """Alpaca's prompt of a record with `instruction` and, perhaps, `input`.
+
+    Raises:
+        CorpusError: A field is no text.
+    """
+    instruction, given = checked_text(record.get("instruction"), "instruction", location), _input(record, location)
+    before, _, after = (INSTRUCTION_WITH_INPUT if given.strip() else INSTRUCTION_ALONE).partition("{instruction}")
+    return before + instruction + after.replace("{input}", given, 1)
+
+
+def _input(record: Mapping[Any, object], location: str) -> str:
+    given = record.get("input")
+    return "" if given is None else checked_text(given, "input", location)
+
+
+def target_positions(record: Mapping[Any, object], ids: np.ndarray, ids_field: str, location: str) -> np.ndarray:
+    """The positions that a record's labels or mask name, as flags; all if it has neither.
+
+    Args:
+        record: The record.
+        ids: Its token ids.
+        ids_field: The field that they are from, for messages.
+        location: The record's location, for messages.
+
+    Raises:
+        CorpusError: Labels or mask do not fit the token ids.
+    """
     labels, loss_mask = record.get("labels"), record.get("loss_mask")
     if labels is not None and loss_mask is not None:
         raise CorpusError(f"{location}: has both labels and loss_mask; expected one of them; leave one out")
@@ -287,7 +311,7 @@ def _targets(record: Mapping[Any, object], ids: np.ndarray, ids_field: str, loca
 
 
 def _aligned(value: object, field: str, ids: np.ndarray, ids_field: str, location: str) -> np.ndarray:
-    numbers = _whole_numbers(value, field, location)
+    numbers = whole_numbers(value, field, location)
     if len(numbers) != len(ids):
         raise CorpusError(
             f"{location}: {field} has {len(numbers)} entries, {ids_field} {len(ids)}; expected one for each token"
@@ -295,7 +319,12 @@ def _aligned(value: object, field: str, ids: np.ndarray, ids_field: str, locatio
     return numbers
 
 
-def _whole_numbers(value: object, field: str, location: str) -> np.ndarray:
+def whole_numbers(value: object, field: str, location: str) -> np.ndarray:
+    """The whole numbers of an array, which have 32 bits.
+
+    Raises:
+        CorpusError: It is no array of such numbers.
+    """
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):

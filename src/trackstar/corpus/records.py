@@ -1,7 +1,8 @@
 """Training examples, queries z_q, and both tokenized, as data."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -54,7 +55,9 @@ class Query:
 
     A query of texts is tokenized as `query_text` joins them. A query of tokens, such as the model's
     own answer, is asked token for token; its prompt and completion are then the texts of its
-    tokens, for people, and are joined as they are.
+    tokens, for people, and are joined as they are. A query of messages is a conversation in the
+    tokenizer's chat template, of which the last answer is the completion; `query_with_texts` makes
+    it a query of tokens.
 
     Attributes:
         query_id: Its name in results.
@@ -65,15 +68,21 @@ class Query:
         join: How prompt and completion are joined; see `joined`. A query of tokens ignores it.
         token_ids: The tokens to ask, special tokens included; None for a query of texts.
         target_mask: One flag per token, true for the targets of the loss; None for a query of texts.
+        messages: The conversation, each message with `role` and `content`; None for any other query.
+        tools: Descriptions of tools, which the chat template reads.
+        chat_template: Text of the chat template; None is the tokenizer's own.
     """
 
     query_id: str
-    prompt: str
-    completion: str
+    prompt: str = ""
+    completion: str = ""
     record: Mapping[str, object] = dataclasses.field(default_factory=dict)
     join: Join = "auto"
     token_ids: tuple[int, ...] | None = None
     target_mask: tuple[bool, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tools: Sequence[Any] | None = None
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

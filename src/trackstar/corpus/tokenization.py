@@ -189,11 +189,8 @@ def _encoded_text(backend: "Backend", encoding: "Encoding", *, special_tokens: b
     )
 
 
-def count_spelled_out(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, str]:
-    """Number of texts that begin with the token that the tokenizer puts before every text.
-
-    Returns:
-        The number, and the token as it is spelled, such as `<s>`, for messages.
+def leading_token(tokenizer: Tokenizer) -> str:
+    """The token that the tokenizer puts directly before every text, such as `<s>`; empty for none.
 
     Raises:
         ModelError: The tokenizer is not a fast one.
@@ -202,7 +199,7 @@ def count_spelled_out(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[int, 
     encoding = backend.encode("a")
     before, _ = _count_special_tokens(encoding)
     added = backend.get_added_tokens_decoder().get(encoding.ids[before - 1]) if before else None
-    return (0, "") if added is None else (sum(text.startswith(added.content) for text in texts), added.content)
+    return "" if added is None else added.content
 
 
 def _count_special_tokens(encoding: "Encoding") -> tuple[int, int]:

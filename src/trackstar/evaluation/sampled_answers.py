@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trackstar.corpus import Query
+from trackstar.corpus import Query, prompt_of
 from trackstar.corpus.digests import digest_of_json
 from trackstar.errors import CorpusError, OptionError
 from trackstar.evaluation.matching import answer_is_correct
@@ -74,7 +74,7 @@ def sample_answers(
     path = Path(out)
     unfinished = path.with_name(f"{path.name}.unfinished")
     check_written(path, read=read, force=force)
-    asked = [[query.query_id, query.prompt, query.completion] for query in queries]
+    asked = [[query.query_id, prompt_of(query, model.tokenizer), query.completion] for query in queries]
     generation = [settings.max_new_tokens, settings.temperature, settings.top_p, settings.sampling_seed]
     digest = digest_of_json(
         [asked, *generation, settings.stop, settings.chat, samples, model.digest(), model.tokenizer_digest()]
@@ -107,7 +107,9 @@ def check_written(path: Path, *, read: Sequence[Input], force: bool) -> None:
 def _line(model: LanguageModel, query: Query, samples: int, settings: GenerationSettings) -> bytes:
     texts = [
         generation.text
-        for generation in generate_samples(model, query.prompt, samples, settings, query_id=query.query_id)
+        for generation in generate_samples(
+            model, prompt_of(query, model.tokenizer), samples, settings, query_id=query.query_id
+        )
     ]
     fields = dict(query.record) or {"query_id": query.query_id, "prompt": query.prompt}
     fields[GENERATIONS] = texts

@@ -14,7 +14,7 @@ from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.fields import json_kind, json_object
 from trackstar.corpus.joining import joined
 from trackstar.corpus.local_files import FileState, file_state
-from trackstar.corpus.queries import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
+from trackstar.corpus.query_files import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.explorer.messages import sendable, without_backticks

@@ -1,0 +1,179 @@
+"""Queries of every form that a corpus's records have: the same tokens and targets as the record would have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_record_formats import CHAT, CHATML, UNMARKED, tokenizer_with, windows_of
+
+from tiny_models import save_tiny_model
+from trackstar import build_index, load_model
+from trackstar.attribution.answering import answer_queries
+from trackstar.attribution.writing import write_results
+from trackstar.audit.checks import AtHand
+from trackstar.audit.recomputation import check_audit
+from trackstar.audit.writing import write_audit
+from trackstar.corpus import Query, prompt_of, query_with_texts, read_queries, tokenize_query
+from trackstar.errors import CorpusError, ModelError, OptionError
+
+SHAREGPT = [{"from": "human", "value": "The capital of France?"}, {"from": "gpt", "value": "Paris."}]
+DIFFERS_LATER = "{{ messages | length }}" + UNMARKED
+TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
+
+
+def written(folder: Path, *records: object, name: str = "q.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return path
+
+
+def asked(record: dict[str, Any], tokenizer: Any, folder: Path, **options: Any) -> Any:
+    (query,) = read_queries(written(folder, record), **options)
+    return tokenize_query(query, tokenizer, window_tokens=400)
+
+
+@pytest.mark.parametrize("template", [CHATML, UNMARKED])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": CHAT},
+        {"conversations": SHAREGPT},
+        {"messages": CHAT[1:3], "system": "Answer."},
+        {"messages": CHAT, "tools": TOOLS},
+    ],
+)
+def test_a_conversation_is_asked_as_training_reads_it(record: dict[str, Any], template: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(template, "bos")
+    (window,) = windows_of(record, tokenizer, train_on="completion")
+    query = asked(record, tokenizer, tmp_path)
+    count = len(query.token_ids)  # the query ends with its last target
+    assert query.token_ids.tolist() == window.token_ids[:count].tolist()
+    assert query.target_mask.tolist() == window.target_mask[:count].tolist()
+    assert not window.target_mask[count:].any()
+    assert query.target_mask[-1]
+
+
+def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CHATML)
+    longer = [*CHAT, {"role": "user", "content": "Of Spain?"}]
+    queries = [asked({"messages": messages}, tokenizer, tmp_path) for messages in (CHAT, longer)]
+    assert queries[0].text == queries[1].text
+    assert queries[0].token_ids.tolist() == queries[1].token_ids.tolist()
+
+
+def test_messages_may_be_divided_between_prompt_and_completion(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CHATML)
+    whole = asked({"messages": CHAT}, tokenizer, tmp_path)
+    for completion in (CHAT[-1:], CHAT[-1]["content"]):
+        query = asked({"prompt": CHAT[:-1], "completion": completion}, tokenizer, tmp_path)
+        assert query.token_ids.tolist() == whole.token_ids.tolist()
+        assert query.target_mask.tolist() == whole.target_mask.tolist()
+
+
+def test_instructions_and_loss_masks_are_asked_as_training_reads_them(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(None, "bos")
+    for record in (
+        {"instruction": "Name the capital of {input}.", "input": "France {instruction}", "output": "Paris"},
+        {"instruction": "Name a capital.", "output": "Paris"},
+        {"input_ids": [0, 5, 6, 7], "loss_mask": [0, 0, 0, 1]},
+    ):
+        (window,) = windows_of(record, tokenizer)
+        query = asked(record, tokenizer, tmp_path)
+        assert query.token_ids.tolist() == window.token_ids.tolist()
+        assert query.target_mask.tolist() == window.target_mask.tolist()
+
+
+def test_queries_are_read_from_every_container(tmp_path: Path) -> None:
+    rows = [{"query_id": "a", "prompt": "x, y", "completion": "z"}, {"query_id": "b", "prompt": "u", "completion": "v"}]
+    (tmp_path / "q.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "q.csv").write_text('query_id,prompt,completion\na,"x, y",z\nb,u,v\n')
+    (tmp_path / "q.tsv").write_text("query_id\tprompt\tcompletion\na\tx, y\tz\nb\tu\tv\n")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")  # pyright: ignore[reportUnknownMemberType]
+    expected = [(row["query_id"], row["prompt"], row["completion"]) for row in rows]
+    for name in ("q.json", "q.csv", "q.tsv", "q.parquet"):
+        found = [(query.query_id, query.prompt, query.completion) for query in read_queries(tmp_path / name)]
+        assert found == expected, name
+
+
+def test_a_generated_answer_follows_the_conversation(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with("{{ bos_token }}" + CHATML)
+    rendered = tokenizer.apply_chat_template(CHAT[:-1], tokenize=False, add_generation_prompt=True)
+    for messages in (CHAT, CHAT[:-1]):
+        (query,) = read_queries(written(tmp_path, {"messages": messages}), needs_completion=False)
+        assert prompt_of(query, tokenizer) == rendered
+        assert query.completion == (CHAT[-1]["content"] if messages is CHAT else "")
+
+
+def test_the_template_can_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    record = {"messages": CHAT}
+    with pytest.raises(CorpusError, match="renders the first 4 messages by themselves differently"):
+        asked(record, tokenizer_with(DIFFERS_LATER), tmp_path)
+    with pytest.raises(ModelError, match="has no chat template"):
+        asked(record, tokenizer_with(None), tmp_path)
+    found = asked(record, tokenizer_with(None), tmp_path, chat_template=tmp_path / "chat.jinja")
+    assert found.token_ids.tolist() == asked(record, tokenizer_with(CHATML), tmp_path).token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"messages": CHAT[:2]}, "no message of the assistant; expected one"),
+        ({"messages": []}, "is empty"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "unknown role"),
+        ({"prompt": [1], "completion": "x"}, "expected an object with role and content"),
+        ({"instruction": "x"}, "no completion; expected a field output"),
+        ({"instruction": 5, "output": "x"}, 'field "instruction" is'),
+    ],
+)
+def test_a_record_that_is_no_query_is_one_line(record: dict[str, Any], found: str, tmp_path: Path) -> None:
+    path = written(tmp_path, record)
+    with pytest.raises(CorpusError, match=found) as error:
+        read_queries(path)
+    assert str(error.value).startswith(f"{path}:1: ")
+
+
+def test_a_conversation_that_is_asked_as_it_was_trained_on_has_the_influence_one(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer_with(CHATML, "bos").save_pretrained(folder)
+    model = load_model(folder)
+    chats = [
+        {"messages": [{"role": "user", "content": f"What is {word}?"}, {"role": "assistant", "content": f"A {word}."}]}
+        for word in ("gold", "iron", "tin", "zinc")
+    ]
+    index = build_index(
+        model, chats, tmp_path / "index", side=4, codec="float32", layer_blocks=1, batch_tokens=256, progress=False
+    )
+    path = written(tmp_path, *chats)
+    queries = read_queries(path)
+    report = answer_queries(index, queries, model=model, k=2, exact=True, progress=False)
+    for number, result in enumerate(report.results):
+        assert result.proponents[0].example_id == f"example:{number}"
+        assert result.proponents[0].influence == pytest.approx(1, abs=1e-4)
+        assert result.query.completion.startswith("A ")
+    write_results(report, tmp_path / "r.jsonl", query_set="chats")
+    audit = write_audit(report, tmp_path / "r.jsonl", query_set="chats")
+    without, with_model = (
+        {check.name: check.outcome for check in check_audit(audit, hand).checks}
+        for hand in (AtHand(queries=path), AtHand(queries=path, model=tmp_path / "model"))
+    )
+    assert without["queries"] == "not checked"
+    assert with_model["queries"] == "same"
+    changed = written(tmp_path, *chats[:3], chats[0] | {"query_id": "q:3"}, name="other.jsonl")
+    outcomes = check_audit(audit, AtHand(queries=changed, model=tmp_path / "model")).checks
+    assert {check.name: check.outcome for check in outcomes}["queries"] == "differs"
+
+
+def test_a_query_of_messages_can_be_made_in_python() -> None:
+    tokenizer = tokenizer_with(CHATML)
+    query = query_with_texts(Query(query_id="q", messages=tuple(CHAT)), tokenizer)
+    assert query.messages is None
+    assert query.prompt.endswith("<|assistant|>\n")
+    assert query.completion == "Berlin.</s>"
+    with pytest.raises(CorpusError, match="query q: the conversation has no message of the assistant"):
+        query_with_texts(Query(query_id="q", messages=tuple(CHAT[:2])), tokenizer)
+    with pytest.raises(OptionError, match="`chat_template`"):
+        read_queries("q.jsonl", chat_template="missing.jinja")
