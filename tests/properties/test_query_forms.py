@@ -67,8 +67,14 @@ def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:
 def test_messages_may_be_divided_between_prompt_and_completion(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(CHATML)
     whole = asked({"messages": CHAT}, tokenizer, tmp_path)
+    (as_record,) = windows_of({"messages": CHAT}, tokenizer, train_on="completion")
     for completion in (CHAT[-1:], CHAT[-1]["content"]):
-        query = asked({"prompt": CHAT[:-1], "completion": completion}, tokenizer, tmp_path)
+        record = {"prompt": CHAT[:-1], "completion": completion, "source": "x"}
+        (window,) = windows_of(record, tokenizer)
+        assert window.token_ids.tolist() == as_record.token_ids.tolist()
+        assert window.target_mask.tolist() == as_record.target_mask.tolist()
+        assert window.metadata == '{"source":"x"}'
+        query = asked(record, tokenizer, tmp_path)
         assert query.token_ids.tolist() == whole.token_ids.tolist()
         assert query.target_mask.tolist() == whole.target_mask.tolist()
 

@@ -24,6 +24,7 @@ from trackstar.corpus.duplicates import (
 from trackstar.corpus.origins import source_of
 from trackstar.corpus.packing import Packing
 from trackstar.corpus.reading import (
+    DIVIDED_FIELD,
     ID_FIELDS,
     Reading,
     checked_format,
@@ -109,6 +110,9 @@ def open_corpus(
     if id_field is None:
         id_field = next((name for name in ID_FIELDS if name in field_names), None)
     form = checked_format(format, field_names, text_field)
+    if form == "prompt-completion" and _prompt_is_conversation(source):
+        form, text_field = "messages", DIVIDED_FIELD
+        train_on = train_on or "completion"
     if chat_template is not None and form not in ("messages", "instruction"):
         raise OptionError(
             f"`chat_template`: expected none for records of the format {form}, which is no conversation; leave it out, "
@@ -131,6 +135,16 @@ def open_corpus(
     if corpus.check_first() is None:
         raise CorpusError(f"{source.name}: holds no record; expected at least one")
     return corpus
+
+
+def _prompt_is_conversation(source: Source) -> bool:
+    """Whether the first record's prompt is an array of messages, which the completion continues."""
+    first = next(source.records(0, Reading(format="prompt-completion").columns), None)
+    return (
+        first is not None
+        and isinstance(first.value, Mapping)
+        and isinstance(first.value.get(DIVIDED_FIELD), (list, tuple))
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

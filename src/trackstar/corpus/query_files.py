@@ -11,7 +11,13 @@ from trackstar.corpus.fields import check_writable, encodable
 from trackstar.corpus.origins import source_of
 from trackstar.corpus.queries import checked_tokens
 from trackstar.corpus.reading import CONVERSATION_FIELDS, TOKENS_FIELD
-from trackstar.corpus.record_reader import NO_TARGET, instruction_prompt, target_positions, whole_numbers
+from trackstar.corpus.record_reader import (
+    NO_TARGET,
+    instruction_prompt,
+    target_positions,
+    whole_conversation,
+    whole_numbers,
+)
 from trackstar.corpus.records import Query
 from trackstar.corpus.sources import ALL
 from trackstar.errors import CorpusError, check_choice
@@ -158,10 +164,7 @@ def _messages(record: Mapping[str, object], prompt_name: str | None) -> tuple[st
     prompt = record[prompt_name]
     if not isinstance(prompt, (list, tuple)):
         return None
-    completion = record.get("completion")
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    return prompt_name, [*prompt, *(completion if isinstance(completion, (list, tuple)) else ())]
+    return prompt_name, whole_conversation(prompt, record.get("completion", ()))
 
 
 def _query_of_messages(

@@ -14,6 +14,8 @@ ID_FIELDS = ("example_id", "sentence_id", "id")
 
 CONVERSATION_FIELDS = ("messages", "conversations")
 TOKENS_FIELD = "input_ids"
+DIVIDED_FIELD = "prompt"
+"""Field with the beginning of a conversation that `completion` goes on with."""
 _REQUIRED: dict[RecordFormat, tuple[str, ...]] = {
     "text": (),
     "prompt-completion": ("prompt", "completion"),
@@ -100,9 +102,16 @@ class Reading:
     metadata: tuple[str, ...] | None = None
 
     @property
+    def is_divided(self) -> bool:
+        """Whether the messages of a conversation are divided between a prompt and a completion."""
+        return self.format == "messages" and self.text_field == DIVIDED_FIELD
+
+    @property
     def columns(self) -> Columns:
         """The fields to read."""
         text = () if _REQUIRED[self.format] else (self.text_field,)
+        if self.is_divided:
+            text = (DIVIDED_FIELD, "completion")
         name = () if self.id_field is None else (self.id_field,)
         kept = self.metadata or ()
         required = tuple(dict.fromkeys((*text, *_REQUIRED[self.format], *name)))

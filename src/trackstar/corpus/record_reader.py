@@ -216,6 +216,8 @@ class RecordReader:
     def _conversation(self, record: Mapping[Any, object], location: str) -> Content:
         field = self._reading.text_field
         messages = self._value(record, field, location)
+        if self._reading.is_divided:
+            messages = whole_conversation(messages, self._value(record, "completion", location))
         system = record.get("system")
         if isinstance(messages, (list, tuple)) and isinstance(system, str) and system:
             messages = [{"role": "system", "content": system}, *messages]
@@ -257,6 +259,16 @@ class RecordReader:
                 "messages that ends with the answer"
             )
         return checked_text(value, name, location)
+
+
+def whole_conversation(prompt: object, completion: object) -> object:
+    """The messages of a prompt, and those of the completion that goes on with them; a text is an answer."""
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    both = isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple))
+    return [*prompt, *completion] if both else prompt if not isinstance(prompt, (list, tuple)) else completion
 
 
 def instruction_prompt(record: Mapping[Any, object], location: str) -> str:
