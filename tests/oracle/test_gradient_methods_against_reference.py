@@ -131,7 +131,7 @@ def test_trak_equals_its_published_formula(made: Made, per: str):
         R = reference.autocorrelation(rows[name])
         damped = R + DAMPING * R.diagonal().mean() * torch.eye(len(R), dtype=torch.float64)
         expected += phi_queries[name] @ torch.linalg.solve(damped, phi[name].T)
-    expected *= 1 - expected_probabilities(made)
+    expected *= 1 - expected_probabilities(made).detach()
     found = retriever.scores(QUERIES).double()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
