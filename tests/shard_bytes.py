@@ -82,6 +82,8 @@ def _in_format(version: int, index: Path, out: Path) -> Path:
     for corpus in manifest["corpora"]:
         for name in ("format", "train_on", "join", "chat_template", "metadata"):
             del corpus[name]
+    for name in ("parameters", "adapter"):
+        del manifest["model"][name]
     if version == 3:
         for name in ("location", "configuration", "libraries"):
             del manifest["model"][name]

@@ -37,6 +37,8 @@ def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Mani
             configuration={"hidden_act": '"silu"', "rms_norm_eps": "1e-05"},
             digest="a" * 32,
             dtype="float32",
+            parameters=None,
+            adapter=None,
         ),
         tokenizer=store.TokenizerEntry(digest="b" * 32),
         corpora=(

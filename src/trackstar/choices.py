@@ -20,6 +20,9 @@ ProjectionKind = Literal["two-sided", "one-sided"]
 SecondMomentKind = Literal["factored", "elementwise"]
 """V as row and column factors, or one number per weight."""
 
+Parameters = Literal["merged", "adapter"]
+"""Gradients of a model with an adapter: of the merged network's matrices, or of the adapter's own."""
+
 Dtype = Literal["float32", "bfloat16"]
 """Number format of the gradient computation."""
 
@@ -49,6 +52,7 @@ LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
 COORDINATES: tuple[Coordinates, ...] = get_args(Coordinates)
 PROJECTIONS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
 SECOND_MOMENT_KINDS: tuple[SecondMomentKind, ...] = get_args(SecondMomentKind)
+PARAMETERS: tuple[Parameters, ...] = get_args(Parameters)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 DUPLICATE_IDS: tuple[DuplicateIds, ...] = get_args(DuplicateIds)

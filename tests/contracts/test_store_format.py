@@ -27,13 +27,13 @@ from trackstar.store import shard_files, tensor_file, tensor_reading
 
 # A changed digest here is a changed format: it needs a new FORMAT_VERSION, and readers of the old one.
 GOLDEN: dict[CodecName, str] = {
-    "float32": "86113f189e0c77a0bb39c9e4ccc87d7b984c351a1be7d64c36e6152735b0dfbc",
-    "bfloat16": "31cd7eb733943185518c78774cf00012ef9388c1a178b487f4bf7c195ff429e5",
-    "float16": "a8809de9180cc55a2b2756340811d42305c7c975f54fa386430ffca27cf840d4",
-    "int8": "f6ec9f1909c0c7c07d1ee4df084a354eaccc52c2071af21fe08053dbc47236aa",
-    "4-bit": "88015daa16e8e1e578527bbaa8a2d4d1f7bb99d01ce343e416df175e50be54a1",
-    "2-bit": "9ad9b5ca5572359360cdebafb22d7cefd10b30fd703e193e2936212e91b97b58",
-    "1-bit": "be6ce9e0dd57e9ea05e9335eb5affd04a232f41307482918874a61b556a2c58e",
+    "float32": "56ddbc6ba30a079bd9e440037ac36737f1f828822510a6e7268c87c15fab354e",
+    "bfloat16": "6450f9617bc8ceb6070d7c3b7bf86b10261a65e13b2c7cb78e0304125a770d71",
+    "float16": "5f14fd59c9b9d8e721173cd0ced9c0768274e6c887aec4647d72b93be9d8ea5e",
+    "int8": "b5672a87231c63f1abe2e25881abb56841bc34f27f060a1bc74a94ac0c8a65a1",
+    "4-bit": "6530385ab76132814db3782a07dae3c557d170c5c46fe92451646f74659d64a5",
+    "2-bit": "90eb97975cfa8561e6ee5dd202018bffc39c35bb43075f1777662bc4fe586940",
+    "1-bit": "ba2218d33d3433f91d035a08ad32aa99685210ea0ede8f53b7063826d19e9887",
 }
 
 

@@ -17,6 +17,7 @@ from trackstar.store import manifest_entries
 _OTHER_CHOICE = {"whitened": "projected", "1-bit": "2-bit",
     "float32": "float16", "factored": "none", "attention": "mlp", "mlp": "attention", "two-sided": "one-sided",
     "loss": "margin", "absolute": "relative", "text": "messages", "all": "completion", "auto": "none",
+    "merged": "adapter",
 }  # fmt: skip
 
 
@@ -66,12 +67,18 @@ def _changed(old: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, 3 if name.endswith((".limit", ".pack")) else "x"
 
 
-CHANGES = list(_leaf_changes(small_manifest("1-bit")))
+def manifest_with_all_fields() -> store.Manifest:
+    manifest = small_manifest("1-bit")
+    model = dataclasses.replace(manifest.model, parameters="merged", adapter={"r": "8"})
+    return dataclasses.replace(manifest, model=model)
+
+
+CHANGES = list(_leaf_changes(manifest_with_all_fields()))
 
 
 @pytest.mark.parametrize(("field", "changed"), CHANGES, ids=[field for field, _ in CHANGES])
 def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str, changed: store.Manifest) -> None:
-    manifest = small_manifest("1-bit")
+    manifest = manifest_with_all_fields()
     different = store.differences(changed, manifest)
     if field.replace("[0]", "") in manifest_entries.DESCRIPTIVE_FIELDS:
         assert different == []
@@ -82,7 +89,7 @@ def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str
 
 
 def test_the_fields_changed_above_are_complete() -> None:
-    assert len(CHANGES) == 63
+    assert len(CHANGES) == 65
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
     } - {"completion"}

@@ -16,7 +16,7 @@ from trackstar.model.generation_settings import GenerationSettings
     example="trackstar generate --model demo-out/model/checkpoint-000450 --queries demo-out/queries.jsonl \\\n"
     "    --samples 4 --out demo-out/answers-of-the-model.jsonl",
 )
-@click.option("--model", required=True, metavar="MODEL", help="Model folder, .gguf file or hub name.")
+@click.option("--model", required=True, metavar="MODEL", help="Model or adapter folder, .gguf file or hub name.")
 @click.option("--queries", required=True, metavar="FILE", help="Prompts, and answers to compare with (JSON lines).")
 @click.option("--out", required=True, metavar="FILE", help="The lines of --queries with the answers (.jsonl).")
 @click.option("--samples", type=int, default=8, metavar="N", help="Number of answers to each prompt.")

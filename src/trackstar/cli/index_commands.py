@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackstar.choices import CODECS, COORDINATES, DTYPES, OUTPUTS, PROJECTIONS, SECOND_MOMENT_KINDS
+from trackstar.choices import CODECS, COORDINATES, DTYPES, OUTPUTS, PARAMETERS, PROJECTIONS, SECOND_MOMENT_KINDS
 from trackstar.cli.framework import ERROR, Command, prepare
 from trackstar.cli.options import (
     BATCH_HELP,
@@ -28,7 +28,9 @@ from trackstar.indexing.settings import IndexSettings
 if TYPE_CHECKING:
     from trackstar.store import Index
 
-_MODEL_OPTIONS = ("dtype", "device", "layer_blocks", "attention_pattern", "mlp_pattern", "revision", "gguf_file")
+_MODEL_OPTIONS = (
+    "parameters", "dtype", "device", "layer_blocks", "attention_pattern", "mlp_pattern", "revision", "gguf_file",
+)  # fmt: skip
 _CORPUS_OPTIONS = (
     "text_field", "id_field", "limit", "duplicate_ids", "format", "train_on", "join", "chat_template", "metadata",
 )  # fmt: skip
@@ -40,7 +42,7 @@ _CORPUS_OPTIONS = (
     example="trackstar index --model demo-out/model/checkpoint-000450 --data demo-out/corpus.jsonl \\\n"
     "    --out demo-out/new-index --side 32",
 )
-@click.option("--model", required=True, metavar="MODEL", help="Model folder, .gguf file or hub name.")
+@click.option("--model", required=True, metavar="MODEL", help="Model or adapter folder, .gguf file or hub name.")
 @click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
 @click.option("--out", required=True, metavar="INDEX", help="Folder or URL of the new index.")
 @corpus_options
@@ -50,6 +52,7 @@ _CORPUS_OPTIONS = (
     metavar="V",
     help="auto, estimate, none, or a file or folder of the optimizer's state.",
 )
+@choice("--parameters", PARAMETERS, default="merged", help="Of a PEFT adapter: the merged network's, or its own.")
 @choice("--dtype", DTYPES, default="float32", help="Number format of the computation.")
 @choice("--codec", CODECS, default=default("codec"), help=f"How a row is stored: {', '.join(CODECS)}.")
 @click.option("--side", type=int, default=default("side"), metavar="N", help="Each layer block has N×N dimensions.")

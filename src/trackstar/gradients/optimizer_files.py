@@ -26,8 +26,8 @@ from trackstar.text import shortened, system_reason
 ESTIMATE_ADVICE = 'pass `second_moment="estimate"` to estimate V from the corpus instead'
 # States that must be tensors.
 _TENSORS = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"}
-# Prefixes that data parallelism and compilation add to a parameter's name.
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Prefixes that data parallelism, compilation and PEFT add to a parameter's name.
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
 
 ParameterState = Mapping[str, Any]
 """Optimizer state of one parameter: tensors and numbers by name."""
@@ -91,10 +91,11 @@ def read_named_state(path: Path, model: LanguageModel) -> OptimizerState:
         raise SecondMomentError(
             f"{path}: not a whole safetensors file ({system_reason(error)}); restore it, or {ESTIMATE_ADVICE}"
         ) from None
-    parameters = dict(model.module.named_parameters())
+    parameters = model.trained()
     keys: dict[str, dict[str, str]] = {}
     for key in file.keys():  # noqa: SIM118 - not a mapping
         state, separator, parameter = key.partition("/")
+        parameter = parameter if parameter in parameters else _WRAPPERS.sub("", parameter)
         if not separator:
             raise SecondMomentError(
                 f"{path}: holds a tensor named {_short(key)}; expected STATE/PARAMETER, as in "
@@ -184,11 +185,11 @@ def _parameter_names(
     path: Path, state: Mapping[Any, ParameterState], groups: Sequence[Mapping[str, Any]], model: LanguageModel
 ) -> dict[Any, str]:
     """The name of each numbered parameter, by the one order that fits the state's shapes."""
-    parameters = dict(model.module.named_parameters())
+    parameters = model.trained()
     covered = {matrix.parameter for matrix in model.matrices}
     fitting: dict[frozenset[tuple[Any, str]], dict[Any, str]] = {}
     misfits: list[SecondMomentError] = []
-    for order in _orders(path, groups, model.module):
+    for order in _orders(path, groups, model.module, list(parameters)):
         numbers = itertools.chain.from_iterable(group["params"] for group in groups)
         names = dict(zip(numbers, itertools.chain.from_iterable(order), strict=True))
         try:
@@ -208,8 +209,17 @@ def _parameter_names(
     return next(iter(fitting.values()))
 
 
-def _orders(path: Path, groups: Sequence[Mapping[str, Any]], module: nn.Module) -> Iterator[list[list[str]]]:
-    """Each way to name the groups' parameters that has the right number of names in each group."""
+def _orders(
+    path: Path, groups: Sequence[Mapping[str, Any]], module: nn.Module, every: list[str]
+) -> Iterator[list[list[str]]]:
+    """Each way to name the groups' parameters that has the right number of names in each group.
+
+    Args:
+        path: The file, for messages.
+        groups: The groups of the file.
+        module: The model.
+        every: Names of the parameters that its optimizer moves, in the model's order.
+    """
     sizes = [len(group["params"]) for group in groups]
     numbers = list(itertools.chain.from_iterable(group["params"] for group in groups))
     if any(not isinstance(number, (int, str)) for number in numbers) or len(set(numbers)) != len(numbers):
@@ -225,7 +235,6 @@ def _orders(path: Path, groups: Sequence[Mapping[str, Any]], module: nn.Module) 
             raise SecondMomentError(f"{path}: its param_names name one parameter twice; expected each once")
         yield named
         return
-    every = [name for name, _ in module.named_parameters()]
     candidates = [[every]] if len(groups) == 1 else list(_decay_orders(module, every))
     fitting = [order for order in candidates if [len(names) for names in order] == sizes]
     if not fitting:

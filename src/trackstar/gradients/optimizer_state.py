@@ -40,6 +40,10 @@ from trackstar.gradients.second_moment import (
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 
+MERGED_ADVICE = (
+    "; the state of an adapter's training is of the adapter's matrices: pass `parameters=\"adapter\"` for their "
+    'gradients, or `second_moment="estimate"`'
+)
 STATE_FILES = ("optimizer.safetensors", "optimizer.pt")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
@@ -124,9 +128,10 @@ def second_moment_of(
                 if group_beta2 is not None:
                     beta2[name] = group_beta2
     if not state:
+        merged = model.parameters == "merged"
         raise SecondMomentError(
-            f"{source}: keeps no state of the model's parameters; expected an optimizer of this model object that has "
-            "made a step"
+            f"{source}: keeps no state of the {'merged ' if merged else ''}model's parameters; expected an optimizer "
+            f"of this model object that has made a step{MERGED_ADVICE if merged else ''}"
         )
     return _second_moment(OptimizerState(source=source, of=state, beta2=beta2), model, kind=kind, floor=floor)
 

@@ -11,6 +11,7 @@ from trackstar.choices import (
     DuplicateIds,
     Join,
     Output,
+    Parameters,
     ProjectionKind,
     RecordFormat,
     SecondMomentKind,
@@ -52,6 +53,7 @@ def build_index(
     pack: int | None = _DEFAULT.pack,
     revision: str | None = None,
     gguf_file: str | None = None,
+    parameters: Parameters = "merged",
     dtype: Dtype = "float32",
     device: str = "cpu",
     attention_pattern: str | None = None,
@@ -79,7 +81,8 @@ def build_index(
     The same call resumes an interrupted run; it opens an index that is already finished.
 
     Args:
-        model: A loaded model, or the folder, hub name or `.gguf` file to load one from.
+        model: A loaded model, or the folder, hub name or `.gguf` file to load one from; a folder may hold
+            a PEFT adapter.
         data: The corpus; see `open_corpus`.
         out: The index's folder or URL.
         text_field: Field that holds the text.
@@ -100,6 +103,7 @@ def build_index(
         pack: See `IndexSettings`.
         revision: Revision of a hub's model.
         gguf_file: Name of the file with GGUF weights, if the model's folder holds several.
+        parameters: See `load_model`; a loaded model has its own.
         dtype: Number format of the gradient computation, `float32` or `bfloat16`.
         device: Device that computes gradients.
         attention_pattern: See `find_layer_blocks`.
@@ -139,9 +143,8 @@ def build_index(
     share = Share.parsed(share) if isinstance(share, str) else share
     if not isinstance(model, LanguageModel):
         model = load_model(
-            model, revision=revision, gguf_file=gguf_file, dtype=dtype, device=device,
-            attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks,
-        )  # fmt: skip
+            model, revision=revision, gguf_file=gguf_file, parameters=parameters, dtype=dtype, device=device,
+            attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks)  # fmt: skip
     corpus = open_corpus(
         data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
         train_on=train_on, join=join, chat_template=chat_template, metadata=metadata, tokenizer=model.tokenizer,

@@ -95,7 +95,7 @@ class IndexJob:
     def begin(self, writer: IndexWriter, bar: Progress) -> None:
         """Write what all shards depend on, and describe the index in notes."""
         moment = self.setup.second_moment
-        bar.note(f"model: {self.model.architecture}, {self.model.coverage}")
+        bar.note(f"model: {self.model.architecture}, {self.model.described_coverage}")
         bar.note(f"second moment: {moment.source if moment.kind == 'none' else f'{moment.kind}, {moment.source}'}")
         manifest = self.manifest
         blocks = len(manifest.layer_blocks)

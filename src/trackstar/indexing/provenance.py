@@ -117,7 +117,8 @@ def model_entry(model: LanguageModel, out: Place | None) -> ModelEntry:
         place = recorded_path(model.source, out)
     else:
         place = Recorded(source=model.source, location="hub")
-    commit = getattr(model.module.config, "_commit_hash", None) if place.location == "hub" else None
+    of_hub = place.location == "hub" and model.adapter is None  # the configuration is else the base model's
+    commit = getattr(model.module.config, "_commit_hash", None) if of_hub else None
     return ModelEntry(
         source=place.source,
         location=place.location,
@@ -128,6 +129,8 @@ def model_entry(model: LanguageModel, out: Place | None) -> ModelEntry:
         configuration=model.configuration(),
         digest=model.digest(),
         dtype=model.dtype_name,
+        parameters=model.parameters,
+        adapter=None if model.adapter is None else model.adapter.configuration,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from trackstar.corpus import Corpus, TokenizedExample, tokenize_examples
 from trackstar.errors import CorpusError, DamagedIndexError, SecondMomentError
 from trackstar.gradients.estimated_moment import checked_estimate, estimate_second_moment
-from trackstar.gradients.optimizer_state import find_optimizer_state, second_moment_from_state
+from trackstar.gradients.optimizer_state import MERGED_ADVICE, find_optimizer_state, second_moment_from_state
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment, checked_second_moment
 from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import LanguageModel
@@ -50,6 +50,17 @@ def second_moment_for(
     if str(requested) == "none":
         return NO_SECOND_MOMENT
     state = _optimizer_state(requested, model)
+    if state is not None and _is_of_adapter(state, model):
+        if str(requested) != "auto":
+            raise SecondMomentError(
+                f"{state}: is the state of the adapter's training, of matrices that the merged network does not have; "
+                f"expected that of the merged network's{MERGED_ADVICE}"
+            )
+        note(
+            f"second moment: {state} is of the adapter's matrices, not of the merged network's, and is not used; "
+            '`parameters="adapter"` takes gradients of the adapter\'s'
+        )
+        state = None
     if state is not None:
         moment = second_moment_from_state(state, model, kind=settings.second_moment_kind)
         return checked_second_moment(moment, model.matrices)
@@ -76,6 +87,13 @@ def _optimizer_state(requested: str | Path, model: LanguageModel) -> Path | None
         return None
     state = Path(requested)
     return (find_optimizer_state(state) or state) if state.is_dir() else state
+
+
+def _is_of_adapter(state: Path, model: LanguageModel) -> bool:
+    """Whether a file of optimizer state lies beside the adapter that was merged into the model."""
+    if model.parameters != "merged" or model.folder is None:
+        return False
+    return model.folder.resolve() in (state.resolve(), state.resolve().parent)
 
 
 def _written_estimate(

@@ -1,6 +1,7 @@
 """Load a causal language model with its tokenizer, freeze it, and split it into backbone and head."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,12 +13,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trackstar.choices import DTYPES
-from trackstar.corpus.digests import digest_of_bytes, running_digest
-from trackstar.corpus.local_files import check_not_special
+from trackstar.choices import DTYPES, PARAMETERS, Parameters
+from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import ModelError, OptionError, check_choice
+from trackstar.model.adapter import (
+    Adapter,
+    find_adapter,
+    in_place,
+    merged,
+    merged_copy,
+    network_of,
+    weights_digest,
+)
+from trackstar.model.adapter_files import adapter_folder_of_hub, is_adapter_folder, load_adapter
 from trackstar.model.computation import check_computed, frozen, input_groups, module_paths
 from trackstar.model.configuration import deciding_fields
+from trackstar.model.head import Head, possible_heads
 from trackstar.model.input_layouts import FLAT, InputLayout
 from trackstar.model.layer_blocks import (
     Coverage,
@@ -28,47 +39,14 @@ from trackstar.model.layer_blocks import (
     find_layer_blocks,
     named_layer_blocks,
 )
-from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer, spread_over_gpus
+from trackstar.model.loading import checked_device, load_pretrained_tokenizer, may_be_on_hub, spread_over_gpus
 from trackstar.model.probe import hidden_states, probe
-from trackstar.model.quantization import (
-    ADVICE,
-    check_floating_point,
-    dequantized,
-    dequantizing_options,
-    quantization_method,
-)
+from trackstar.model.quantization import check_floating_point
+from trackstar.model.sources import load_whole, resolved
 from trackstar.text import abridged
 
-# Fields of a configuration for the bound on logits (Gemma 2; RecurrentGemma; xLSTM).
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Linear layers that may return more than their product: which expert a token goes to.
 _ROUTER = re.compile(r".*\.(?:router|gate)")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """Map from the last hidden states h to logits.
-
-    z = cap·tanh(scale·(h Wᵀ + b)/cap), or z = scale·(h Wᵀ + b) without a cap.
-
-    Attributes:
-        weight: W, one row per token of the vocabulary.
-        bias: b, or None.
-        scale: Factor on the logits: Cohere's multiplier, the inverse of Granite's divisor, else 1.
-        cap: Gemma 2's soft cap, or None.
-    """
-
-    weight: Float[Tensor, "vocabulary width"]
-    bias: Float[Tensor, "vocabulary"] | None
-    scale: float
-    cap: float | None
-
-    def logits(self, hidden: Float[Tensor, "positions width"]) -> Float[Tensor, "positions vocabulary"]:
-        """Logits of each position, in the dtype of the hidden states."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,6 +67,7 @@ class LanguageModel:
         from_base: Whether the head's input is the last hidden state of the module's `base_model`.
         one_at_a_time: Whether a batch must be one example: the model mixes the examples of a batch, or
             a layer's inputs cannot be told apart by example.
+        adapter: Its PEFT adapter, and whose gradients are taken; None if it has none.
         source: The path or hub name it was loaded from.
         revision: The hub's revision, or None.
         gguf_file: The file of GGUF weights that it was loaded from, or None.
@@ -109,6 +88,19 @@ class LanguageModel:
     repeated: frozenset[str] = frozenset()
     from_base: bool = True
     one_at_a_time: bool = False
+    adapter: Adapter | None = None
+
+    @property
+    def parameters(self) -> Parameters | None:
+        """Whether gradients are the merged network's or the adapter's; None for a model without adapter."""
+        return None if self.adapter is None else self.adapter.parameters
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that the model's optimizer moves, by name: all, or those of its adapter."""
+        parameters = dict(self.module.named_parameters())
+        if self.adapter is None or self.adapter.parameters == "merged":
+            return parameters
+        return {name: parameters[name] for name in self.adapter.trained}
 
     @property
     def matrices(self) -> tuple[WeightMatrix, ...]:
@@ -119,6 +111,13 @@ class LanguageModel:
     def matrix_shapes(self) -> list[tuple[str, int, int]]:
         """Name, rows and columns of each matrix, in the order of `matrices`."""
         return [(matrix.name, matrix.rows, matrix.columns) for matrix in self.matrices]
+
+    @property
+    def described_coverage(self) -> str:
+        """The share of the parameters in the layer blocks, for a note."""
+        if self.adapter is None or self.adapter.parameters == "merged":
+            return f"{self.coverage}{'' if self.adapter is None else '; its adapter is merged'}"
+        return f"of its adapter {self.coverage}"
 
     @property
     def vocabulary(self) -> int:
@@ -190,12 +189,10 @@ class LanguageModel:
         return 1 if self.one_at_a_time else batch_tokens
 
     def digest(self) -> str:
-        """BLAKE2b-128 of every parameter's and persistent buffer's name, shape, dtype and bytes."""
-        digest = running_digest()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """Digest of the weights and of the adapter's, before they were merged; see `weights_digest`."""
+        if self.adapter is None:
+            return weights_digest(self.module)
+        return self.adapter.digest or weights_digest(self.module, self.adapter.name)
 
     def configuration(self) -> dict[str, str]:
         """The fields of the configuration that decide the model's function, as JSON texts by name."""
@@ -208,26 +205,50 @@ class LanguageModel:
         return digest_of_bytes(definition.encode())
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Naming:
+    """How layer blocks are named; see `find_layer_blocks`."""
+
+    attention_pattern: str | None
+    mlp_pattern: str | None
+    layer_blocks: int | Sequence[NamedBlock]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """Where a model comes from; attributes as in `LanguageModel`."""
+
+    source: str
+    revision: str | None
+    gguf_file: str | None
+    folder: Path | None
+
+
 def load_model(
     source: str | Path,
     *,
     revision: str | None = None,
     gguf_file: str | None = None,
+    parameters: Parameters = "merged",
     dtype: str = "float32",
     device: str = "cpu",
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
     layer_blocks: int | Sequence[NamedBlock] = 8,
 ) -> LanguageModel:
-    """Load a causal language model and its tokenizer from a folder, a hub name or GGUF weights.
+    """Load a causal language model and its tokenizer: a folder, a hub name, GGUF weights or a PEFT adapter.
 
-    Weights are read from safetensors or GGUF only, and code that comes with a model is never run.
+    Weights are read from safetensors or GGUF only, and code that comes with a model is never run. An
+    adapter is loaded with the base model that its `adapter_config.json` names: a path seen from the
+    adapter's folder or from the working directory, or a hub name.
 
     Args:
         source: A folder, a `.gguf` file, or a hub name.
         revision: The hub's revision.
         gguf_file: File of GGUF weights in the folder or hub repository. A folder with one such file
             and no `config.json` needs no name.
+        parameters: Whose gradients are taken if the source is an adapter: `merged` is those of the
+            merged network's matrices, `adapter` those of the adapter's own matrices.
         dtype: Dtype of weights and computation: `float32` or `bfloat16`.
         device: A torch device, such as `cpu` or `cuda`, or `auto`, which spreads the layers over all
             GPUs with Accelerate.
@@ -237,78 +258,131 @@ def load_model(
 
     Raises:
         ModelError: It cannot be loaded, holds values that are not finite, or does not compute its
-            logits as `Head` does.
+            logits as `Head` does; or its adapter has no gradients of these parameters.
         UnsupportedModelError: Its matrices cannot be named.
         OptionError: The dtype or device is unknown, or a pattern cannot be used.
     """
     if not isinstance(source, (str, Path)):
         raise OptionError(f"`model`: expected a path or a hub name, found {abridged(source)}")
     check_choice("dtype", dtype, DTYPES)
+    check_choice("parameters", parameters, PARAMETERS)
     target = None if device == "auto" else checked_device(device)
-    folder, gguf_file = _resolved(source, gguf_file)
+    folder, gguf_file = resolved(source, gguf_file)
     name = str(folder or source)
     options = {option: value for option, value in (("revision", revision), ("gguf_file", gguf_file)) if value}
-    module = _loaded(name, options=options, dtype=getattr(torch, dtype))
+    adapted = _adapter_folder(folder, name, revision) if gguf_file is None else None
+    adapter = None
+    if adapted is None:
+        module = load_whole(name, dtype=getattr(torch, dtype), **options)
+        tokenizer = load_pretrained_tokenizer(name, name=name, **options)
+        _check_no_adapter_asked(parameters, name)
+    else:
+        module, of_tokenizer = load_adapter(adapted, name, functools.partial(load_whole, dtype=getattr(torch, dtype)))
+        tokenizer = load_pretrained_tokenizer(of_tokenizer, name=str(of_tokenizer))
+        module, adapter = _with_parameters(module, parameters, name, live=False)
+        nn.Module.to(module, getattr(torch, dtype))
+        if folder is None:
+            revision = adapted.name  # the hub's cache names a copy by its commit
     if target is None:
         spread_over_gpus(module, name)
     else:
         nn.Module.to(module, target)
     module.eval().requires_grad_(False)
-    tokenizer = load_pretrained_tokenizer(name, name=name, **options)
-    return wrap_model(
-        module,
-        tokenizer,
-        source=str(source),
-        revision=revision,
-        gguf_file=gguf_file,
-        folder=folder,
-        attention_pattern=attention_pattern,
-        mlp_pattern=mlp_pattern,
-        layer_blocks=layer_blocks,
-    )
+    naming = _Naming(attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks)
+    origin = _Origin(source=str(source), revision=revision, gguf_file=gguf_file, folder=folder)
+    return _wrapped(module, tokenizer, adapter, naming, origin)
 
 
 def wrap_model(
-    module: PreTrainedModel,
+    module: PreTrainedModel | nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     *,
     source: str = "in memory",
     revision: str | None = None,
     gguf_file: str | None = None,
     folder: Path | None = None,
+    parameters: Parameters = "merged",
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
     layer_blocks: int | Sequence[NamedBlock] = 8,
 ) -> LanguageModel:
-    """Name the layer blocks of a Transformers model in memory; arguments as in `load_model`.
+    """Name the layer blocks of a Transformers model or `PeftModel`; arguments as in `load_model`.
 
     The model keeps its training mode and its parameters' `requires_grad`, which computations change only
-    while they run.
+    while they run. A model with an adapter is copied to be merged, and stays as it is.
 
     Raises:
-        ModelError: It holds values that are not finite, or does not compute its logits as `Head` does.
+        ModelError: It holds values that are not finite, or does not compute its logits as `Head` does;
+            or its adapter has no gradients of these parameters.
         UnsupportedModelError: Its matrices cannot be named.
         OptionError: A pattern or the number of layer blocks cannot be used.
     """
+    check_choice("parameters", parameters, PARAMETERS)
+    network, adapter = _with_parameters(module, parameters, source, live=True)
+    naming = _Naming(attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks)
+    origin = _Origin(source=source, revision=revision, gguf_file=gguf_file, folder=folder)
+    return _wrapped(network, tokenizer, adapter, naming, origin)
+
+
+def _adapter_folder(folder: Path | None, name: str, revision: str | None) -> Path | None:
+    """The local folder of an adapter; None if the source is a whole model."""
+    if folder is not None:
+        return folder if is_adapter_folder(folder) else None
+    return adapter_folder_of_hub(name, revision) if may_be_on_hub(name) else None
+
+
+def _with_parameters(
+    module: nn.Module, parameters: Parameters, source: str, *, live: bool
+) -> tuple[Any, Adapter | None]:
+    """The network whose gradients are asked for, and its adapter."""
+    found = find_adapter(module, source)
+    if found is None:
+        _check_no_adapter_asked(parameters, source)
+        return module, None
+    network: Any = network_of(module)
+    check_floating_point(network, source)
+    if parameters == "merged":
+        return (merged_copy if live else merged)(module, *found, source)
+    return network, in_place(network, *found, source)
+
+
+def _check_no_adapter_asked(parameters: Parameters, source: str) -> None:
+    if parameters == "adapter":
+        raise OptionError(
+            f"`parameters`: adapter needs a model with a PEFT adapter, found {source} without one; pass the adapter's "
+            "folder as `model`, or leave `parameters` out"
+        )
+
+
+def _wrapped(
+    module: PreTrainedModel,
+    tokenizer: Any,
+    adapter: Adapter | None,
+    naming: _Naming,
+    origin: _Origin,
+) -> LanguageModel:
+    """The model with its layer blocks; see `wrap_model`."""
+    source, layer_blocks = origin.source, naming.layer_blocks
     check_floating_point(module, source)
     for parameter_name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
                 f"{source}: {parameter_name} holds NaN or infinite weights; expected finite ones; reload or retrain it"
             )
-    heads = _heads(module, source)
+    heads = possible_heads(module, source)
     with frozen(module):
         found = probe(module, [head.logits for head in heads], _vocabulary(module, heads[0]), source)
     if isinstance(layer_blocks, int):
         blocks = find_layer_blocks(
             module,
             blocks_per_kind=layer_blocks,
-            attention_pattern=attention_pattern,
-            mlp_pattern=mlp_pattern,
+            attention_pattern=naming.attention_pattern,
+            mlp_pattern=naming.mlp_pattern,
             used=[path for path in found.calls if path not in found.faults or not _ROUTER.fullmatch(path)],
+            adapter=adapter,
         )
     else:
-        blocks = named_layer_blocks(module, layer_blocks)
+        blocks = named_layer_blocks(module, layer_blocks, adapter)
     matrices = [matrix for block in blocks for matrix in block.matrices]
     for matrix in matrices:
         check_computed(module, matrix, found, source)
@@ -318,17 +392,18 @@ def wrap_model(
         module=module,
         tokenizer=tokenizer,
         blocks=blocks,
-        coverage=coverage(module, blocks),
+        coverage=coverage(module, blocks, adapter),
         head=heads[found.head],
         input_groups=input_groups(matrices, found.groups, repeated),
         source=source,
-        revision=revision,
-        gguf_file=gguf_file,
-        folder=folder,
+        revision=origin.revision,
+        gguf_file=origin.gguf_file,
+        folder=origin.folder,
         layouts=layouts,
         repeated=repeated,
         from_base=found.from_base,
         one_at_a_time=found.mixes or FLAT in layouts.values(),
+        adapter=adapter,
     )
 
 
@@ -344,73 +419,3 @@ def context_tokens(module: PreTrainedModel) -> int:
         if isinstance(length, int) and length > 0:
             return length
     return 2048
-
-
-def _resolved(source: str | Path, gguf_file: str | None) -> tuple[Path | None, str | None]:
-    """The local folder, or None for a hub name, and the name of the GGUF file, or None for safetensors."""
-    path = Path(source)
-    check_not_special(path, ModelError)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{source}: is a file; expected a model folder, a .gguf file or a hub name")
-        return path.parent, path.name
-    if not path.is_dir():
-        if not _may_be_on_hub(str(source)):
-            raise ModelError(f"{source}: no such folder; expected a model folder, a .gguf file or a hub name")
-        return None, gguf_file
-    if gguf_file is not None and not (path / gguf_file).is_file():
-        raise ModelError(f"{path / gguf_file}: no such file; expected GGUF weights; correct `gguf_file`")
-    if gguf_file is None and not (path / "config.json").exists():
-        weights = sorted(file.name for file in path.glob("*.gguf"))
-        checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*") if (folder / "config.json").exists())
-        if checkpoints:
-            raise ModelError(
-                f"{source}: is a training run's folder; expected one of its models, such as {path / checkpoints[-1]}"
-            )
-        if len(weights) != 1:
-            raise ModelError(
-                f"{source}: found no config.json and {len(weights)} .gguf files; expected a Transformers model folder, "
-                "or one .gguf file; name one of several with `gguf_file`"
-            )
-        gguf_file = weights[0]
-    return path, gguf_file
-
-
-def _may_be_on_hub(source: str) -> bool:
-    """Whether a name that is no folder may be on the hub: `NAME` or `OWNER/NAME`, and no missing folder."""
-    owner, slash, name = source.partition("/")
-    if source.startswith((".", "~", "/")) or "\\" in source or "/" in name or (slash and not name):
-        return False
-    return not (slash and Path(owner).is_dir())
-
-
-def _loaded(name: str, *, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    method = quantization_method(name, **options)
-    expected = "a Hugging Face model folder or hub name with safetensors weights, or GGUF weights"
-    if method is not None:
-        expected = f"weights that are not quantised, which these are ({method}); {ADVICE}"
-    module = load_pretrained(
-        "AutoModelForCausalLM",
-        name,
-        name=name,
-        purpose="a causal language model",
-        expected=expected,
-        whole="a complete causal language model (missing weights would be random)",
-        dtype=dtype,
-        **options,
-        **dequantizing_options(name, **options),
-    )
-    return dequantized(module, name, dtype)
-
-
-def _heads(module: PreTrainedModel, source: str) -> list[Head]:
-    """What the head may be: with the configuration's factor, or without it where that precedes the head."""
-    output = module.get_output_embeddings()
-    if not isinstance(output, nn.Linear):
-        raise ModelError(f"{source}: found {type(output).__name__} as output head; expected one linear layer")
-    config = module.config.get_text_config()
-    multiplier = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    cap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
-    scales = dict.fromkeys(((multiplier or 1.0) / (divisor or 1.0), 1.0))
-    return [Head(weight=output.weight, bias=output.bias, scale=scale, cap=cap) for scale in scales]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trackstar.errors import OptionError, UnsupportedModelError, check_at_least
+from trackstar.model.adapter import Adapter
 from trackstar.model.experts import ExpertStack, expert_stacks
 from trackstar.model.user_patterns import first_groups
 
@@ -51,6 +52,8 @@ class WeightMatrix:
         expert: Number of its slice of a 3-D parameter, if it is a fused expert's; its name is then the
             parameter's with this number, such as `model.layers.0.mlp.experts.down_proj.3`.
         shared_by: Paths of further modules that compute with the same parameter.
+        adapter: Name of the adapter that it is of, which its module's path ends with: that of
+            `q_proj.lora_A` is then `q_proj.lora_A.ADAPTER`.
     """
 
     name: str
@@ -62,16 +65,22 @@ class WeightMatrix:
     transposed: bool
     expert: int | None = None
     shared_by: tuple[str, ...] = ()
+    adapter: str | None = None
 
     @property
     def parameter(self) -> str:
         """Name of its parameter in the model's state."""
-        return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]
+        return f"{self._path}.weight" if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Paths of the linear layers that compute with it; none for a fused expert's."""
-        return () if self.expert is not None else (self.name, *self.shared_by)
+        return () if self.expert is not None else (self._path, *self.shared_by)
+
+    @property
+    def _path(self) -> str:
+        """Path of its linear layer."""
+        return self.name if self.adapter is None else f"{self.name}.{self.adapter}"
 
     def of_parameter(self, values: Tensor) -> Tensor:
         """The matrix's part of values of its parameter's shape, as [rows, columns]."""
@@ -105,8 +114,10 @@ class Coverage:
     Attributes:
         matrices: Number of matrices in the blocks.
         parameters: Number of weights in these matrices.
-        total_parameters: Number of weights in the model; tied weights count once.
-        left_out: Names of the other parameters with two or more dimensions.
+        total_parameters: Number of weights in the model, or that its adapter trains if gradients are
+            the adapter's; tied weights count once.
+        left_out: Names of the other parameters with two or more dimensions, or of all others that the
+            adapter trains.
     """
 
     matrices: int
@@ -130,6 +141,7 @@ def find_layer_blocks(
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
     used: Collection[str] | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[LayerBlock, ...]:
     """Name a causal language model's layer blocks, attention's first.
 
@@ -145,6 +157,7 @@ def find_layer_blocks(
         mlp_pattern: The same for MLP matrices; None goes by words.
         used: Paths of the linear layers that compute with a text, such as the language model's and not
             its vision tower's; the others are left out unless a pattern names them. None is all.
+        adapter: The adapter whose matrices are named in place of the model's own; None names the model's.
 
     Raises:
         UnsupportedModelError: A pattern matches no matrix, or, without patterns, some weight matrix of
@@ -153,7 +166,7 @@ def find_layer_blocks(
             for the layer's number, or both match the same matrix.
     """
     check_at_least("layer_blocks", blocks_per_kind)
-    sources = _sources(module)
+    sources = _sources(module, adapter)
     names = [
         name
         for name, source in sources.items()
@@ -178,7 +191,7 @@ def find_layer_blocks(
             f"{sorted(both)[0]}: matched by both `attention_pattern` and `mlp_pattern`; expected one; narrow either"
         )
     if without:
-        _check_all_matched(module, names, {**matched["attention"], **matched["mlp"]}, sources)
+        _check_all_matched(module, names, {**matched["attention"], **matched["mlp"]}, sources, adapter)
     blocks: list[LayerBlock] = []
     for kind, layers in matched.items():
         if not layers:
@@ -187,7 +200,9 @@ def find_layer_blocks(
     return tuple(blocks)
 
 
-def named_layer_blocks(module: nn.Module, blocks: Sequence[NamedBlock]) -> tuple[LayerBlock, ...]:
+def named_layer_blocks(
+    module: nn.Module, blocks: Sequence[NamedBlock], adapter: Adapter | None = None
+) -> tuple[LayerBlock, ...]:
     """Layer blocks with given names and matrices, such as those of an index.
 
     `WeightMatrix.layer` is then the first layer of the block, since `NamedBlock` holds no more.
@@ -195,7 +210,7 @@ def named_layer_blocks(module: nn.Module, blocks: Sequence[NamedBlock]) -> tuple
     Raises:
         UnsupportedModelError: The model has no linear layer with one of the matrices' names.
     """
-    sources = _sources(module)
+    sources = _sources(module, adapter)
     result = []
     for number, (name, kind, (first, last), names) in enumerate(blocks):
         missing = [matrix for matrix in names if matrix not in sources]
@@ -208,10 +223,18 @@ def named_layer_blocks(module: nn.Module, blocks: Sequence[NamedBlock]) -> tuple
     return tuple(result)
 
 
-def coverage(module: nn.Module, blocks: tuple[LayerBlock, ...]) -> Coverage:
-    """Share of the model's parameters in the blocks."""
+def coverage(module: nn.Module, blocks: tuple[LayerBlock, ...], adapter: Adapter | None = None) -> Coverage:
+    """Share of the model's parameters, or of those that its adapter trains, in the blocks."""
     covered = {matrix.parameter for block in blocks for matrix in block.matrices}
     parameters = dict(module.named_parameters())
+    if adapter is not None and adapter.parameters == "adapter":
+        parameters = {name: parameters[name] for name in adapter.trained}
+        return Coverage(
+            matrices=sum(len(block.matrices) for block in blocks),
+            parameters=sum(parameters[name].numel() for name in covered),
+            total_parameters=sum(parameter.numel() for parameter in parameters.values()),
+            left_out=tuple(name for name in parameters if name not in covered),
+        )
     return Coverage(
         matrices=sum(len(block.matrices) for block in blocks),
         parameters=sum(parameters[name].numel() for name in covered),
@@ -230,10 +253,16 @@ class _Source:
     columns: int
     transposed: bool
     expert: int | None
+    adapter: str | None = None
 
 
-def _sources(module: nn.Module) -> dict[str, _Source]:
-    """Every weight matrix of linear layers and fused experts, by name, without what is tied to embeddings."""
+def _sources(module: nn.Module, adapter: Adapter | None = None) -> dict[str, _Source]:
+    """Every weight matrix of linear layers and fused experts, by name, without what is tied to embeddings.
+
+    Those of an adapter alone if gradients are of its matrices.
+    """
+    if adapter is not None and adapter.parameters == "adapter":
+        return _adapter_sources(module, adapter)
     excluded = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     stacks: dict[str, list[ExpertStack]] = {}
     for stack in expert_stacks(module):
@@ -262,6 +291,18 @@ def _sources(module: nn.Module) -> dict[str, _Source]:
         sources[name] = _Source(
             parameter=f"{name}.weight", modules=(name,), rows=rows, columns=columns, transposed=transposed, expert=None
         )
+    return sources
+
+
+def _adapter_sources(module: nn.Module, adapter: Adapter) -> dict[str, _Source]:
+    """The matrices that an adapter trains, by name."""
+    sources: dict[str, _Source] = {}
+    for path, name in adapter.matrices.items():
+        rows, columns = module.get_parameter(f"{path}.weight").shape
+        sources[name] = _Source(
+            parameter=f"{path}.weight", modules=(path,), rows=rows, columns=columns, transposed=False, expert=None,
+            adapter=adapter.name,
+        )  # fmt: skip
     return sources
 
 
@@ -295,7 +336,11 @@ def _kind(name: str) -> tuple[Kind | None, int] | None:
 
 
 def _check_all_matched(
-    module: nn.Module, names: Sequence[str], matched: Mapping[str, int], sources: Mapping[str, _Source]
+    module: nn.Module,
+    names: Sequence[str],
+    matched: Mapping[str, int],
+    sources: Mapping[str, _Source],
+    adapter: Adapter | None,
 ) -> None:
     """Raise if a weight matrix of a layer is of no kind, or is no linear layer's or fused expert's.
 
@@ -306,7 +351,8 @@ def _check_all_matched(
     linear = {f"{path}.weight" for path, child in module.named_modules() if isinstance(child, (nn.Linear, Conv1D))}
     usual = statistics.median(sources[name].rows * sources[name].columns for name in matched)
     owners = dict(module.named_modules())
-    for name, parameter in module.named_parameters():
+    of_adapter = adapter is not None and adapter.parameters == "adapter"  # which knows that it trains no others
+    for name, parameter in () if of_adapter else module.named_parameters():
         owner = owners[name.rpartition(".")[0]]
         bare = name not in covered and name not in linear and not isinstance(owner, (nn.Embedding, *_CONVOLUTIONS))
         if (
@@ -374,4 +420,5 @@ def _matrix(name: str, layer: int, kind: Kind, block: int, source: _Source) -> W
         transposed=source.transposed,
         expert=source.expert,
         shared_by=source.modules[1:],
+        adapter=source.adapter,
     )

@@ -59,7 +59,7 @@ def load_pretrained(
 
     folder = Path(source)
     shapes: Mapping[str, tuple[int, ...]] = {}
-    with _quiet():
+    with quiet():
         if folder.is_dir():
             check_no_special_inside(folder, ModelError)
             shapes = _check_sizes(folder, name, options.get("gguf_file"))
@@ -90,7 +90,7 @@ def load_pretrained(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the log lines and progress bars of Transformers and of the hub's client."""
     from transformers.utils import logging as transformers_logging
 
@@ -245,6 +245,14 @@ def load_pretrained_tokenizer(source: str | Path, *, name: str, **options: Any) 
         raise ModelError(
             f"{name}: its tokenizer cannot be loaded ({_reason(error)}); expected tokenizer.json"
         ) from None
+
+
+def may_be_on_hub(source: str) -> bool:
+    """Whether a name that is no folder may be on the hub: `NAME` or `OWNER/NAME`, and no missing folder."""
+    owner, slash, name = source.partition("/")
+    if source.startswith((".", "~", "/")) or "\\" in source or "/" in name or (slash and not name):
+        return False
+    return not (slash and Path(owner).is_dir())
 
 
 def pretrained_digest(source: str | Path) -> str:

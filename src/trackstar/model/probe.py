@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trackstar.errors import ModelError
+from trackstar.model.adapter import unwrapped
 from trackstar.model.experts import expert_arguments, expert_outputs, is_experts, routed
 from trackstar.model.input_layouts import FLAT, InputLayout, find_layout
 from trackstar.text import one_line
@@ -60,7 +61,7 @@ def hidden_states(module: PreTrainedModel, token_ids: Tensor, *, from_base: bool
         reached.append(arguments[0])
         raise HeadReached
 
-    handle = module.get_output_embeddings().register_forward_pre_hook(stop)  # pyright: ignore[reportOptionalMemberAccess]
+    handle = _head(module).register_forward_pre_hook(stop)
     try:
         module(input_ids=token_ids, use_cache=False)
     except HeadReached:
@@ -84,7 +85,7 @@ def probe(module: PreTrainedModel, heads: Sequence[Callable[[Tensor], Tensor]], 
         ModelError: The model cannot be run, its logits are not finite or not the head's, or a later
             token changes an earlier prediction.
     """
-    device = module.get_output_embeddings().weight.device  # pyright: ignore[reportOptionalMemberAccess]
+    device = _head(module).weight.device
     numbers = torch.arange(BATCH * TOKENS, device=device).view(BATCH, TOKENS)
     first = (3 + numbers) % vocabulary
     second = (3 + BATCH * TOKENS + numbers) % vocabulary
@@ -139,7 +140,7 @@ class _Run:
 
 def _run(module: PreTrainedModel, token_ids: Tensor, source: str) -> _Run:
     run = _Run(logits=torch.zeros(0), hidden=torch.zeros(0), calls={}, inputs={}, faults=set())
-    head = module.get_output_embeddings()
+    head = _head(module)
 
     def record(path: str) -> Callable[..., None]:
         def hook(child: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
@@ -186,6 +187,11 @@ def _recorded(module: nn.Module, record: Callable[[str], Callable[..., None]]) -
             handle.remove()
 
 
+def _head(module: PreTrainedModel) -> Any:
+    """The head's linear layer."""
+    return unwrapped(module.get_output_embeddings())
+
+
 def _is_linear(child: nn.Module, inputs: Tensor, output: Any) -> bool:
     bias = child.bias if isinstance(child.bias, Tensor) else None
     expected = nn.functional.linear(inputs, child.get_parameter("weight"), bias)
@@ -200,7 +206,7 @@ def _matching_head(module: PreTrainedModel, heads: Sequence[Callable[[Tensor], T
             f"{source}: the logits of a few tokens are NaN or infinite, expected finite ones; "
             f"{largest_weight(module)}: its weights are damaged, or too large for the computation's dtype"
         )
-    width = module.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+    width = _head(module).weight.shape[1]
     if run.hidden.shape != (BATCH, TOKENS, width) or expected.shape[:2] != (BATCH, TOKENS):
         raise ModelError(
             f"{source}: the head of {type(module).__name__} reads a tensor of shape {tuple(run.hidden.shape)} for "

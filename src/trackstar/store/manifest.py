@@ -39,7 +39,7 @@ OLDEST_FORMAT_VERSION = 3
 """The oldest version that is read; its indexes are never extended, only copied into the current one."""
 DIGEST_FIELD = "digest"
 LARGEST_MANIFEST = 256 * 2**20
-_CONFIGURATION = "model.configuration"
+_CONFIGURATIONS = ("model.configuration", "model.adapter")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +256,7 @@ def different_configuration(found: Mapping[str, str] | None, expected: Mapping[s
 
 
 def _is_configuration(name: str) -> bool:
-    return name == _CONFIGURATION or name.startswith(f"{_CONFIGURATION}.")
+    return any(name == one or name.startswith(f"{one}.") for one in _CONFIGURATIONS)
 
 
 def _is_absent(manifest: Manifest, name: str) -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from trackstar.choices import Join, ProjectionKind, RecordFormat, SecondMomentKind, TrainOn
+from trackstar.choices import Join, Parameters, ProjectionKind, RecordFormat, SecondMomentKind, TrainOn
 from trackstar.corpus.reading import Reading
 
 Location = Literal["absolute", "relative", "hub", "url", "memory", "typed"]
@@ -33,6 +33,7 @@ DESCRIPTIVE_FIELDS = frozenset(
 ADDED_FIELDS: Mapping[int, Mapping[str, Mapping[str, Any]]] = {
     4: {"model": {"location": None, "configuration": None, "libraries": None}, "corpora": {"location": None}},
     5: {
+        "model": {"parameters": None, "adapter": None},
         "corpora": {"format": "text", "train_on": "all", "join": "auto", "chat_template": None, "metadata": []},
         "windows": {"truncate": False, "pack": None},
     },
@@ -55,8 +56,12 @@ class ModelEntry:
         architecture: Name of the model's class, such as `LlamaForCausalLM`.
         configuration: The fields of its configuration that decide its function, as JSON texts by
             name; None in format version 3.
-        digest: Digest of the weights.
+        digest: Digest of the weights, with those of an adapter.
         dtype: Number format in which gradients were computed.
+        parameters: Whether gradients are the merged network's or the adapter's; None for a model
+            without adapter.
+        adapter: The fields of the adapter's configuration that decide its function, as JSON texts by
+            name; None for a model without adapter.
     """
 
     source: str
@@ -68,6 +73,8 @@ class ModelEntry:
     configuration: Mapping[str, str] | None
     digest: str
     dtype: str
+    parameters: Parameters | None
+    adapter: Mapping[str, str] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,7 +181,7 @@ class TrainingStep:
             loss=loss,
             description=(
                 f"a relative step of {learning_rate:.3g} as Adafactor's, V {moment.source} and not updated; moves the "
-                "attention and MLP matrices alone"
+                f"{'adapter' if model.parameters == 'adapter' else 'attention and MLP'} matrices alone"
             ),
         )
 

@@ -74,6 +74,7 @@ def check_identity(index: Index, model: LanguageModel, *, weights: bool = True) 
     checks = [
         ("model.architecture", entry.architecture, model.architecture),
         ("model.dtype", entry.dtype, model.dtype_name),
+        ("model.parameters", str(entry.parameters), str(model.parameters)),
         *different_fields(entry, model),
         ("model.digest", entry.digest, model.digest() if weights else entry.digest),
         ("tokenizer.digest", manifest.tokenizer.digest, model.tokenizer_digest()),
@@ -98,9 +99,13 @@ def different_fields(entry: ModelEntry, model: LanguageModel) -> list[tuple[str,
     Returns:
         Name, value in the index and value in the model, for each.
     """
-    expected, found = entry.configuration or {}, model.configuration()
+    adapter = {} if model.adapter is None else model.adapter.configuration
     return [
-        (f"model.configuration.{name}", expected[name], found[name])
+        (f"model.{field}.{name}", expected[name], found[name])
+        for field, expected, found in (
+            ("configuration", entry.configuration or {}, model.configuration()),
+            ("adapter", entry.adapter or {}, adapter),
+        )
         for name in different_configuration(found, expected)
     ]
 
@@ -125,6 +130,7 @@ def model_of_manifest(
         str(source),
         revision=entry.revision if pinned else None,
         gguf_file=entry.gguf_file if pinned or has_file else None,
+        parameters=entry.parameters or "merged",
         dtype=entry.dtype,
         device=device,
         layer_blocks=[

@@ -129,7 +129,7 @@ class Worker:
         manifest, source = job.setup.manifest, job.source
         digest = manifest.model.digest
         configuration = tuple(sorted((manifest.model.configuration or {}).items()))
-        key = (digest, configuration, manifest.model.dtype, manifest.layer_blocks)
+        key = (digest, configuration, manifest.model.dtype, manifest.model.parameters, manifest.layer_blocks)
         if self._model is None or self._model_key != key:
             self._model = None  # free its memory before the next is loaded
             try:
