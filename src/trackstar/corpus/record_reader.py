@@ -267,8 +267,9 @@ def whole_conversation(prompt: object, completion: object) -> object:
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    both = isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple))
-    return [*prompt, *completion] if both else prompt if not isinstance(prompt, (list, tuple)) else completion
+    if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
+        return prompt if not isinstance(prompt, (list, tuple)) else completion  # which is refused
+    return [*prompt, *completion]
 
 
 def instruction_prompt(record: Mapping[Any, object], location: str) -> str:
