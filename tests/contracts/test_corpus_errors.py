@@ -96,7 +96,20 @@ BAD_FILES = [
     Bad("control.jsonl", GOOD + b'{"id": "b", "text": "Par\x01is"}', "{}:2: broken JSON (Invalid control character at"),
     Bad("two_on_a_line.jsonl", GOOD.strip() + GOOD, "{}:1: broken JSON (Extra data at character 28)"),
     Bad("pretty.json", b'{\n "id": "a",\n "text": "x"\n}', "{}:1: broken JSON ("),
-    Bad("array.jsonl", b'[{"id": "a", "text": "x"}]', "{}:1: found an array, expected one JSON object per line"),
+    Bad(
+        "array.jsonl",
+        b'[{"id": "a", "text": "x"}]',
+        "{}:1: found an array, expected one JSON object per line; let the name of a file that is "
+        "one array end in .json",
+    ),
+    Bad(
+        "strings.json", b'["x"]', "{}: record 0: found a string, expected an object; write texts one per line, as .txt"
+    ),
+    Bad("last_comma.json", b'[{"text": "x"},]', "{}: record 1: found ']', expected an object; write the file again"),
+    Bad("after_comma.json", b'[{"text": "x"},', "{}: record 1: found the end of the file, expected an object"),
+    Bad("semicolons.csv", b"id;text\na;x\n", "{}:1: the header 'id;text' is one name, with semicolons in it; expected"),
+    Bad("tabs.csv", b"id\ttext\na\tx\n", "{}:1: the header 'id\\ttext' is one name, with tabs in it; expected names"),
+    Bad("commas.tsv", b"id,text\na,x\n", "{}:1: the header 'id,text' is one name, with commas in it; expected names"),
     Bad("no_array.json", b'[{"text": "x"}, 3]', "{}: record 1: found a number, expected an object"),
     Bad("empty_array.json", b"[ ]", "{}: holds no record; "),
     Bad("cut.json", b'[{"text": "x"}, {"text": "y', "{}: record 1: broken JSON (Unterminated string starting at at"),
@@ -281,7 +294,7 @@ BAD_QUERIES = [
         b'{"prompt": "x", "completion": "y", "prompt": "z"}',
         '{}:1: field "prompt" is repeated; expected each field once; leave one out',
     ),
-    Bad("queries.txt", b"The capital of France is Paris\n", "{}: not JSON lines; queries are read from .jsonl"),
+    Bad("queries.txt", b"The capital of France is Paris\n", "{}: plain text; queries are records with a prompt; write JSON"),
     Bad("cut.jsonl.gz", gzip.compress(GOOD_QUERY)[:-9], "{}: after line 1: the compressed data ends early; "),
 ]
 

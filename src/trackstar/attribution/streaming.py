@@ -262,7 +262,10 @@ def _autocorrelation(
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
         sums.add(projected(projector, part, bar.advance)[0])
     if not sums.examples:
-        raise CorpusError(f"{corpus.name}: no record of it has a token to score, expected texts of two tokens or more")
+        raise CorpusError(
+            f"{corpus.name}: no record of it has a token to score; expected texts of two tokens or more, "
+            "with targets among them"
+        )
     return sums.mean().cpu(), sums.examples
 
 

@@ -134,7 +134,10 @@ def find_files(path: str) -> DataFiles:
         raise
     except Exception as error:  # remote file systems raise the errors of their client libraries
         raise _unreadable(name, error) from error
-    raise CorpusError(f"{name}: its name has no known ending; expected {EXPECTED_NAMES}; rename it")
+    raise CorpusError(
+        f"{name}: its name has no known ending; expected {EXPECTED_NAMES}; rename it, or convert it if "
+        "its content is none of these"
+    )
 
 
 def _filesystem(path: str, name: str) -> "tuple[AbstractFileSystem, str]":

@@ -25,7 +25,9 @@ from trackstar.text import one_line
 Entry = tuple[str, "Mapping[str, object] | str | None"]
 """A record's location and its fields, or its text; None for a line that is skipped unread."""
 
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
 _KINDS = {'"': "a string", "[": "an array", "t": "a boolean", "f": "a boolean", "n": "null"}
+_DIGITS = frozenset("-0123456789")
 # A parser stops this near to the end of what it has where a value is cut off.
 _NEAR_END = 16
 
@@ -83,7 +85,7 @@ def _rows(stream: Decompressed, file: DataFile) -> Iterator[Entry]:
     """The rows behind the header, which names the fields; all values are text."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     lines = (decoded(line, f"{file.name}:{number}") for number, line in whole_lines(stream, file))
-    reader = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
+    reader = csv.reader(lines, delimiter=_SEPARATORS[file.format], strict=True)
     names: list[str] | None = None
     while True:
         location = f"{file.name}:{reader.line_num + 1}"
@@ -104,6 +106,7 @@ def _rows(stream: Decompressed, file: DataFile) -> Iterator[Entry]:
             repeated = next((name for number, name in enumerate(names) if name in names[:number]), None)
             if repeated is not None:
                 raise CorpusError(f"{location}: the header names {one_line(repr(repeated))} twice; expected each once")
+            _check_separator(names, file, location)
             continue
         if len(row) != len(names):
             raise CorpusError(
@@ -111,6 +114,25 @@ def _rows(stream: Decompressed, file: DataFile) -> Iterator[Entry]:
                 "values that hold the separator"
             )
         yield location, dict(zip(names, row, strict=True))
+
+
+def _check_separator(names: list[str], file: DataFile, location: str) -> None:
+    """Raise if the header is one name that holds another separator.
+
+    Raises:
+        CorpusError: It is.
+    """
+    known = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+    expected = known.pop(_SEPARATORS[file.format])
+    found = next((sign for sign in known if sign in names[0]), None)
+    if len(names) == 1 and found is not None:
+        way = f"write the file with {expected}"
+        if known[found] == "tabs":
+            way += ", or let its name end in .tsv"
+        raise CorpusError(
+            f"{location}: the header {one_line(repr(names[0]))} is one name, with {known[found]} in it; expected names "
+            f"between {expected}; {way}"
+        )
 
 
 @final
@@ -148,7 +170,9 @@ class _ArrayReader:
     def _object(self) -> Mapping[str, object]:
         first = self._next()
         if first != "{":
-            raise CorpusError(f"{self._location}: found {_KINDS.get(first, 'a number')}, expected an object")
+            found = _KINDS.get(first) or ("a number" if first in _DIGITS else _shown(first))
+            way = "write texts one per line, as .txt" if first == '"' else "write the file again"
+            raise CorpusError(f"{self._location}: found {found}, expected an object; {way}")
         while True:
             try:
                 value, self._place = DECODER.raw_decode(self._text, self._place)
@@ -186,7 +210,7 @@ class _ArrayReader:
     def _take(self, expected: str) -> None:
         found = self._next()
         if found != expected:
-            shown = one_line(repr(found)) if found else "the end of the file"
+            shown = _shown(found)
             raise CorpusError(
                 f"{self._location}: broken JSON (found {shown} where {expected!r} was expected); expected one array of "
                 "objects; write the file again"
@@ -214,3 +238,7 @@ class _ArrayReader:
             ) from None
         self._text, self._place = self._text[self._place :] + text, 0
         return bool(text) or not self._ended
+
+
+def _shown(character: str) -> str:
+    return one_line(repr(character)) if character else "the end of the file"

@@ -48,7 +48,8 @@ def json_object(line: bytes, location: str) -> dict[str, object]:
             f"{location}: JSON that cannot be read ({one_line(error)}); expected a plain object"
         ) from None
     if not isinstance(value, dict):
-        raise CorpusError(f"{location}: found {json_kind(value)}, expected one JSON object per line")
+        way = "; let the name of a file that is one array end in .json" if isinstance(value, list) else ""
+        raise CorpusError(f"{location}: found {json_kind(value)}, expected one JSON object per line{way}")
     return value
 
 

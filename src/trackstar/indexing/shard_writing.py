@@ -194,7 +194,8 @@ def write_shards(
 def no_example_error(corpus: ExampleSource, end: CorpusPosition) -> CorpusError:
     """The error for a corpus without a scorable example."""
     return CorpusError(
-        f"{corpus.name}: none of its {end.record} records has a token to score, expected texts of two tokens or more"
+        f"{corpus.name}: none of its {end.record} records has a token to score; expected texts of two tokens or "
+        "more, with targets among them"
     )
 
 
