@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import lzma
 import subprocess
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
+import pandas as pd
 import pytest
 import zstandard
 from hypothesis import given
@@ -272,6 +275,54 @@ def test_a_function_whose_iterators_differ_is_noticed() -> None:
         next(once, None)
     with pytest.raises(CorpusError, match="gave 4 records, expected 3 as stated or as the first time"):
         list(corpus.examples())
+
+
+def test_a_function_whose_records_change_is_noticed_by_the_end_of_a_pass() -> None:
+    version = ["a"]
+    corpus = open_corpus(lambda: iter([{"text": "x"}, {"text": version[0]}]))
+    assert [example.text for example in corpus.examples()] == ["x", "a"]
+    version[0] = "b"
+    with pytest.raises(CorpusError, match="gave other records than the first time; pass a list, or a function"):
+        list(corpus.examples())
+    same = open_corpus(lambda: iter([Example(example_id="a", text="x", record=0), {"id": 1, "text": "y", "n": {2}}]))
+    assert list(same.examples()) == list(same.examples())
+
+
+def test_a_limit_bounds_what_is_taken_of_an_iterator_without_end() -> None:
+    def records() -> Iterator[dict[str, Any]]:
+        return ({"id": number, "text": f"text {number}"} for number in itertools.count())
+
+    for data in (records(), records, datasets.IterableDataset.from_generator(records)):
+        corpus = open_corpus(data, limit=3)
+        assert corpus.survey().records == corpus.count() == 3
+        assert [example.text for example in corpus.examples()] == ["text 0", "text 1", "text 2"]
+        assert corpus.digest() == open_corpus(records, limit=3).digest()
+    iterator = records()
+    open_corpus(iterator, limit=3).survey()
+    assert next(iterator)["id"] == 3
+
+
+def test_an_iterator_that_fails_names_the_record() -> None:
+    def records() -> Iterator[dict[str, Any]]:
+        yield from RECORDS[:2]
+        raise RuntimeError("out of rows")
+
+    for data in (records(), records):
+        with pytest.raises(CorpusError, match=r"in memory: cannot be read from record 2 on \(RuntimeError: out of"):
+            open_corpus(data).survey()
+
+
+def test_the_names_of_a_frame_are_those_of_its_index_if_that_has_a_name() -> None:
+    frame = pd.DataFrame(RECORDS)
+    assert list(open_corpus(frame.set_index("id")).examples()) == list(open_corpus(frame).examples())
+    kept = frame[["text"]][frame.index > 0]
+    assert [each.metadata for each in open_corpus(kept).examples()] == [""] * (len(RECORDS) - 1)
+
+
+def test_fields_that_no_record_has_are_noted() -> None:
+    survey = open_corpus([{"text": "x"}, {"text": "y", "n": {"m": 1}}], metadata=["n.m", "datum", "typo"]).survey()
+    assert next(survey.notes("c")) == "c: no record has a field datum, typo, which `metadata` names; check the spelling"
+    assert not open_corpus([{"text": "x"}], metadata="all").survey().absent
 
 
 def test_a_dataset_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

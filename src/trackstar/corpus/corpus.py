@@ -21,6 +21,7 @@ from trackstar.corpus.duplicates import (
     TakenNames,
     numbered,
 )
+from trackstar.corpus.fields import MISSING, value_at
 from trackstar.corpus.origins import source_of
 from trackstar.corpus.packing import Packing
 from trackstar.corpus.reading import (
@@ -100,7 +101,7 @@ def open_corpus(
     check_choice("duplicate_ids", duplicate_ids, DUPLICATE_IDS)
     check_choice("join", join, JOINS)
     kept = metadata_fields(metadata)
-    source = source_of(data)
+    source = source_of(data, limit)
     field_names = source.field_names()
     if id_field is not None and not field_names:
         raise OptionError(
@@ -391,6 +392,7 @@ class Corpus:
             names, texts = NameCollector(), HashCollector()
             reader = self._reader
             records = blank = metadata = spelled_out = 0
+            absent = dict.fromkeys(self.reading.metadata or ())
 
             def visit(record: Record) -> None:
                 nonlocal records, blank, metadata, spelled_out
@@ -398,10 +400,13 @@ class Corpus:
                 read = reader.read(record)
                 names.add(self._name(read))
                 metadata += len(read.metadata.encode("utf-8", "surrogatepass"))
+                if absent and isinstance(record.value, Mapping):
+                    for field in [name for name in absent if value_at(record.value, name) is not MISSING]:
+                        del absent[field]
                 key = read.content.key
                 if key and not key.isspace():
                     texts.add(key)
-                elif key:
+                elif key and read.content.tokens is None:
                     blank += 1
                 if self.leading and read.content.special_tokens and read.content.text.startswith(self.leading):
                     spelled_out += 1
@@ -426,6 +431,7 @@ class Corpus:
                 metadata_bytes=metadata,
                 spelled_out=spelled_out,
                 leading=self.leading,
+                absent=tuple(absent),
                 numbers=check.numbers() if self.duplicate_ids == "number" else {},
             )
             self._surveyed.append(survey)

@@ -157,6 +157,7 @@ class Survey:
         metadata_bytes: Length of all records' metadata.
         spelled_out: Number of records whose text begins with the tokenizer's leading token.
         leading: That token; empty for none.
+        absent: Fields that are to be kept as metadata and that no record has.
     """
 
     digest: str
@@ -167,6 +168,7 @@ class Survey:
     metadata_bytes: int = 0
     spelled_out: int = 0
     leading: str = ""
+    absent: tuple[str, ...] = ()
 
     def notes(self, name: str) -> Iterator[str]:
         """Lines for the user about the corpus of that name."""
@@ -184,6 +186,9 @@ class Survey:
                 f"{name}: the texts of {self.spelled_out:,} of {self.records:,} records spell out {self.leading}, "
                 "which the tokenizer adds; each has it once"
             )
+        if self.absent:
+            named = one_line(", ".join(self.absent))
+            yield f"{name}: no record has a field {named}, which `metadata` names; check the spelling"
         if self.metadata_bytes:
             yield (
                 f"{name}: the records' other fields are kept as metadata, {self.metadata_bytes / self.records:,.0f} "

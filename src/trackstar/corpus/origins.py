@@ -18,6 +18,7 @@ HUB = "hf:"
 """Prefix of a dataset's name on the hub."""
 
 _DATASET_NAME = "datasets.Dataset"
+_IN_MEMORY = "in memory"
 _HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 _EXPECTED = (
     "expected a path, hf:NAME, a datasets.Dataset, a frame of pandas or polars, or texts, mappings or Examples as a "
@@ -25,26 +26,31 @@ _EXPECTED = (
 )
 
 
-def source_of(data: object) -> Source:
+def source_of(data: object, limit: int | None = None) -> Source:
     """The source of a corpus.
+
+    Args:
+        data: What the caller passes; see `open_corpus`.
+        limit: Most records that will be read. Iterators and streams are asked for no more; files, tables and
+            lists are sources of all their records.
 
     Raises:
         CorpusError: It cannot be one, does not exist, or cannot be opened.
     """
     if isinstance(data, (str, os.PathLike)):
         path = os.fsdecode(os.fspath(data))
-        return _hub_source(path) if path.startswith(HUB) else _path_source(path)
-    found = _library_source(data)
+        return _hub_source(path, limit) if path.startswith(HUB) else _path_source(path)
+    found = _library_source(data, limit)
     if found is not None:
         return found
     if isinstance(data, Sequence) and not isinstance(data, (bytes, bytearray, memoryview)):
         return SequenceSource(data)
     if isinstance(data, (bytes, bytearray, memoryview, Mapping)) or data is None:
         raise CorpusError(f"a corpus of type {type(data).__name__}; {_EXPECTED}")
-    return _iterable_source(data)
+    return _iterable_source(data, limit)
 
 
-def _library_source(data: Any) -> Source | None:
+def _library_source(data: Any, limit: int | None) -> Source | None:
     """The source of an object of another library; only a caller who has imported that can pass one, so it is
     not imported here.
     """
@@ -59,7 +65,7 @@ def _library_source(data: Any) -> Source | None:
         if isinstance(data, datasets.IterableDataset):
             return IterableSource(
                 data.__iter__, name="datasets.IterableDataset", kind="datasets.IterableDataset", length=None,
-                in_memory=True,
+                in_memory=True, limit=limit,
             )  # fmt: skip
     if pandas is not None and isinstance(data, pandas.DataFrame):
         return frame_source(data, "pandas.DataFrame")
@@ -68,18 +74,18 @@ def _library_source(data: Any) -> Source | None:
     return None
 
 
-def _iterable_source(data: Any) -> Source:
+def _iterable_source(data: Any, limit: int | None) -> Source:
     """The source of an iterator, of an iterable object, or of a function that returns an iterator."""
     length = len(data) if hasattr(type(data), "__len__") else None
     if isinstance(data, Iterator):
-        begin: Callable[[], Iterator[object]] = Spool(data)
+        begin: Callable[[], Iterator[object]] = Spool(data, name=_IN_MEMORY, limit=limit)
     elif hasattr(type(data), "__iter__"):
         begin = data.__iter__
     elif callable(data):
         begin = cast("Callable[[], Iterator[object]]", data)
     else:
         raise CorpusError(f"a corpus of type {type(data).__name__}; {_EXPECTED}")
-    return IterableSource(begin, name="in memory", kind="iterator", length=length, in_memory=True)
+    return IterableSource(begin, name=_IN_MEMORY, kind="iterator", length=length, in_memory=True, limit=limit)
 
 
 def _path_source(path: str) -> Source:
@@ -99,7 +105,7 @@ def _path_source(path: str) -> Source:
     return DatasetSource(dataset, name=name, stem=PurePosixPath(path).name, in_memory=False)
 
 
-def _hub_source(path: str) -> Source:
+def _hub_source(path: str, limit: int | None) -> Source:
     """A dataset of the hub, streamed: `hf:NAME[:CONFIG[:SPLIT]]`; the split is `train` unless it is named."""
     name, *rest = path.removeprefix(HUB).split(":")
     if not _HUB_NAME.fullmatch(name) or len(rest) > 2:
@@ -120,5 +126,10 @@ def _hub_source(path: str) -> Source:
             "reach, with its configuration and split as hf:NAME:CONFIG:SPLIT"
         ) from error
     return IterableSource(
-        stream.__iter__, name=path, kind=f"datasets, streamed, split {split}", length=None, in_memory=False
+        stream.__iter__,
+        name=path,
+        kind=f"datasets, streamed, split {split}",
+        length=None,
+        in_memory=False,
+        limit=limit,
     )

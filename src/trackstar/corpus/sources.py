@@ -7,11 +7,12 @@ mean, limits and fallback names are left to its users. `tables.py` has the sourc
 
 import abc
 import itertools
+import json
 import pickle
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Any, cast, final
 
 from trackstar.corpus.data_files import (
     DataFile,
@@ -25,6 +26,7 @@ from trackstar.corpus.digests import digest_of_bytes, running_digest
 from trackstar.corpus.entries import Entry, count_of, entries_of
 from trackstar.corpus.reading import Columns
 from trackstar.corpus.record_reader import Record
+from trackstar.corpus.records import Example
 from trackstar.errors import CorpusError
 from trackstar.text import one_line
 
@@ -204,16 +206,26 @@ class IterableSource(RecordSource):
         kind: Description of its format.
         length: Number of records; None if it is not known.
         in_memory: Whether `name` cannot be opened again.
+        limit: Most records to ask the iterators for, which may have no end; None for all.
     """
 
     def __init__(
-        self, begin: Callable[[], Iterator[object]], *, name: str, kind: str, length: int | None, in_memory: bool
+        self,
+        begin: Callable[[], Iterator[object]],
+        *,
+        name: str,
+        kind: str,
+        length: int | None,
+        in_memory: bool,
+        limit: int | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
         self.in_memory = in_memory
         self._begin = begin
-        self._length = length
+        self._limit = limit
+        self._length = length if length is None or limit is None else min(length, limit)
+        self._content: str | None = None
 
     def field_names(self) -> tuple[str, ...]:
         first = next(self.records(0, ALL), None)
@@ -225,8 +237,9 @@ class IterableSource(RecordSource):
         del columns
         prefix = "" if self.in_memory else f"{self.name}: "
         number = 0
+        digest = running_digest()
         try:
-            items = iter(self._begin())
+            items = itertools.islice(iter(self._begin()), self._limit)
         except Exception as error:
             raise self._failed(number, error) from error
         while True:
@@ -236,11 +249,15 @@ class IterableSource(RecordSource):
                 break
             except Exception as error:
                 raise self._failed(number, error) from error
+            digest.update(_fingerprint(item))
+            if number + 1 == self._length:
+                self._check_same(digest.hexdigest())
             if number >= start:
                 yield Record(number, "example", item, f"{prefix}record {number}")
             number += 1
         if self._length is None:
             self._length = number
+            self._check_same(digest.hexdigest())
         elif self._length != number:
             raise CorpusError(
                 f"{self.name}: gave {number} records, expected {self._length} as stated or as the first time; pass a "
@@ -250,28 +267,74 @@ class IterableSource(RecordSource):
     def count(self) -> int | None:
         return self._length
 
+    def _check_same(self, content: str) -> None:
+        """Raise if all records are not those of the first time."""
+        if self._content is None:
+            self._content = content
+        elif self._content != content:
+            raise CorpusError(
+                f"{self.name}: gave other records than the first time; pass a list, or a function whose iterators give "
+                "the same records each time"
+            )
+
     def _failed(self, number: int, error: Exception) -> CorpusError:
         if isinstance(error, CorpusError):
             return error
-        reason = one_line(error) or type(error).__name__
-        return CorpusError(f"{self.name}: cannot be read from record {number} on ({type(error).__name__}: {reason})")
+        return _unreadable_from(self.name, number, error)
+
+
+def _unreadable_from(name: str, number: int, error: Exception) -> CorpusError:
+    reason = one_line(error) or type(error).__name__
+    return CorpusError(f"{name}: cannot be read from record {number} on ({type(error).__name__}: {reason})")
+
+
+def _fingerprint(item: object) -> bytes:
+    """A record's content as JSON, as far as JSON has it; equal for equal records."""
+    try:
+        return json.dumps(item, default=_as_json).encode()
+    except (TypeError, ValueError, RecursionError):  # names of fields that are no text, or a record in itself
+        return type(item).__name__.encode()
+
+
+def _as_json(value: Any) -> object:
+    if isinstance(value, Mapping):
+        return dict(cast("Mapping[object, object]", value))
+    if isinstance(value, Example):
+        return [value.example_id, value.text, value.targets, value.metadata, value.tokens and value.tokens.token_ids]
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 @final
 class Spool:
-    """The items of an iterator, kept in a temporary file so that they can be read more than once."""
+    """The items of an iterator, kept in a temporary file so that they can be read more than once.
 
-    def __init__(self, items: Iterator[object]) -> None:
-        self._items = items
+    Args:
+        items: The iterator.
+        name: Its name in messages.
+        limit: Most items to take; None for all.
+    """
+
+    def __init__(self, items: Iterator[object], *, name: str, limit: int | None = None) -> None:
+        self._items = itertools.islice(items, limit)
+        self._name = name
         self._file: Any = None
 
     def __call__(self) -> Iterator[object]:
-        """All items from the first on."""
+        """All items from the first on.
+
+        Raises:
+            CorpusError: The iterator fails, or an item cannot be kept; the message has its number.
+        """
         if self._file is None:
             file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed with this object
             weakref.finalize(self, file.close)
-            for item in self._items:
-                pickle.dump(item, file)
+            number = 0
+            try:
+                for item in self._items:
+                    pickle.dump(item, file)
+                    number += 1
+            except Exception as error:
+                raise _unreadable_from(self._name, number, error) from error
             self._file = file
         place, end = 0, self._file.seek(0, 2)
         while place < end:

@@ -282,7 +282,8 @@ def frame_source(data: Any, kind: str) -> FrameSource:
 
     try:
         if kind == "pandas.DataFrame":
-            table = pa.Table.from_pandas(data, preserve_index=False)
+            named = any(name is not None for name in data.index.names)  # such as that of `frame.set_index("id")`
+            table = pa.Table.from_pandas(data.reset_index() if named else data, preserve_index=False)
         else:
             table = data if isinstance(data, pa.Table) else pa.table(data)
     except Exception as error:
