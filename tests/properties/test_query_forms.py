@@ -85,6 +85,7 @@ def test_instructions_and_loss_masks_are_asked_as_training_reads_them(tmp_path: 
         {"instruction": "Name the capital of {input}.", "input": "France {instruction}", "output": "Paris"},
         {"instruction": "Name a capital.", "output": "Paris"},
         {"input_ids": [0, 5, 6, 7], "loss_mask": [0, 0, 0, 1]},
+        {"input_ids": [0, 5, 6, 7], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 0, 1]},
     ):
         (window,) = windows_of(record, tokenizer)
         query = asked(record, tokenizer, tmp_path)

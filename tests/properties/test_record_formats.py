@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from tiny_models import SENTENCES, save_tiny_model, tiny_tokenizer
 from trackstar import Index, add_examples, build_index, merge_indexes, open_corpus, remove_examples
@@ -86,6 +88,32 @@ def test_every_token_of_a_completion_is_a_target_once_also_in_windows(parts: lis
     assert all(window.example_id == f"example:0#{window.window}" for window in windows if window.window)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("A: ", "\u5df4", ["\u5df4"]),  # the prompt's last space is a token of its own
+        ("a  ", "b", ["b"]),
+        ("a", "b ", ["b "]),
+        ("a", "  b  ", ["  b  "]),
+        ("a", " ", [" "]),
+        ("a ", "<s>b", ["<s>b"]),
+    ],
+)
+@pytest.mark.parametrize("trims", [True, False])
+def test_white_space_belongs_to_its_own_side_also_where_the_tokenizer_trims_offsets(
+    trims: bool, prompt: str, completion: str, expected: list[str]
+) -> None:
+    tokenizer = tokenizer_with(None)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=trims, add_prefix_space=False),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]),
+        ]
+    )
+    windows = windows_of({"prompt": prompt, "completion": completion}, tokenizer, join="none")
+    assert targets_of(windows, tokenizer) == expected
+
+
 def test_instructions_are_alpacas_prompts() -> None:
     tokenizer = tokenizer_with(None)
     with_input, alone = (
@@ -127,6 +155,22 @@ def test_a_conversation_is_rendered_as_the_tokenizer_does(template: str) -> None
         assert window.target_mask.astype(int).tolist() == own["assistant_masks"]
     last = windows_of({"messages": CHAT}, tokenizer, train_on="completion")
     assert targets_of(last, tokenizer) == ends[1:]
+
+
+def test_the_last_answer_has_all_its_marks_and_none_of_an_earlier_one() -> None:
+    """Also where the template marks an answer in parts, or the answer is empty between its marks."""
+    parts = (
+        "{% generation %}{{ message['content'][:3] }}{% endgeneration %}|{% generation %}{{ message['content'][3:] }}"
+    )
+    divided = CHATML.replace("{% generation %}{{ message['content'] + eos_token }}", parts)
+    options: dict[str, Any] = {"train_on": "completion"}
+    tokenizer = tokenizer_with(divided)
+    assert targets_of(windows_of({"messages": CHAT}, tokenizer, **options), tokenizer) == ["Ber", "lin."]
+    assert targets_of(windows_of({"messages": CHAT[3:]}, tokenizer, **options), tokenizer) == ["Ber", "lin."]
+    assert targets_of(windows_of({"messages": [CHAT[4], CHAT[3]]}, tokenizer, **options), tokenizer) == ["Ber", "lin."]
+    empty = [*CHAT[:4], {"role": "assistant", "content": ""}]
+    assert windows_of({"messages": empty}, tokenizer, **options) == []
+    assert targets_of(windows_of({"messages": empty}, tokenizer), tokenizer) == ["Par", "is."]
 
 
 def test_forms_of_a_conversation_are_the_same_conversation() -> None:
@@ -195,6 +239,9 @@ def test_token_ids_are_read_as_they_are_with_their_labels() -> None:
     for record in (
         {"input_ids": ids, "labels": labels},
         {"input_ids": ids, "loss_mask": [int(label != -100) for label in labels]},
+        {"input_ids": ids, "completion_mask": [int(label != -100) for label in labels]},
+        {"input_ids": ids, "completion_mask": [1] * len(ids), "assistant_masks": [int(x != -100) for x in labels]},
+        {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)},
         {"input_ids": [2, *ids], "labels": [-100, *labels], "attention_mask": [0] + [1] * len(ids)},
     ):
         (window,) = windows_of(record, tokenizer)
@@ -224,8 +271,10 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries, input_ids 2; expected one for each token"),
     ({"input_ids": [1, 2], "labels": [1, 3]}, "labels[1] is 3; expected 2, the token of input_ids there, or -100"),
     ({"input_ids": [1, -2]}, "input_ids[1] is -2; expected token ids, 0 or more"),
-    ({"input_ids": [1, 2.5]}, "input_ids[1] is a number; expected a whole number of 32 bits"),
+    ({"input_ids": [1, 2.5]}, "input_ids[1] is 2.5; expected a whole number of 32 bits"),
     ({"input_ids": [1], "labels": [1], "loss_mask": [1]}, "has both labels and loss_mask; expected one of them"),
+    ({"input_ids": [1], "labels": [1], "assistant_masks": [1]}, "has both labels and assistant_masks; expected one"),
+    ({"input_ids": [1, 2], "completion_mask": [1]}, "completion_mask has 1 entries, input_ids 2; expected one for"),
     ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "loss_mask[1] is 2; expected 0 or 1"),
     ({"prompt": "x", "completion": 3}, 'field "completion" is a number; expected a string'),
     ({"prompt": CHAT, "completion": CHAT}, 'field "prompt" is an array; expected a string; write a conversation'),
@@ -323,6 +372,11 @@ def test_the_line_that_shows_an_example_marks_its_targets_and_moves_no_cursor() 
     assert line.isprintable()
     assert line.endswith("<|user|>⏎a [2Jb⏎<|assistant|>⏎⟦Paris.</s>⟧⏎")
     assert "(messages, train on assistant; " in line
+    long = open_corpus([{"input_ids": [5] * 90, "labels": [-100] * 80 + [5] * 10}, {"input_ids": [5, 6]}])
+    for truncate, name in ((False, "example:0#1"), (True, "example:1")):
+        shown = first_example(long, tokenizer, 64, truncate=truncate)
+        assert shown is not None
+        assert shown.startswith(f"first example {name} (tokens, ")
     (window,) = windows_of({"text": "x" * 5000}, tokenizer, window_tokens=9000)
     assert len(marked(window, tokenizer)) < 400
 

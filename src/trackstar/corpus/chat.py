@@ -206,12 +206,14 @@ class ChatTemplate:
         text, spans = self._render(chat, chat.messages, location, marked=marked)
         if train_on == "all":
             return RenderedChat(text=text, targets=None)
-        if marked:
-            targets = tuple(spans)
-        else:
+        if not marked:
             answers = chat.answers[-1:] if train_on == "completion" else chat.answers
-            targets = tuple(self._answers(chat, answers, text, location))
-        return RenderedChat(text=text, targets=targets[-1:] if train_on == "completion" else targets)
+            return RenderedChat(text=text, targets=tuple(self._answers(chat, answers, text, location)))
+        if train_on == "completion" and chat.answers[-1]:
+            # An answer may have several marks, or be empty between them.
+            _, earlier = self._render(chat, chat.messages[: chat.answers[-1]], location, marked=True)
+            spans = spans[len(earlier) :]
+        return RenderedChat(text=text, targets=tuple(span for span in spans if span[0] < span[1]))
 
     def prompt(self, chat: Conversation, location: str) -> str:
         """The text of a conversation up to where the assistant's next answer begins.
@@ -271,8 +273,7 @@ class ChatTemplate:
             raise CorpusError(
                 f"{location}: the chat template cannot render {what} ({first_line(error, 160)}); {_ADVICE}"
             ) from None
-        found = tuple((start, stop) for start, stop in (spans[0] if marked else ()) if start < stop)
-        return texts[0], found
+        return texts[0], tuple((start, stop) for start, stop in (spans[0] if marked else ()))
 
 
 def _of_one_day(template: str) -> str:

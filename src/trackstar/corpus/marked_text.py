@@ -16,16 +16,15 @@ _MOST_CHARACTERS = 160
 _MOST_SEGMENTS = 9
 
 
-def first_example(corpus: Corpus, tokenizer: Tokenizer, window_tokens: int) -> str | None:
+def first_example(corpus: Corpus, tokenizer: Tokenizer, window_tokens: int, *, truncate: bool = False) -> str | None:
     """A line that shows the first example with a target; None if none of the first records has one.
 
     Raises:
         CorpusError: A record cannot be read or tokenized.
     """
     examples = itertools.islice(corpus.examples(), _MOST_RECORDS)
-    window = next(
-        (parts[0] for parts in tokenize_examples(examples, tokenizer, window_tokens=window_tokens) if parts), None
-    )
+    tokenized = tokenize_examples(examples, tokenizer, window_tokens=window_tokens, truncate=truncate)
+    window = next((parts[0] for parts in tokenized if parts), None)
     if window is None:
         return None
     reading = corpus.reading

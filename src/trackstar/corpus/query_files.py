@@ -10,7 +10,7 @@ from trackstar.corpus.chat import conversation, read_template
 from trackstar.corpus.fields import check_writable, encodable
 from trackstar.corpus.origins import source_of
 from trackstar.corpus.queries import checked_tokens
-from trackstar.corpus.reading import CONVERSATION_FIELDS, TOKENS_FIELD
+from trackstar.corpus.reading import CONVERSATION_FIELDS, MASK_FIELDS, TOKENS_FIELD
 from trackstar.corpus.record_reader import (
     NO_TARGET,
     instruction_prompt,
@@ -204,7 +204,7 @@ def _join(line: Mapping[str, object], location: str) -> Join | None:
 
 
 def _query_of_tokens(record: Mapping[str, object], location: str, name: str) -> Query:
-    if record.get("labels") is None and record.get("loss_mask") is None:
+    if all(record.get(field) is None for field in ("labels", *MASK_FIELDS)):
         raise CorpusError(
             f"{location}: no labels; expected as many as {TOKENS_FIELD}, each the token or, for a token that is no "
             f"target, {NO_TARGET}"

@@ -14,6 +14,8 @@ ID_FIELDS = ("example_id", "sentence_id", "id")
 
 CONVERSATION_FIELDS = ("messages", "conversations")
 TOKENS_FIELD = "input_ids"
+MASK_FIELDS = ("loss_mask", "completion_mask", "assistant_masks")
+"""Fields of which each marks the targets of token ids with 1; a target is marked by all that are there."""
 DIVIDED_FIELD = "prompt"
 """Field with the beginning of a conversation that `completion` goes on with."""
 _REQUIRED: dict[RecordFormat, tuple[str, ...]] = {
@@ -28,7 +30,7 @@ _OPTIONAL: dict[RecordFormat, tuple[str, ...]] = {
     "prompt-completion": (),
     "messages": ("tools", "system"),
     "instruction": ("input",),
-    "tokens": ("labels", "loss_mask", "attention_mask"),
+    "tokens": ("labels", *MASK_FIELDS, "attention_mask"),
 }
 _NO_METADATA = ("token_type_ids", "position_ids", "special_tokens_mask")
 """Further fields of token ids, which describe the tokens and not the record."""

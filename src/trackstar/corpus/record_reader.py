@@ -20,7 +20,7 @@ from trackstar.corpus.fields import (
     without_paths,
 )
 from trackstar.corpus.joining import joined
-from trackstar.corpus.reading import Reading
+from trackstar.corpus.reading import MASK_FIELDS, Reading
 from trackstar.corpus.records import Example, TokenSequence
 from trackstar.errors import CorpusError, OptionError
 
@@ -267,9 +267,9 @@ def whole_conversation(prompt: object, completion: object) -> object:
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
-        return prompt if not isinstance(prompt, (list, tuple)) else completion  # which is refused
-    return [*prompt, *completion]
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+        return [*prompt, *completion]
+    return completion if isinstance(prompt, (list, tuple)) else prompt
 
 
 def instruction_prompt(record: Mapping[Any, object], location: str) -> str:
@@ -300,17 +300,12 @@ def target_positions(record: Mapping[Any, object], ids: np.ndarray, ids_field: s
     Raises:
         CorpusError: Labels or mask do not fit the token ids.
     """
-    labels, loss_mask = record.get("labels"), record.get("loss_mask")
-    if labels is not None and loss_mask is not None:
-        raise CorpusError(f"{location}: has both labels and loss_mask; expected one of them; leave one out")
-    if loss_mask is not None:
-        mask = _aligned(loss_mask, "loss_mask", ids, ids_field, location)
-        wrong = np.flatnonzero((mask != 0) & (mask != 1))
-        if wrong.size:
-            raise CorpusError(f"{location}: loss_mask[{wrong[0]}] is {mask[wrong[0]]}; expected 0 or 1")
-        return mask == 1
+    labels = record.get("labels")
+    masks = [field for field in MASK_FIELDS if record.get(field) is not None]
+    if labels is not None and masks:
+        raise CorpusError(f"{location}: has both labels and {masks[0]}; expected one of them; leave one out")
     if labels is None:
-        return np.ones(len(ids), dtype=bool)
+        return _marked_by_all(record, masks, ids, ids_field, location)
     aligned = _aligned(labels, "labels", ids, ids_field, location)
     mask = aligned != NO_TARGET
     wrong = np.flatnonzero(mask & (aligned != ids))
@@ -321,6 +316,20 @@ def target_positions(record: Mapping[Any, object], ids: np.ndarray, ids_field: s
             f"or {NO_TARGET} for no target; labels are not shifted"
         )
     return mask
+
+
+def _marked_by_all(
+    record: Mapping[Any, object], masks: Sequence[str], ids: np.ndarray, ids_field: str, location: str
+) -> np.ndarray:
+    """The positions that every mask marks with 1."""
+    marked = np.ones(len(ids), dtype=bool)
+    for field in masks:
+        mask = _aligned(record.get(field), field, ids, ids_field, location)
+        wrong = np.flatnonzero((mask != 0) & (mask != 1))
+        if wrong.size:
+            raise CorpusError(f"{location}: {field}[{wrong[0]}] is {mask[wrong[0]]}; expected 0 or 1")
+        marked &= mask == 1
+    return marked
 
 
 def _aligned(value: object, field: str, ids: np.ndarray, ids_field: str, location: str) -> np.ndarray:
@@ -338,13 +347,15 @@ def whole_numbers(value: object, field: str, location: str) -> np.ndarray:
     Raises:
         CorpusError: It is no array of such numbers.
     """
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
+    to_list = getattr(value, "tolist", None)  # of an array or a tensor
+    if to_list is not None:
+        value = to_list()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise CorpusError(f'{location}: field "{field}" is {json_kind(value)}; expected an array of whole numbers')
     for number, one in enumerate(value):
         if not isinstance(one, (int, np.integer)) or not -(2**31) <= one < 2**31:
-            raise CorpusError(f"{location}: {field}[{number}] is {json_kind(one)}; expected a whole number of 32 bits")
+            shown = one if isinstance(one, (int, float)) else json_kind(one)
+            raise CorpusError(f"{location}: {field}[{number}] is {shown}; expected a whole number of 32 bits")
     return np.array(value, dtype=np.int64)
 
 

@@ -336,7 +336,7 @@ def _stream_of(example: Example, encoded: EncodedText) -> _Stream:
     if example.targets is not None:
         mask = np.zeros(len(ids), dtype=bool)
         stop_of_text = len(ids) - after
-        bounds = np.array(offsets[before:stop_of_text], dtype=np.int64).reshape(-1, 2)
+        bounds = _whole_bounds(offsets[before:stop_of_text])
         for start, stop in example.targets:
             # A token without characters, such as one that the tokenizer prepends, is where it begins.
             ends = np.maximum(bounds[:, 1], bounds[:, 0] + 1)
@@ -344,6 +344,18 @@ def _stream_of(example: Example, encoded: EncodedText) -> _Stream:
         ends_with_target = bool(example.targets) and example.targets[-1][1] >= len(example.text)
         mask[stop_of_text:] = ends_with_target
     return _Stream(ids=ids, mask=mask, before=before, after=after, offsets=offsets)
+
+
+def _whole_bounds(offsets: list[tuple[int, int]]) -> np.ndarray:
+    """Each token's first character and the one behind its last, with the white space that it begins with.
+
+    A tokenizer that trims offsets leaves that space out; a token of nothing but spaces then seems to
+    lie behind them. Characters that no token has are the next token's.
+    """
+    bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    ends = np.maximum.accumulate(np.concatenate([[0], bounds[:-1, 1]]))
+    bounds[:, 0] = np.minimum(bounds[:, 0], ends[: len(bounds)])
+    return bounds
 
 
 def _whole(example: Example, stream: _Stream, backend: "Backend") -> TokenizedExample:

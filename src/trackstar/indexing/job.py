@@ -155,7 +155,7 @@ def prepare(
     manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings, out=out)
     for line in corpus.survey().notes(corpus.name):
         bar.note(line)
-    shown = first_example(corpus, model.tokenizer, manifest.windows.tokens)
+    shown = first_example(corpus, model.tokenizer, manifest.windows.tokens, truncate=manifest.windows.truncate)
     if shown is not None:
         bar.note(shown)
     batch_tokens = settings.batch_tokens
