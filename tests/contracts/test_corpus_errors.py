@@ -294,7 +294,11 @@ BAD_QUERIES = [
         b'{"prompt": "x", "completion": "y", "prompt": "z"}',
         '{}:1: field "prompt" is repeated; expected each field once; leave one out',
     ),
-    Bad("queries.txt", b"The capital of France is Paris\n", "{}: plain text; queries are records with a prompt"),
+    Bad(
+        "queries.txt",
+        b"The capital of France is Paris\n",
+        "{}: plain text; queries are records with a prompt; write JSON",
+    ),
     Bad("cut.jsonl.gz", gzip.compress(GOOD_QUERY)[:-9], "{}: after line 1: the compressed data ends early; "),
 ]
 

@@ -16,6 +16,8 @@ from trackstar.attribution.writing import write_results
 from trackstar.audit.checks import AtHand
 from trackstar.audit.recomputation import check_audit
 from trackstar.audit.writing import write_audit
+from trackstar.cli.commands import trackstar
+from trackstar.cli.framework import run
 from trackstar.corpus import Query, prompt_of, query_with_texts, read_queries, tokenize_query
 from trackstar.errors import CorpusError, ModelError, OptionError
 
@@ -112,6 +114,31 @@ def test_a_generated_answer_follows_the_conversation(tmp_path: Path) -> None:
         (query,) = read_queries(written(tmp_path, {"messages": messages}), needs_completion=False)
         assert prompt_of(query, tokenizer) == rendered
         assert query.completion == (CHAT[-1]["content"] if messages is CHAT else "")
+
+
+def test_a_chat_prompt_is_put_once_in_the_template_of_conversations(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer_with(None).save_pretrained(folder)
+    (tmp_path / "chat.jinja").write_text("{{ bos_token }}" + CHATML)
+    message = {"role": "user", "content": "The capital of France?"}
+    written(tmp_path, {"messages": [message, CHAT[2]]}, name="c.jsonl")
+    written(tmp_path, {"messages": [message]})
+    options = ["--model", str(folder), "--data", str(tmp_path / "c.jsonl"), "--side", "8", "--second-moment", "none"]
+    options += ["--generate", "--stop", "end", "--max-new-tokens", "4", "--json"]
+    template = ["--chat-template", str(tmp_path / "chat.jinja")]
+    results = []
+    for asked_as in (
+        ["--queries", str(tmp_path / "q.jsonl"), *template],
+        ["--queries", str(tmp_path / "q.jsonl"), "--chat", *template],
+        ["--prompt", str(message["content"]), "--chat", *template],
+    ):
+        assert run(trackstar, ["query", *options, *asked_as]) == 0
+        results.append(json.loads(capfd.readouterr().out)["input_ids"])
+    assert results[0] == results[1] == results[2]
+    assert run(trackstar, ["query", *options, "--prompt", "x", "--chat"]) == 1
+    assert "pass a file with the template of the training run as --chat-template" in capfd.readouterr().err
 
 
 def test_the_template_can_come_from_a_file(tmp_path: Path) -> None:

@@ -355,14 +355,14 @@ def _answer(
     if source.index is None:
         streamed = load_model(str(source.model), device=source.device)
         if question.generate:
-            queries = _with_generated_completions(queries, streamed, question.settings())
+            queries = _with_generated_completions(queries, streamed, question)
         return stream_queries(
             streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring, **source.streaming
         )
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
         model = model_of_index(index, source.model, device=source.device)
-        queries = _with_generated_completions(queries, model, question.settings())
+        queries = _with_generated_completions(queries, model, question)
     with chosen_workers(**source.cluster) as workers:
         return answer_queries(
             index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,
@@ -406,7 +406,7 @@ def _save(
 
 
 def _with_generated_completions(
-    queries: "Sequence[Query]", model: "LanguageModel", settings: GenerationSettings
+    queries: "Sequence[Query]", model: "LanguageModel", question: Question
 ) -> "list[Query]":
     """Return the queries of the tokens that the model says, without prompts that it does not
     complete.
@@ -414,10 +414,17 @@ def _with_generated_completions(
     Each prompt that is left out is named in a note.
     """
     from trackstar.corpus import prompt_of
+    from trackstar.corpus.chat import read_template
     from trackstar.model.generation import generate
 
+    # A prompt becomes a conversation here, in the template that conversations have, and once.
+    settings = dataclasses.replace(question.settings(), chat=False)
+    template = None if question.chat_template is None else read_template(question.chat_template)
     answered = []
     for query in queries:
+        if question.chat and query.messages is None:
+            message = {"role": "user", "content": query.prompt}
+            query = dataclasses.replace(query, messages=(message,), chat_template=template)
         generation = generate(model, prompt_of(query, model.tokenizer), settings, query_id=query.query_id)
         if generation.text.strip():
             answered.append(generation.query(query.query_id, record=query.record))
