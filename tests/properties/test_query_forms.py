@@ -20,6 +20,8 @@ from trackstar.cli.commands import trackstar
 from trackstar.cli.framework import run
 from trackstar.corpus import Query, prompt_of, query_with_texts, read_queries, tokenize_query
 from trackstar.errors import CorpusError, ModelError, OptionError
+from trackstar.model.generation import generate
+from trackstar.model.generation_settings import GenerationSettings
 
 SHAREGPT = [{"from": "human", "value": "The capital of France?"}, {"from": "gpt", "value": "Paris."}]
 DIFFERS_LATER = "{{ messages | length }}" + UNMARKED
@@ -211,3 +213,18 @@ def test_a_query_of_messages_can_be_made_in_python() -> None:
         query_with_texts(Query(query_id="q", messages=tuple(CHAT[:2])), tokenizer)
     with pytest.raises(OptionError, match="`chat_template`"):
         read_queries("q.jsonl", chat_template="missing.jinja")
+
+
+def test_a_generated_answer_follows_the_tokens_of_training(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer_with(CHATML, "bos").save_pretrained(folder)  # the template has no <s>, which the tokenizer adds to texts
+    model = load_model(folder)
+    chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    (window,) = windows_of({"messages": chat}, model.tokenizer, train_on="completion")
+    start = int(window.target_mask.argmax())
+    settings = GenerationSettings(max_new_tokens=3, stop="end")
+    query = Query(query_id="q", messages=tuple(chat))
+    generation = generate(model, query, settings)
+    assert list(generation.prompt_ids) == window.token_ids[:start].tolist()
+    in_chat = generate(model, "Where?", GenerationSettings(max_new_tokens=3, stop="end", chat=True))
+    assert in_chat.token_ids == generation.token_ids

@@ -357,8 +357,9 @@ def _answer(
         if question.generate:
             queries = _with_generated_completions(queries, streamed, question)
         return stream_queries(
-            streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring, **source.streaming
-        )
+            streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring,
+            **_streaming(source, queries),
+        )  # fmt: skip
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
         model = model_of_index(index, source.model, device=source.device)
@@ -389,6 +390,19 @@ def _inputs(source: Source, question: Question, task: str | None) -> "list[Input
     )  # fmt: skip
 
 
+def _streaming(source: Source, queries: "Sequence[Query]") -> dict[str, Any]:
+    """The options of a streamed corpus, without a chat template that only the queries need."""
+    from trackstar.corpus import open_corpus
+
+    options = dict(source.streaming)
+    of_queries = any(query.chat_template is not None or query.token_ids is not None for query in queries)
+    if "chat_template" in options and of_queries:
+        reading = {name: options[name] for name in ("text_field", "id_field", "limit", "format") if name in options}
+        if not open_corpus(source.data, **reading).reading.may_be_conversations:
+            del options["chat_template"]
+    return options
+
+
 def _save(
     report: "QueryReport", out: str, question: Question, prompts: "Sequence[Query] | None", *, force: bool
 ) -> None:
@@ -413,19 +427,15 @@ def _with_generated_completions(
 
     Each prompt that is left out is named in a note.
     """
-    from trackstar.corpus import prompt_of
     from trackstar.corpus.chat import read_template
     from trackstar.model.generation import generate
 
-    # A prompt becomes a conversation here, in the template that conversations have, and once.
-    settings = dataclasses.replace(question.settings(), chat=False)
+    settings = question.settings()
     template = None if question.chat_template is None else read_template(question.chat_template)
     answered = []
     for query in queries:
-        if question.chat and query.messages is None:
-            message = {"role": "user", "content": query.prompt}
-            query = dataclasses.replace(query, messages=(message,), chat_template=template)
-        generation = generate(model, prompt_of(query, model.tokenizer), settings, query_id=query.query_id)
+        asked = dataclasses.replace(query, chat_template=template)
+        generation = generate(model, asked, settings, query_id=query.query_id)
         if generation.text.strip():
             answered.append(generation.query(query.query_id, record=query.record))
         else:

@@ -114,11 +114,6 @@ def open_corpus(
     if form == "prompt-completion" and _prompt_is_conversation(source):
         form, text_field = "messages", DIVIDED_FIELD
         train_on = train_on or "completion"
-    if chat_template is not None and form not in ("messages", "instruction"):
-        raise OptionError(
-            f"`chat_template`: expected none for records of the format {form}, which is no conversation; leave it out, "
-            "or choose another `format`"
-        )
     reading = Reading(
         text_field=field_of_text(form, field_names, text_field, source.name),
         id_field=id_field,
@@ -129,6 +124,11 @@ def open_corpus(
         chat_template=None if chat_template is None else "",
         metadata=kept,
     )
+    if chat_template is not None and not reading.may_be_conversations:
+        raise OptionError(
+            f"`chat_template`: expected none for records of the format {form}, which is no conversation; leave it out, "
+            "or choose another `format`"
+        )
     template = None if chat_template is None else read_template(chat_template)
     corpus = Corpus(source=source, reading=reading, duplicate_ids=duplicate_ids, template=template)
     if tokenizer is not None:

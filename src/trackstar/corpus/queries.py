@@ -163,16 +163,16 @@ def token_texts(token_ids: Sequence[int], start: int, tokenizer: Tokenizer) -> t
     return whole[:common], whole[common:]
 
 
-def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
+def prompt_tokens(prompt: str, tokenizer: Tokenizer, *, special_tokens: bool = True) -> list[int]:
     """The tokens of a prompt to generate from: special tokens precede it as in training, none
-    follow.
+    follow. Without `special_tokens`, none precede it, as a rendered conversation has its own.
 
     Raises:
         CorpusError: The prompt holds half a surrogate pair.
         ModelError: The tokenizer is not a fast one, or fails.
     """
     # An empty text would not separate the special tokens before it from those after it.
-    encoded = encode(fast_backend(tokenizer), prompt or "a", "prompt")
+    encoded = encode(fast_backend(tokenizer), prompt or "a", "prompt", special_tokens=special_tokens)
     return encoded.token_ids[: len(encoded.token_ids) - encoded.after if prompt else encoded.before]
 
 

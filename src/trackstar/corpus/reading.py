@@ -104,6 +104,11 @@ class Reading:
     metadata: tuple[str, ...] | None = None
 
     @property
+    def may_be_conversations(self) -> bool:
+        """Whether a chat template can render the records."""
+        return self.format in ("messages", "instruction")
+
+    @property
     def is_divided(self) -> bool:
         """Whether the messages of a conversation are divided between a prompt and a completion."""
         return self.format == "messages" and self.text_field == DIVIDED_FIELD

@@ -353,8 +353,8 @@ def whole_numbers(value: object, field: str, location: str) -> np.ndarray:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise CorpusError(f'{location}: field "{field}" is {json_kind(value)}; expected an array of whole numbers')
     for number, one in enumerate(value):
-        if not isinstance(one, (int, np.integer)) or not -(2**31) <= one < 2**31:
-            shown = one if isinstance(one, (int, float)) else json_kind(one)
+        if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or not -(2**31) <= one < 2**31:
+            shown = one if type(one) in (int, float) else json_kind(one)
             raise CorpusError(f"{location}: {field}[{number}] is {shown}; expected a whole number of 32 bits")
     return np.array(value, dtype=np.int64)
 

@@ -106,10 +106,7 @@ def check_written(path: Path, *, read: Sequence[Input], force: bool) -> None:
 
 def _line(model: LanguageModel, query: Query, samples: int, settings: GenerationSettings) -> bytes:
     texts = [
-        generation.text
-        for generation in generate_samples(
-            model, prompt_of(query, model.tokenizer), samples, settings, query_id=query.query_id
-        )
+        generation.text for generation in generate_samples(model, query, samples, settings, query_id=query.query_id)
     ]
     fields = dict(query.record) or {"query_id": query.query_id, "prompt": query.prompt}
     fields[GENERATIONS] = texts

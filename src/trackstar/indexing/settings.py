@@ -108,7 +108,7 @@ class IndexSettings:
         check_at_least("pack", self.pack, 2)
         if self.pack is not None and self.truncate:
             raise OptionError(
-                f"`truncate`: expected False with `pack`, whose rows hold whole documents, found {self.truncate}; "
+                f"`truncate`: expected False with `pack`, whose rows have one length already, found {self.truncate}; "
                 "leave one of them out"
             )
         check_at_least("seed", self.seed, 0, bits=64)

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trackstar.corpus import Query, Tokenizer, prompt_tokens, token_texts
+from trackstar.corpus import Query, Tokenizer, prompt_of, prompt_tokens, token_texts
 from trackstar.corpus.digests import draw_bytes
-from trackstar.errors import ModelError, OptionError, check_at_least
+from trackstar.errors import OptionError, check_at_least
 from trackstar.model.batching import missing_embedding
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
@@ -106,15 +106,21 @@ class Generation:
 
 
 def generate(
-    model: LanguageModel, prompt: str, settings: GenerationSettings | None = None, *, query_id: str | None = None
+    model: LanguageModel,
+    prompt: str | Query,
+    settings: GenerationSettings | None = None,
+    *,
+    query_id: str | None = None,
 ) -> Generation:
     """What the model says after a prompt; see `GenerationSettings` for the defaults.
 
-    Special tokens precede the prompt as in training.
+    Special tokens precede the prompt as in training. A conversation has those of its template, and no
+    others.
 
     Args:
         model: The model.
-        prompt: Text to continue, or a user's message.
+        prompt: Text to continue, a user's message, or a query, whose prompt or conversation is
+            continued.
         settings: How to generate; None is greedily, up to 16 tokens or the end of the line.
         query_id: Name of the prompt in messages.
 
@@ -128,7 +134,7 @@ def generate(
 
 def generate_samples(
     model: LanguageModel,
-    prompt: str,
+    prompt: str | Query,
     samples: int,
     settings: GenerationSettings | None = None,
     *,
@@ -140,12 +146,14 @@ def generate_samples(
     """
     settings = settings or GenerationSettings()
     check_samples(samples)
-    if settings.chat:
-        prompt = chat_prompt(prompt, model.tokenizer)
-    token_ids = prompt_tokens(prompt, model.tokenizer)
+    query = prompt if isinstance(prompt, Query) else Query(query_id="prompt", prompt=prompt)
+    if settings.chat and query.messages is None:
+        query = _as_message(query, model.tokenizer)
+    text = prompt_of(query, model.tokenizer)
+    token_ids = prompt_tokens(text, model.tokenizer, special_tokens=query.messages is None)
     _check_prompt(model, token_ids, settings, query_id)
     parts = (range(first, min(first + _AT_ONCE, samples)) for first in range(0, samples, _AT_ONCE))
-    return [one for numbers in parts for one in continuations(model, prompt, token_ids, numbers, settings)]
+    return [one for numbers in parts for one in continuations(model, text, token_ids, numbers, settings)]
 
 
 def check_samples(samples: int) -> None:
@@ -159,25 +167,18 @@ def check_samples(samples: int) -> None:
         raise OptionError(f"`samples`: expected at most {MOST_SAMPLES:,}, found {abridged(samples)}")
 
 
-def chat_prompt(message: str, tokenizer: Any) -> str:
-    """A user's message in the tokenizer's chat template, up to where the assistant's answer begins.
+def _as_message(query: Query, tokenizer: Any) -> Query:
+    """The query's prompt as a user's message.
 
     Raises:
-        OptionError: The tokenizer has no chat template.
-        ModelError: The template fails.
+        OptionError: There is no chat template.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if query.chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise OptionError(
-            "`chat`: expected a tokenizer with a chat template, found one without; leave it out, or save the "
-            "template with the tokenizer"
+            "`chat`: expected a tokenizer with a chat template, found one without; leave it out, or pass a file with "
+            "the template of the training run as `chat_template`"
         )
-    messages = [{"role": "user", "content": message}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates raise what they like
-        raise ModelError(
-            f"the chat template fails ({one_line(error)}); expected one that takes a user's message"
-        ) from None
+    return dataclasses.replace(query, messages=({"role": "user", "content": query.prompt},))
 
 
 @torch.no_grad()
