@@ -336,11 +336,25 @@ def test_an_untrained_adapter_has_its_line_and_the_advice_works(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fresh = get_peft_model(tiny_model("llama"), lora())
+    untrained = {name: tensor.clone() for name, tensor in fresh.base_model.model.state_dict().items()}
     model = wrapped(fresh, parameters="adapter", layer_blocks=1)
     settings: dict[str, Any] = {"side": 4, "codec": "float16", "progress": False}
     message = refusal(lambda: build_index(model, TEXTS, tmp_path / "a", **settings), SecondMomentError)
     assert "lora_B.default.weight" in message
     assert 'pass `second_moment="none"`' in message
+    optimizer = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad])
+    tokens = torch.arange(3, 30)[None]
+    fresh.eval()(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()  # its second moment of A is zero
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    message = refusal(
+        lambda: build_index(model, TEXTS, tmp_path / "a", second_moment=tmp_path / "optimizer.pt", **settings),
+        SecondMomentError,
+    )
+    assert "lora_A has NaN, infinite or negative entries or is zero throughout" in message
+    assert message.endswith('or pass `second_moment="none"`')
+    with torch.no_grad():
+        fresh.base_model.model.load_state_dict(untrained)
     index = build_index(model, TEXTS, tmp_path / "a", second_moment="none", **settings)
     assert answer_queries(index, [QUESTION], model=model, k=1, progress=False).results
 
@@ -362,6 +376,7 @@ def test_every_command_takes_an_adapter_and_keeps_the_recorded_choice(
         f"index --model {adapter_folder} --parameters {parameters} --data {corpus} --out {index} --side 8 --seed 1",
         f"query {index} --queries {queries} --out {tmp_path / 'answers.jsonl'}",
         f"add {index} --data {more} --duplicate-ids number --out {tmp_path / 'larger'}",
+        f"query --data {corpus} --model {adapter_folder} --parameters {parameters} --queries {queries} --side 8 --json",
         f"generate --model {adapter_folder} --queries {queries} --out {tmp_path / 'said.jsonl'} --samples 1",
     ]  # fmt: skip
     for command in commands:
@@ -473,3 +488,38 @@ def test_a_corpus_is_streamed_with_either_gradients(adapter_folder: Path):
     ]
     scores = [[one.influence for one in report.results[0].proponents] for report in reports]
     assert scores[0] != scores[1]
+
+
+# ---- The hub -------------------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def put_on_hub(cache: Path, name: str, folder: Path) -> None:
+    """Write a folder into the hub's cache, as a download of its main branch leaves it."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+def test_an_adapter_and_its_base_model_on_the_hub_are_loaded_by_name(
+    own_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    edit_config(own_folder, base_model_name_or_path="someone/base")
+    put_on_hub(tmp_path / "hub", "someone/base", adapter_folder.parent / "base")
+    put_on_hub(tmp_path / "hub", "someone/adapter", own_folder)
+    for parameters in ("merged", "adapter"):
+        model = load_model("someone/adapter", parameters=parameters, layer_blocks=1)
+        assert model.digest() == load_model(adapter_folder).digest()
+        index = build_index(
+            model, TEXTS, tmp_path / parameters, side=4, codec="float16", second_moment="none", progress=False
+        )
+        assert (index.manifest.model.source, index.manifest.model.location) == ("someone/adapter", "hub")
+        assert index.manifest.model.revision == COMMIT
+        assert answer_queries(index, [QUESTION], progress=False).results
+    assert load_model("someone/base").parameters is None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from trackstar.choices import JOINS, Join, Stop
+from trackstar.choices import JOINS, PARAMETERS, Join, Stop
 from trackstar.cli.framework import Command, prepare
 from trackstar.cli.options import (
     BATCH_HELP,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _STREAMING = (
     "text_field", "id_field", "limit", "duplicate_ids", "format", "train_on", "window_tokens", "truncate", "pack",
-    "second_moment", "whitening_examples", "side", "seed",
+    "second_moment", "whitening_examples", "side", "seed", "parameters",
 )  # fmt: skip
 """Options of a streamed corpus; an index has settings of its own."""
 _SHARED = ("join", "chat_template")
@@ -250,6 +250,13 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 )
 @rare("--truncate", is_flag=True, help="With --data: cut longer documents instead.")
 @rare("--pack", type=int, metavar="N", help="With --data: pack documents into rows of N tokens.")
+@choice(
+    "--parameters",
+    PARAMETERS,
+    rare=True,
+    default="merged",
+    help="With --data: of a PEFT adapter, the merged network's or its own.",
+)
 @rare(
     "--second-moment",
     default=default("second_moment"),
@@ -353,12 +360,14 @@ def _answer(
     from trackstar.workers.index_model import model_of_index
 
     if source.index is None:
-        streamed = load_model(str(source.model), device=source.device)
+        settings = dict(source.streaming)
+        parameters = settings.pop("parameters", "merged")
+        streamed = load_model(str(source.model), device=source.device, parameters=parameters)
         if question.generate:
             queries = _with_generated_completions(queries, streamed, question)
         return stream_queries(
             streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring,
-            **_streaming(source, queries),
+            **_streaming(source.data, settings, queries),
         )  # fmt: skip
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
@@ -390,15 +399,15 @@ def _inputs(source: Source, question: Question, task: str | None) -> "list[Input
     )  # fmt: skip
 
 
-def _streaming(source: Source, queries: "Sequence[Query]") -> dict[str, Any]:
-    """The options of a streamed corpus, without a chat template that only the queries need."""
+def _streaming(data: str | None, settings: Mapping[str, Any], queries: "Sequence[Query]") -> dict[str, Any]:
+    """The settings of a streamed corpus, without a chat template that only the queries need."""
     from trackstar.corpus import open_corpus
 
-    options = dict(source.streaming)
+    options = dict(settings)
     of_queries = any(query.chat_template is not None or query.token_ids is not None for query in queries)
     if "chat_template" in options and of_queries:
         reading = {name: options[name] for name in ("text_field", "id_field", "limit", "format") if name in options}
-        if not open_corpus(source.data, **reading).reading.may_be_conversations:
+        if not open_corpus(data, **reading).reading.may_be_conversations:
             del options["chat_template"]
     return options
 

@@ -136,7 +136,8 @@ def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[Weight
             if not torch.isfinite(part).all() or (part < 0).any() or not (part > 0).any():
                 raise SecondMomentError(
                     f"{second_moment.source}: second moment of {matrix.name} has NaN, infinite or negative entries or "
-                    "is zero throughout; expected means of squares"
+                    "is zero throughout; expected means of squares; train the model longer, or pass "
+                    '`second_moment="none"`'
                 )
     return second_moment
 
