@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_record_formats import CHAT, CHATML, UNMARKED, tokenizer_with, windows_of
 
-from tiny_models import save_tiny_model
+from tiny_models import EOS, save_tiny_model
 from trackstar import build_index, load_model
 from trackstar.attribution.answering import answer_queries
 from trackstar.attribution.writing import write_results
@@ -56,8 +56,9 @@ def test_a_conversation_is_asked_as_training_reads_it(record: dict[str, Any], te
     count = len(query.token_ids)  # the query ends with its last target
     assert query.token_ids.tolist() == window.token_ids[:count].tolist()
     assert query.target_mask.tolist() == window.target_mask[:count].tolist()
-    assert not window.target_mask[count:].any()
     assert query.target_mask[-1]
+    # What ends the turn is no target of a query, nor is it generated.
+    assert tokenizer.decode(window.token_ids[count:][window.target_mask[count:]]).strip() == EOS
 
 
 def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_record_that_is_no_query_is_one_line(record: dict[str, Any], found: st
     assert str(error.value).startswith(f"{path}:1: ")
 
 
-def test_a_conversation_that_is_asked_as_it_was_trained_on_has_the_influence_one(tmp_path: Path) -> None:
+def test_a_conversation_is_the_first_proponent_of_its_own_answer(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     tokenizer_with(CHATML, "bos").save_pretrained(folder)
     model = load_model(folder)
@@ -188,7 +189,7 @@ def test_a_conversation_that_is_asked_as_it_was_trained_on_has_the_influence_one
     report = answer_queries(index, queries, model=model, k=2, exact=True, progress=False)
     for number, result in enumerate(report.results):
         assert result.proponents[0].example_id == f"example:{number}"
-        assert result.proponents[0].influence == pytest.approx(1, abs=1e-4)
+        assert result.proponents[0].influence > result.proponents[1].influence
         assert result.query.completion.startswith("A ")
     write_results(report, tmp_path / "r.jsonl", query_set="chats")
     audit = write_audit(report, tmp_path / "r.jsonl", query_set="chats")
@@ -208,7 +209,7 @@ def test_a_query_of_messages_can_be_made_in_python() -> None:
     query = query_with_texts(Query(query_id="q", messages=tuple(CHAT)), tokenizer)
     assert query.messages is None
     assert query.prompt.endswith("<|assistant|>\n")
-    assert query.completion == "Berlin.</s>"
+    assert query.completion == "Berlin."
     with pytest.raises(CorpusError, match="query q: the conversation has no message of the assistant"):
         query_with_texts(Query(query_id="q", messages=tuple(CHAT[:2])), tokenizer)
     with pytest.raises(OptionError, match="`chat_template`"):

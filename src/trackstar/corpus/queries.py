@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trackstar.corpus.chat import ChatTemplate, Conversation, conversation
+from trackstar.corpus.chat import ChatTemplate, Conversation, RenderedChat, conversation
 from trackstar.corpus.joining import joined
 from trackstar.corpus.records import Example, Query, TokenizedExample
 from trackstar.corpus.tokenization import Tokenizer, check_window, encode, fast_backend, token_sequences
@@ -32,8 +32,9 @@ def tokenize_query(query: Query, tokenizer: Tokenizer, *, window_tokens: int) ->
     Prompt and completion are tokenized together. Special tokens precede the text as in training,
     and none follow it. A token is a target if any of its characters belongs to the completion,
     which includes a space that joins the two. The tokens of a query of tokens are taken as they
-    are. A query of messages is rendered as a conversation of a corpus is, and only its last answer
-    is a target. A query longer than the window loses the beginning of its prompt;
+    are. A query of messages is rendered as a conversation of a corpus is; its targets are those of
+    the last answer, without what the template writes behind the answer's text, such as the token
+    that ends a turn. A query longer than the window loses the beginning of its prompt;
     the returned text is then shorter than `query_text`.
 
     Args:
@@ -124,19 +125,32 @@ def _of_conversation(query: Query, tokenizer: Tokenizer) -> Query:
         )
     chat = dataclasses.replace(chat, messages=chat.messages[: chat.answers[-1] + 1])
     rendered = ChatTemplate.of(tokenizer, query.chat_template).rendered(chat, "completion", description)
-    example = Example(
-        example_id=query.query_id, text=rendered.text, record=0, targets=rendered.targets, special_tokens=False
-    )
+    targets = _within_answer(rendered, str(chat.messages[-1].get("content", "")).strip())
+    example = Example(example_id=query.query_id, text=rendered.text, record=0, targets=targets, special_tokens=False)
     ((_, tokens),) = token_sequences([example], tokenizer)
     if not tokens.target_mask.any():
         raise CorpusError(f"{description}: the last answer has no token; expected at least one")
-    # What the template writes behind the answer is no context of it.
+    # What follows the last target is no context of it.
     stop = int(np.flatnonzero(tokens.target_mask)[-1]) + 1
     asked = dataclasses.replace(
         query, prompt="", completion="", messages=None, tools=None, chat_template=None,
         token_ids=tuple(tokens.token_ids[:stop].tolist()), target_mask=tuple(tokens.target_mask[:stop].tolist()),
     )  # fmt: skip
     return query_with_texts(asked, tokenizer)
+
+
+def _within_answer(rendered: RenderedChat, answer: str) -> tuple[tuple[int, int], ...]:
+    """The targets up to the end of the answer's text; all of them if the template changes the text.
+
+    The token that ends a turn would ask why the model says no more. An example that states the same and
+    goes on would be an opponent.
+    """
+    targets = rendered.targets or ()
+    begin = rendered.text.rfind(answer, targets[0][0], targets[-1][1]) if answer and targets else -1
+    if begin < 0:
+        return targets
+    end = begin + len(answer)
+    return tuple((start, min(stop, end)) for start, stop in targets if start < end)
 
 
 def _conversation(query: Query) -> Conversation:
