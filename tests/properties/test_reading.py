@@ -175,6 +175,12 @@ def _pandas(_: Path) -> object:
     return pandas.DataFrame(RECORDS, index=range(5, 5 + len(RECORDS)))
 
 
+def _polars(_: Path) -> object:
+    import polars
+
+    return polars.DataFrame(RECORDS)
+
+
 def _arrow_table(_: Path) -> object:
     import pyarrow as pa
 
@@ -202,6 +208,7 @@ STORED: list[Callable[[Path], object]] = [
     _iterable_dataset,
     _generator_function,
     _pandas,
+    _polars,
     _arrow_table,
     lambda _: RECORDS,
     lambda _: tuple(EXPECTED),
