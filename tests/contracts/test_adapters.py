@@ -240,6 +240,12 @@ def test_damaged_and_foreign_adapters_have_one_line(own_folder: Path, adapter_fo
         assert expected in refusal(lambda: load_model(own_folder))
 
 
+@pytest.mark.parametrize("fields", [{"r": 10**12}, {"r": 0}, {"rank_pattern": {"q_proj": 10**12}}])
+def test_a_rank_that_the_weights_cannot_have_is_refused_at_once(fields: dict[str, Any], own_folder: Path):
+    edit_config(own_folder, **fields)
+    assert "the largest dimension of its weights" in refusal(lambda: load_model(own_folder))
+
+
 def test_a_run_folder_names_its_checkpoints(adapter_folder: Path, tmp_path: Path):
     shutil.copytree(adapter_folder, tmp_path / "run" / "checkpoint-3")
     message = refusal(lambda: load_model(tmp_path / "run"))

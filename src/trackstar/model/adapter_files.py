@@ -21,6 +21,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
 _PREFIX = "base_model.model."
 _COPY = ".modules_to_save."
+_RANKS = {"LORA": ("r",), "LOHA": ("r",), "VERA": ("r",), "ADALORA": ("init_r",)}
+"""Fields of a configuration that are dimensions of the adapter's tensors, by method."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -78,6 +80,7 @@ def load_adapter(folder: Path, name: str, load_base: LoadBase) -> tuple[PreTrain
     fields = _fields(folder, name)
     base = _base(folder, name, fields)
     shapes = _weight_shapes(folder / ADAPTER_WEIGHTS, name)
+    _check_rank(fields, shapes, name)
     revision = fields.get("revision")
     options = {"revision": revision} if isinstance(revision, str) and not isinstance(base, Path) else {}
     try:
@@ -203,6 +206,20 @@ def _weight_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
         raise ModelError(
             f"{name}: its {ADAPTER_WEIGHTS} is not a whole safetensors file ({_reason(error)}); restore the file"
         ) from None
+
+
+def _check_rank(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Raise if a rank is below 1 or above every dimension of the weights, before memory is taken for it."""
+    ranks = {key: fields.get(key) for key in _RANKS.get(str(fields.get("peft_type")), ())}
+    pattern = fields.get("rank_pattern")
+    ranks |= {f"rank_pattern of {key}": rank for key, rank in pattern.items()} if isinstance(pattern, dict) else {}
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for key, rank in ranks.items():
+        if isinstance(rank, int) and not 1 <= rank <= largest:
+            raise ModelError(
+                f"{name}: its {ADAPTER_CONFIG} has {one_line(key, 100)} {abridged(rank)}, expected 1 to {largest}, the "
+                "largest dimension of its weights; restore the file"
+            )
 
 
 def _resize(module: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
