@@ -110,7 +110,7 @@ def test_options_are_frozen():
     assert found == {
         "index": sorted(
             "--model --data --out --text-field --id-field --limit --duplicate-ids --second-moment --dtype --codec "
-            "--format --train-on --join --chat-template --metadata --truncate --pack "
+            "--format --train-on --join --chat-template --metadata --truncate --pack --parameters "
             "--batch-tokens --device --threads --window-tokens --overlap --side --layer-blocks "
             "--attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
@@ -123,7 +123,7 @@ def test_options_are_frozen():
             "--device --threads --model --prompt-field --query-set --batch-tokens --rerank --exact "
             "--join --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
             "--data --text-field --id-field --limit --duplicate-ids --window-tokens --second-moment "
-            "--whitening-examples --side --seed "
+            "--parameters --whitening-examples --side --seed "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "finish": sorted("index --threads --help-all".split()),
