@@ -123,7 +123,7 @@ def test_options_are_frozen():
             "--device --threads --model --prompt-field --query-set --batch-tokens --rerank --exact "
             "--join --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
             "--data --text-field --id-field --limit --duplicate-ids --window-tokens --second-moment "
-            "--parameters --whitening-examples --side --seed "
+            "--format --train-on --chat-template --truncate --pack --parameters --whitening-examples --side --seed "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "finish": sorted("index --threads --help-all".split()),
@@ -142,7 +142,7 @@ def test_options_are_frozen():
         ),
         "generate": sorted(
             "--model --queries --out --samples --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
-            "--device --threads --prompt-field --force --help-all".split()
+            "--device --threads --prompt-field --chat-template --force --help-all".split()
         ),
         "evaluate": sorted("--config --out --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()),
         "pretrain": sorted(
@@ -154,7 +154,7 @@ def test_options_are_frozen():
         "verify": ["index"],
         "audit": sorted(
             "audit --results --index --model --data --queries --task --again --second-moment --device --threads "
-            "--help-all".split()
+            "--chat-template --help-all".split()
         ),
         "demo": ["--out", "--seed"],
     }

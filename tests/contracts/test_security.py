@@ -13,6 +13,9 @@ STARTED = re.compile("system$|popen$|exec[lv]|spawn|posix_spawn|fork")
 CALLS = {"eval", "exec", "compile", "__import__"}
 # The only program that is started: this interpreter, isolated, with a constant text as its program.
 MATCHER = PACKAGE / "model" / "user_patterns.py"
+# The records of a Python iterator, kept in a temporary file without a name so that they can be read again.
+SPOOL = PACKAGE / "corpus" / "sources.py"
+EXCEPTIONS = {MATCHER: ["subprocess"], SPOOL: ["pickle.load", "pickle.dump"]}
 COMMAND = '[sys.executable, "-I", "-S", "-c", _MATCH]'
 
 
@@ -45,7 +48,9 @@ def _wrong_call(node: ast.Call) -> list[str]:
         name = node.func.attr
         if name == "load" and ast.unparse(node.func) == "torch.load" and not _is(given.get("weights_only"), True):
             return ["torch.load without weights_only=True"]
-        if name == "from_pretrained" and not _is(given.get("trust_remote_code"), False):
+        # An adapter's configuration is JSON alone, and its reader has no such parameter.
+        of_adapter = isinstance(node.func.value, ast.Name) and node.func.value.id == "PeftConfig"
+        if name == "from_pretrained" and not of_adapter and not _is(given.get("trust_remote_code"), False):
             return ["from_pretrained without trust_remote_code=False"]
     return []
 
@@ -56,7 +61,7 @@ def _is(node: ast.expr | None, value: bool) -> bool:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_source_file_runs_what_it_reads(path: Path):
-    assert wrong(path.read_text(encoding="utf-8")) == (["subprocess"] if path == MATCHER else [])
+    assert wrong(path.read_text(encoding="utf-8")) == EXCEPTIONS.get(path, [])
 
 
 def test_the_only_program_that_is_started_is_a_constant_one():

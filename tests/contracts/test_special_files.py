@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -232,14 +230,3 @@ def test_command_line_refuses_a_pipe_as_queries(tmp_path: Path, capsys: pytest.C
     words = ["query", "--data", "none.jsonl", "--model", "none", "--queries", str(tmp_path / "q.jsonl")]
     assert framework.run(command_group, words) == 1
     assert capsys.readouterr().err.startswith(f"trackstar: {tmp_path / 'q.jsonl'}: is a pipe; expected a regular file")
-
-
-def test_advice_for_a_table_of_queries_works_to_the_letter(tmp_path: Path):
-    table = tmp_path / "queries.csv"
-    table.write_text("id,prompt,completion\n1,The capital of France is,Paris\n2,NA,null\n")
-    with pytest.raises(CorpusError) as caught:
-        read_queries(table)
-    command = str(caught.value).split("convert it with: ")[1].replace("python ", f"{sys.executable} ", 1)
-    subprocess.run(command, shell=True, check=True)
-    queries = [(query.query_id, query.prompt, query.completion) for query in read_queries(table.with_suffix(".jsonl"))]
-    assert queries == [("1", "The capital of France is", "Paris"), ("2", "NA", "null")]
