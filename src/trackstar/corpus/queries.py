@@ -143,7 +143,7 @@ def _within_answer(rendered: RenderedChat, answer: str) -> tuple[tuple[int, int]
     """The targets up to the end of the answer's text; all of them if the template changes the text.
 
     The token that ends a turn would ask why the model says no more. An example that states the same and
-    goes on would be an opponent.
+    then continues would be an opponent.
     """
     targets = rendered.targets or ()
     begin = rendered.text.rfind(answer, targets[0][0], targets[-1][1]) if answer and targets else -1

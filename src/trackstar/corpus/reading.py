@@ -17,7 +17,7 @@ TOKENS_FIELD = "input_ids"
 MASK_FIELDS = ("loss_mask", "completion_mask", "assistant_masks")
 """Fields of which each marks the targets of token ids with 1; a target is marked by all that are there."""
 DIVIDED_FIELD = "prompt"
-"""Field with the beginning of a conversation that `completion` goes on with."""
+"""Field with the beginning of a conversation that `completion` continues."""
 _REQUIRED: dict[RecordFormat, tuple[str, ...]] = {
     "text": (),
     "prompt-completion": ("prompt", "completion"),

@@ -262,7 +262,7 @@ class RecordReader:
 
 
 def whole_conversation(prompt: object, completion: object) -> object:
-    """The messages of a prompt, and those of the completion that goes on with them; a text is an answer."""
+    """The messages of a prompt, then those of the completion; a completion that is text is an answer."""
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(prompt, str):

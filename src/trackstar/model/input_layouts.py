@@ -26,7 +26,7 @@ class InputLayout:
 
     Attributes:
         axes: For each axis, its symbols from the slowest to the fastest with the sizes of "k"; None
-            if the rows cannot be told apart by example, so that a batch must be one example.
+            if the rows cannot be assigned to examples, so that a batch must be one example.
     """
 
     axes: tuple[tuple[tuple[str, int], ...], ...] | None

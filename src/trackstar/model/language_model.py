@@ -66,7 +66,7 @@ class LanguageModel:
         repeated: Names of the matrices that several calls in a forward pass compute with.
         from_base: Whether the head's input is the last hidden state of the module's `base_model`.
         one_at_a_time: Whether a batch must be one example: the model mixes the examples of a batch, or
-            a layer's inputs cannot be told apart by example.
+            a layer's inputs cannot be assigned to examples.
         adapter: Its PEFT adapter, and whose gradients are taken; None if it has none.
         source: The path or hub name it was loaded from.
         revision: The hub's revision, or None.
