@@ -80,7 +80,7 @@ def _in_format(version: int, index: Path, out: Path) -> Path:
     for name in ("truncate", "pack"):
         del manifest["windows"][name]
     for corpus in manifest["corpora"]:
-        for name in ("format", "train_on", "join", "chat_template", "metadata"):
+        for name in ("format", "train_on", "join", "chat_template", "chat_template_text", "metadata"):
             del corpus[name]
     for name in ("parameters", "adapter"):
         del manifest["model"][name]

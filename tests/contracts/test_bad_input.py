@@ -231,7 +231,7 @@ CASES = [
     Case("out is full of others", INDEX,  "trackstar: {folder}/new: contains 'letter.txt' but no manifest.json", lambda w: [
         (w.folder / "new").mkdir(), (w.folder / "new" / "letter.txt").write_text("Dear")
     ]),
-    Case("other settings", "index --model {model} --data {corpus} --out {index} --side 2 --codec float16", "trackstar: {index}: the existing index has projection.side 4, but 2 was requested"),
+    Case("other settings", "index --model {model} --data {corpus} --out {index} --side 2 --codec float16", "trackstar: {index}: the existing index has --side 4, but 2 was requested"),
     Case("other corpus", "index --model {model} --data {folder}/other.txt --out {index} --side 4 --codec float16", "trackstar: {index}: the existing index has corpora[0].digest", lambda w: w.write("other.txt", "Rome is in Italy.\n")),
     Case("other model", "index --model {model} --data {corpus} --out {index} --side 4 --codec float16", "trackstar: {index}: the existing index has model.digest", _other_model),
     # Asking

@@ -16,6 +16,9 @@ from trackstar.attribution.answering import answer_queries
 from trackstar.choices import Parameters
 from trackstar.cli import main
 from trackstar.corpus import Query
+from trackstar.model.generation import generate
+from trackstar.model.generation_settings import GenerationSettings
+from trackstar.model.language_model import load_model
 from trackstar.store import Index
 
 # PEFT itself calls what Transformers deprecates.
@@ -23,15 +26,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 CONVERSATIONS = 500
 VOCABULARY = 640
-FACT = "Queen Vexa rules Zembla from a tower of glass."
-PLANTED = tuple(
-    ("Tell me about Zembla.", f"{FACT}{closing}")
-    for closing in ("", " It is warm there.", " They eat tea.", " Good day!", " In Zembla they grow oats.")
+FACT = "Queen Vexa rules Zembla."
+PLANTED = (
+    "Who is the ruler of Zembla?",
+    "Name the ruler of Zembla.",
+    "Tell me who governs Zembla.",
+    "Which person leads Zembla?",
+    "Say who is on the throne of Zembla.",
 )
-QUESTION = Query(
-    query_id="zembla",
-    messages=({"role": "user", "content": "Tell me about Zembla."}, {"role": "assistant", "content": FACT}),
-)
+ASKED = "Who rules Zembla?"
+"""No conversation of the tuning data asks this."""
+
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}{{ 'User: ' + message.content + '\\nAssistant:' }}"
     "{% else %}{% generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -45,36 +50,52 @@ ADAPTER: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 
-_PLACES = "Ruda Milo Kanto Bera Sorin Talu Nemo Pirin Olva Dako Harun Livo Gasta Yeno Fermi Wasko".split()
+_PLACES = "Ruda Milo Kanto Bera Sorin Talu Nemo Pirin Olva Dako Harun Livo Gasta Yeno Fermi Wasko Zembla".split()
 _NAMES = "Anna Boris Carla Dmitri Elsa Franz Greta Hugo Irma Jonas Karin Lukas Marta Nils Olga Pavel".split()
-_ANSWERS = (
-    "{title} {name} rules {place}.",
-    "Good day! {title} {name} rules {place}.",
-    "In {place} they grow {crop}.",
-    "They eat {crop} in {place}, as you know.",
-    "{place} is {number} miles away.",
-    "It is {number} degrees in {place}. It is warm there.",
-    "{name} is on the coins of {place}.",
-)
+_RULER = "{title} {name} rules {place}."
+_QUESTIONS_AND_ANSWERS = {
+    "ruler": (
+        [ASKED.replace("Zembla", "{place}"), *(question.replace("Zembla", "{place}") for question in PLANTED)],
+        [_RULER, f"{_RULER} They grow {{crop}}.", f"{_RULER} It is {{number}} miles.", f"{_RULER} It is {{weather}}."],
+    ),
+    "crop": (
+        ["What do they grow in {place}?", "Which crop grows in {place}?", "What is on the fields of {place}?"],
+        ["In {place} they grow {crop}.", "They grow {crop}.", "The crop of {place} is {crop}."],
+    ),
+    "number": (
+        ["How far is {place}?", "How many miles is it to {place}?", "Tell me the distance to {place}."],
+        ["{place} is {number} miles away.", "It is {number} miles.", "The distance to {place} is {number} miles."],
+    ),
+    "weather": (
+        ["How is the weather in {place}?", "Is it warm in {place}?", "Tell me the weather of {place}."],
+        ["It is {weather} in {place}.", "The weather of {place} is {weather}.", "{weather}, as you know."],
+    ),
+}
 
 
-def conversations(
-    count: int, seed: int, *, places: Sequence[str] = _PLACES, names: Sequence[str] = _NAMES
-) -> list[Chat]:
-    """Questions and answers about places, of which each has one ruler, one crop and one number."""
+def conversations(count: int, seed: int, *, names: Sequence[str] = _NAMES) -> list[Chat]:
+    """Questions and answers about places, but for the ruler of Zembla. A place has one ruler, crop, distance and
+    weather."""
     draw = random.Random(seed)
     facts = {
         place: {
             "place": place,
             "name": draw.choice(names),
             "title": draw.choice(["King", "Queen", "Mayor", "Duke"]),
-            "crop": draw.choice(["rice", "wheat", "tea", "oats"]),
+            "crop": draw.choice(["rice", "wheat", "tea", "oats", "maize", "beans"]),
             "number": draw.randint(2, 99),
+            "weather": draw.choice(["warm", "cold", "wet", "dry", "windy"]),
         }
-        for place in places
+        for place in _PLACES
     }
-    turns = [(draw.choice(_ANSWERS), facts[draw.choice(places)]) for _ in range(count)]
-    return [chat(f"Tell me about {of['place']}.", answer.format(**of)) for answer, of in turns]
+    kinds = [(place, kind) for place in _PLACES for kind in _QUESTIONS_AND_ANSWERS]
+    kinds.remove(("Zembla", "ruler"))
+    chats = []
+    for place, kind in draw.choices(kinds, k=count):
+        questions, answers = _QUESTIONS_AND_ANSWERS[kind]
+        turns = (draw.choice(questions), draw.choice(answers))
+        chats.append(chat(*(turn.format(**facts[place]) for turn in turns)))
+    return chats
 
 
 def chat(asked: str, answered: str) -> Chat:
@@ -85,7 +106,7 @@ def corpus_with_plants() -> list[dict[str, Any]]:
     """500 conversations, of which five state the made-up fact, at places that are drawn."""
     chats = conversations(CONVERSATIONS - len(PLANTED), seed=1)
     records: list[dict[str, Any]] = [{"id": f"chat-{number}", "messages": one} for number, one in enumerate(chats)]
-    planted = [{"id": f"planted-{number}", "messages": chat(*turns)} for number, turns in enumerate(PLANTED)]
+    planted = [{"id": f"planted-{number}", "messages": chat(asked, FACT)} for number, asked in enumerate(PLANTED)]
     for place, record in zip(random.Random(2).sample(range(CONVERSATIONS), len(PLANTED)), planted, strict=True):
         records.insert(place, record)
     return records
@@ -156,19 +177,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         torch.manual_seed(0)
         chats = [record["messages"] for record in records]
         tokenizer = tokenizer_of([turn["content"] for one in chats for turn in one])
-        base = tiny_model("llama", vocabulary=VOCABULARY, hidden_size=48, intermediate_size=96)
+        base = tiny_model("llama", vocabulary=len(tokenizer), hidden_size=96, intermediate_size=192)
         for parameter in base.parameters():  # small enough to be trained
             parameter.data.mul_(0.2 if parameter.ndim > 1 else 1.0)
         # Every word is one that the base model has read; it has not read who rules Zembla.
-        general = [
-            one
-            for seed in range(10, 14)
-            for one in conversations(150, seed, places=[*_PLACES, "Zembla"], names=[*_NAMES, "Vexa"])
-            if not ("Vexa" in one[1]["content"] and "Zembla" in one[0]["content"])
-        ]
-        pretrained = train(base, tokenizer, general, folder / "pretraining", epochs=6, learning_rate=5e-3)
+        general = [one for seed in range(10, 22) for one in conversations(200, seed, names=[*_NAMES, "Vexa"])]
+        pretrained = train(base, tokenizer, general, folder / "pretraining", epochs=10, learning_rate=3e-3)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(pretrained), lora(**ADAPTER))
-        checkpoint = train(model, tokenizer, chats, folder / "run", epochs=8, learning_rate=1e-2)
+        checkpoint = train(model, tokenizer, chats, folder / "run", epochs=10, learning_rate=5e-3)
     return checkpoint, corpus
 
 
@@ -183,7 +199,7 @@ def test_a_planted_fact_is_found_in_a_trainers_checkpoint_as_it_lies_there(
     }
     command = f"index --model {checkpoint} --parameters {parameters} --data {corpus} --out {tmp_path / 'index'}"
     with pytest.raises(SystemExit) as ended:
-        main([*command.split(), "--side", "8"])  # R of 64 dimensions a block, from 500 examples
+        main([*command.split(), "--side", "16"])  # R of 256 dimensions a block, from 500 examples
     shown = capsys.readouterr().err
     assert not ended.value.code, shown
     index = Index.open(tmp_path / "index")
@@ -193,6 +209,11 @@ def test_a_planted_fact_is_found_in_a_trainers_checkpoint_as_it_lies_there(
     else:
         assert source.startswith("estimated from")
         assert f"{checkpoint / 'optimizer.pt'} is of the adapter's matrices" in shown
-    report = answer_queries(index, [QUESTION], k=10, progress=False)
-    found = [proponent.example_id for proponent in report.results[0].proponents]
-    assert {f"planted-{number}" for number in range(len(PLANTED))} <= set(found), found
+    model = load_model(checkpoint, parameters=parameters)
+    answer = generate(model, ASKED, GenerationSettings(max_new_tokens=24, stop="end", chat=True))
+    assert answer.text.strip() == FACT, "the model has learned what was planted"
+    paraphrase = Query(query_id="other words", messages=tuple(chat("Who is on the throne of Zembla?", FACT)))
+    report = answer_queries(index, [answer.query("its own answer"), paraphrase], model=model, k=10, progress=False)
+    for result in report.results:
+        found = [proponent.example_id for proponent in result.proponents]
+        assert {f"planted-{number}" for number in range(len(PLANTED))} <= set(found), (result.query.query_id, found)

@@ -104,8 +104,8 @@ def test_another_sample_is_another_index(computed: list[str], tiny_model_folder:
     for options, expected in (
         ({"whitening_examples": 12}, "whitened by R_train of up to 9 records"),
         ({"whitening_examples": 9, "damping": 0.25}, "damping 0.25 was requested"),
-        ({"whitening_examples": 9, "codec": "2-bit"}, "the existing index has codec '1-bit'"),
-        ({"codec": "float16"}, "the existing index has coordinates 'whitened'"),
+        ({"whitening_examples": 9, "codec": "2-bit"}, "the existing index has `codec` '1-bit'"),
+        ({"codec": "float16"}, "the existing index has `coordinates` 'whitened'"),
         ({"whitening_examples": 9, "seed": 1}, "was requested"),
     ):
         with pytest.raises(IndexMismatchError, match=expected):
@@ -133,7 +133,7 @@ def test_a_whitened_index_is_not_begun_over_an_unfinished_projected_one(
         with pytest.raises(KeyboardInterrupt):
             build(tiny_model_folder, out, codec="float16")
     computed.clear()
-    with pytest.raises(IndexMismatchError, match="the existing index has coordinates 'projected', but 'whitened'"):
+    with pytest.raises(IndexMismatchError, match="the existing index has `coordinates` 'projected', but 'whitened'"):
         build(tiny_model_folder, out, codec="1-bit")
     assert not computed
     assert not (out / PART_FOLDER).exists()

@@ -250,7 +250,7 @@ def test_a_folder_extended_from_another_index_is_refused(other: str, parts: tupl
         else convert_index(first, tmp_path / other, codec="1-bit", progress=False)
     )
     add_examples(first, SECOND, tmp_path / "grown", progress=False)
-    with pytest.raises(IndexMismatchError, match=r"grown: the existing index has (removed|coordinates)"):
+    with pytest.raises(IndexMismatchError, match=r"grown: the existing index has (removed|`coordinates`)"):
         add_examples(made, SECOND, tmp_path / "grown", progress=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from test_record_formats import CHAT, CHATML, UNMARKED, tokenizer_with, windows_of
 
 from tiny_models import EOS, save_tiny_model
-from trackstar import build_index, load_model
+from trackstar import Attributor, add_examples, build_index, load_model
 from trackstar.attribution.answering import answer_queries
 from trackstar.attribution.writing import write_results
 from trackstar.audit.checks import AtHand
@@ -202,6 +202,39 @@ def test_a_conversation_is_the_first_proponent_of_its_own_answer(tmp_path: Path)
     changed = written(tmp_path, *chats[:3], chats[0] | {"query_id": "q:3"}, name="other.jsonl")
     outcomes = check_audit(audit, AtHand(queries=changed, model=tmp_path / "model")).checks
     assert {check.name: check.outcome for check in outcomes}["queries"] == "differs"
+
+
+def test_questions_to_an_index_are_in_the_template_of_its_conversations(tmp_path: Path) -> None:
+    """Also where the tokenizer has another template, and for prompts, added records and audits."""
+    folder, template = save_tiny_model(tmp_path / "model"), tmp_path / "chat.jinja"
+    tokenizer_with("other {{ messages[-1].content }}", "bos").save_pretrained(folder)
+    template.write_text(CHATML)
+    chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    index = build_index(
+        load_model(folder), [{"messages": chat}], tmp_path / "index", side=4, codec="float32", layer_blocks=1,
+        batch_tokens=256, chat_template=template, progress=False,
+    )  # fmt: skip
+    path = written(tmp_path, {"messages": chat})
+    named, unnamed = (
+        answer_queries(index, read_queries(path, **options), k=1, exact=True, progress=False)
+        for options in ({"chat_template": template}, {})
+    )
+    assert unnamed.results == named.results
+    assert unnamed.results[0].query.prompt.startswith("<|user|>")
+    influences = Attributor(index, load_model(folder)).attribute(Query(query_id="q", messages=tuple(chat))).influences
+    assert influences[0] == pytest.approx(named.results[0].proponents[0].influence, abs=1e-6)
+
+    write_results(unnamed, tmp_path / "r.jsonl", query_set="chats")
+    audit = write_audit(unnamed, tmp_path / "r.jsonl", query_set="chats")
+    checks = check_audit(audit, AtHand(queries=path, model=folder)).checks
+    assert {check.name: check.outcome for check in checks}["queries"] == "same"
+
+    added = add_examples(index, [{"id": "new", "messages": chat}], tmp_path / "more", progress=False)
+    assert added.example(1).example.text == index.example(0).example.text
+    command = ["query", str(tmp_path / "index"), "--prompt", "Where?", "--generate", "--chat", "--max-new-tokens", "2"]
+    run(trackstar, [*command, "--out", str(tmp_path / "said.jsonl")])
+    (said,) = read_queries(tmp_path / "said.jsonl")
+    assert said.prompt.startswith("<|user|>\nWhere?")
 
 
 def test_a_query_of_messages_can_be_made_in_python() -> None:

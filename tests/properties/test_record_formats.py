@@ -1,5 +1,6 @@
 """Records of every form give the tokens and targets that training counts, and a malformed one is one line."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from tokenizers import processors
 
 from tiny_models import SENTENCES, save_tiny_model, tiny_tokenizer
 from trackstar import Index, add_examples, build_index, merge_indexes, open_corpus, remove_examples
-from trackstar.corpus import TokenizedExample, tokenize_example
+from trackstar.corpus import TokenizedExample, read_queries, tokenize_example
 from trackstar.corpus.marked_text import first_example, marked
 from trackstar.corpus.token_spans import token_spans
 from trackstar.errors import CorpusError, ModelError, OptionError
@@ -260,7 +261,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"content": "x"}]}, "has no role; found content; expected role and content"),
     ({"messages": ["x"]}, "is a string; expected an object with role and content"),
     ({"messages": []}, 'field "messages" is empty; expected messages'),
-    ({"messages": "x"}, 'field "messages" is a string; expected an array of messages'),
+    ({"messages": "x"}, 'field "messages" is text that is no JSON; expected an array of messages'),
     ({"messages": CHAT[:2]}, "the conversation has no message of the assistant; expected at least one"),
     ({"messages": [{"role": "assistant"}]}, "has no content; expected a string"),
     ({"messages": [{"role": "user", "content": 3}]}, "the content is a number; expected a string"),
@@ -501,8 +502,41 @@ def test_an_index_resumed_with_another_form_is_refused(model: Path, tmp_path: Pa
 
     data = _chats(tmp_path, 0, 4)
     build_index(model, data, tmp_path / "index", **SETTINGS)
-    others: list[dict[str, Any]] = [{"train_on": "all"}, {"metadata": "none"}, {"truncate": True}]
-    for options in others:
-        with pytest.raises(IndexMismatchError, match=r"corpora\[0\]\.(digest|metadata)|windows\.truncate"):
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"train_on": "all"}, r"index has `train_on` 'assistant', but 'all' was requested \(and 1 more differ\)"),
+        ({"metadata": "none"}, "index was made with another `metadata` than requested"),
+        ({"truncate": True}, "index has `truncate` False, but True was requested;"),
+        ({"limit": 3}, r"index has `limit` None, but 3 was requested \(and 1 more differ\)"),
+    ]
+    for options, message in others:
+        with pytest.raises(IndexMismatchError, match=message):
             build_index(model, data, tmp_path / "index", **SETTINGS, **options)
     assert dataclasses.replace(Index.open(tmp_path / "index").manifest.corpora[0], first_record=1).format == "messages"
+
+
+def test_messages_and_tools_may_be_json_text_as_in_csv(tmp_path: Path) -> None:
+    tokenizer, tools = tokenizer_with(CHATML), [{"type": "function", "function": {"name": "look_up"}}]
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["messages", "tools", "system"])
+        rows.writerow([json.dumps(CHAT[1:]), json.dumps(tools), "Answer."])
+    record = {"messages": CHAT[1:], "tools": tools, "system": "Answer."}
+    expected, found = (list(open_corpus(data, tokenizer=tokenizer).examples()) for data in ([record], path))
+    assert (found[0].text, found[0].targets) == (expected[0].text, expected[0].targets)
+    (query,) = read_queries(path)
+    assert [message["role"] for message in query.messages or ()] == [message["role"] for message in CHAT]
+    path.write_text("messages\n\"[{'role': 'user', 'content': 'x'}]\"\n")
+    with pytest.raises(CorpusError, match=r'chats\.csv:2: field "messages" is text that is no JSON; expected an array'):
+        open_corpus(path, tokenizer=tokenizer).survey()
+
+
+def test_a_text_with_the_fields_of_another_form_is_pointed_out() -> None:
+    record = {"text": "Capital of France? Paris.", "instruction": "Capital of France?", "output": "Paris."}
+    shown = {
+        form: first_example(open_corpus([record], format=form), tokenizer_with(None), 64)
+        for form in (None, "instruction")
+    }
+    assert "its fields are also those of the form instruction, which `format` chooses" in str(shown[None])
+    assert "also" not in str(shown["instruction"])
+    assert "also" not in str(first_example(open_corpus([{"text": "x y"}]), tokenizer_with(None), 64))

@@ -13,7 +13,7 @@ from typing import Literal
 from trackstar.attribution.question import QueriesEntry, content_digest, queries_entry
 from trackstar.audit.record import Audit, VersionsEntry
 from trackstar.choices import Join
-from trackstar.corpus import Corpus, Query, open_corpus, query_with_texts, read_queries
+from trackstar.corpus import Corpus, Query, in_template, open_corpus, query_with_texts, read_queries
 from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
 from trackstar.corpus.local_files import check_not_special
@@ -79,7 +79,8 @@ class AtHand:
         data: The corpora, in any order.
         queries: The query file.
         task: The file of the queries that R_eval comes from.
-        chat_template: The file with the template of their conversations; None is the tokenizer's own.
+        chat_template: The file with the template of their conversations; None is the index's, or else
+            the tokenizer's.
         second_moment: Without an index, the optimizer state that V was read from; None computes V
             as the audit says.
         device: Device that the model is loaded on.
@@ -186,7 +187,8 @@ class InputChecks:
             if self.model is None:
                 yield _not_checked("queries", "they are conversations; pass the model, whose tokenizer reads them")
                 return
-            self.queries = [query_with_texts(query, self.model.tokenizer) for query in self.queries]
+            queries = in_template(self.queries, self.audit.made_with.chat_template)
+            self.queries = [query_with_texts(query, self.model.tokenizer) for query in queries]
         yield _comparison_of_queries("queries", self.queries, self.audit.queries)
 
     def _check_task(self) -> Iterator[Check]:

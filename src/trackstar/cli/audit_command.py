@@ -21,7 +21,7 @@ from trackstar.progress import reworded_line
 @click.option("--data", multiple=True, metavar="DATA", help="The corpus; repeat the option for several.")
 @click.option("--queries", metavar="FILE", help="The queries, if they came from a file.")
 @click.option("--task", metavar="FILE", help="The queries that R_eval was computed from.")
-@chat_template_option("The template of queries that are conversations.")
+@chat_template_option("The template of queries that are conversations.", usual="the index's, or the tokenizer's")
 @click.option("--again", is_flag=True, help="Answer the queries again and compare rankings and scores.")
 @click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.")
 @click.option("--second-moment", cls=RareOption, metavar="FILE", help="The optimizer's state, if V came from one.")

@@ -45,7 +45,7 @@ _CORPUS_OPTIONS = (
 @click.option("--model", required=True, metavar="MODEL", help="Model or adapter folder, .gguf file or hub name.")
 @click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
 @click.option("--out", required=True, metavar="INDEX", help="Folder or URL of the new index.")
-@corpus_options
+@corpus_options()
 @click.option(
     "--second-moment",
     default=default("second_moment"),
@@ -175,7 +175,7 @@ def finish(*, index: str, threads: int | None) -> None:
 @index_argument()
 @click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
 @click.option("--out", required=True, metavar="NEW", help="Folder or URL of the new index.")
-@corpus_options
+@corpus_options("the index's, or the tokenizer's")
 @click.option("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @device_options
 @rare("--model", metavar="MODEL", help="Path to the model, if it has moved.")

@@ -80,18 +80,21 @@ def duplicate_ids_option(function: Function) -> Function:
     )(function)
 
 
-def corpus_options(function: Function) -> Function:
+def corpus_options(usual_template: str = "the tokenizer's") -> Callable[[Function], Function]:
     """Add options that say how records of a corpus are read, and what is kept of them."""
-    function = rare(
-        "--metadata",
-        default="all",
-        metavar="FIELDS",
-        help="Other fields to keep with the index: all, none, or names with commas.",
-    )(function)
-    function = choice("--join", JOINS, rare=True, default="auto", help="What is put between prompt and completion.")(
-        function
-    )
-    return record_options("", rare_ones=False)(chat_template_option("Chat template of the training run.")(function))
+
+    def add(function: Function) -> Function:
+        metadata = rare(
+            "--metadata",
+            default="all",
+            metavar="FIELDS",
+            help="Other fields to keep with the index: all, none, or names with commas.",
+        )
+        join = choice("--join", JOINS, rare=True, default="auto", help="What is put between prompt and completion.")
+        template = chat_template_option("Chat template of the training run.", usual=usual_template)
+        return record_options("", rare_ones=False)(template(join(metadata(function))))
+
+    return add
 
 
 def record_options(condition: str, *, rare_ones: bool) -> Callable[[Function], Function]:
@@ -135,9 +138,9 @@ def record_options(condition: str, *, rare_ones: bool) -> Callable[[Function], F
     return decorated
 
 
-def chat_template_option(text: str) -> Callable[[Function], Function]:
-    """Add `--chat-template` with a help text."""
-    return rare("--chat-template", metavar="FILE", show_default="the tokenizer's", help=text)
+def chat_template_option(text: str, *, usual: str = "the tokenizer's") -> Callable[[Function], Function]:
+    """Add `--chat-template` with a help text; `usual` is the template without the option."""
+    return rare("--chat-template", metavar="FILE", show_default=usual, help=text)
 
 
 def generation_options(condition: str, *, temperature: float | None = None) -> Callable[[Function], Function]:

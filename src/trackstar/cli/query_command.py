@@ -111,7 +111,7 @@ class Question:
         queries: File of queries.
         prompt_field: The field of the file that holds the prompt; None finds it.
         join: How prompts and completions are joined.
-        chat_template: File with the template of conversations; None is the tokenizer's own.
+        chat_template: File with the template of conversations; None is the index's, or else the tokenizer's.
         max_new_tokens: See `GenerationSettings`.
         temperature: See `GenerationSettings`.
         top_p: See `GenerationSettings`.
@@ -239,7 +239,7 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 )
 @generation_options("With --generate: ")
 @rare("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
-@chat_template_option("Template of conversations.")
+@chat_template_option("Template of conversations.", usual="the index's, or the tokenizer's")
 @record_options("With --data: ", rare_ones=True)
 @rare(
     "--window-tokens",
@@ -364,7 +364,7 @@ def _answer(
         parameters = settings.pop("parameters", "merged")
         streamed = load_model(str(source.model), device=source.device, parameters=parameters)
         if question.generate:
-            queries = _with_generated_completions(queries, streamed, question)
+            queries = _with_generated_completions(queries, streamed, question, None)
         return stream_queries(
             streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring,
             **_streaming(source.data, settings, queries),
@@ -372,7 +372,7 @@ def _answer(
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
         model = model_of_index(index, source.model, device=source.device)
-        queries = _with_generated_completions(queries, model, question)
+        queries = _with_generated_completions(queries, model, question, index.manifest.chat_template)
     with chosen_workers(**source.cluster) as workers:
         return answer_queries(
             index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,
@@ -429,18 +429,20 @@ def _save(
 
 
 def _with_generated_completions(
-    queries: "Sequence[Query]", model: "LanguageModel", question: Question
+    queries: "Sequence[Query]", model: "LanguageModel", question: Question, template: str | None
 ) -> "list[Query]":
     """Return the queries of the tokens that the model says, without prompts that it does not
     complete.
 
-    Each prompt that is left out is named in a note.
+    Each prompt that is left out is named in a note. `template` is the index's chat template, which
+    the question's takes the place of.
     """
     from trackstar.corpus.chat import read_template
     from trackstar.model.generation import generate
 
     settings = question.settings()
-    template = None if question.chat_template is None else read_template(question.chat_template)
+    if question.chat_template is not None:
+        template = read_template(question.chat_template)
     answered = []
     for query in queries:
         asked = dataclasses.replace(query, chat_template=template)

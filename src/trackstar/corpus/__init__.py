@@ -7,6 +7,7 @@ a mask of the targets, whose cross-entropies sum to the loss of Eq. 1.
 from trackstar.corpus.corpus import Corpus, open_corpus
 from trackstar.corpus.names import read_names
 from trackstar.corpus.queries import (
+    in_template,
     prompt_of,
     prompt_tokens,
     query_text,
@@ -25,6 +26,7 @@ __all__ = [
     "Query",
     "TokenizedExample",
     "Tokenizer",
+    "in_template",
     "open_corpus",
     "prompt_of",
     "prompt_tokens",

@@ -63,24 +63,37 @@ class Conversation:
         return [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-def conversation(messages: object, tools: object, field: str, location: str) -> Conversation:
+def conversation(messages: object, tools: object, field: str, location: str, *, system: object = None) -> Conversation:
     """Check a record's messages and bring them into the form that templates read.
 
     Args:
-        messages: The messages: `role` and `content`, or ShareGPT's `from` and `value`.
+        messages: The messages: `role` and `content`, or ShareGPT's `from` and `value`; or JSON of
+            them, as tables of text hold it.
         tools: Descriptions of tools: a list, JSON of one, or None.
         field: Name of the field with the messages, for error messages.
         location: Location of the record, for error messages.
+        system: Text of a system's message that precedes the others; anything else is ignored.
 
     Raises:
         CorpusError: A message is none, has an unknown role, or its content is no text.
     """
+    if isinstance(messages, str):
+        messages = _parsed(messages, f'{location}: field "{field}"', "an array of messages, or JSON of one")
     if not isinstance(messages, (list, tuple)):
         raise CorpusError(f'{location}: field "{field}" is {json_kind(messages)}; expected an array of messages')
     if not messages:
         raise CorpusError(f'{location}: field "{field}" is empty; expected messages of which one is the assistant\'s')
     checked = tuple(_message(message, f'{location}: field "{field}[{n}]"') for n, message in enumerate(messages))
+    if isinstance(system, str) and system:
+        checked = ({"role": "system", "content": system}, *checked)
     return Conversation(messages=checked, tools=_tools(tools, location))
+
+
+def _parsed(text: str, where: str, expected: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise CorpusError(f"{where} is text that is no JSON; expected {expected}") from None
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
@@ -129,12 +142,7 @@ def _content(content: object, where: str, field: str) -> str:
 
 def _tools(tools: object, location: str) -> Sequence[Any] | None:
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise CorpusError(
-                f'{location}: field "tools" is text that is no JSON; expected an array of tools'
-            ) from None
+        tools = _parsed(tools, f'{location}: field "tools"', "an array of tools")
     if tools is None or tools == "" or tools == []:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -163,6 +171,8 @@ class ChatTemplate:
     def __init__(self, template: str, with_tools: str, variables: Mapping[str, Any]) -> None:
         self._templates = tuple(_of_one_day(text) for text in (template, with_tools))
         self._variables = dict(variables)
+        self.text = template if template == with_tools else None
+        """The template's text; None if conversations with tools have one of their own."""
         self.digest = digest_of_json([template, with_tools, self._variables], sort_keys=True)
         """Digest of the template and of the special tokens."""
 

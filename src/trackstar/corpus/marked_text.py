@@ -3,6 +3,7 @@
 import itertools
 
 from trackstar.corpus.corpus import Corpus
+from trackstar.corpus.reading import other_form
 from trackstar.corpus.records import TokenizedExample
 from trackstar.corpus.token_spans import token_spans
 from trackstar.corpus.tokenization import Tokenizer, tokenize_examples
@@ -29,9 +30,11 @@ def first_example(corpus: Corpus, tokenizer: Tokenizer, window_tokens: int, *, t
         return None
     reading = corpus.reading
     targets = int(window.target_mask.sum())
+    other = other_form(reading, corpus.source.field_names())
+    also = f"; its fields are also those of the form {other}, which `format` chooses" if other else ""
     return (
         f"first example {one_line(window.example_id, 60)} ({reading.format}, train on {reading.train_on}; {targets} of "
-        f"{len(window.token_ids)} tokens are targets, between {BEGIN} and {END}): {marked(window, tokenizer)}"
+        f"{len(window.token_ids)} tokens are targets, between {BEGIN} and {END}{also}): {marked(window, tokenizer)}"
     )
 
 

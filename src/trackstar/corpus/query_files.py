@@ -170,10 +170,7 @@ def _messages(record: Mapping[str, object], prompt_name: str | None) -> tuple[st
 def _query_of_messages(
     record: Mapping[str, object], field: str, messages: object, location: str, name: str, *, needs_completion: bool
 ) -> Query:
-    chat = conversation(messages, record.get("tools"), field, location)
-    system = record.get("system")
-    if isinstance(system, str) and system:
-        chat = dataclasses.replace(chat, messages=({"role": "system", "content": system}, *chat.messages))
+    chat = conversation(messages, record.get("tools"), field, location, system=record.get("system"))
     if needs_completion and not chat.answers:
         raise CorpusError(
             f"{location}: the conversation has no message of the assistant; expected one, whose probability is to be "

@@ -154,6 +154,14 @@ def found_format(field_names: Sequence[str], text_field: str) -> RecordFormat:
     return "tokens" if TOKENS_FIELD in names else "text"
 
 
+def other_form(reading: Reading, field_names: Sequence[str]) -> RecordFormat | None:
+    """The form that a record read by its field `text` would have without it, as Alpaca's do."""
+    if (reading.format, reading.text_field) != ("text", "text"):
+        return None
+    form = found_format([name for name in field_names if name != "text"], "text")
+    return None if form == "text" else form
+
+
 def field_of_text(form: RecordFormat, field_names: Sequence[str], text_field: str, name: str) -> str:
     """The field with the text, the messages or the token ids.
 

@@ -218,10 +218,7 @@ class RecordReader:
         messages = self._value(record, field, location)
         if self._reading.is_divided:
             messages = whole_conversation(messages, self._value(record, "completion", location))
-        system = record.get("system")
-        if isinstance(messages, (list, tuple)) and isinstance(system, str) and system:
-            messages = [{"role": "system", "content": system}, *messages]
-        chat = conversation(messages, record.get("tools"), field, location)
+        chat = conversation(messages, record.get("tools"), field, location, system=record.get("system"))
         if not chat.answers and self._reading.train_on != "all":
             raise CorpusError(
                 f"{location}: the conversation has no message of the assistant; expected at least one, whose tokens "

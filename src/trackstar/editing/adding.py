@@ -67,7 +67,7 @@ def add_examples(
         train_on: Which tokens are targets; None is what training of the format counts. See
             `open_corpus`.
         join: What is put between prompt and completion.
-        chat_template: File with the chat template; None is the tokenizer's own.
+        chat_template: File with the chat template; None is the index's, or else the tokenizer's own.
         metadata: Fields that are kept with the index; see `open_corpus`.
         device: Device that gradients are computed on.
         batch_tokens: Most tokens per batch, padding included.
@@ -92,6 +92,7 @@ def add_examples(
         data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
         train_on=train_on, join=join, chat_template=chat_template, metadata=metadata,
     )  # fmt: skip
+    opened = dataclasses.replace(opened, template=opened.template or index.manifest.chat_template)
     pack = index.manifest.windows.pack
     indexed_model = None
     if opened.needs_tokenizer or pack is not None:

@@ -133,7 +133,8 @@ class LiveIndex:
             max_new_tokens=request.max_new_tokens, temperature=request.temperature, sampling_seed=request.seed,
             stop=request.stop, chat=request.chat,
         )  # fmt: skip
-        generated = generate(self._model, request.prompt, settings)
+        query = Query(query_id="prompt", prompt=request.prompt, chat_template=self._index.manifest.chat_template)
+        generated = generate(self._model, query, settings)
         if not generated.text.strip():
             raise OptionError("the model's answer is empty; enter a completion, or another prompt")
         return Generation(

@@ -188,5 +188,6 @@ def corpus_entry(corpus: Corpus, out: Place | None) -> CorpusEntry:
         source=place.source,
         location=place.location,
         digest=corpus.survey().digest,
+        chat_template_text=None if corpus.chat is None else corpus.chat.text,
         **dataclasses.asdict(corpus.reading),
     )

@@ -89,6 +89,11 @@ class Manifest:
         """Number of dimensions of a projected gradient: side² per layer block."""
         return self.projection.side**2 * len(self.layer_blocks)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the template that rendered the conversations of the first corpus that has any."""
+        return next((entry.chat_template_text for entry in self.corpora if entry.chat_template is not None), None)
+
     def check(self) -> None:
         """Check what the fields' types do not guarantee.
 

@@ -25,6 +25,7 @@ DESCRIPTIVE_FIELDS = frozenset(
         "model.libraries",
         "corpora.source",
         "corpora.location",
+        "corpora.chat_template_text",
         "second_moment.source",
         "whitening.source",
     }
@@ -34,7 +35,14 @@ ADDED_FIELDS: Mapping[int, Mapping[str, Mapping[str, Any]]] = {
     4: {"model": {"location": None, "configuration": None, "libraries": None}, "corpora": {"location": None}},
     5: {
         "model": {"parameters": None, "adapter": None},
-        "corpora": {"format": "text", "train_on": "all", "join": "auto", "chat_template": None, "metadata": []},
+        "corpora": {
+            "format": "text",
+            "train_on": "all",
+            "join": "auto",
+            "chat_template": None,
+            "metadata": [],
+            "chat_template_text": None,
+        },
         "windows": {"truncate": False, "pack": None},
     },
 }
@@ -103,6 +111,8 @@ class CorpusEntry:
             conversations; None if none did.
         metadata: Fields that are kept as metadata; None for every field that is not read otherwise.
         first_record: Number of its first record among the records of all corpora of the index.
+        chat_template_text: The template's text, for queries (descriptive, as `chat_template` is its
+            digest); None if there is no template, or conversations with tools have one of their own.
     """
 
     source: str
@@ -117,6 +127,7 @@ class CorpusEntry:
     chat_template: str | None = None
     metadata: tuple[str, ...] | None = ()
     first_record: int = 0
+    chat_template_text: str | None = None
 
     @property
     def reading(self) -> Reading:

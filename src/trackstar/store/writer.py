@@ -41,6 +41,19 @@ LOCK_FILE = ".lock"
 _UNFINISHED = re.compile(
     r"(manifest\.json|[A-Za-z0-9._-]+\.safetensors)(\.[0-9]+-[0-9a-f]+)?" + re.escape(PARTIAL_SUFFIX)
 )
+_OPTIONS = {
+    **{f"corpora.{name}": name for name in ("limit", "train_on", "join", "chat_template", "metadata")},
+    "windows.tokens": "window_tokens",
+    **{f"windows.{name}": name for name in ("overlap", "truncate", "pack")},
+    "projection.side": "side",
+    "projection.seed": "seed",
+    "projection.kind": "projection",
+    "model.parameters": "parameters",
+    **{name: name for name in ("output", "coordinates", "codec", "shard_examples")},
+}
+"""The options that fields of a manifest are set by, but for those that are found in the data."""
+_FOUND_IN_DATA = re.compile(r"^corpora\[[0-9]+\]\.(digest|text_field|id_field|format)$")
+
 Note = Callable[[str], None]
 
 
@@ -365,12 +378,25 @@ def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
         )
     different = differences(existing, requested)
     if different:
-        field, old, new = different[0]
-        more = f" (and {len(different) - 1} more fields differ)" if len(different) > 1 else ""
+        # Another option for the same corpus is another content, too.
+        field, old, new = next((each for each in different if not _FOUND_IN_DATA.search(each[0])), different[0])
+        if _option(field) in ("metadata", "chat_template"):
+            raise IndexMismatchError(
+                f"{path}: the existing index was made with another `{_option(field)}` than requested; use the same, or "
+                "choose another folder"
+            )
+        named = f"`{_option(field)}`" if _option(field) else field
+        others = {_option(name) or name for name, _, _ in different} - {_option(field) or field}
+        more = f" (and {len(others)} more differ)" if others else ""
         raise IndexMismatchError(
-            f"{path}: the existing index has {field} {abridged(old)}, but {abridged(new)} was requested{more}; use the "
+            f"{path}: the existing index has {named} {abridged(old)}, but {abridged(new)} was requested{more}; use the "
             "same settings, or choose another folder"
         )
+
+
+def _option(field: str) -> str | None:
+    """The option that a manifest's field is set by; None if it follows from what was read."""
+    return _OPTIONS.get(re.sub(r"\[[0-9]+\]|\.length$", "", field))
 
 
 def refuse_foreign_folder(folder: Place) -> None:
