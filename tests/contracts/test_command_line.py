@@ -21,7 +21,7 @@ from trackstar.store import Index
 
 COMMANDS = [
     "index", "finish", "add", "merge", "remove", "convert", "verify", "query", "explore", "audit", "evaluate",
-    "generate", "demo", "pretrain",
+    "generate", "demo", "microscope", "pretrain",
 ]  # fmt: skip
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
@@ -157,6 +157,7 @@ def test_options_are_frozen():
             "--chat-template --help-all".split()
         ),
         "demo": ["--out", "--seed"],
+        "microscope": sorted("--data --out --seeds --force --threads --help-all".split()),
     }
 
 

@@ -22,7 +22,9 @@ COMMAND = '[sys.executable, "-I", "-S", "-c", _MATCH]'
 def wrong(source: str) -> list[str]:
     """What a source file does that none may."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    called_nodes = {id(node.func) for node in nodes if isinstance(node, ast.Call)}  # `_wrong_call` looks at these
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += [name.name for name in node.names if name.name.split(".")[0] in MODULES]
             found += [f"{name.name} as {name.asname}" for name in node.names if name.name == "pickle" and name.asname]
@@ -33,7 +35,8 @@ def wrong(source: str) -> list[str]:
             called = f"{node.value.id}.{node.attr}"
             starts = node.value.id == "os" and STARTED.match(node.attr)
             unpickles = node.value.id == "pickle" and node.attr != "UnpicklingError"
-            if starts or unpickles or called in {"np.load", "psutil.Popen"}:
+            loads = called == "np.load" and id(node) not in called_nodes
+            if starts or unpickles or loads or called == "psutil.Popen":
                 found.append(called)
         if isinstance(node, ast.Call):
             found += _wrong_call(node)
@@ -46,6 +49,8 @@ def _wrong_call(node: ast.Call) -> list[str]:
         return [node.func.id]
     if isinstance(node.func, ast.Attribute):
         name = node.func.attr
+        if name == "load" and ast.unparse(node.func) == "np.load" and not _is(given.get("allow_pickle"), False):
+            return ["np.load without allow_pickle=False"]
         if name == "load" and ast.unparse(node.func) == "torch.load" and not _is(given.get("weights_only"), True):
             return ["torch.load without weights_only=True"]
         # An adapter's configuration is JSON alone, and its reader has no such parameter.
@@ -83,7 +88,7 @@ def test_the_only_program_that_is_started_is_a_constant_one():
         "eval('1')", "import os; os.system('ls')", "import os; os.execv('x', [])", "import psutil; psutil.Popen('x')",
         "import pickle as p; p.loads(b'')", "import torch; torch.load('x')",
         "import torch; torch.load('x', weights_only=False)", "AutoModel.from_pretrained('x', trust_remote_code=True)",
-        "AutoModel.from_pretrained('x')", "import numpy as np; np.load('x')",
+        "AutoModel.from_pretrained('x')", "import numpy as np; np.load('x')", "np.load('x', allow_pickle=True)", "read = np.load",
     ],
 )  # fmt: skip
 def test_the_check_finds_what_it_looks_for(source: str):

@@ -217,9 +217,36 @@ def demo(*, out: str, seed: int) -> None:
     print_line(f"   {command} explore {files.index} {files.results}")
 
 
+@click.command(cls=Command, example="trackstar microscope --out microscope")
+@click.option("--data", metavar="FILE", show_default="scikit-learn's digits", help="Images x and classes y (.npz).")
+@click.option("--out", default="microscope", metavar="FOLDER", help="Folder of page, notebook, numbers and figures.")
+@click.option("--seeds", type=int, default=5, metavar="N", help="Networks of each kind.")
+@rare("--force", is_flag=True, help="Replace the files of an earlier run.")
+@threads_option
+def microscope(*, data: str | None, out: str, seeds: int, force: bool, threads: int | None) -> None:
+    """Take the method's equation apart on small networks.
+
+    Trains networks on images of digits, and measures what each part of Eq. 2 does.
+    """
+    prepare(threads)
+    _require("microscope", ("sklearn", "matplotlib"))
+    check_local(out)
+    from trackstar.attribution.terminal import print_line
+    from trackstar.microscope.runner import run_microscope
+    from trackstar.microscope.study import Settings
+
+    done = run_microscope(out, data, settings=Settings(seeds=seeds), force=force)
+    for claim in done.study.claims:
+        found = claim.difference
+        print_line(
+            f"{claim.verdict}: {claim.statement} ({found.mean:+.1f} points [{found.low:+.1f}, {found.high:+.1f}])"
+        )
+    print_line(f"page: {done.files['microscope.md']}; notebook: {done.files['microscope.ipynb']}")
+
+
 trackstar.add_section("Make and change indexes", [index, finish, add, merge, remove, convert, verify])
 trackstar.add_section("Query", [query, explore, audit])
-trackstar.add_section("Evaluate", [evaluate, generate, demo])
+trackstar.add_section("Evaluate", [evaluate, generate, demo, microscope])
 trackstar.add_section("Train", [pretrain])
 
 

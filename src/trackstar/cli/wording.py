@@ -23,12 +23,14 @@ COMMAND_OF = {
     "check_audit": "audit",
     "run_evaluation": "evaluate",
     "run_demo": "demo",
+    "run_microscope": "microscope",
     "sample_answers": "generate",
     "verify": "verify",
     "explore": "explore",
     "evaluate": "evaluate",
     "pretrain": "pretrain",
     "demo": "demo",
+    "microscope": "microscope",
 }
 """The command that calls a public function."""
 
