@@ -88,7 +88,8 @@ def test_the_only_program_that_is_started_is_a_constant_one():
         "eval('1')", "import os; os.system('ls')", "import os; os.execv('x', [])", "import psutil; psutil.Popen('x')",
         "import pickle as p; p.loads(b'')", "import torch; torch.load('x')",
         "import torch; torch.load('x', weights_only=False)", "AutoModel.from_pretrained('x', trust_remote_code=True)",
-        "AutoModel.from_pretrained('x')", "import numpy as np; np.load('x')", "np.load('x', allow_pickle=True)", "read = np.load",
+        "AutoModel.from_pretrained('x')", "import numpy as np; np.load('x')", "np.load('x', allow_pickle=True)",
+        "read = np.load",
     ],
 )  # fmt: skip
 def test_the_check_finds_what_it_looks_for(source: str):

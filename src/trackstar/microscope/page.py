@@ -52,17 +52,9 @@ def notebook(study: Study, data: str | None, figures: Mapping[str, bytes]) -> st
         data: Path of the images, as the cells open them; None for scikit-learn's digits.
         figures: Each figure's name and PNG file.
     """
-    settings = ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(study.settings).items())
-    images = "digits()" if data is None else f"read_images(Path({data!r}))"
     cells = [
         _text("# The microscope: Eq. 2 from right to left\n\n" + _introduction(study)),
-        _code(
-            "from pathlib import Path\n\n"
-            "from trackstar.microscope import figures\n"
-            "from trackstar.microscope.images import digits, read_images\n"
-            "from trackstar.microscope.study import Settings, run_study\n\n"
-            f"study = run_study({images}, {study.source!r}, Settings({settings}))"
-        ),
+        _code(_study_again(study, data)),
     ]
     for section in sections(study):
         cells.append(_text(f"## {section.title}\n\n{section.text}"))
@@ -75,6 +67,20 @@ def notebook(study: Study, data: str | None, figures: Mapping[str, bytes]) -> st
         {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5},
         indent=1, ensure_ascii=False,
     ) + "\n"  # fmt: skip
+
+
+def _study_again(study: Study, data: str | None) -> str:
+    """The lines of Python that run the study."""
+    settings = "".join(f"    {name}={value!r},\n" for name, value in dataclasses.asdict(study.settings).items())
+    function, images = ("digits", "digits()") if data is None else ("read_images", f"read_images(Path({data!r}))")
+    path = "" if data is None else "from pathlib import Path\n\n"
+    return (
+        f"{path}from trackstar.microscope import figures\n"
+        f"from trackstar.microscope.images import {function}\n"
+        "from trackstar.microscope.study import Settings, run_study\n\n"
+        f"settings = Settings(\n{settings})\n"
+        f"study = run_study({images}, {json.dumps(study.source)}, settings)"
+    )
 
 
 def _wrapped(text: str) -> str:
