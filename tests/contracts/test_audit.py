@@ -272,7 +272,7 @@ def test_an_audit_of_the_version_before_is_read_and_repeated(
     assert fields["question"].pop("join") == "auto"
     without_separators(old.folder / "results.jsonl", fields)
     added = {"made_with.model.location", "made_with.model.configuration", "made_with.model.libraries"}
-    added.add("made_with.corpora.location")
+    added |= {"made_with.corpora.location", "made_with.corpora.chat_template_text"}
     fields["descriptive"] = [name for name in fields["descriptive"] if name not in added]
     fields["digest"] = own_digest(fields)
     old.audit.write_text(json.dumps(fields))

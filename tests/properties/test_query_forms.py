@@ -237,6 +237,41 @@ def test_questions_to_an_index_are_in_the_template_of_its_conversations(tmp_path
     assert said.prompt.startswith("<|user|>\nWhere?")
 
 
+def test_instructions_are_asked_and_added_as_the_index_renders_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, template = save_tiny_model(tmp_path / "model"), tmp_path / "chat.jinja"
+    template.write_text(CHATML)
+    record = {"instruction": "Where?", "input": "Here", "output": "There."}
+    data = written(tmp_path, record, name="alpaca.jsonl")
+    options: dict[str, Any] = {"side": 4, "codec": "float32", "layer_blocks": 1, "batch_tokens": 256, "progress": False}
+    model = load_model(folder)
+    index = build_index(model, data, tmp_path / "index", chat_template=template, **options)
+    text = index.example(0).example.text
+    assert text.startswith("<|user|>\nWhere?\n\nHere\n<|assistant|>\nThere.")
+    unnamed = answer_queries(index, read_queries(data), model=model, k=1, exact=True, progress=False)
+    named = answer_queries(
+        index, read_queries(data, chat_template=template), model=model, k=1, exact=True, progress=False
+    )
+    assert unnamed.results == named.results
+    assert unnamed.results[0].query.prompt == "<|user|>\nWhere?\n\nHere\n<|assistant|>\n"
+    capfd.readouterr()
+    added = add_examples(index, [record | {"id": "new"}], tmp_path / "more", progress=False)
+    assert added.example(1).example.text == text
+    assert "first example new (instruction, train on completion;" in capfd.readouterr().err
+    write_results(unnamed, tmp_path / "r.jsonl", query_set="alpaca")
+    audit = write_audit(unnamed, tmp_path / "r.jsonl", query_set="alpaca")
+    checks = check_audit(audit, AtHand(queries=data, model=folder)).checks
+    assert {check.name: check.outcome for check in checks}["queries"] == "same"
+    run(trackstar, ["query", str(tmp_path / "index"), "--queries", str(data), "--generate", "--max-new-tokens", "2",
+                    "--out", str(tmp_path / "said.jsonl")])  # fmt: skip
+    (said,) = read_queries(tmp_path / "said.jsonl")
+    assert said.prompt == unnamed.results[0].query.prompt
+    plain = build_index(model, data, tmp_path / "plain", **options)
+    (asked_plainly,) = answer_queries(plain, read_queries(data), model=model, k=1, exact=True, progress=False).results
+    assert asked_plainly.query.prompt.startswith("Below is an instruction")
+
+
 def test_a_query_of_messages_can_be_made_in_python() -> None:
     tokenizer = tokenizer_with(CHATML)
     query = query_with_texts(Query(query_id="q", messages=tuple(CHAT)), tokenizer)

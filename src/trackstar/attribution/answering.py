@@ -21,7 +21,7 @@ from trackstar.attribution.question import Provenance, QuestionEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.writing import check_queries_as_json
 from trackstar.choices import JOINS
-from trackstar.corpus import Query, in_template, query_text, query_with_texts, tokenize_query
+from trackstar.corpus import Query, query_text, query_with_texts, tokenize_query
 from trackstar.corpus.tokenization import leading_token
 from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
 from trackstar.errors import OptionError, check_at_least, check_choice
@@ -93,7 +93,7 @@ def answer_queries(
     index = Index.of(index)
     check_choices(index, mixing=mixing, damping=damping)
     model = model_of_index(index, model, device=device)
-    queries = [query_with_texts(query, model.tokenizer) for query in in_template(queries, index.manifest.chat_template)]
+    queries = [query_with_texts(query, model.tokenizer) for query in index.manifest.in_template(queries)]
     setup = gradient_setup(index, batch_tokens)
     phi, losses = gradients_of_queries(model, setup, queries, workers=workers, progress=progress)
     task_phi = phi
@@ -163,7 +163,7 @@ def gradients_of_queries(
     progress: bool = True,
 ) -> tuple[Float[Tensor, "queries dimensions"], Float[Tensor, "queries"]]:
     """`query_gradients` from an opened setup, so that V is read once for several sets of queries."""
-    queries = in_template(queries, setup.manifest.chat_template)
+    queries = setup.manifest.in_template(queries)
     examples = [tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens) for query in queries]
     # A part is a batch, so that every kind of worker computes the same batches.
     batches = plan_batches([len(example.token_ids) for example in examples], setup.batch_tokens)

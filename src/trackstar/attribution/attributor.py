@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trackstar.attribution.answering import gradient_setup, query_gradients
 from trackstar.attribution.markup import heat_map
-from trackstar.corpus import Query, TokenizedExample, in_template, query_with_texts, tokenize_query
+from trackstar.corpus import Query, TokenizedExample, query_with_texts, tokenize_query
 from trackstar.corpus.token_spans import TextSpan, token_spans
 from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
 from trackstar.errors import OptionError, check_at_least
@@ -182,7 +182,7 @@ class Attributor:
             CorpusError: The query cannot be tokenized.
             GradientError: Its gradient is zero or not finite.
         """
-        (query,) = in_template([query], self.index.manifest.chat_template)
+        (query,) = self.index.manifest.in_template([query])
         query = query_with_texts(query, self.model.tokenizer)
         example = tokenize_query(query, self.model.tokenizer, window_tokens=self.model.context_tokens)
         correction = self.correction

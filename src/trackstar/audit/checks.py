@@ -13,7 +13,7 @@ from typing import Literal
 from trackstar.attribution.question import QueriesEntry, content_digest, queries_entry
 from trackstar.audit.record import Audit, VersionsEntry
 from trackstar.choices import Join
-from trackstar.corpus import Corpus, Query, in_template, open_corpus, query_with_texts, read_queries
+from trackstar.corpus import Corpus, Query, open_corpus, query_with_texts, read_queries
 from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
 from trackstar.corpus.local_files import check_not_special
@@ -175,6 +175,8 @@ class InputChecks:
                 needs_completion=self.audit.generation is None, join=question.join,
                 chat_template=self.available.chat_template,
             )  # fmt: skip
+            if self.audit.generation is None:
+                self.queries = self.audit.made_with.in_template(self.queries)
 
     def _check_queries(self) -> Iterator[Check]:
         if self.queries is None:
@@ -187,8 +189,7 @@ class InputChecks:
             if self.model is None:
                 yield _not_checked("queries", "they are conversations; pass the model, whose tokenizer reads them")
                 return
-            queries = in_template(self.queries, self.audit.made_with.chat_template)
-            self.queries = [query_with_texts(query, self.model.tokenizer) for query in queries]
+            self.queries = [query_with_texts(query, self.model.tokenizer) for query in self.queries]
         yield _comparison_of_queries("queries", self.queries, self.audit.queries)
 
     def _check_task(self) -> Iterator[Check]:

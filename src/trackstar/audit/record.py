@@ -289,10 +289,13 @@ def _add_absent_fields(fields: dict[str, Any]) -> None:
 
 def _descriptive(audit_version: int) -> tuple[str, ...]:
     """Names of the descriptive fields in an audit of this version."""
-    if audit_version >= 2:
-        return DESCRIPTIVE
+    newest = audit_version + 2  # the index's format version of that time
     added = {
-        f"made_with.{entry}.{name}" for of in ADDED_FIELDS.values() for entry, names in of.items() for name in names
+        f"made_with.{entry}.{name}"
+        for version, of in ADDED_FIELDS.items()
+        if version > newest
+        for entry, names in of.items()
+        for name in names
     }
     return tuple(name for name in DESCRIPTIVE if name not in added)
 

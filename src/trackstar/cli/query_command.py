@@ -372,7 +372,8 @@ def _answer(
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
         model = model_of_index(index, source.model, device=source.device)
-        queries = _with_generated_completions(queries, model, question, index.manifest.chat_template)
+        manifest = index.manifest
+        queries = _with_generated_completions(manifest.in_template(queries), model, question, manifest.chat_template)
     with chosen_workers(**source.cluster) as workers:
         return answer_queries(
             index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,
@@ -445,7 +446,7 @@ def _with_generated_completions(
         template = read_template(question.chat_template)
     answered = []
     for query in queries:
-        asked = dataclasses.replace(query, chat_template=template)
+        asked = dataclasses.replace(query, chat_template=query.chat_template or template)
         generation = generate(model, asked, settings, query_id=query.query_id)
         if generation.text.strip():
             answered.append(generation.query(query.query_id, record=query.record))

@@ -7,7 +7,6 @@ a mask of the targets, whose cross-entropies sum to the loss of Eq. 1.
 from trackstar.corpus.corpus import Corpus, open_corpus
 from trackstar.corpus.names import read_names
 from trackstar.corpus.queries import (
-    in_template,
     prompt_of,
     prompt_tokens,
     query_text,
@@ -16,7 +15,7 @@ from trackstar.corpus.queries import (
     token_texts,
     tokenize_query,
 )
-from trackstar.corpus.query_files import read_queries
+from trackstar.corpus.query_files import in_template, read_queries
 from trackstar.corpus.records import Example, Query, TokenizedExample
 from trackstar.corpus.tokenization import Tokenizer, tokenize_example, tokenize_examples
 

@@ -98,19 +98,6 @@ def query_with_texts(query: Query, tokenizer: Tokenizer) -> Query:
     return dataclasses.replace(query, prompt=prompt, completion=completion)
 
 
-def in_template(queries: Sequence[Query], template: str | None) -> list[Query]:
-    """The queries, of which conversations without a chat template get that text as theirs.
-
-    An index keeps the template of its conversations, so that questions need not name it again.
-    """
-    return [
-        query
-        if query.messages is None or query.chat_template is not None
-        else dataclasses.replace(query, chat_template=template)
-        for query in queries
-    ]
-
-
 def prompt_of(query: Query, tokenizer: Tokenizer) -> str:
     """The text that a completion is generated from: the prompt, or the conversation before its last
     answer, up to where the assistant's turn begins.

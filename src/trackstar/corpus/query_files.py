@@ -13,6 +13,7 @@ from trackstar.corpus.queries import checked_tokens
 from trackstar.corpus.reading import CONVERSATION_FIELDS, MASK_FIELDS, TOKENS_FIELD
 from trackstar.corpus.record_reader import (
     NO_TARGET,
+    instruction_messages,
     instruction_prompt,
     target_positions,
     whole_conversation,
@@ -53,7 +54,8 @@ def read_queries(
       place of `join`.
     * A conversation, as `messages` or `conversations`, or with the messages divided between
       `prompt` and `completion`. Its last answer is the completion.
-    * `instruction`, with `input` or without, and `output`, as Alpaca's prompt and completion.
+    * `instruction`, with `input` or without, and `output`, as Alpaca's prompt and completion, or as a
+      conversation if there is a `chat_template`.
     * `input_ids`, with `labels` (the targets' token ids, and -100 elsewhere) or `loss_mask`.
 
     Args:
@@ -84,7 +86,7 @@ def read_queries(
         check_writable(fields, record.location)
         query = query_of_record(
             fields, record.location, name=f"{record.stem}:{len(queries)}", prompt_field=prompt_field,
-            needs_completion=needs_completion, join=join,
+            needs_completion=needs_completion, join=join, as_chat=template is not None,
         )  # fmt: skip
         if query.messages is not None:
             query = dataclasses.replace(query, chat_template=template)
@@ -100,6 +102,37 @@ def read_queries(
     return queries
 
 
+def in_template(queries: Sequence[Query], template: str | None, *, instructions: bool) -> list[Query]:
+    """The queries, of which conversations without a chat template get that text as theirs.
+
+    An index keeps the template of its conversations, so that questions need not name it again.
+
+    Args:
+        queries: The queries.
+        template: The template's text; None is the tokenizer's own.
+        instructions: Whether the index's instructions were rendered as conversations; those of the
+            queries then are, too.
+    """
+    rendered = []
+    for query in queries:
+        asked = query
+        of_texts = query.messages is None and query.token_ids is None
+        if instructions and of_texts and _is_instruction(query.record):
+            location = f"query {one_line(query.query_id)}"
+            messages = instruction_messages(query.record, location)
+            asked = _query_of_messages(
+                query.record, "messages", messages, location, query.query_id, needs_completion=bool(query.completion)
+            )
+        if asked.messages is not None and asked.chat_template is None:
+            asked = dataclasses.replace(asked, chat_template=template)
+        rendered.append(asked)
+    return rendered
+
+
+def _is_instruction(record: Mapping[str, object]) -> bool:
+    return "instruction" in record and not any(field in record for field in PROMPT_FIELDS)
+
+
 def query_of_record(
     record: Mapping[str, object],
     location: str,
@@ -108,6 +141,7 @@ def query_of_record(
     prompt_field: str | None = None,
     needs_completion: bool = True,
     join: Join = "auto",
+    as_chat: bool = False,
 ) -> Query:
     """The query of a record; see `read_queries`.
 
@@ -118,6 +152,7 @@ def query_of_record(
         prompt_field: See `read_queries`.
         needs_completion: See `read_queries`.
         join: See `read_queries`.
+        as_chat: Whether an instruction becomes a conversation.
 
     Raises:
         CorpusError: It is no query; the message names the location.
@@ -138,6 +173,8 @@ def query_of_record(
         completion = _text(record, completion_fields, location, "completion")
         return dataclasses.replace(query, prompt=prompt, completion=completion)
     messages = _messages(record, prompt_name)
+    if as_chat and prompt_field is None and _is_instruction(record):
+        messages = ("messages", instruction_messages(record, location))
     if messages is not None:
         field, value = messages
         return _query_of_messages(record, field, value, location, name, needs_completion=needs_completion)

@@ -198,12 +198,9 @@ class RecordReader:
         if reading.format == "prompt-completion":
             prompt, completion = (self._text(record, name, location) for name in ("prompt", "completion"))
             return self._completed(prompt, completion)
-        instruction, output = (self._text(record, name, location) for name in ("instruction", "output"))
+        _, output = (self._text(record, name, location) for name in ("instruction", "output"))
         if reading.chat_template is not None:
-            given = _input(record, location)
-            request = f"{instruction}\n\n{given}" if given.strip() else instruction
-            messages = [{"role": "user", "content": request}, {"role": "assistant", "content": output}]
-            return Content(chat=conversation(messages, None, "messages", location))
+            return Content(chat=conversation(instruction_messages(record, location), None, "messages", location))
         return self._completed(instruction_prompt(record, location), output)
 
     def _completed(self, prompt: str, completion: str) -> Content:
@@ -278,6 +275,19 @@ def instruction_prompt(record: Mapping[Any, object], location: str) -> str:
     instruction, given = checked_text(record.get("instruction"), "instruction", location), _input(record, location)
     before, _, after = (INSTRUCTION_WITH_INPUT if given.strip() else INSTRUCTION_ALONE).partition("{instruction}")
     return before + instruction + after.replace("{input}", given, 1)
+
+
+def instruction_messages(record: Mapping[Any, object], location: str) -> list[dict[str, str]]:
+    """The instruction with its input as a user's message, and the output, if there is one, as the answer.
+
+    Raises:
+        CorpusError: A field is no text.
+    """
+    request, given = checked_text(record.get("instruction"), "instruction", location), _input(record, location)
+    messages = [{"role": "user", "content": f"{request}\n\n{given}" if given.strip() else request}]
+    if "output" in record:
+        messages.append({"role": "assistant", "content": checked_text(record["output"], "output", location)})
+    return messages
 
 
 def _input(record: Mapping[Any, object], location: str) -> str:

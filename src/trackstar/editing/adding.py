@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trackstar.choices import DuplicateIds, Join, RecordFormat, TrainOn
 from trackstar.corpus import Corpus, open_corpus
+from trackstar.corpus.marked_text import first_example
 from trackstar.curvature.task import train_whitening
 from trackstar.editing.duplicates import added_corpus
 from trackstar.editing.merging import merged_manifest
@@ -19,7 +20,7 @@ from trackstar.indexing.provenance import corpus_entry
 from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, write_shards
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.store import PART_FOLDER, Index, IndexWriter, Place, as_folder, load_manifest
+from trackstar.store import PART_FOLDER, Index, IndexWriter, Manifest, Place, as_folder, load_manifest
 from trackstar.store.files.outputs import inputs, refuse_input_folder
 from trackstar.store.locations import recorded_model, relocated
 from trackstar.workers.index_model import model_of_index, second_moment_of_index
@@ -92,7 +93,7 @@ def add_examples(
         data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
         train_on=train_on, join=join, chat_template=chat_template, metadata=metadata,
     )  # fmt: skip
-    opened = dataclasses.replace(opened, template=opened.template or index.manifest.chat_template)
+    opened = _in_template(opened, index.manifest)
     pack = index.manifest.windows.pack
     indexed_model = None
     if opened.needs_tokenizer or pack is not None:
@@ -126,11 +127,26 @@ def add_examples(
     return Index.open(out)
 
 
+def _in_template(corpus: Corpus, manifest: Manifest) -> Corpus:
+    """The corpus in the index's chat template, unless it has one of its own; instructions if the index's are."""
+    form = corpus.reading.format
+    if corpus.template is not None or not (
+        form == "messages" or (form == "instruction" and manifest.instructions_in_template)
+    ):
+        return corpus
+    reading = dataclasses.replace(corpus.reading, chat_template="")
+    return dataclasses.replace(corpus, template=manifest.chat_template, reading=reading)
+
+
 def _index_corpus(
     writer: IndexWriter, index: Index, model: LanguageModel, corpus: Corpus, *, batch_tokens: int, bar: Progress
 ) -> None:
     """Index a corpus with the V, projections, W_train and codec of an existing index."""
     manifest, second_moment = writer.manifest, second_moment_of_index(index)
+    windows = manifest.windows
+    shown = first_example(corpus, model.tokenizer, windows.tokens, truncate=windows.truncate)
+    if shown is not None:
+        bar.note(shown)
     if manifest.second_moment.digest is not None:
         writer.write_tensors("second_moment", index.tensors("second_moment"))
     w_train = None

@@ -122,7 +122,7 @@ class ProjectedGradients(BlockSums):
     def __init__(self, model: LanguageModel, second_moment: SecondMoment, *, seed: int = 0, side: int = 64) -> None:
         super().__init__(model, side)
         self._groups = model.input_groups
-        self._dtype = model.dtype
+        self._dtype_of = {matrix.name: model.module.get_parameter(matrix.parameter).dtype for matrix in model.matrices}
         self._device_of = {matrix.name: model.device_of(matrix) for matrix in model.matrices}
         self._left: dict[str, Tensor] = {}
         self._right: dict[str, Tensor] = {}
@@ -138,6 +138,7 @@ class ProjectedGradients(BlockSums):
         # Matrices that read the same input share one product with their right projections side by side.
         for leader, group in members.items():
             self._right[leader] = torch.cat(group, dim=1)  # [columns, members · side]
+        self._of_several = {leader for leader, group in members.items() if len(group) > 1}
         self._shared: dict[str, Tensor] = {}
 
     def _folded(
@@ -154,7 +155,8 @@ class ProjectedGradients(BlockSums):
         left, right = left.contiguous(), right.contiguous()
         if matrix.name in self._inverse_roots:
             return left.to(device), right.to(device)
-        return left.to(device, self._dtype), right.to(device, self._dtype)
+        dtype = self._dtype_of[matrix.name]
+        return left.to(device, dtype), right.to(device, dtype)
 
     def start(self, batch: Batch) -> None:
         """Set all sums to zero."""
@@ -166,8 +168,10 @@ class ProjectedGradients(BlockSums):
         if matrix.name in self._inverse_roots:
             return inputs
         leader = self._groups[matrix.name]
-        if matrix.name == leader:
-            self._shared[leader] = inputs @ self._right[leader]
+        if leader not in self._of_several:
+            return _product(inputs, self._right[leader])
+        if leader not in self._shared:  # whichever of them the model computes first
+            self._shared[leader] = _product(inputs, self._right[leader])
         return self._shared[leader][..., self._slices[matrix.name]]  # [batch, tokens, side]
 
     def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
@@ -175,7 +179,7 @@ class ProjectedGradients(BlockSums):
         if matrix.name in self._inverse_roots:
             self._add_elementwise(matrix, saved, gradients)
             return
-        left = gradients @ self._left[matrix.name]  # P₀ g of each token: [batch, tokens, side]
+        left = _product(gradients, self._left[matrix.name])  # P₀ g of each token: [batch, tokens, side]
         # Σ_t (P₀ g_t)(P₁ a_t)ᵀ: [batch, side, side]
         if left.device == self._device:
             self._sums[matrix.block].baddbmm_(left.mT.float(), saved.float())
@@ -191,7 +195,7 @@ class ProjectedGradients(BlockSums):
         right = inputs.new_zeros(len(inputs), self.side)
         for number, part in routing.hit():
             if number in matrices:
-                right[part] = inputs[part] @ self._right[matrices[number].name]
+                right[part] = _product(inputs[part], self._right[matrices[number].name])
         return right
 
     def add_routed(
@@ -208,7 +212,7 @@ class ProjectedGradients(BlockSums):
         left = gradients.new_zeros(len(gradients), self.side)
         for number, part in routing.hit():
             if number in matrices:
-                left[part] = gradients[part] @ self._left[matrices[number].name]
+                left[part] = _product(gradients[part], self._left[matrices[number].name])
         block = next(iter(matrices.values())).block
         left, right = routing.by_example(left), routing.by_example(saved)  # [batch, pairs, side]
         self._sums[block] += (left.mT.float() @ right.float()).to(self._device)
@@ -220,6 +224,11 @@ class ProjectedGradients(BlockSums):
             gradient = gradient_matrices(inputs[example], gradients[example])
             gradient *= self._inverse_roots[matrix.name]
             self._sums[matrix.block][example] += (left.T @ gradient @ right).to(self._device)
+
+
+def _product(vectors: Tensor, projection: Tensor) -> Tensor:
+    """Vectors times a projection; a model may compute in another number format than its weights have."""
+    return vectors.to(projection.dtype) @ projection
 
 
 def inverse_roots(

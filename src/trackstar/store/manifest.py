@@ -9,10 +9,11 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trackstar.choices import CODECS, LOW_BIT_CODECS, CodecName, Coordinates, Output
+from trackstar.corpus import Query, in_template
 from trackstar.corpus.digests import digest_of_bytes, digest_of_json
 from trackstar.errors import DamagedIndexError, StoreError
 from trackstar.store.files.durable import file_size, read_bytes
@@ -93,6 +94,15 @@ class Manifest:
     def chat_template(self) -> str | None:
         """The text of the template that rendered the conversations of the first corpus that has any."""
         return next((entry.chat_template_text for entry in self.corpora if entry.chat_template is not None), None)
+
+    @property
+    def instructions_in_template(self) -> bool:
+        """Whether a corpus's instructions were rendered as conversations."""
+        return any(entry.format == "instruction" and entry.chat_template is not None for entry in self.corpora)
+
+    def in_template(self, queries: Sequence[Query]) -> list[Query]:
+        """The queries in the chat template of the index's conversations; see `corpus.in_template`."""
+        return in_template(queries, self.chat_template, instructions=self.instructions_in_template)
 
     def check(self) -> None:
         """Check what the fields' types do not guarantee.
