@@ -23,6 +23,7 @@ from trackstar.errors import IndexMismatchError, ModelError, OptionError, Second
 from trackstar.indexing.build import build_index
 from trackstar.model.language_model import load_model, wrap_model
 from trackstar.store import Index
+from trackstar.workers.index_model import model_of_index
 
 # PEFT itself calls what Transformers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -404,7 +405,7 @@ def test_an_index_of_other_parameters_is_refused(adapter_folder: Path, tmp_path:
         lambda: build_index(adapter_folder, TEXTS, tmp_path / "index", parameters="adapter", **SETTINGS),
         IndexMismatchError,
     )
-    assert "model.parameters" in message
+    assert "the existing index has `parameters` 'merged', but 'adapter' was requested" in message
     other = load_model(adapter_folder, parameters="adapter", layer_blocks=1)
     message = refusal(
         lambda: answer_queries(tmp_path / "index", [QUESTION], model=other, progress=False), IndexMismatchError
@@ -529,3 +530,60 @@ def test_an_adapter_and_its_base_model_on_the_hub_are_loaded_by_name(
         assert index.manifest.model.revision == COMMIT
         assert answer_queries(index, [QUESTION], progress=False).results
     assert load_model("someone/base").parameters is None
+
+
+# ---- What newcomers met --------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_in_float32_beside_a_base_in_bfloat16_is_indexed(tmp_path: Path):
+    """As PEFT makes it: the adapter's weights are in float32 whatever the base's format."""
+    from peft import get_peft_model
+
+    base = tiny_model("llama").to(torch.bfloat16)
+    live = get_peft_model(base, lora())
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2)
+    assert {parameter.dtype for parameter in live.parameters()} == {torch.bfloat16, torch.float32}
+    model = wrapped(live, parameters="adapter")
+    index = build_index(model, TEXTS, tmp_path / "index", **SETTINGS)
+    assert all(row > 0 for row in index.norms().tolist())
+
+
+def test_an_adapter_that_trains_some_embeddings_is_indexed_in_both_ways(tmp_path: Path):
+    live = adapted_tiny_model(lora(trainable_token_indices=[5, 6]))
+    for parameters in ("merged", "adapter"):
+        index = build_index(wrapped(live, parameters=parameters), TEXTS, tmp_path / parameters, **SETTINGS)
+        assert all(row > 0 for row in index.norms().tolist())
+
+
+def test_adaption_prompts_are_refused_as_they_change_no_weights(tmp_path: Path):
+    from peft import AdaptionPromptConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "base"))
+    configuration = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    get_peft_model(base, configuration).save_pretrained(tmp_path / "adapter")
+    message = refusal(lambda: load_model(tmp_path / "adapter"))
+    assert "changes no weights" in message
+    assert "use the base model alone" in message
+    load_model(tmp_path / "base")
+
+
+def test_a_model_that_is_not_an_adapters_index_is_named_so(adapter_folder: Path, tmp_path: Path):
+    model = load_model(adapter_folder, parameters="adapter", layer_blocks=2)
+    index = build_index(model, TEXTS, tmp_path / "index", **SETTINGS)
+    with pytest.raises(IndexMismatchError, match="has no adapter whose matrices are those that were indexed"):
+        model_of_index(index, adapter_folder.parent / "base")
+    model_of_index(index, adapter_folder)
+
+
+def test_transformers_own_adapters_are_enabled_by_their_own_method():
+    module = tiny_model("llama")
+    module.add_adapter(lora())
+    module.disable_adapters()
+    message = refusal(lambda: wrapped(module))
+    assert "call the model's `enable_adapters()`" in message
+    module.enable_adapters()
+    wrapped(module)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,6 +59,26 @@ def test_a_conversation_is_asked_as_training_reads_it(record: dict[str, Any], te
     assert query.target_mask[-1]
     # What ends the turn is no target of a query, nor is it generated.
     assert tokenizer.decode(window.token_ids[count:][window.target_mask[count:]]).strip() == EOS
+
+
+def test_white_space_of_an_answer_is_asked_too() -> None:
+    for template, expected in ((CHATML, "x = 1\n\n"), (CHATML.replace("['content']", "['content'] | trim"), "x = 1")):
+        chat = ({"role": "user", "content": "Code?"}, {"role": "assistant", "content": "x = 1\n\n"})
+        query = query_with_texts(Query(query_id="q", messages=chat), tokenizer_with(template))
+        assert query.completion == expected
+
+
+def test_a_query_that_the_context_does_not_hold_is_noted(tmp_path: Path) -> None:
+    model = load_model(save_tiny_model(tmp_path / "model"))
+    index = build_index(
+        model, [{"text": "The capital of France is Paris."}], tmp_path / "index", side=4, codec="float32",
+        layer_blocks=1, progress=False,
+    )  # fmt: skip
+    short = Query(query_id="short", prompt="The capital of France is", completion="Paris")
+    long = Query(query_id="long", prompt="The capital of France is " * 30, completion="Paris")
+    note = "1 of 2 queries are longer than the model's context of 64 tokens; the beginning of each is not asked"
+    assert note in answer_queries(index, [short, long], model=model, k=1, exact=True, progress=False).notes
+    assert answer_queries(index, [short], model=model, k=1, exact=True, progress=False).notes == ()
 
 
 def test_what_follows_the_last_answer_is_left_out(tmp_path: Path) -> None:
@@ -217,7 +237,7 @@ def test_questions_to_an_index_are_in_the_template_of_its_conversations(tmp_path
     path = written(tmp_path, {"messages": chat})
     named, unnamed = (
         answer_queries(index, read_queries(path, **options), k=1, exact=True, progress=False)
-        for options in ({"chat_template": template}, {})
+        for options in cast("tuple[dict[str, Any], ...]", ({"chat_template": template}, {}))
     )
     assert unnamed.results == named.results
     assert unnamed.results[0].query.prompt.startswith("<|user|>")

@@ -133,11 +133,28 @@ def checked_queries(queries: object) -> list[Query]:
 
 def query_notes(queries: Sequence[Query], model: LanguageModel) -> tuple[str, ...]:
     """Notes for the user on how queries were read."""
+    notes = []
     token = leading_token(model.tokenizer)
     count = sum(query.token_ids is None and query_text(query).startswith(token) for query in queries) if token else 0
-    if not count:
-        return ()
-    return (f"{count:,} of {len(queries):,} queries spell out {token}, which the tokenizer adds; each has it once",)
+    if count:
+        notes.append(
+            f"{count:,} of {len(queries):,} queries spell out {token}, which the tokenizer adds; each has it once"
+        )
+    long = sum(_is_cut(query, model) for query in queries)
+    if long:
+        notes.append(
+            f"{long:,} of {len(queries):,} queries are longer than the model's context of {model.context_tokens:,} "
+            "tokens; the beginning of each is not asked"
+        )
+    return tuple(notes)
+
+
+def _is_cut(query: Query, model: LanguageModel) -> bool:
+    """Whether the model's context does not hold all of a query."""
+    example = tokenize_query(query, model.tokenizer, window_tokens=model.context_tokens)
+    if query.token_ids is not None:
+        return len(example.token_ids) < len(query.token_ids)
+    return len(example.text) < len(query_text(query))
 
 
 def query_gradients(

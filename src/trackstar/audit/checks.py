@@ -18,7 +18,7 @@ from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
 from trackstar.corpus.local_files import check_not_special
 from trackstar.corpus.query_files import query_of_record
-from trackstar.corpus.reading import Reading
+from trackstar.corpus.reading import CONVERSATION_FIELDS, Reading
 from trackstar.errors import AuditError, CorpusError, DamagedIndexError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import SecondMoment
@@ -377,7 +377,11 @@ def _comparison_of_queries(name: str, found: Sequence[Query], expected: QueriesE
     if entry.count != expected.count:
         return Check(name=name, outcome="differs", said=f"found {entry.count:,}, expected {expected.count:,}")
     what = "names and prompts" if name == "prompts" else "names, prompts and completions"
-    return _comparison(name, entry.digest, expected.digest, f"{what} of {entry.count:,}")
+    hint = ""
+    if any(query.record.keys() & {*CONVERSATION_FIELDS, "instruction"} for query in found):
+        hint = " (if they were asked in a chat template of their own, pass it as `chat_template`)"
+    check = _comparison(name, entry.digest, expected.digest, f"{what} of {entry.count:,}")
+    return check if check.outcome == "same" else dataclasses.replace(check, said=check.said + hint)
 
 
 def _comparison_of_configurations(entry: ModelEntry, model: LanguageModel) -> Check:

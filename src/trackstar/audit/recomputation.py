@@ -150,6 +150,7 @@ class _Recomputation:
             inputs.available.data[0],
             self._queries(),
             **{name: value for name, value in manifest.corpora[0].options.items() if name != "metadata"},
+            chat_template=inputs.available.chat_template,
             duplicate_ids=self._inputs.corpora[0].duplicate_ids if self._inputs.corpora else "refuse",
             window_tokens=manifest.windows.tokens,
             overlap=manifest.windows.overlap,

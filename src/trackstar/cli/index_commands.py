@@ -277,7 +277,8 @@ def verify(index: str) -> int:
 
 def _report(index: "Index") -> None:
     """Print what has been made and how to query it."""
+    answer = "--completion TEXT" if index.manifest.chat_template is None else "--generate --chat"
     click.echo(
         f"{index.path}: {index.rows:,} examples, {index.dimensions:,} dimensions, {index.manifest.codec}; query it "
-        f"with: trackstar query {shlex.quote(str(index.path))} --prompt TEXT --completion TEXT"
+        f"with: trackstar query {shlex.quote(str(index.path))} --prompt TEXT {answer}"
     )

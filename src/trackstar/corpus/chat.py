@@ -199,7 +199,7 @@ class ChatTemplate:
             ) from None
         return cls(own, with_tools, variables)
 
-    def rendered(self, chat: Conversation, train_on: TrainOn, location: str) -> RenderedChat:
+    def rendered(self, chat: Conversation, train_on: TrainOn, location: str, *, is_query: bool = False) -> RenderedChat:
         """A conversation as the model read it in training.
 
         Args:
@@ -207,6 +207,7 @@ class ChatTemplate:
             train_on: `assistant` for every answer, `completion` for the last one, `all` for every
                 token.
             location: Location of the record, for error messages.
+            is_query: Whether it is a query, whose targets are always an answer's; for error messages.
 
         Raises:
             CorpusError: The template refuses the conversation, or does not render a part of it as
@@ -218,7 +219,7 @@ class ChatTemplate:
             return RenderedChat(text=text, targets=None)
         if not marked:
             answers = chat.answers[-1:] if train_on == "completion" else chat.answers
-            return RenderedChat(text=text, targets=tuple(self._answers(chat, answers, text, location)))
+            return RenderedChat(text=text, targets=tuple(self._answers(chat, answers, text, location, is_query)))
         if train_on == "completion" and chat.answers[-1]:
             # An answer may have several marks, or be empty between them.
             _, earlier = self._render(chat, chat.messages[: chat.answers[-1]], location, marked=True)
@@ -234,23 +235,30 @@ class ChatTemplate:
         text, _ = self._render(chat, chat.messages, location, prompt=True)
         return text
 
-    def _answers(self, chat: Conversation, answers: list[int], text: str, location: str) -> Iterator[tuple[int, int]]:
+    def _answers(
+        self, chat: Conversation, answers: list[int], text: str, location: str, is_query: bool
+    ) -> Iterator[tuple[int, int]]:
         """The range of each answer: what the template adds between the prompt for it and its end."""
         for number in answers:
-            start = self._prefix(chat, number, text, location, prompt=True)
+            start = self._prefix(chat, number, text, location, prompt=True, is_query=is_query)
             last = number + 1 == len(chat.messages)
-            stop = len(text) if last else self._prefix(chat, number + 1, text, location, prompt=False)
+            stop = (
+                len(text) if last else self._prefix(chat, number + 1, text, location, prompt=False, is_query=is_query)
+            )
             yield start, stop
 
-    def _prefix(self, chat: Conversation, messages: int, text: str, location: str, *, prompt: bool) -> int:
+    def _prefix(
+        self, chat: Conversation, messages: int, text: str, location: str, *, prompt: bool, is_query: bool
+    ) -> int:
         """Length of the rendering of the first messages, which must begin the rendering of all."""
         part, _ = self._render(chat, chat.messages[:messages], location, prompt=prompt)
         if not text.startswith(part):
+            other = ', or `train_on="all"`'
             at = next((n for n, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), len(text))
             raise CorpusError(
                 f"{location}: the chat template renders the first {messages} messages by themselves differently than "
                 f"in the whole conversation (from character {at} on), so the answers cannot be found; pass a template "
-                'that marks them with {% generation %} as `chat_template`, or `train_on="all"`'
+                f"that marks them with {{% generation %}} as `chat_template`{'' if is_query else other}"
             )
         return len(part)
 

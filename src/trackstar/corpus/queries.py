@@ -124,8 +124,8 @@ def _of_conversation(query: Query, tokenizer: Tokenizer) -> Query:
             "be explained; add it"
         )
     chat = dataclasses.replace(chat, messages=chat.messages[: chat.answers[-1] + 1])
-    rendered = ChatTemplate.of(tokenizer, query.chat_template).rendered(chat, "completion", description)
-    targets = _within_answer(rendered, str(chat.messages[-1].get("content", "")).strip())
+    rendered = ChatTemplate.of(tokenizer, query.chat_template).rendered(chat, "completion", description, is_query=True)
+    targets = _within_answer(rendered, str(chat.messages[-1].get("content", "")))
     example = Example(example_id=query.query_id, text=rendered.text, record=0, targets=targets, special_tokens=False)
     ((_, tokens),) = token_sequences([example], tokenizer)
     if not tokens.target_mask.any():
@@ -146,11 +146,12 @@ def _within_answer(rendered: RenderedChat, answer: str) -> tuple[tuple[int, int]
     then continues would be an opponent.
     """
     targets = rendered.targets or ()
-    begin = rendered.text.rfind(answer, targets[0][0], targets[-1][1]) if answer and targets else -1
-    if begin < 0:
-        return targets
-    end = begin + len(answer)
-    return tuple((start, min(stop, end)) for start, stop in targets if start < end)
+    for text in (answer, answer.strip()):  # a template may trim it
+        begin = rendered.text.rfind(text, targets[0][0], targets[-1][1]) if text.strip() and targets else -1
+        if begin >= 0:
+            end = begin + len(text)
+            return tuple((start, min(stop, end)) for start, stop in targets if start < end)
+    return targets
 
 
 def _conversation(query: Query) -> Conversation:

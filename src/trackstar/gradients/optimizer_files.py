@@ -241,7 +241,8 @@ def _orders(
         expected = " or ".join(dict.fromkeys("+".join(str(len(names)) for names in order) for order in candidates))
         raise SecondMomentError(
             f"{path}: holds {'+'.join(map(str, sizes))} numbered parameters, expected {expected} for "
-            f"{type(module).__name__}; it belongs to another model, or save the optimizer with named parameters"
+            f"{type(module).__name__}; it belongs to another model; save the optimizer with named parameters, or "
+            'pass `second_moment="estimate"`'
         )
     yield from fitting
 

@@ -88,6 +88,11 @@ def network_of(module: nn.Module) -> nn.Module:
     return wrapped.get_base_model()
 
 
+def _enabling(module: nn.Module) -> str:
+    """The method that enables the adapters: PEFT's, or that of Transformers' own adapters."""
+    return "enable_adapters" if network_of(module) is module else "enable_adapter_layers"
+
+
 def find_adapter(module: nn.Module, source: str) -> tuple[str, Any] | None:
     """Name and configuration of a model's active adapter; None if it has none.
 
@@ -113,7 +118,7 @@ def find_adapter(module: nn.Module, source: str) -> tuple[str, Any] | None:
     if off is not None:
         raise ModelError(
             f"{source}: the adapter of {off} is disabled, expected one that takes part in the computation; call the "
-            "model's `enable_adapter_layers()`, or pass the base model alone"
+            f"model's `{_enabling(module)}()`, or pass the base model alone"
         )
     merged = next((path for path, layer in layers.items() if getattr(layer, "merged", False)), None)
     if merged is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from trackstar.corpus.local_files import check_no_special_inside
 from trackstar.errors import ModelError
+from trackstar.model.head import embedding_weight
 from trackstar.model.loading import may_be_on_hub, quiet
 from trackstar.text import abridged, one_line
 
@@ -119,11 +120,11 @@ def _with_adapter(
             f"{name}: its {ADAPTER_CONFIG} has task_type {abridged(task)}, expected CAUSAL_LM, an adapter of a causal "
             "language model; use such an adapter"
         )
-    if configuration.is_prompt_learning:
+    if configuration.is_prompt_learning or getattr(configuration, "is_adaption_prompt", False):
         raise ModelError(
-            f"{name}: its {getattr(method, 'value', method)} adapter changes no weights, so that gradients of weights "
-            "do not show what it learned; expected one that can be merged into weights, such as LoRA; tune with such "
-            "an adapter, or index the base model alone"
+            f"{name}: its {getattr(method, 'value', method)} adapter changes no weights, whose gradients trackstar "
+            "computes; expected one that can be merged into weights, such as LoRA; tune with such an adapter, or use "
+            "the base model alone"
         )
     try:
         configuration.inference_mode = False
@@ -195,10 +196,8 @@ def _weight_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the adapter's tensors by name, from the file's header."""
     if not path.is_file():
         others = sorted(file.name for file in path.parent.glob("adapter_model*"))
-        raise ModelError(
-            f"{name}: found {', '.join(others) or 'no weights'}, expected {ADAPTER_WEIGHTS}; load the adapter with "
-            "PEFT and save it again with `save_pretrained`"
-        )
+        way = "load the adapter with PEFT and save it again with `save_pretrained`" if others else "restore the file"
+        raise ModelError(f"{name}: found {', '.join(others) or 'no weights'}, expected {ADAPTER_WEIGHTS}; {way}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -236,11 +235,11 @@ def _resize(module: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], name
     rows: dict[str, int] = {}
     for role, table in tables.items():
         path = names.get(id(table))
-        for suffix in ("weight", "base_layer.weight"):
+        for suffix in ("weight", "base_layer.weight", "token_adapter.base_layer.weight"):
             shape = shapes.get(f"{_PREFIX}{path}.{suffix}")
             if shape is not None:
                 rows[role] = shape[0]
-    present = len(module.get_input_embeddings().get_parameter("weight"))
+    present = len(embedding_weight(module))
     wanted = max(rows.values(), default=present)
     if wanted == present:
         return

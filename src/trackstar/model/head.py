@@ -40,6 +40,11 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
+def embedding_weight(module: PreTrainedModel) -> Float[Tensor, "vocabulary width"]:
+    """The weight of the input embeddings, also if an adapter trains some of its rows."""
+    return module.get_input_embeddings().weight  # pyright: ignore[reportReturnType]
+
+
 def possible_heads(module: PreTrainedModel, source: str) -> list[Head]:
     """What the head may be: with the configuration's factor, or without it where that precedes the head.
 
@@ -48,7 +53,8 @@ def possible_heads(module: PreTrainedModel, source: str) -> list[Head]:
     """
     output = unwrapped(module.get_output_embeddings())
     if not isinstance(output, nn.Linear):
-        raise ModelError(f"{source}: found {type(output).__name__} as output head; expected one linear layer")
+        found = f"an adapter's {type(output).__name__}" if hasattr(output, "base_layer") else type(output).__name__
+        raise ModelError(f"{source}: found {found} as output head; expected one linear layer")
     config = module.config.get_text_config()
     multiplier = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)

@@ -28,7 +28,7 @@ from trackstar.model.adapter import (
 from trackstar.model.adapter_files import adapter_folder_of_hub, is_adapter_folder, load_adapter
 from trackstar.model.computation import check_computed, frozen, input_groups, module_paths
 from trackstar.model.configuration import deciding_fields
-from trackstar.model.head import Head, possible_heads
+from trackstar.model.head import Head, embedding_weight, possible_heads
 from trackstar.model.input_layouts import FLAT, InputLayout
 from trackstar.model.layer_blocks import (
     Coverage,
@@ -122,7 +122,7 @@ class LanguageModel:
     @property
     def vocabulary(self) -> int:
         """Number of tokens that have both an embedding and a logit; ids are below it."""
-        return min(len(self.module.get_input_embeddings().get_parameter("weight")), len(self.head.weight))
+        return min(len(embedding_weight(self.module)), len(self.head.weight))
 
     @property
     def device(self) -> torch.device:
@@ -408,7 +408,7 @@ def _wrapped(
 
 
 def _vocabulary(module: PreTrainedModel, head: Head) -> int:
-    return min(len(module.get_input_embeddings().get_parameter("weight")), len(head.weight))
+    return min(len(embedding_weight(module)), len(head.weight))
 
 
 def context_tokens(module: PreTrainedModel) -> int:

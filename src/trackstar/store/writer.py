@@ -386,7 +386,7 @@ def check_same(path: Place, existing: Manifest, requested: Manifest) -> None:
                 "choose another folder"
             )
         named = f"`{_option(field)}`" if _option(field) else field
-        others = {_option(name) or name for name, _, _ in different} - {_option(field) or field}
+        others = {_option(name) or re.split(r"[.\[]", name)[0] for name, _, _ in different} - {_option(field) or field}
         more = f" (and {len(others)} more differ)" if others else ""
         raise IndexMismatchError(
             f"{path}: the existing index has {named} {abridged(old)}, but {abridged(new)} was requested{more}; use the "

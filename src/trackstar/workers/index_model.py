@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, StoreError
+from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
 from trackstar.model.language_model import LanguageModel, load_model
@@ -126,18 +126,26 @@ def model_of_manifest(
     pinned = pinned or str(source) == entry.source
     folder = Path(source)
     has_file = entry.gguf_file is not None and folder.is_dir() and (folder / entry.gguf_file).is_file()
-    return load_model(
-        str(source),
-        revision=entry.revision if pinned else None,
-        gguf_file=entry.gguf_file if pinned or has_file else None,
-        parameters=entry.parameters or "merged",
-        dtype=entry.dtype,
-        device=device,
-        layer_blocks=[
-            (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
-            for block in manifest.layer_blocks
-        ],
-    )
+    try:
+        return load_model(
+            str(source),
+            revision=entry.revision if pinned else None,
+            gguf_file=entry.gguf_file if pinned or has_file else None,
+            parameters=entry.parameters or "merged",
+            dtype=entry.dtype,
+            device=device,
+            layer_blocks=[
+                (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
+                for block in manifest.layer_blocks
+            ],
+        )
+    except (OptionError, ModelError) as error:
+        if entry.parameters != "adapter" or "`parameters" not in str(error):
+            raise
+        raise IndexMismatchError(
+            f"{one_line(str(source))}: has no adapter whose matrices are those that were indexed; expected the index's "
+            f"model, which is the adapter {one_line(entry.source)}; pass its folder as `model`"
+        ) from None
 
 
 def second_moment_of_index(index: Index) -> SecondMoment:
