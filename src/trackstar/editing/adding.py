@@ -128,7 +128,7 @@ def add_examples(
 
 
 def _in_template(corpus: Corpus, manifest: Manifest) -> Corpus:
-    """The corpus in the index's chat template, unless it has one of its own; instructions if the index's are."""
+    """The corpus in the index's chat template, unless it has its own; instructions if the index's are."""
     form = corpus.reading.format
     if corpus.template is not None or not (
         form == "messages" or (form == "instruction" and manifest.instructions_in_template)
