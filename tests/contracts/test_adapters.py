@@ -587,3 +587,14 @@ def test_transformers_own_adapters_are_enabled_by_their_own_method():
     assert "call the model's `enable_adapters()`" in message
     module.enable_adapters()
     wrapped(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, when it first compiles
+def test_a_compiled_model_is_the_model_and_inference_mode_has_its_line():
+    live = adapted_tiny_model()
+    assert wrapped(torch.compile(live)).digest() == wrapped(live).digest()
+    with torch.inference_mode():
+        message = refusal(lambda: wrapped(live), OptionError)
+    assert "leave it, or use `torch.no_grad()`" in message
+    with torch.no_grad():
+        wrapped(live)

@@ -7,8 +7,9 @@ Every number and every verdict in the text is taken from the study.
 import base64
 import dataclasses
 import json
+import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trackstar.microscope.accuracy import Interval
@@ -112,6 +113,7 @@ def _code(source: str, png: bytes | None = None) -> dict[str, Any]:
 def _introduction(study: Study) -> str:
     settings = study.settings
     return (
+        "This page is what `trackstar microscope` writes; it needs the extra `trackstar-tda[microscope]`.\n\n"
         "The score of a training example z for a query q is the inner product of two vectors of unit length,\n\n"
         "    R^(-1/2) P (∇Loss(z)/√V)   and   R^(-1/2) P (∇Loss(q)/√V).\n\n"
         "This page builds that vector up from right to left on a network that is small enough to compute everything "
@@ -195,16 +197,24 @@ def _middle(descending: list[float]) -> float:
 def _projections(study: Study) -> str:
     dimensions = study.dimensions["clean"]
     errors = {name: dict(study.projection_errors[name])[dimensions] for name in PROJECTIONS}
+    powers = {name: _power(study.projection_errors[name]) for name in PROJECTIONS}
     return (
         f"Two-sided, a weight matrix's gradient becomes P₀GP₁ᵀ of {SIDE} × {SIDE} numbers and a bias's P₀g of {SIDE}: "
         f"{dimensions} in all. One-sided, one dense matrix takes all {study.parameters['clean']:,} coordinates to "
         f"{dimensions}. Both keep inner products on average. The error of a cosine at {dimensions} dimensions is "
-        f"{errors['two-sided']:.3f} two-sided and {errors['one-sided']:.3f} one-sided, and falls with the root of the "
-        "dimensions. Two-sided, both halves of a gradient are squeezed into few dimensions, and their errors multiply. "
+        f"{errors['two-sided']:.3f} two-sided and {errors['one-sided']:.3f} one-sided. Over the figure it falls with "
+        f"the dimensions to the power of {powers['two-sided']:.2f} and {powers['one-sided']:.2f}. Two-sided, both "
+        "halves of a gradient are squeezed into few dimensions, and their errors multiply. "
         "But its P has the size of the rows and columns of a layer, where the one-sided P has a row for every "
         f"parameter. The class is found in {_same(study, 'two-sided P')} two-sided and {_same(study, 'one-sided P')} "
         "one-sided."
     )
+
+
+def _power(points: Sequence[tuple[int, float]]) -> float:
+    """The power of x with which y grows from the first point to the last."""
+    (x, y), (last_x, last_y) = points[0], points[-1]
+    return math.log(last_y / y) / math.log(last_x / x)
 
 
 def _curvature(study: Study) -> str:

@@ -315,9 +315,16 @@ def wrap_model(
         ModelError: It holds values that are not finite, or does not compute its logits as `Head` does;
             or its adapter has no gradients of these parameters.
         UnsupportedModelError: Its matrices cannot be named.
-        OptionError: A pattern or the number of layer blocks cannot be used.
+        OptionError: A pattern or the number of layer blocks cannot be used, or it is called in
+            `torch.inference_mode`.
     """
     check_choice("parameters", parameters, PARAMETERS)
+    if torch.is_inference_mode_enabled():
+        raise OptionError(
+            f"{source}: found `torch.inference_mode()`, in which there are no gradients; leave it, or use "
+            "`torch.no_grad()`"
+        )
+    module = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
     network, adapter = _with_parameters(module, parameters, source, live=True)
     naming = _Naming(attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks)
     origin = _Origin(source=source, revision=revision, gguf_file=gguf_file, folder=folder)
