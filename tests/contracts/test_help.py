@@ -22,7 +22,7 @@ from trackstar.cli.framework import RareOption
 from trackstar.indexing.settings import IndexSettings
 
 PAGES = ["", *command_group.commands]
-NOT_RUN = {"demo", "explore", "pretrain", "evaluate"}
+NOT_RUN = {"demo", "explore", "microscope", "pretrain", "evaluate"}
 """Commands whose examples take minutes or serve until they are stopped."""
 
 
@@ -80,7 +80,7 @@ def test_help_is_in_the_imperative(command: str):
     first = help_page(command).splitlines()[2].split()[0]
     imperatives = {
         "Index", "Complete", "Add", "Merge", "Remove", "Store", "Check", "Find", "Explore", "Verify", "Compute",
-        "Train", "Sample",
+        "Train", "Sample", "Take",
     }  # fmt: skip
     assert first in imperatives
 

@@ -108,7 +108,7 @@ def test_an_interrupted_index_resumes_after_its_last_intact_shard(s3: s3fs.S3Fil
 
 def test_an_index_with_other_settings_and_foreign_objects_are_refused(s3: s3fs.S3FileSystem) -> None:
     write_small_index(URL)
-    with pytest.raises(IndexMismatchError, match=r"existing index has projection.seed 7, but 8 was requested"):
+    with pytest.raises(IndexMismatchError, match=r"existing index has `seed` 7, but 8 was requested"):
         write_small_index(URL, small_manifest(seed=8))
     s3.pipe_file("bucket/mine/notes.txt", b"mine")
     with pytest.raises(StoreError, match=r"contains 'notes.txt' but no manifest.json, expected an index or an empty"):

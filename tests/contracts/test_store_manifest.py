@@ -89,7 +89,7 @@ def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str
 
 
 def test_the_fields_changed_above_are_complete() -> None:
-    assert len(CHANGES) == 65
+    assert len(CHANGES) == 66
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
     } - {"completion"}
@@ -270,12 +270,10 @@ def test_resuming_with_another_manifest_names_the_first_field_that_differs(tmp_p
     write_small_index(tmp_path)
     with pytest.raises(
         IndexMismatchError,
-        match=r"the existing index has projection.seed 7, but 8 was requested; use the same settings",
+        match=r"the existing index has `seed` 7, but 8 was requested; use the same settings",
     ):
         store.IndexWriter.open(tmp_path, small_manifest(seed=8))
-    with pytest.raises(
-        IndexMismatchError, match=r"projection.seed 7, but 8 was requested \(and 1 more fields differ\)"
-    ):
+    with pytest.raises(IndexMismatchError, match=r"`seed` 7, but 8 was requested \(and 1 more differ\)"):
         store.IndexWriter.open(tmp_path, small_manifest("float16", seed=8))
     assert store.verify(tmp_path).ok
 

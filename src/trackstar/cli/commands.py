@@ -217,7 +217,7 @@ def demo(*, out: str, seed: int) -> None:
     print_line(f"   {command} explore {files.index} {files.results}")
 
 
-@click.command(cls=Command, example="trackstar microscope --out microscope")
+@click.command(cls=Command, example="trackstar microscope --out demo-out/microscope")
 @click.option("--data", metavar="FILE", show_default="scikit-learn's digits", help="Images x and classes y (.npz).")
 @click.option("--out", default="microscope", metavar="FOLDER", help="Folder of page, notebook, numbers and figures.")
 @click.option("--seeds", type=int, default=5, metavar="N", help="Networks of each kind.")
