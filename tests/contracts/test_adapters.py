@@ -539,8 +539,8 @@ def test_an_adapter_in_float32_beside_a_base_in_bfloat16_is_indexed(tmp_path: Pa
     """As PEFT makes it: the adapter's weights are in float32 whatever the base's format."""
     from peft import get_peft_model
 
-    base = tiny_model("llama").to(torch.bfloat16)
-    live = get_peft_model(base, lora())
+    base: Any = tiny_model("llama")
+    live = get_peft_model(base.to(torch.bfloat16), lora())
     with torch.no_grad():
         for parameter in live.parameters():
             if parameter.requires_grad:
@@ -564,7 +564,7 @@ def test_adaption_prompts_are_refused_as_they_change_no_weights(tmp_path: Path):
 
     base = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "base"))
     configuration = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
-    get_peft_model(base, configuration).save_pretrained(tmp_path / "adapter")
+    get_peft_model(base, configuration).save_pretrained(str(tmp_path / "adapter"))
     message = refusal(lambda: load_model(tmp_path / "adapter"))
     assert "changes no weights" in message
     assert "use the base model alone" in message
