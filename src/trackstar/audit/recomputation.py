@@ -150,7 +150,7 @@ class _Recomputation:
             inputs.available.data[0],
             self._queries(),
             **{name: value for name, value in manifest.corpora[0].options.items() if name != "metadata"},
-            chat_template=inputs.available.chat_template,
+            chat_template=None if manifest.corpora[0].chat_template is None else inputs.available.chat_template,
             duplicate_ids=self._inputs.corpora[0].duplicate_ids if self._inputs.corpora else "refuse",
             window_tokens=manifest.windows.tokens,
             overlap=manifest.windows.overlap,

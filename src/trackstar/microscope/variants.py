@@ -69,7 +69,6 @@ VARIANTS = (
         whitened="mixed", published=(("clean", 66.4, 67.0),),
     ),
 )  # fmt: skip
-"""In the order in which the equation is built up. The published toy names no condition for the variants
-with P; its text speaks of the clean images."""
+"""In the order in which the equation is built up."""
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
