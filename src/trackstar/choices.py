@@ -45,6 +45,14 @@ TrainOn = Literal["all", "completion", "assistant", "labels"]
 """The tokens of an example that are targets: all, those of the completion or the last answer, those of every
 answer of the assistant, or those that the record's labels name."""
 
+Kind = Literal["fact", "choice", "generation", "open"]
+"""What a query's task asks for: a fact; the better of several completions; an answer in the model's own
+words that can be right or wrong; or an answer that cannot, such as a story.
+"""
+
+QuestionTask = Literal["arithmetic", "word-problems", "stories"]
+"""Questions of trackstar's own: sums, problems with one step of arithmetic, and prompts for stories."""
+
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
@@ -60,3 +68,5 @@ JOINS: tuple[Join, ...] = get_args(Join)
 STOPS: tuple[Stop, ...] = get_args(Stop)
 RECORD_FORMATS: tuple[RecordFormat, ...] = get_args(RecordFormat)
 TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+QUESTION_TASKS: tuple[QuestionTask, ...] = get_args(QuestionTask)

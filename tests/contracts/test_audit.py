@@ -460,7 +460,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], object], set[str]]] = {
     "passage": (lambda record: record["opponents"].__setitem__(1, "Rome burns."), {"rankings"}),
     "order": (_swap, {"rankings"}),
     "set of queries": (lambda record: record.update(query_set="others"), {"rankings"}),
-    "label": (lambda record: record.update(groundtruth=["Rome"]), {"rankings"}),
+    "label": (lambda record: record.update(groundtruth="Rome"), {"rankings"}),
 }
 
 

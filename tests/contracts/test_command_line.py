@@ -21,7 +21,7 @@ from trackstar.store import Index
 
 COMMANDS = [
     "index", "finish", "add", "merge", "remove", "convert", "verify", "query", "explore", "audit", "evaluate",
-    "generate", "demo", "microscope", "pretrain",
+    "generate", "questions", "demo", "microscope", "pretrain",
 ]  # fmt: skip
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana"}
 TEXTS = [
@@ -144,6 +144,7 @@ def test_options_are_frozen():
             "--model --queries --out --samples --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
             "--device --threads --prompt-field --chat-template --force --help-all".split()
         ),
+        "questions": sorted("--task --count --out --seed --force --help-all".split()),
         "evaluate": sorted("--config --out --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()),
         "pretrain": sorted(
             "--data --out --text-field --steps --batch-tokens --width --layers --heads --mlp-width --vocabulary "

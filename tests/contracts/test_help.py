@@ -80,7 +80,7 @@ def test_help_is_in_the_imperative(command: str):
     first = help_page(command).splitlines()[2].split()[0]
     imperatives = {
         "Index", "Complete", "Add", "Merge", "Remove", "Store", "Check", "Find", "Explore", "Verify", "Compute",
-        "Train", "Sample", "Take",
+        "Train", "Sample", "Take", "Write",
     }  # fmt: skip
     assert first in imperatives
 

@@ -12,9 +12,9 @@ import trackstar
 from trackstar.cli.commands import trackstar as command_group
 from trackstar.cli.framework import run
 from trackstar.corpus import read_queries
+from trackstar.corpus.matching import answer_is_correct
 from trackstar.errors import CorpusError
 from trackstar.evaluation import sampled_answers
-from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.sampled_answers import sample_answers
 from trackstar.model.generation import generate_samples
 

@@ -22,7 +22,7 @@ from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig, read_
 from trackstar.evaluation.effects import chosen_queries
 from trackstar.evaluation.facts import to_queries
 from trackstar.evaluation.open_set import open_set_metrics
-from trackstar.evaluation.proponents import first_phrase
+from trackstar.evaluation.own_answers import first_phrase
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.release_results import result_file_name
 from trackstar.evaluation.report_files import write_report
@@ -139,7 +139,7 @@ def test_second_run_computes_nothing_and_gives_the_same(
 
     monkeypatch.setattr(rankings_module.Rankings, "_compute", refuse)
     monkeypatch.setattr("trackstar.evaluation.effects.tail_patch", refuse)
-    monkeypatch.setattr("trackstar.evaluation.run.generate", refuse)
+    monkeypatch.setattr("trackstar.evaluation.own_answers.generate", refuse)
     again = run_evaluation(settings(paths), folder, progress=False)
     assert again.rankings == report.rankings
     assert again.answers == report.answers
@@ -210,7 +210,7 @@ def test_report_is_written_as_markdown_csv_json_and_figures(report: EvaluationRe
 def test_result_files_of_each_method_open_in_the_explorer(report: EvaluationReport, tmp_path: Path):
     write_report(report, tmp_path)
     written = {path.name for path in (tmp_path / "results").iterdir()}
-    assert written == {result_file_name(method) for method in report.config.methods}
+    assert written == {*(result_file_name(m) for m in report.config.methods), "trackstar-wrong-answers.jsonl"}
     for method in report.config.methods:
         file = read_result_file(tmp_path / "results" / result_file_name(method))
         ranking = report.rankings[method, report.config.templates[0]]

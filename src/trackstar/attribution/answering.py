@@ -10,6 +10,7 @@ The stages in order, and the modules that hold them:
     Ḡ(z_m)·Ḡ(z_q)                 retrieval/                     (Eq. 1)
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from trackstar.attribution.question import Provenance, QuestionEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
+from trackstar.attribution.verdicts import Verdict, verdicts
 from trackstar.attribution.writing import check_queries_as_json
 from trackstar.choices import JOINS
 from trackstar.corpus import Query, query_text, query_with_texts, tokenize_query
@@ -65,7 +67,8 @@ def answer_queries(
             queries than `MIN_TASK_QUERIES`.
         damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
             chosen by `shrinkage_damping`. A whitened index has the damping that it was built with.
-        task: The queries that R_eval and λ are computed from; None is `queries`.
+        task: The queries that R_eval and λ are computed from; None is the facts among `queries`, so
+            that λ is 0 for other kinds, as in Appendix A.5.
         reranked: Candidates per query, at each end of the store's ranking, that are re-ranked by
             recomputed gradients; None is the codec's `RERANKED`, 0 is none.
         exact: Whether every candidate's gradient is recomputed and the store's codes are not used.
@@ -80,8 +83,6 @@ def answer_queries(
         TrackstarError: See `trackstar.errors`.
     """
     queries = checked_queries(queries)
-    if not queries:
-        raise OptionError("`queries`: expected one or more, found none")
     check_at_least("k", k)
     check_at_least("reranked", reranked, 0)
     check_at_least("batch_tokens", batch_tokens)
@@ -93,11 +94,14 @@ def answer_queries(
     index = Index.of(index)
     check_choices(index, mixing=mixing, damping=damping)
     model = model_of_index(index, model, device=device)
-    queries = [query_with_texts(query, model.tokenizer) for query in index.manifest.in_template(queries)]
+    in_template = index.manifest.in_template(queries)
+    judged = verdicts(model, in_template, batch_tokens=batch_tokens, progress=progress)
+    queries = [query_with_texts(query, model.tokenizer) for query in in_template]
     setup = gradient_setup(index, batch_tokens)
     phi, losses = gradients_of_queries(model, setup, queries, workers=workers, progress=progress)
-    task_phi = phi
-    if task is not None:
+    if task is None:
+        task_phi = phi[facts_among(queries)]
+    else:
         task_phi, _ = gradients_of_queries(model, setup, task, workers=workers, progress=progress)
     correction = task_correction(index, task_phi, mixing=mixing, damping=damping)
     options = RankingOptions(k=k, reranked=reranked, exact=exact)
@@ -105,16 +109,44 @@ def answer_queries(
     question = QuestionEntry.of(
         task, top=k, mixing=mixing, damping=damping, reranked=reranked, exact=exact, batch_tokens=batch_tokens
     )
-    return _report(
-        index, model, queries, losses.tolist(), correction, ranking, Provenance.of_index(index, question, device=device)
+    provenance = Provenance.of_index(index, question, device=device)
+    report = _report(index, model, queries, losses.tolist(), correction, ranking, provenance)
+    return with_kinds(report, judged, question)
+
+
+def facts_among(queries: Sequence[Query]) -> list[int]:
+    """Numbers of the queries that R_eval is computed from if no task is given: those that ask for a fact.
+
+    The paper's R is task-specific for facts only (Appendix A.5).
+    """
+    return [number for number, query in enumerate(queries) if query.asks_for_fact]
+
+
+def with_kinds(report: QueryReport, judged: Sequence[Verdict | None], question: QuestionEntry) -> QueryReport:
+    """The report with the verdicts on its queries and, if they are their own task, a note on their kinds."""
+    own_task = question.task is None and question.mixing is None
+    results = tuple(
+        dataclasses.replace(result, verdict=verdict) for result, verdict in zip(report.results, judged, strict=True)
     )
+    report = dataclasses.replace(report, results=results)
+    facts, others = report.mixing.queries, [r.query for r in results if not r.query.asks_for_fact]
+    if not own_task or not others:
+        return report
+    if not facts:
+        rule = "R_train alone, as no query asks for a fact: R is specific to the task of facts only (Appendix A.5)"
+        return dataclasses.replace(report, mixing=dataclasses.replace(report.mixing, rule=rule))
+    note = (
+        f"R_eval is that of the {facts:,} facts among the queries; {len(others):,} of other kinds are ranked with it, "
+        "too; ask them alone, or give `mixing` as 0, to rank them as in Appendix A.5"
+    )
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def checked_queries(queries: object) -> list[Query]:
     """Queries as a list, checked.
 
     Raises:
-        OptionError: They are not a series of queries with texts.
+        OptionError: They are not a series of queries with texts, or there is none.
     """
     if isinstance(queries, (Query, str)) or not isinstance(queries, Iterable):
         raise OptionError(f"`queries`: expected a sequence of queries, found {abridged(queries)}; pass it in a list")
@@ -128,6 +160,8 @@ def checked_queries(queries: object) -> list[Query]:
                 f"`queries`: expected queries whose name, prompt and completion are strings, found {abridged(query)}; "
                 "make each with `Query`"
             )
+    if not found:
+        raise OptionError("`queries`: expected one or more, found none")
     return found
 
 

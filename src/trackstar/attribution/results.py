@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackstar.attribution.markup import candidates_table, plain
 from trackstar.attribution.question import Provenance
+from trackstar.attribution.verdicts import Verdict, remark, verdict_lines
 from trackstar.corpus import Query, separator
 from trackstar.corpus.record_reader import NO_TARGET
 from trackstar.curvature.mixing import Mixing
@@ -26,6 +27,9 @@ CARRIED_FIELDS = (
     "trex_sentences",
     "c4_frequency",
     "c4_frequency_bucket",
+    "has_trex_sentence",
+    "8b_generations",
+    "8b_confidence",
     "is_8b_correct",
     "groundtruth",
 )
@@ -62,6 +66,7 @@ class QueryResult:
         opponents: The most negative candidates, ascending.
         missed: Estimated chance that a true proponent was not re-ranked; None if there is no
             estimate, or nothing was re-ranked.
+        verdict: The model's own answer, and whether it is right; None if that was not asked.
     """
 
     query: Query
@@ -69,11 +74,17 @@ class QueryResult:
     proponents: tuple[Ranked, ...]
     opponents: tuple[Ranked, ...]
     missed: float | None = None
+    verdict: Verdict | None = None
 
     @property
     def probability(self) -> float:
         """The model's probability of the completion after the prompt."""
         return math.exp(-self.loss)
+
+    @property
+    def remark(self) -> str:
+        """The kind of the query and whether the model answers it right, in words; empty if unknown."""
+        return remark(self.query, self.verdict)
 
     def _repr_html_(self) -> str:
         """The result for a notebook. Texts are untrusted and shown as text."""
@@ -85,7 +96,8 @@ class QueryResult:
         ]
         query = self.query
         question = f"{plain(query.prompt + separator(query))}<b>{plain(query.completion)}</b>"
-        heading = f"<p dir='auto' style='white-space:pre-wrap'>{question} &emsp; P = {self.probability:.2%}</p>"
+        said = f" &emsp; [{plain(self.remark)}]" if self.remark else ""
+        heading = f"<p dir='auto' style='white-space:pre-wrap'>{question} &emsp; P = {self.probability:.2%}{said}</p>"
         return heading + candidates_table(rows)
 
     def to_release(self, query_set: str) -> dict[str, object]:
@@ -93,6 +105,8 @@ class QueryResult:
 
         `separator` is what stands between prompt and completion in the text that was asked. A query
         of tokens has `input_ids`, and `labels`, which are -100 for tokens that are no targets.
+        `is_8b_correct` is about this model, whatever its size; `groundtruth` is the right answer where
+        the completion is another one.
         """
         record = self.query.record
         token_ids, mask = self.query.token_ids, self.query.target_mask
@@ -114,7 +128,23 @@ class QueryResult:
             "opponent_ids": [ranked.example_id for ranked in self.opponents],
             "opponent_scores": [ranked.influence for ranked in self.opponents],
             **{field: record[field] for field in CARRIED_FIELDS if field in record},
+            **self._kind(),
         }
+
+    def _kind(self) -> dict[str, object]:
+        """The fields of the query's kind, and of the model's answer."""
+        query, verdict, fields = self.query, self.verdict, dict[str, object]()
+        if query.kind is not None:
+            fields["kind"] = query.kind
+        if query.alternatives:
+            fields["alternative"] = list(query.alternatives)
+        if query.truth is not None and query.truth.strip() != query.completion.strip():
+            fields["groundtruth"] = query.truth
+        if "has_trex_sentence" not in query.record and isinstance(query.record.get("trex_sentences"), list):
+            fields["has_trex_sentence"] = bool(query.record["trex_sentences"])
+        if verdict is not None:
+            fields |= {"is_8b_correct": verdict.correct, "model_answer": verdict.answer}
+        return fields
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,12 +192,12 @@ class QueryReport:
         return f"<details><summary>{len(self.results):,} queries</summary>{settings}</details>{shown}{more}"
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per ranked candidate: query, role (`proponent` or `opponent`), rank from 1,
-        influence, text.
+        """One row per ranked candidate: query and whether the model answers it right, role (`proponent`
+        or `opponent`), rank from 1, influence, text.
         """
         import pandas as pd
 
-        queries = ["query_id", "prompt", "completion", "loss", "probability"]
+        queries = ["query_id", "prompt", "completion", "loss", "probability", "kind", "correct", "model_answer"]
         candidates = ["role", "rank", "influence", "example_id", "parent_id", "row", "text"]
         rows = [
             (
@@ -176,6 +206,9 @@ class QueryReport:
                 result.query.completion,
                 result.loss,
                 result.probability,
+                result.query.kind,
+                None if result.verdict is None else result.verdict.correct,
+                None if result.verdict is None else result.verdict.answer,
                 role,
                 rank,
                 ranked.influence,
@@ -210,6 +243,7 @@ class QueryReport:
                 f"{_spread(mixing.train_spectrum)}, {mixing.train_value:.3g} at rank {mixing.rank:,}"
             )
         lines.append(f"damping {self.damping:.4g} ({self.damping_rule})")
+        lines += verdict_lines([r.query for r in self.results], [r.verdict for r in self.results])
         return [*lines, *self.notes]
 
     def _ranking(self) -> str:
@@ -246,11 +280,20 @@ class QueryReport:
             "mixing": dataclasses.asdict(self.mixing),
             "damping": self.damping,
             "damping_rule": self.damping_rule,
-            "queries": [
-                {"query_id": r.query.query_id, "loss": r.loss, "probability": r.probability, "missed": r.missed}
-                for r in self.results
-            ],
+            "queries": [_query_json(result) for result in self.results],
         }
+
+
+def _query_json(result: QueryResult) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "query_id": result.query.query_id, "loss": result.loss, "probability": result.probability,
+        "missed": result.missed,
+    }  # fmt: skip
+    if result.verdict is not None:
+        fields |= {"correct": result.verdict.correct, "model_answer": result.verdict.answer}
+        if result.verdict.log_probabilities:
+            fields["log_probabilities_of_choice"] = list(result.verdict.log_probabilities)
+    return fields
 
 
 def _chance(chance: float) -> str:

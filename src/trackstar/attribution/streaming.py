@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trackstar.attribution.answering import checked_queries, query_notes
+from trackstar.attribution.answering import checked_queries, facts_among, query_notes, with_kinds
 from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
+from trackstar.attribution.verdicts import verdicts
 from trackstar.attribution.writing import check_queries_as_json
 from trackstar.choices import Dtype, DuplicateIds, Join, Output, RecordFormat, SecondMomentKind, TrainOn
 from trackstar.corpus import (
@@ -37,7 +38,7 @@ from trackstar.corpus.digests import digest_of_fields
 from trackstar.curvature.autocorrelation import Autocorrelation, check_autocorrelation_size
 from trackstar.curvature.mixing import spectrum_of_autocorrelation
 from trackstar.curvature.task import TaskCorrection, choose_mixing, mixed_correction
-from trackstar.errors import CorpusError, OptionError, check_at_least, check_damping, check_mixing
+from trackstar.errors import CorpusError, check_at_least, check_damping, check_mixing
 from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.groups import CorpusPosition, tokenized_windows
@@ -139,8 +140,6 @@ def stream_queries(
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
     queries = checked_queries(queries)
-    if not queries:
-        raise OptionError("`queries`: expected one or more, found none")
     check_at_least("k", k)
     check_mixing(mixing)
     check_damping(damping)
@@ -154,6 +153,7 @@ def stream_queries(
     _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device)
+    judged = verdicts(model, queries, batch_tokens=batch_tokens, progress=progress)
     queries = [query_with_texts(query, model.tokenizer) for query in queries]
     corpus = open_corpus(
         data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
@@ -163,7 +163,7 @@ def stream_queries(
     stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
     ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
     _pass_over(corpus, model, stream, ranking, progress=progress)
-    return _report(stream, model, corpus, queries, ranking, settings, question)
+    return with_kinds(_report(stream, model, corpus, queries, ranking, settings, question), judged, question)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -218,7 +218,10 @@ def _prepared(
         with setup.opened(model, bar.note) as projector:
             r_train, examples = _autocorrelation(projector, model, corpus, windows, settings, bar)
             phi, losses = projected(projector, _tokenized(queries, model))
-            task_phi = phi if task is None else projected(projector, _tokenized(task, model))[0]
+            if task is None:
+                task_phi = phi[facts_among(queries)]
+            else:
+                task_phi, _ = projected(projector, _tokenized(task, model))
     mixing = choose_mixing(
         task_phi, lambda: spectrum_of_autocorrelation(r_train), blocks=len(model.blocks), given=question.mixing
     )

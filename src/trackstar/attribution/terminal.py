@@ -42,9 +42,9 @@ def print_query_result(result: QueryResult, *, gold: Collection[str] = (), title
     Args:
         result: The query's result.
         gold: Names of the training examples that state the fact.
-        title: Remark on the query, printed after it.
+        title: Remark on the query, printed after it; empty prints the result's own, if it has one.
     """
-    query = result.query
+    query, title = result.query, title or result.remark
     console = _console()
     prompt = _visible(query.prompt + separator(query))
     heading = Text((prompt if len(prompt) <= _LONGEST_TEXT else "…" + prompt[-_LONGEST_TEXT:]) + "⟦")

@@ -52,7 +52,8 @@ def check_queries_as_json(queries: Sequence[Query], *, query_set: str = "") -> N
     _check_json("`query_set`", query_set)
     for query in queries:
         carried = {field: query.record[field] for field in CARRIED_FIELDS if field in query.record}
-        texts = {"query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}
+        texts: dict[str, object] = {"query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}
+        texts |= {"alternative": list(query.alternatives), "groundtruth": query.truth}
         for field, value in {**carried, **texts}.items():
             _check_json(f'query {one_line(query.query_id)}: field "{field}"', value)
 

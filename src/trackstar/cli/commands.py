@@ -33,6 +33,7 @@ from trackstar.cli.options import (
     threads_option,
 )
 from trackstar.cli.query_command import query
+from trackstar.cli.questions_command import questions
 from trackstar.errors import OptionError
 
 
@@ -246,7 +247,7 @@ def microscope(*, data: str | None, out: str, seeds: int, force: bool, threads: 
 
 trackstar.add_section("Make and change indexes", [index, finish, add, merge, remove, convert, verify])
 trackstar.add_section("Query", [query, explore, audit])
-trackstar.add_section("Evaluate", [evaluate, generate, demo, microscope])
+trackstar.add_section("Evaluate", [evaluate, generate, questions, demo, microscope])
 trackstar.add_section("Train", [pretrain])
 
 

@@ -449,7 +449,12 @@ def _with_generated_completions(
         asked = dataclasses.replace(query, chat_template=query.chat_template or template)
         generation = generate(model, asked, settings, query_id=query.query_id)
         if generation.text.strip():
-            answered.append(generation.query(query.query_id, record=query.record))
+            answered.append(
+                dataclasses.replace(
+                    generation.query(query.query_id, record=query.record), kind=query.kind,
+                    alternatives=query.alternatives, truth=query.truth or query.completion or None,
+                )
+            )  # fmt: skip
         else:
             note(f"query {query.query_id}: left out, because the model says nothing after the prompt")
     if not answered:

@@ -25,6 +25,7 @@ COMMAND_OF = {
     "run_demo": "demo",
     "run_microscope": "microscope",
     "sample_answers": "generate",
+    "made_questions": "questions",
     "verify": "verify",
     "explore": "explore",
     "evaluate": "evaluate",

@@ -2,17 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from trackstar.choices import JOINS, Join
 from trackstar.corpus.chat import conversation, read_template
 from trackstar.corpus.fields import check_writable, encodable
+from trackstar.corpus.kinds import with_kind
 from trackstar.corpus.origins import source_of
 from trackstar.corpus.queries import checked_tokens
 from trackstar.corpus.reading import CONVERSATION_FIELDS, MASK_FIELDS, TOKENS_FIELD
 from trackstar.corpus.record_reader import (
     NO_TARGET,
+    Record,
     instruction_messages,
     instruction_prompt,
     target_positions,
@@ -21,6 +23,7 @@ from trackstar.corpus.record_reader import (
 )
 from trackstar.corpus.records import Query
 from trackstar.corpus.sources import ALL
+from trackstar.corpus.task_files import TaskQuestions, is_xml, xml_records
 from trackstar.errors import CorpusError, check_choice
 from trackstar.text import abridged, one_line
 
@@ -57,6 +60,11 @@ def read_queries(
     * `instruction`, with `input` or without, and `output`, as Alpaca's prompt and completion, or as a
       conversation if there is a `chat_template`.
     * `input_ids`, with `labels` (the targets' token ids, and -100 elsewhere) or `loss_mask`.
+    * A question of COPA, PIQA or a set of arithmetic word problems, as its authors publish it; see
+      `task_files.py`. Their XML files are read, too.
+
+    A record may say the `kind` of its task: `fact`, `choice` (with `alternative`: another completion,
+    or several), `generation` or `open`; and `groundtruth`, if its completion is not the right answer.
 
     Args:
         path: File, folder, glob or URL.
@@ -76,14 +84,11 @@ def read_queries(
     """
     check_choice("join", join, JOINS)
     template = None if chat_template is None else read_template(chat_template)
-    source = source_of(path)
+    name, records = query_records(path)
     queries: list[Query] = []
     locations: dict[str, str] = {}
-    for record in source.records(0, ALL):
-        if not isinstance(record.value, Mapping):
-            raise CorpusError(f"{source.name}: plain text; queries are records with a prompt; write JSON lines")
-        fields = cast("Mapping[str, object]", record.value)
-        check_writable(fields, record.location)
+    for record in records:
+        fields = record.value
         query = query_of_record(
             fields, record.location, name=f"{record.stem}:{len(queries)}", prompt_field=prompt_field,
             needs_completion=needs_completion, join=join, as_chat=template is not None,
@@ -98,8 +103,30 @@ def read_queries(
         locations[query.query_id] = record.location
         queries.append(query)
     if not queries:
-        raise CorpusError(f"{source.name}: holds no query; expected at least one line that is not blank")
+        raise CorpusError(f"{name}: holds no query; expected at least one line that is not blank")
     return queries
+
+
+def query_records(path: str | os.PathLike[str]) -> tuple[str, Iterator[Record]]:
+    """The name of a file of queries and its records; a published task's question has a query's fields, too.
+
+    Raises:
+        CorpusError: The file cannot be read, or a record is plain text or cannot be written as JSON.
+    """
+    if is_xml(path):
+        return os.fsdecode(os.fspath(path)), _as_queries(xml_records(path), path)
+    source = source_of(path)
+    return source.name, _as_queries(source.records(0, ALL), path)
+
+
+def _as_queries(records: Iterator[Record], path: str | os.PathLike[str]) -> Iterator[Record]:
+    questions = TaskQuestions()
+    for record in records:
+        if not isinstance(record.value, Mapping):
+            raise CorpusError(f"{path}: plain text; queries are records with a prompt; write JSON lines")
+        fields = cast("Mapping[str, object]", record.value)
+        check_writable(fields, record.location)
+        yield record._replace(value=questions.query_fields(fields, record.location, record.stem))
 
 
 def in_template(queries: Sequence[Query], template: str | None, *, instructions: bool) -> list[Query]:
@@ -123,6 +150,7 @@ def in_template(queries: Sequence[Query], template: str | None, *, instructions:
             asked = _query_of_messages(
                 query.record, "messages", messages, location, query.query_id, needs_completion=bool(query.completion)
             )
+            asked = with_kind(asked, query.record, location)
         if asked.messages is not None and asked.chat_template is None:
             asked = dataclasses.replace(asked, chat_template=template)
         rendered.append(asked)
@@ -143,7 +171,7 @@ def query_of_record(
     join: Join = "auto",
     as_chat: bool = False,
 ) -> Query:
-    """The query of a record; see `read_queries`.
+    """The query of a record, with its kind; see `read_queries`.
 
     Args:
         record: Its fields.
@@ -157,6 +185,23 @@ def query_of_record(
     Raises:
         CorpusError: It is no query; the message names the location.
     """
+    query = _asked(
+        record, location, name=name, prompt_field=prompt_field, needs_completion=needs_completion, join=join,
+        as_chat=as_chat,
+    )  # fmt: skip
+    return with_kind(query, record, location)
+
+
+def _asked(
+    record: Mapping[str, object],
+    location: str,
+    *,
+    name: str,
+    prompt_field: str | None,
+    needs_completion: bool,
+    join: Join,
+    as_chat: bool,
+) -> Query:
     prompt_fields = PROMPT_FIELDS if prompt_field is None else (prompt_field,)
     prompt_name = next((field for field in prompt_fields if field in record), None)
     is_result = prompt_name == PROMPT_FIELDS[-1]  # of the release, or of trackstar

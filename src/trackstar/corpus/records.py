@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from trackstar.choices import Join
+from trackstar.choices import Join, Kind
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,9 @@ class Query:
         messages: The conversation, each message with `role` and `content`; None for any other query.
         tools: Descriptions of tools, which the chat template reads.
         chat_template: Text of the chat template; None is the tokenizer's own.
+        kind: What its task asks for; None if that is unknown, which is treated as a fact.
+        alternatives: The other completions of a choice; empty for any other kind.
+        truth: The right answer, if the completion is another one, such as the model's own; else None.
     """
 
     query_id: str
@@ -83,6 +86,14 @@ class Query:
     messages: tuple[Mapping[str, Any], ...] | None = None
     tools: Sequence[Any] | None = None
     chat_template: str | None = None
+    kind: Kind | None = None
+    alternatives: tuple[str, ...] = ()
+    truth: str | None = None
+
+    @property
+    def asks_for_fact(self) -> bool:
+        """Whether its gradient belongs to R_eval: it asks for a fact, or its kind is unknown."""
+        return self.kind in (None, "fact")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

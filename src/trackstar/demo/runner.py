@@ -11,12 +11,12 @@ from trackstar.attribution.results import QueryReport, QueryResult
 from trackstar.attribution.terminal import print_line, print_query_result, print_table
 from trackstar.attribution.writing import check_writable, write_results
 from trackstar.corpus import Query
+from trackstar.corpus.matching import answer_is_correct
 from trackstar.curvature.task import task_correction
 from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
 from trackstar.editing.converting import convert_index
 from trackstar.errors import OptionError
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
-from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.indexing.build import build_index
 from trackstar.model.generation import Generation, generate

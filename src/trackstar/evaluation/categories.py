@@ -8,11 +8,11 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int64
 
+from trackstar.corpus.matching import names_entity, shares_word
 from trackstar.errors import OptionError
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.frequency import frequency_bucket
-from trackstar.evaluation.matching import names_entity, shares_word
 
 Category = Literal["entails", "both entities", "one entity", "partial match", "neither"]
 
@@ -39,7 +39,7 @@ class CategoryShares:
 
 
 def proponent_category(fact: Fact, text: str, *, entails: bool = False) -> Category:
-    """Category of a proponent; names are matched as in `trackstar.evaluation.matching`.
+    """Category of a proponent; names are matched as in `trackstar.corpus.matching`.
 
     Args:
         fact: The fact.

@@ -151,6 +151,10 @@ def mean_effects(ranking: Ranking, effects: Effects, queries: Sequence[int], k: 
     """Each query's mean effect over a method's first k proponents, a fraction.
 
     If the ranking lists fewer than k, as the gold ranking of a fact with fewer gold examples does,
-    the mean is over those.
+    the mean is over those; it is NaN where it lists none.
     """
-    return np.array([np.mean([effects[query, row] for row in ranking.rows[query][:k]]) for query in queries])
+    means = []
+    for query in queries:
+        rows = ranking.rows[query][:k]
+        means.append(np.mean([effects[query, row] for row in rows]) if rows else np.nan)
+    return np.array(means)

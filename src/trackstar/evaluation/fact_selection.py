@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from trackstar.corpus.digests import draw_bytes
+from trackstar.corpus.matching import content_words, names_entity, words
 from trackstar.errors import check_at_least
 from trackstar.evaluation.facts import Entity, Fact
-from trackstar.evaluation.matching import content_words, names_entity, words
 
 EXCLUDED_RELATIONS = frozenset({"P31", "P131", "P361", "P279", "P527"})
 """Relations whose object is ambiguous: instance of, located in, part of, subclass of, has part."""

@@ -1,7 +1,8 @@
-"""Facts to trace: subject, relation, object, prompts, and the examples known to state them (paper, §4.2).
+"""Facts to trace: subject, relation, object, prompts, and the examples known to state them (paper, §4.2);
+and questions of other tasks (Appendix A.5).
 
-Two formats of JSON lines are read: that of the paper's public release, and that of T-REx sets with
-several kinds of evidence.
+Facts are read from JSON lines in two formats: that of the paper's public release, and that of T-REx
+sets with several kinds of evidence. Other questions are read as queries are.
 """
 
 import dataclasses
@@ -10,14 +11,19 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from trackstar.choices import Kind
 from trackstar.corpus import Query
 from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.digests import digest_of_bytes
 from trackstar.corpus.fields import encodable, json_kind, json_object
+from trackstar.corpus.kinds import KIND, aliases_of
+from trackstar.corpus.query_files import query_of_record, query_records
+from trackstar.corpus.task_files import TaskQuestions, is_xml
 from trackstar.errors import CorpusError, OptionError, check_at_least
 from trackstar.text import one_line
 
 _TREX_PROMPTS = ("prompt", "prompt_no_colon", "prompt_reworded")
+_NOT_RANKED = ("kind", "alternatives", "generations", "confidence")
 _RELEASE_PROMPTS = ("prompt0", "prompt1", "prompt2")
 
 
@@ -43,12 +49,12 @@ class Entity:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """A fact to trace.
+    """A fact to trace, or a question of another kind, which has no subject and need not have gold examples.
 
     Attributes:
         fact_id: Its id.
         subject: Its subject; `entity0` in the release.
-        relation: Name of the relation; in the release, its template.
+        relation: Name of the relation; in the release, its template. Of another question, its task.
         relation_uri: URI or Wikidata id of the relation (`predicate_uri` in the release); empty if
             it has none.
         object: Its object, which is the completion; `entity1` in the release.
@@ -62,6 +68,10 @@ class Fact:
             in the release); None if the file does not say.
         is_repetition: Whether one entity is named in the other's name; None if the file does not
             say.
+        kind: What it asks for.
+        alternatives: The other completions of a choice.
+        generations: The model's sampled answers (`8b_generations`), as `trackstar generate` adds them.
+        confidence: The share of them that are right (`8b_confidence`); None if the file does not say.
     """
 
     fact_id: str
@@ -76,6 +86,10 @@ class Fact:
     maybe_gold: tuple[str, ...] = ()
     frequency: int | None = None
     is_repetition: bool | None = None
+    kind: Kind = "fact"
+    alternatives: tuple[str, ...] = ()
+    generations: tuple[str, ...] = ()
+    confidence: float | None = None
 
     @property
     def relation_id(self) -> str:
@@ -95,12 +109,20 @@ class Fact:
             available = f"prompts 0 to {len(self.prompts) - 1}" if self.prompts else "no prompt"
             raise OptionError(f"`template`: fact {self.fact_id} has {available}, found {template}; choose another")
         return Query(
-            query_id=self.fact_id, prompt=self.prompts[template], completion=self.object.name, record=self.to_release()
-        )
+            query_id=self.fact_id, prompt=self.prompts[template], completion=self.object.name,
+            record=self.to_release(), kind=self.kind, alternatives=self.alternatives,
+        )  # fmt: skip
 
     def to_release(self) -> dict[str, Any]:
         """The fact as a line of the public release; attributes without a field in it are left out."""
-        record: dict[str, Any] = {
+        record: dict[str, Any] = {}
+        if self.generations:
+            record["8b_generations"] = list(self.generations)
+        if self.confidence is not None:
+            record["8b_confidence"] = self.confidence
+        if self.kind != "fact":
+            return record | {"relation": self.relation} | ({"trex_sentences": list(self.gold)} if self.gold else {})
+        record |= {
             "fact_id": self.fact_id,
             "entity0": self.subject.name,
             "relation": self.relation,
@@ -160,7 +182,12 @@ def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> lis
     T-REx set (`fact_id`, `subject`, `subject_id`, `subject_aliases`, `relation`, `relation_id`,
     `object`, `object_id`, `object_aliases`, `gold`, `gold_strict`, `coref`, `maybe_gold`, `prompt`,
     `prompt_no_colon`, `prompt_reworded`, `completion`). The id, both entities and the relation are
-    required; other fields may be missing or null.
+    required; other fields may be missing or null. `8b_generations` and `8b_confidence` are taken from
+    either.
+
+    A question of another kind is a query as `read_queries` reads it, with `kind`; it may have `gold`
+    and `task`, the task's name. An open one need not have a completion.
+    COPA, PIQA and arithmetic word problems are read as published.
 
     Args:
         path: File, folder or glob.
@@ -174,8 +201,8 @@ def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> lis
     check_at_least("limit", limit)
     facts: list[Fact] = []
     seen: dict[str, str] = {}
-    for line in itertools.islice(_lines(path, "facts"), limit):
-        fact = _fact(line)
+    for number, line in enumerate(itertools.islice(_questions(path), limit)):
+        fact = _fact(line) if line.fields.get(KIND, "fact") == "fact" else _question(line, number)
         if fact.fact_id in seen:
             raise CorpusError(
                 f'{line.where}: fact "{one_line(fact.fact_id)}" is also at {seen[fact.fact_id]}; expected each id once'
@@ -217,13 +244,13 @@ def evidence(facts: Sequence[Fact], row_of: Mapping[str, int], *, strict: bool =
             as wrong.
 
     Raises:
-        CorpusError: A fact has no correct example, or one that is not in the pool; the message
-            names fact and example. Examples to leave out may be missing.
+        CorpusError: A fact has no correct example, or it or another question has one that is not in
+            the pool; the message names fact and example. Examples to leave out may be missing.
     """
     gold, left_out = [], []
     for fact in facts:
-        correct = fact.gold_strict if strict else fact.gold
-        if not correct:
+        correct = fact.gold_strict if strict and fact.kind == "fact" else fact.gold
+        if not correct and fact.kind == "fact":
             raise CorpusError(
                 f"fact {one_line(fact.fact_id)}: has no {'strict ' if strict else ''}gold example; leave it out"
             )
@@ -239,8 +266,13 @@ def evidence(facts: Sequence[Fact], row_of: Mapping[str, int], *, strict: bool =
 
 
 def fact_digest(fact: Fact) -> str:
-    """Digest of all attributes of a fact."""
-    return digest_of_bytes(repr(dataclasses.astuple(fact)).encode("utf-8", "surrogatepass"))
+    """Digest of all that rankings depend on: the attributes of a fact without the model's answers."""
+    names = [field.name for field in dataclasses.fields(fact) if field.name not in _NOT_RANKED]
+    values = dataclasses.astuple(fact)
+    ranked = tuple(value for field, value in zip(dataclasses.fields(fact), values, strict=True) if field.name in names)
+    if fact.kind != "fact":
+        ranked = (*ranked, fact.kind, fact.alternatives)
+    return digest_of_bytes(repr(ranked).encode("utf-8", "surrogatepass"))
 
 
 def to_queries(facts: Iterable[Fact], template: int = 0) -> list[Query]:
@@ -254,6 +286,7 @@ class _Line:
 
     where: str
     fields: Mapping[str, object]
+    stem: str = ""
 
     def text(self, field: str, *, default: str | None = None) -> str:
         value = self.fields.get(field)
@@ -281,6 +314,14 @@ class _Line:
             raise CorpusError(f'{self.where}: field "{field}" is {one_line(value, 40)}; expected a whole number from 0')
         return value
 
+    def share(self, field: str) -> float | None:
+        value = self.fields.get(field)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise CorpusError(f'{self.where}: field "{field}" is {one_line(value, 40)}; expected a number from 0 to 1')
+        return float(value)
+
     def flag(self, field: str) -> bool | None:
         value = self.fields.get(field)
         if value is not None and not isinstance(value, bool):
@@ -293,6 +334,14 @@ class _Line:
             raise CorpusError(f'{self.where}: field "{field}" is {json_kind(value)}; expected an array')
         return value or []
 
+    def texts(self, field: str) -> tuple[str, ...]:
+        """The strings of an array."""
+        values = self.array(field)
+        for each in values:
+            if not isinstance(each, str):
+                raise CorpusError(f'{self.where}: field "{field}" holds {json_kind(each)}; expected strings')
+        return tuple(encodable(str(each), f'{self.where}: field "{field}"') for each in values)
+
     def names(self, field: str) -> tuple[str, ...]:
         """The strings of an array, each once; blank ones are dropped, whole numbers become strings."""
         value = self.fields.get(field)
@@ -304,6 +353,40 @@ class _Line:
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
 
+def _questions(path: str | os.PathLike[str]) -> Iterator[_Line]:
+    """The lines of facts or, in the forms of other files of queries, of questions."""
+    if is_xml(path) or os.fspath(path).lower().endswith(".json"):
+        _, records = query_records(path)
+        yield from (_Line(where=record.location, fields=record.value, stem=record.stem) for record in records)
+        return
+    questions = TaskQuestions()
+    for line in _lines(path, "facts"):
+        yield dataclasses.replace(line, fields=questions.query_fields(line.fields, line.where, line.stem))
+
+
+def _question(line: _Line, number: int) -> Fact:
+    """A question of another kind than a fact; its task's name takes the place of the relation."""
+    needs_completion = line.fields.get(KIND) != "open"
+    query = query_of_record(line.fields, line.where, name=f"{line.stem}:{number}", needs_completion=needs_completion)
+    if query.messages is not None or query.token_ids is not None or query.kind is None:
+        raise CorpusError(f"{line.where}: a question as messages or tokens; expected prompt and completion as text")
+    return Fact(
+        fact_id=query.query_id,
+        subject=Entity(name=""),
+        relation=line.text("task", default=query.kind),
+        relation_uri="",
+        object=Entity(name=query.completion, aliases=tuple(aliases_of(query))),
+        prompts=(query.prompt,),
+        gold=line.names("gold") or line.names("trex_sentences"),
+        coref=line.names("coref"),
+        maybe_gold=line.names("maybe_gold"),
+        kind=query.kind,
+        alternatives=query.alternatives,
+        generations=line.texts("8b_generations"),
+        confidence=line.share("8b_confidence"),
+    )
+
+
 def _lines(path: str | os.PathLike[str], what: str) -> Iterator[_Line]:
     source = find_files(os.fspath(path))
     if source.dataset or source.files[0].format != "jsonl":
@@ -311,7 +394,7 @@ def _lines(path: str | os.PathLike[str], what: str) -> Iterator[_Line]:
     for file in source.files:
         for number, line in raw_lines(file):
             where = f"{file.name}:{number}"
-            yield _Line(where=where, fields=json_object(line, where))
+            yield _Line(where=where, fields=json_object(line, where), stem=file.stem)
 
 
 def _fact(line: _Line) -> Fact:
@@ -327,6 +410,8 @@ def _fact(line: _Line) -> Fact:
             gold=line.names("trex_sentences"),
             frequency=line.number("c4_frequency"),
             is_repetition=line.flag("is_repetition"),
+            generations=line.texts("8b_generations"),
+            confidence=line.share("8b_confidence"),
         )
     completion = line.text("completion", default=line.text("object"))
     entity = _entity(line, "object", "object_aliases", "object_id")
@@ -342,6 +427,8 @@ def _fact(line: _Line) -> Fact:
         coref=line.names("coref"),
         maybe_gold=line.names("maybe_gold"),
         is_repetition=line.flag("answer_in_subject"),
+        generations=line.texts("8b_generations"),
+        confidence=line.share("8b_confidence"),
     )
 
 

@@ -26,17 +26,17 @@ def draw_figures(report: EvaluationReport) -> dict[str, bytes]:
     import matplotlib.pyplot as plt
 
     figures: dict[str, Any] = {}
-    if report.variants.by_side:
+    if report.variants.by_side and report.with_gold.any():
         sides = [(str(side), ranking) for side, ranking in sorted(report.variants.by_side.items())]
         figures["projection-size"] = _figure_of_variants(
             plt, sides, "side of a layer block's projection", "TrackStar by projection size (Figure 2)"
         )
-    if report.variants.by_checkpoint:
+    if report.variants.by_checkpoint and report.with_gold.any():
         steps = [(_step(name), ranking) for name, ranking in report.variants.by_checkpoint.items()]
         title = "TrackStar by checkpoint (Figure 2)"
         figures["checkpoints"] = _figure_of_variants(plt, steps, "checkpoint", title)
     for method in _CATEGORY_METHODS:
-        if method in report.categories:
+        if any(report.categories.get(method, ())):
             figures[f"categories-{method.lower()}"] = _figure_of_categories(plt, report, method)
     drawn = {}
     for name, figure in figures.items():
@@ -71,7 +71,7 @@ def _figure_of_categories(plt: Any, report: EvaluationReport, method: str) -> An
     """Shares of the categories of a method's proponents, stacked, per frequency bucket of the facts."""
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     bucket_of = np.array([frequency_bucket(int(count)) for count in report.frequencies])  # (facts,)
-    buckets = sorted(set(bucket_of.tolist()))
+    buckets = sorted({int(bucket_of[n]) for n, fact in enumerate(report.facts) if fact.kind == "fact"})
     bottom = np.zeros(len(buckets))
     for category in CATEGORIES:
         shares = []

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from trackstar.corpus import Example
+from trackstar.corpus.matching import STOP_WORDS, content_words, spelled, words
 from trackstar.errors import OptionError, check_at_least
 from trackstar.evaluation.facts import Fact
-from trackstar.evaluation.matching import STOP_WORDS, content_words, spelled, words
 from trackstar.progress import Progress
 
 if TYPE_CHECKING:

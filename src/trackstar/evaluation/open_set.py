@@ -37,7 +37,7 @@ def judged_proponents(
     device: str = "cpu",
     progress: bool = True,
 ) -> Judgements:
-    """Judge the first proponents of every method; judgements are saved as they are made.
+    """Judge the first proponents of every method for every fact; judgements are saved as they are made.
 
     Args:
         rankings: Rankings of the methods.
@@ -54,7 +54,11 @@ def judged_proponents(
     """
     hypotheses = [query_text(query) for query in to_queries(facts, template)]
     wanted = dict.fromkeys(
-        (number, row) for ranking in rankings.values() for number, rows in enumerate(ranking.rows) for row in rows
+        (number, row)
+        for ranking in rankings.values()
+        for number, rows in enumerate(ranking.rows)
+        if facts[number].kind == "fact"
+        for row in rows
     )
     sources: dict[str, Any] = {"model": pretrained_digest(entailment_model)}
     lines = workspace.lines("entailment", sources)
@@ -86,7 +90,8 @@ def open_set_metrics(
 
     Args:
         ranking: A method's first proponents.
-        judgements: Judgements of all of them.
+        judgements: Judgements of all of them; a question none of whose proponents is judged has values
+            of NaN.
         at: k. If a ranking has fewer proponents, the missing ones entail nothing, as in
             `metrics_of_ranks`.
         threshold: Probability above which a proponent entails its fact; 0.5 in the paper.
@@ -96,6 +101,9 @@ def open_set_metrics(
     """
     reciprocal, precision = np.zeros(len(ranking.rows)), np.zeros(len(ranking.rows))
     for number, rows in enumerate(ranking.rows):
+        if rows and not any((number, row) in judgements for row in rows):
+            reciprocal[number] = precision[number] = np.nan
+            continue
         entailing = [judgements[number, row] > threshold for row in rows[:at]]
         if any(entailing):
             reciprocal[number] = 1 / (1 + entailing.index(True))

@@ -1,24 +1,49 @@
-"""Categories of proponents of facts (Figure 3), and of the model's wrong answers to them (§7.1)."""
+"""Categories of proponents of facts (Figure 3), and proponents of the model's wrong answers beside those of
+the right ones (§7.1).
+"""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-from jaxtyping import Bool
 
 from trackstar.evaluation.categories import Category, proponent_category
 from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.entailment import THRESHOLD
-from trackstar.evaluation.facts import Entity, Fact
+from trackstar.evaluation.facts import Fact
 from trackstar.evaluation.open_set import Judgements
+from trackstar.evaluation.own_answers import OwnAnswers, wrong_fact
 from trackstar.evaluation.rankings import Ranking, Rankings
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WrongAnswer:
+    """A wrong answer, and TrackStar's proponents of it.
+
+    No example is known to entail a wrong answer. So categories are by names only, of both sides, each
+    by those of its own object.
+
+    Attributes:
+        completion: The part of the model's answer that is traced; of a choice, the preferred alternative.
+        rows: Rows of the first k candidates.
+        scores: Their influences.
+        shared: Share of these that are among the first k for the right answer, too.
+        categories: Of a fact: the categories of the proponents of the right answer, and of this one;
+            None for another kind.
+    """
+
+    completion: str
+    rows: tuple[int, ...]
+    scores: tuple[float, ...]
+    shared: float
+    categories: tuple[tuple[Category, ...], tuple[Category, ...]] | None
 
 
 def proponent_categories(
     ranking: Ranking, facts: Sequence[Fact], rankings: Rankings, judgements: Judgements | None
 ) -> tuple[tuple[Category, ...], ...]:
-    """Categories of a method's proponents, per fact; without judgements, gold examples entail their fact."""
+    """Categories of a method's proponents, per fact; without judgements, gold examples entail their fact.
+
+    A question of another kind has no entities, and so no categories.
+    """
     pool = rankings.pool
 
     def entails(number: int, row: int) -> bool:
@@ -28,60 +53,56 @@ def proponent_categories(
 
     return tuple(
         tuple(proponent_category(fact, pool.texts[row], entails=entails(number, row)) for row in rows)
+        if fact.kind == "fact"
+        else ()
         for number, (fact, rows) in enumerate(zip(facts, ranking.rows, strict=True))
     )
 
 
-def first_phrase(answer: str) -> str:
-    """The part of a model's answer before the first punctuation mark."""
-    return re.split(r"[.,;:!?\n]", answer.strip(" .,;:!?\n"), maxsplit=1)[0].strip()
-
-
-def categories_of_wrong_answers(
+def traced_wrong_answers(
     facts: Sequence[Fact],
-    answers: Sequence[str],
-    correct: Bool[np.ndarray, "facts"],
+    answers: OwnAnswers,
     main: Mapping[str, Ranking],
     rankings: Rankings,
     config: EvaluationConfig,
-) -> dict[int, tuple[tuple[Category, ...], tuple[Category, ...]]]:
-    """Categories of TrackStar's proponents of the correct answer and of the model's wrong answer (§7.1).
-
-    No example is known to entail a wrong answer. So both sides are judged by names only, each by
-    those of its own object.
+) -> dict[int, WrongAnswer]:
+    """TrackStar's proponents of the model's wrong answers (§7.1).
 
     Args:
-        facts: The facts.
+        facts: The questions.
         answers: The model's answers.
-        correct: Whether each answer is correct.
         main: Rankings by method.
         rankings: All methods, to rank for the wrong answers.
         config: Settings of the report.
 
     Returns:
-        Number of a fact with a wrong answer to the categories for the correct answer and for the
-        wrong one.
+        Number of a question with a wrong answer to its proponents.
     """
     if "TrackStar" not in config.methods:
         return {}
-    phrases = [first_phrase(answer) for answer in answers]
-    wrong = [number for number in range(len(facts)) if not correct[number] and phrases[number]]
+    wrong = {
+        number: found
+        for number, fact in enumerate(facts)
+        if answers.judged[number] and not answers.correct[number]
+        if (found := wrong_fact(fact, answers.texts[number], config.templates[0])) is not None
+    }
     if not wrong:
         return {}
-    wrong_facts = [
-        dataclasses.replace(
-            facts[number],
-            object=Entity(name=phrases[number]),
-            prompts=(facts[number].prompts[config.templates[0]],),
-        )
-        for number in wrong
-    ]
-    rows_of_wrong = rankings.proponents_of_wrong_answers(wrong_facts, facts)
+    traced = rankings.proponents_of_wrong_answers(list(wrong.values()), facts)
 
     def by_names(fact: Fact, rows: Sequence[int]) -> tuple[Category, ...]:
         return tuple(proponent_category(fact, rankings.pool.texts[row]) for row in rows)
 
-    return {
-        number: (by_names(facts[number], main["TrackStar"].rows[number]), by_names(wrong_fact, rows))
-        for number, wrong_fact, rows in zip(wrong, wrong_facts, rows_of_wrong, strict=True)
-    }
+    found = {}
+    for (number, wrong_one), (rows, scores) in zip(wrong.items(), traced, strict=True):
+        right_rows = main["TrackStar"].rows[number]
+        found[number] = WrongAnswer(
+            completion=wrong_one.object.name,
+            rows=rows,
+            scores=scores,
+            shared=len({*rows} & {*right_rows}) / len(rows),
+            categories=(by_names(facts[number], right_rows), by_names(wrong_one, rows))
+            if facts[number].kind == "fact"
+            else None,
+        )
+    return found

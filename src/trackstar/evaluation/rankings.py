@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from trackstar.baselines import (
     BM25Retriever,
     EmbeddingRetriever,
@@ -24,7 +28,7 @@ from trackstar.baselines.gradients import (
     IndexedGradients,
 )
 from trackstar.baselines.trak import TRAK, TRAKRetriever
-from trackstar.corpus import open_corpus
+from trackstar.corpus import Query, open_corpus
 from trackstar.editing.narrowing import narrow_index
 from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Fact, evidence, fact_digest, to_queries
@@ -47,7 +51,7 @@ class Ranking:
 
     Attributes:
         ranks: Ranks of the gold candidates, ascending; candidates that are neither correct nor
-            wrong are not counted.
+            wrong are not counted. Empty for a question without gold examples.
         rows: Rows of the first k candidates in the pool, the best first; none is left out.
         scores: Scores of these k candidates.
     """
@@ -57,8 +61,8 @@ class Ranking:
     scores: tuple[tuple[float, ...], ...]
 
     def metrics(self, *, at: int = 10) -> QueryMetrics:
-        """Reciprocal rank, recall and precision of each query."""
-        return metrics_of_ranks(self.ranks, at=at)
+        """Reciprocal rank, recall and precision of each query that has gold examples."""
+        return metrics_of_ranks([ranks for ranks in self.ranks if ranks], at=at)
 
 
 class Rankings:
@@ -110,9 +114,9 @@ class Rankings:
 
     def proponents_of_wrong_answers(
         self, wrong_facts: Sequence[Fact], facts: Sequence[Fact]
-    ) -> tuple[tuple[int, ...], ...]:
-        """Rows of TrackStar's first k candidates for wrong answers, with R_eval of the correct
-        facts (§7.1).
+    ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+        """Rows and scores of TrackStar's first k candidates for wrong answers, with R_eval of the
+        correct facts (§7.1); λ is 0 for other kinds of questions.
 
         Args:
             wrong_facts: Facts whose object is the model's wrong answer.
@@ -126,19 +130,16 @@ class Rankings:
             "index": self.index(TRACKSTAR).manifest.to_json(),
             "damping": self._config.damping,
             "top_k": self._config.top_k,
+            "kinds": [query.kind for query in (*queries, *task)],
         }
 
-        def compute() -> list[list[int]]:
-            retriever = GradientRetriever(
-                TRACKSTAR,
-                self._indexed(TRACKSTAR, self._config.side[0]),
-                task=task,
-                damping=self._config.damping,
-            )
-            order = retriever.scores(queries).sort(dim=1, descending=True, stable=True).indices
-            return order[:, : self._config.top_k].tolist()
+        def compute() -> dict[str, Any]:
+            top = self._gradient_scores(TRACKSTAR, queries, task, None).sort(dim=1, descending=True, stable=True)
+            k = self._config.top_k
+            return {"rows": top.indices[:, :k].tolist(), "scores": top.values[:, :k].tolist()}
 
-        return tuple(map(tuple, self._workspace.result("rankings/wrong answers", sources, compute)))
+        saved = self._workspace.result("rankings/wrong answers", sources, compute)
+        return [(tuple(rows), tuple(scores)) for rows, scores in zip(saved["rows"], saved["scores"], strict=True)]
 
     def ranking(self, method: str, facts: Sequence[Fact], *, template: int = 0, side: int | None = None) -> Ranking:
         """A method's ranking, from the report's folder if it is there.
@@ -182,7 +183,7 @@ class Rankings:
 
     def _compute(self, method: str, facts: Sequence[Fact], template: int, side: int | None) -> dict[str, Any]:
         """A method's ranking as JSON values."""
-        scores = self._retriever(method, facts, side).scores(to_queries(facts, template))
+        scores = self._scores(method, facts, template, side)
         of_facts = evidence(facts, self.pool.row_of, strict=self._config.strict)
         top = scores.sort(dim=1, descending=True, stable=True)
         k = min(self._config.top_k, len(self.pool))
@@ -192,16 +193,55 @@ class Rankings:
             counts = [sum(value > 0 for value in of_query) for of_query in values]
             rows = [of_query[:count] for of_query, count in zip(rows, counts, strict=True)]
             values = [of_query[:count] for of_query, count in zip(values, counts, strict=True)]
-        return {
-            "ranks": gold_ranks(scores, of_facts.gold, left_out=of_facts.left_out),
-            "rows": rows,
-            "scores": values,
-        }
+        known = [number for number, gold in enumerate(of_facts.gold) if gold]
+        ranks: list[list[int]] = [[] for _ in facts]
+        of_known = gold_ranks(
+            scores[known],
+            [of_facts.gold[number] for number in known],
+            left_out=[of_facts.left_out[number] for number in known],
+        )
+        for number, found in zip(known, of_known, strict=True):
+            ranks[number] = found
+        return {"ranks": ranks, "rows": rows, "scores": values}
+
+    def _scores(
+        self, method: str, facts: Sequence[Fact], template: int, side: int | None
+    ) -> Float[Tensor, "queries candidates"]:
+        queries = to_queries(facts, template)
+        gradient_method = GRADIENT_METHODS.get(method)
+        if gradient_method is None:
+            return self._retriever(method, facts, side).scores(queries)
+        return self._gradient_scores(gradient_method, queries, queries, side)
+
+    def _gradient_scores(
+        self, method: GradientMethod, queries: Sequence[Query], task: Sequence[Query], side: int | None
+    ) -> Float[Tensor, "queries candidates"]:
+        """Scores of a gradient method, with R_eval of the facts among the task's queries.
+
+        R is specific to the task for facts only; questions of other kinds are ranked with λ = 0
+        (Appendix A.5).
+        """
+        indexed = self._indexed(method, self._side(method, side))
+        damping = self._config.damping
+        of_facts = [number for number, query in enumerate(queries) if query.asks_for_fact]
+        others = [number for number, query in enumerate(queries) if not query.asks_for_fact]
+        groups = [
+            (of_facts, GradientRetriever(method, indexed, task=[q for q in task if q.asks_for_fact], damping=damping)),
+            (others, GradientRetriever(method, indexed, mixing=0.0, damping=damping)),
+        ]
+        scores = torch.empty(len(queries), len(self.pool))
+        for numbers, retriever in groups:
+            if numbers:
+                scores[numbers] = retriever.scores([queries[number] for number in numbers])
+        return scores
 
     def _retriever(self, method: str, facts: Sequence[Fact], side: int | None) -> Retriever:
         config = self._config
         if method == "gold":
-            gold = {f.fact_id: f.gold_strict if config.strict else (*f.gold_strict, *f.gold) for f in facts}
+            gold = {
+                f.fact_id: f.gold_strict if config.strict and f.kind == "fact" else (*f.gold_strict, *f.gold)
+                for f in facts
+            }
             return GoldRetriever(self.pool, {fact_id: tuple(dict.fromkeys(ids)) for fact_id, ids in gold.items()})
         if method == "random":
             return RandomRetriever(self.pool, seed=config.seed)
@@ -220,9 +260,7 @@ class Rankings:
                 seed=config.seed,
                 batch_tokens=config.batch_tokens,
             )
-        gradient_method = GRADIENT_METHODS[method]
-        indexed = self._indexed(gradient_method, self._side(gradient_method, side))
-        return GradientRetriever(gradient_method, indexed, damping=config.damping)
+        raise AssertionError(f"{method} is a gradient method")
 
     def _side(self, method: GradientMethod, side: int | None) -> int:
         """The given side, or the report's for a method."""

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from trackstar.choices import KINDS
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.figures import draw_figures
-from trackstar.evaluation.release_results import result_file_name, result_lines
+from trackstar.evaluation.release_results import WRONG_ANSWERS_FILE, result_file_name, result_lines, wrong_answer_lines
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.tables import tables
 from trackstar.evaluation.workspace import claim_folder
@@ -44,6 +45,8 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
     for method in report.config.methods:
         text = "".join(f"{line}\n" for line in result_lines(report, method))
         files[f"results/{result_file_name(method)}"] = text.encode("utf-8")
+    if report.wrong_answers:
+        files[WRONG_ANSWERS_FILE] = "".join(f"{line}\n" for line in wrong_answer_lines(report)).encode("utf-8")
     files |= {f"figures/{name}.png": content for name, content in figures.items()}
     content = {**to_json(report), "files": sorted(files)}
     numbers = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -51,13 +54,15 @@ def write_report(report: EvaluationReport, out: Path) -> Path:
         replace_bytes(out / name, content)
     _remove_stale(out, files)
     replace_text(out / "report.json", numbers + "\n")
-    correct = int(report.correct.sum())
+    correct, judged = int(report.correct.sum()), int(report.judged.sum())
+    answered = (
+        f"the model answers {correct:,} correctly ({correct / judged:.1%})" if judged else "none has a right answer"
+    )
     lines = [
         "# Fact tracing",
         "",
         *(f"* {line}" for line in report.description),
-        f"* queries: {len(report.facts):,} (half: {report.config.half}); the model answers {correct:,} correctly "
-        f"({correct / len(report.facts):.1%})",
+        f"* queries: {len(report.facts):,} (half: {report.config.half}); {answered}",
         "",
         *(table.to_markdown() for table in made),
         *(f"![{name}](figures/{name}.png)\n" for name in figures),
@@ -98,6 +103,12 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
         "queries": len(report.facts),
         "candidates": report.candidates,
         "answered_right": int(report.correct.sum()),
+        "answers": {
+            kind: _estimate(report.correct[numbers].astype(np.float64))
+            for kind in KINDS
+            if kind != "open"
+            if (numbers := [number for number, fact in enumerate(report.facts) if fact.kind == kind])
+        },
         "methods": methods,
         "by_side": {str(side): _estimate(r.metrics().reciprocal_rank) for side, r in report.variants.by_side.items()},
         "by_checkpoint": {
@@ -110,6 +121,9 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
 
 def _estimate(values: np.ndarray) -> dict[str, float | None]:
     """An estimate with its interval; numbers that are unknown (NaN) are null."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return {"mean": None, "low": None, "high": None, "queries": 0}
     interval = estimate(values)
     found = {"mean": interval.mean, "low": interval.low, "high": interval.high, "queries": interval.queries}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}

@@ -24,16 +24,13 @@ from trackstar.evaluation.effects import Effects, Measurement, chosen_queries, m
 from trackstar.evaluation.fact_selection import balanced_sample
 from trackstar.evaluation.facts import Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
-from trackstar.evaluation.matching import answer_is_correct
 from trackstar.evaluation.open_set import Judgements, judged_proponents
-from trackstar.evaluation.proponents import categories_of_wrong_answers, proponent_categories
+from trackstar.evaluation.own_answers import own_answers, with_own_completions
+from trackstar.evaluation.proponents import WrongAnswer, proponent_categories, traced_wrong_answers
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace, check_folder
-from trackstar.model.generation import generate
-from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel, load_model
-from trackstar.progress import Progress
 from trackstar.store.files.outputs import Input, inputs, refuse_input_folder
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
@@ -63,9 +60,11 @@ class EvaluationReport:
 
     Attributes:
         config: Settings of the report.
-        facts: The facts that were traced.
-        answers: The model's own answer to each, decoded greedily.
+        facts: The facts that were traced, and questions of other kinds.
+        answers: The model's own answer to each, decoded greedily; of a choice, the completion that it
+            prefers.
         correct: Whether the answer is correct.
+        judged: Whether the question has a right answer: all but open ones.
         frequencies: Number of candidates that name both entities of each fact.
         pool: The candidates.
         rankings: Method and template to the ranking.
@@ -74,8 +73,8 @@ class EvaluationReport:
         judgements: Judgements of all proponents by the entailment model; None without one.
         categories: Method to the categories of its proponents, per fact (Figure 3); without
             judgements, gold examples are the examples that entail their fact.
-        wrong_answers: Number of a fact to the categories, by names only, of TrackStar's proponents
-            of the correct answer and of the model's wrong answer (§7.1).
+        wrong_answers: Number of a question that the model answers wrongly to what TrackStar says of
+            that answer (§7.1).
         description: Model, coverage, V and φ, one line each.
     """
 
@@ -83,6 +82,7 @@ class EvaluationReport:
     facts: tuple[Fact, ...]
     answers: tuple[str, ...]
     correct: Bool[np.ndarray, "facts"]
+    judged: Bool[np.ndarray, "facts"]
     frequencies: Int64[np.ndarray, "facts"]
     pool: Pool
     rankings: Mapping[tuple[str, int], Ranking]
@@ -90,13 +90,18 @@ class EvaluationReport:
     effects: EffectsOfMethods | None
     judgements: Judgements | None
     categories: Mapping[str, tuple[tuple[Category, ...], ...]]
-    wrong_answers: Mapping[int, tuple[tuple[Category, ...], tuple[Category, ...]]]
+    wrong_answers: Mapping[int, WrongAnswer]
     description: tuple[str, ...]
 
     @property
     def candidates(self) -> int:
         """Number of candidates."""
         return len(self.pool)
+
+    @property
+    def with_gold(self) -> Bool[np.ndarray, "facts"]:
+        """Whether a question has gold examples, so that a ranking can be scored on it."""
+        return np.array([bool(fact.gold) for fact in self.facts])
 
 
 def run_evaluation(
@@ -123,10 +128,8 @@ def run_evaluation(
     if config.tail_patch is not None:
         _check_learning_rates(config.tail_patch, model)
     rankings = Rankings(config, model, workspace, workers=workers, progress=progress)
-    answers = _answers(facts, model, workspace, config, progress)
-    correct = np.array(
-        [answer_is_correct(a, f.object.name, f.object.aliases) for a, f in zip(answers, facts, strict=True)]
-    )
+    answers = own_answers(facts, model, workspace, config, progress=progress)
+    facts = with_own_completions(facts, answers)
     by_method = {
         (method, template): rankings.ranking(method, facts, template=template)
         for method in config.methods
@@ -150,8 +153,9 @@ def run_evaluation(
     return EvaluationReport(
         config=config,
         facts=facts,
-        answers=tuple(answers),
-        correct=correct,
+        answers=answers.texts,
+        correct=answers.correct,
+        judged=answers.judged,
         frequencies=fact_frequencies(facts, examples, progress=progress),
         pool=pool,
         rankings=by_method,
@@ -161,8 +165,8 @@ def run_evaluation(
         categories={
             method: proponent_categories(ranking, facts, rankings, judgements) for method, ranking in main.items()
         },
-        wrong_answers=categories_of_wrong_answers(facts, answers, correct, main, rankings, config),
-        description=_description(model, rankings, config),
+        wrong_answers=traced_wrong_answers(facts, answers, main, rankings, config),
+        description=_description(model, rankings, config, facts),
     )
 
 
@@ -185,7 +189,7 @@ def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:
     Raises:
         OptionError: No fact remains, or one has no gold example.
     """
-    facts = [fact for fact in read_facts(config.facts) if not config.strict or fact.gold_strict]
+    facts = [f for f in read_facts(config.facts) if not config.strict or f.gold_strict or f.kind != "fact"]
     if config.half != "all":
         facts = [fact for fact in facts if half_of(fact.fact_id) == config.half]
     if config.queries is not None and config.queries < len(facts):
@@ -193,7 +197,7 @@ def chosen_facts(config: EvaluationConfig) -> tuple[Fact, ...]:
     if not facts:
         which = " with strict gold examples" if config.strict else ""
         raise OptionError(f"`facts`: expected facts{which} in the half {config.half} of {config.facts}, found none")
-    without_gold = next((fact for fact in facts if not fact.gold), None)
+    without_gold = next((fact for fact in facts if not fact.gold and fact.kind == "fact"), None)
     if without_gold is not None:
         raise OptionError(
             f"`facts`: fact {without_gold.fact_id} of {config.facts} has no gold example (gold or trex_sentences); add "
@@ -220,29 +224,6 @@ def _evenly(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
             return [fact for fact in facts if fact.fact_id in chosen]
         smaller = larger
     return list(facts)
-
-
-def _answers(
-    facts: Sequence[Fact], model: LanguageModel, workspace: Workspace, config: EvaluationConfig, progress: bool
-) -> list[str]:
-    """The model's greedy answers to the main prompts."""
-    queries = to_queries(facts, config.templates[0])
-    settings = GenerationSettings(max_new_tokens=12)
-
-    def compute() -> list[str]:
-        with Progress("Answers of the model", unit="queries", total=len(queries), shown=progress) as bar:
-            answers = []
-            for query in queries:
-                answers.append(generate(model, query.prompt, settings).text.strip())
-                bar.advance(1)
-            return answers
-
-    sources: dict[str, Any] = {
-        "model": model.digest(),
-        "tokenizer": model.tokenizer_digest(),
-        "prompts": [query.prompt for query in queries],
-    }
-    return workspace.result("answers", sources, compute)
 
 
 def _effects(
@@ -301,12 +282,17 @@ def _check_learning_rates(config: TailPatchConfig, model: LanguageModel) -> None
         )
 
 
-def _description(model: LanguageModel, rankings: Rankings, config: EvaluationConfig) -> tuple[str, ...]:
-    """Lines about the model, the candidates, V and φ, for the report's head."""
+def _description(
+    model: LanguageModel, rankings: Rankings, config: EvaluationConfig, facts: Sequence[Fact]
+) -> tuple[str, ...]:
+    """Lines about the model, the candidates, V, φ and R, for the report's head."""
     manifest = rankings.index_with_second_moment().manifest
+    kinds = list(dict.fromkeys(fact.kind for fact in facts if fact.kind != "fact"))
+    r = f"R: not specific to the task (λ = 0) for questions of the kind {', '.join(kinds)}, as in Appendix A.5"
     return (
         f"model: {model.source}, {model.architecture}, gradients of {model.coverage}",
         f"candidates: {len(rankings.pool):,} examples of {config.corpus}",
         f"V: {manifest.second_moment.kind}, {manifest.second_moment.source}",
         f"φ: {manifest.dimensions:,} dimensions in {len(manifest.layer_blocks)} layer blocks, {manifest.codec}",
+        *([r] if kinds else []),
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from trackstar.corpus import Query, prompt_of
 from trackstar.corpus.digests import digest_of_json
-from trackstar.errors import CorpusError, OptionError
-from trackstar.evaluation.matching import answer_is_correct
+from trackstar.corpus.kinds import is_right
+from trackstar.errors import OptionError
 from trackstar.model.generation import check_samples, generate_samples
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
@@ -28,7 +28,6 @@ from trackstar.store.files.outputs import (
 )
 
 GENERATIONS, CONFIDENCE = "8b_generations", "8b_confidence"
-ALIASES = "entity1_alias"
 SAMPLES = 8
 
 
@@ -110,18 +109,9 @@ def _line(model: LanguageModel, query: Query, samples: int, settings: Generation
     ]
     fields = dict(query.record) or {"query_id": query.query_id, "prompt": query.prompt}
     fields[GENERATIONS] = texts
-    if query.completion.strip():
-        names = _aliases(query)
-        fields[CONFIDENCE] = sum(answer_is_correct(text, query.completion, names) for text in texts) / samples
+    if query.completion.strip() and query.kind != "open":
+        fields[CONFIDENCE] = sum(is_right(text, query, query.truth or query.completion) for text in texts) / samples
     return (json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _aliases(query: Query) -> list[str]:
-    aliases = query.record.get(ALIASES) or []
-    names = [aliases] if isinstance(aliases, str) else aliases
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorpusError(f'query {query.query_id}: field "{ALIASES}" holds no names; expected an array of strings')
-    return names
 
 
 class _Kept:

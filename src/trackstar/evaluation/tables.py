@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from trackstar.baselines.gradients import EXPERIMENTS, ONE_SIDED, TRACKSTAR
+from trackstar.choices import KINDS
 from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.open_set import open_set_metrics
 from trackstar.evaluation.rankings import Ranking
+from trackstar.evaluation.release_results import WRONG_ANSWERS_FILE
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.variants import checkpoint_name
 
@@ -80,17 +82,14 @@ def tables(report: EvaluationReport) -> list[Table]:
         _table_a5(report),
         _table_a6(report),
         _table_of_learning_rates(report),
-        _main_table(
-            report, "table-a7-right", "Queries that the model answers correctly (Table A.7)", None, report.correct
-        ),
-        _main_table(
-            report, "table-a7-wrong", "Queries that the model answers incorrectly (Table A.7)", None, ~report.correct
-        ),
+        _table_of_answers(report),
+        *_tables_a7(report),
         _figure_2(report, "figure-2", "TrackStar by side of the projections (Figure 2)", "side"),
         _figure_2(report, "figure-2-checkpoints", "TrackStar by checkpoint (Figure 2)", "checkpoint"),
         _table_of_open_set(report),
         _table_of_categories(report),
         _table_of_wrong_answers(report),
+        _table_of_shared_proponents(report),
     ]
     return [table for table in made if table is not None and table.rows]
 
@@ -124,16 +123,18 @@ def _main_table(
     chosen = np.ones(len(report.facts), dtype=bool) if which is None else which
     if len(present) < 2 or not chosen.any():
         return None
-    header = ["method", "MRR", "recall@10", "precision@10"]
+    metrics = ("reciprocal_rank", "recall", "precision") if (chosen & report.with_gold).any() else ()
+    header = ["method", *("MRR", "recall@10", "precision@10")[: len(metrics)]]
     k = _main_k(report)
     if k:
         header.append(f"tail-patch, top {k} (%)")
+    if len(header) == 1:
+        return None
     rows = []
     for method in present:
         cells = [_TABLE_2_NAMES.get(method, method) if name == "table-2" else _label(report, method)]
         cells += [
-            _cell(report, method, lambda m, metric=metric: _metric(report, m, metric)[chosen])
-            for metric in ("reciprocal_rank", "recall", "precision")
+            _cell(report, method, lambda m, metric=metric: _metric(report, m, metric, chosen)) for metric in metrics
         ]
         if k:
             cells.append(_cell(report, method, lambda m: _tail_patch(report, m, k, chosen), percent=True))
@@ -143,7 +144,7 @@ def _main_table(
 
 def _table_a5(report: EvaluationReport) -> Table | None:
     templates = report.config.templates
-    if len(templates) < 2:
+    if len(templates) < 2 or not report.with_gold.any():
         return None
     rows = []
     for method in report.config.methods:
@@ -221,7 +222,7 @@ def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> T
     rows = []
     for label, ranking in by_label.items():
         metrics = ranking.metrics()
-        cells = [label, _number(estimate(metrics.reciprocal_rank)), _number(estimate(metrics.recall))]
+        cells = [label, *(_number(estimate(v)) if len(v) else "" for v in (metrics.reciprocal_rank, metrics.recall))]
         if k:
             values = _tail_patch(report, names[label], k, everything)
             cells.append("" if values is None else _number(estimate(values), percent=True))
@@ -239,7 +240,11 @@ def _table_of_open_set(report: EvaluationReport) -> Table | None:
         return None
     template = report.config.templates[0]
     at = min(report.config.top_k, report.candidates)
-    metrics = {m: open_set_metrics(report.rankings[m, template], judgements, at=at) for m in report.config.methods}
+    facts = [number for number, fact in enumerate(report.facts) if fact.kind == "fact"]
+    metrics = {
+        m: [part[facts] for part in open_set_metrics(report.rankings[m, template], judgements, at=at)]
+        for m in report.config.methods
+    }
     rows = [
         (method, *(_cell(report, method, lambda m, part=part: metrics[m][part]) for part in (0, 1)))
         for method in report.config.methods
@@ -275,8 +280,9 @@ def _table_of_wrong_answers(report: EvaluationReport) -> Table | None:
     """TrackStar's proponents of wrong answers and of the correct ones (§7.1)."""
     if not report.wrong_answers:
         return None
-    of_correct = [category for categories, _ in report.wrong_answers.values() for category in categories]
-    of_wrong = [category for _, categories in report.wrong_answers.values() for category in categories]
+    pairs = [wrong.categories for wrong in report.wrong_answers.values() if wrong.categories is not None]
+    of_correct = [category for categories, _ in pairs for category in categories]
+    of_wrong = [category for _, categories in pairs for category in categories]
     by_names = CATEGORIES[1:]
     rows = [
         (label, *(f"{categories.count(category) / len(categories):.1%}" for category in by_names))
@@ -286,13 +292,71 @@ def _table_of_wrong_answers(report: EvaluationReport) -> Table | None:
     return Table(
         name="wrong-answers", title="TrackStar's proponents of wrong answers and of the correct ones (§7.1)",
         header=("proponents of", *by_names), rows=tuple(rows),
-        note=f"{len(report.wrong_answers)} queries that the model answers incorrectly. "
+        note=f"{len(pairs)} queries that the model answers incorrectly. "
         "The entities of a wrong answer are the subject and the model's answer.",
     )  # fmt: skip
 
 
-def _metric(report: EvaluationReport, method: str, metric: str) -> Float64[np.ndarray, "facts"]:
-    return getattr(report.rankings[method, report.config.templates[0]].metrics(), metric)
+def _table_of_answers(report: EvaluationReport) -> Table:
+    """Accuracy of the model's own answers, by kind of question and task."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, fact in enumerate(report.facts):
+        groups.setdefault((fact.kind, "" if fact.kind == "fact" else fact.relation), []).append(number)
+    rows = []
+    for (kind, task), numbers in groups.items():
+        right = report.correct[numbers].astype(np.float64)
+        accuracy = "no right answer" if kind == "open" else _number(estimate(right))
+        count = "" if kind == "open" else f"{int(right.sum()):,}"
+        rows.append((kind, task if task != kind else "", f"{len(numbers):,}", count, accuracy))
+    return Table(
+        name="answers", title="The model's own answers (Appendix A.5)",
+        header=("kind", "task", "questions", "right", "accuracy"), rows=tuple(rows),
+        note="A fact or a generation is right where the greedy answer begins with the right one; a choice where the "
+        "right completion is more probable than every alternative. Intervals in brackets: 95%, bootstrap over "
+        "questions.",
+    )  # fmt: skip
+
+
+def _tables_a7(report: EvaluationReport) -> list[Table | None]:
+    """The split by the model's answers, of all questions and, if there are several kinds, of each."""
+    kinds = [kind for kind in KINDS if kind != "open" and any(fact.kind == kind for fact in report.facts)]
+    made = []
+    for kind in [None, *(kinds if len(kinds) > 1 else [])]:
+        of_kind = np.array([kind in (None, fact.kind) for fact in report.facts]) & report.judged
+        for name, answered, chosen in (
+            ("right", "correctly", report.correct), ("wrong", "incorrectly", ~report.correct),
+        ):  # fmt: skip
+            which = "Queries" if kind is None else f"Queries of the kind {kind}"
+            title = f"{which} that the model answers {answered} (Table A.7)"
+            file = f"table-a7-{name}" + ("" if kind is None else f"-{kind}")
+            made.append(_main_table(report, file, title, None, chosen & of_kind))
+    return made
+
+
+def _table_of_shared_proponents(report: EvaluationReport) -> Table | None:
+    """How many proponents a wrong answer and the right one have in common, by kind."""
+    shared: dict[str, list[float]] = {}
+    for number, wrong in report.wrong_answers.items():
+        shared.setdefault(report.facts[number].kind, []).append(wrong.shared)
+    rows = [
+        (kind, f"{len(shared[kind]):,}", _number(estimate(np.array(shared[kind])))) for kind in KINDS if kind in shared
+    ]
+    k = min(report.config.top_k, report.candidates)
+    return Table(
+        name="shared-proponents", title="Proponents that a wrong answer shares with the right one",
+        header=("kind", "wrong answers", f"share of the first {k}"), rows=tuple(rows),
+        note="TrackStar's proponents of the model's wrong answer that are among as many of the right one. "
+        f"{WRONG_ANSWERS_FILE} has both answers' rankings as results, to open beside the right answers'. "
+        "Intervals in brackets: 95%, bootstrap over questions.",
+    )  # fmt: skip
+
+
+def _metric(
+    report: EvaluationReport, method: str, metric: str, chosen: Bool[np.ndarray, "facts"]
+) -> Float64[np.ndarray, "queries"]:
+    """A metric of the chosen queries that have gold examples."""
+    values = getattr(report.rankings[method, report.config.templates[0]].metrics(), metric)
+    return values[chosen[report.with_gold]]
 
 
 def _tail_patch(
@@ -317,12 +381,14 @@ def _cell(
     percent: bool = False,
 ) -> str:
     values = values_of(method)
-    if values is None or not len(values):
+    # A gold ranking of a question without gold examples lists nothing, whose effect is unknown (NaN).
+    known = np.zeros(0, dtype=bool) if values is None else ~np.isnan(values)
+    if values is None or not known.any():
         return ""
-    text = _number(estimate(values), percent=percent)
+    text = _number(estimate(values[known]), percent=percent)
     ours = values_of(OURS) if OURS in report.config.methods and method != OURS else None
     if ours is not None:
-        p_value = compare(values, ours).p_value
+        p_value = compare(values[known], ours[known]).p_value
         text += " †" if p_value < 0.05 else ""
     return text
 
@@ -349,6 +415,8 @@ def _note(
     measured = ""
     if effects and report.effects is not None:
         measured = f" Tail-patch is measured on {int(which[list(report.effects.queries)].sum()):,} of the queries."
+    if not report.with_gold[which].all():
+        gold = f"Rankings are scored on {int(report.with_gold[which].sum()):,} queries with gold examples. {gold}"
     return (
         f"{int(which.sum()):,} queries, {report.candidates:,} candidates. {gold} count as correct.{measured} "
         f"Intervals in brackets: 95%, bootstrap over queries. {_dagger(report) if dagger else ''}"

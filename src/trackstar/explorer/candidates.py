@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trackstar.corpus.matching import name_spans
 from trackstar.evaluation.categories import proponent_category
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.facts import Entity, Fact
-from trackstar.evaluation.matching import name_spans
 from trackstar.explorer.messages import sendable
 from trackstar.explorer.result_files import Line, ResultFile, gold_marks
 from trackstar.explorer.schemas import SHOWN_CHARACTERS, Candidate, Mark, QueryRecord, Side, Text

@@ -9,6 +9,7 @@ by side.
 import re
 import unicodedata
 from collections.abc import Iterable
+from decimal import Decimal
 
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
@@ -17,6 +18,8 @@ STOP_WORDS = frozenset(
 """Lucene's English stop words, which BM25 leaves out too."""
 
 _WORD = re.compile(r"[^\W_]+")
+_NUMBER = re.compile(r"([-+−]?)[$€£]?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![^\W_])")
+"""A number at a text's beginning, with its sign and perhaps a currency's."""
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -33,15 +36,27 @@ def answer_is_correct(answer: str, completion: str, aliases: Iterable[str] = ())
     """Whether a model's answer begins with the completion or one of its aliases.
 
     The rest of the answer does not count, since the model continues until its token limit: for the
-    completion "Paris", "Paris, the capital" is correct and "the city of Paris" is not.
+    completion "Paris", "Paris, the capital" is correct and "the city of Paris" is not. A completion
+    that is a number is compared as one: "1,000" and "1000.0" are the same, "-3" and "3" or "12" and
+    "12.5" are not.
 
     Args:
         answer: The model's answer, as from `generate`.
         completion: The correct answer.
         aliases: Other names of it.
     """
-    forms = _Forms(answer)
-    return any(forms.begin_with(name) for name in (completion, *aliases))
+    forms, number = _Forms(answer), _leading_number(answer)
+    for name in (completion, *aliases):
+        expected = _whole_number(name)
+        if expected is not None:
+            is_right = number == expected
+        elif words(name):
+            is_right = forms.begin_with(name)
+        else:  # signs alone, such as "+"
+            is_right = bool(name.strip()) and answer.strip().startswith(name.strip())
+        if is_right:
+            return True
+    return False
 
 
 def names_entity(text: str, names: Iterable[str]) -> bool:
@@ -54,6 +69,24 @@ def shares_word(text: str, names: Iterable[str]) -> bool:
     """Whether a text has a word of an entity's names that is not a stop word."""
     text_words = set(content_words(text))
     return any(word in text_words for name in names for word in content_words(name))
+
+
+def _leading_number(text: str) -> Decimal | None:
+    """The number that a text begins with; None if it begins with none."""
+    match = _NUMBER.match(text.lstrip(" \t\r\n*=:$€£"))
+    return None if match is None else _value(match)
+
+
+def _whole_number(text: str) -> Decimal | None:
+    """The number that a text is; None if it is anything else."""
+    match = _NUMBER.fullmatch(text.strip())
+    return None if match is None else _value(match)
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    sign, whole, fraction = match.groups()
+    value = Decimal(whole.replace(",", "") + (fraction or ""))
+    return -value if sign in ("-", "−") else value
 
 
 def spelled(parts: Iterable[str]) -> str:
