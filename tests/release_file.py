@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,41 @@ def write_hostile_file(path: Path) -> Path:
         "entity1_alias": None,
     }
     path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return path
+
+
+KINDS_OF_QUESTIONS: tuple[dict[str, Any], ...] = (
+    {
+        "inputs_plaintext": "The capital of Ashbria is", "targets_plaintext": "Monbri", "kind": "fact",
+        "model_answer": "Monbri", "is_8b_correct": True, "8b_generations": ["Monbri", " Monbri.", "Elgor", "Monbri"],
+        "8b_confidence": 0.75, "has_trex_sentence": True, "relation": "capital",
+    },
+    {
+        "inputs_plaintext": "To open a tight jar,", "targets_plaintext": "warm its lid.", "kind": "choice",
+        "alternative": ["freeze its lid.", "paint its lid."], "model_answer": "freeze its lid.", "is_8b_correct": False,
+    },
+    {
+        "inputs_plaintext": "17 + 25 =", "targets_plaintext": "41", "kind": "generation", "model_answer": "41",
+        "is_8b_correct": False, "groundtruth": "42", "8b_generations": ["41"] * 4, "8b_confidence": 1.0,
+    },
+    {
+        "inputs_plaintext": "Once, in a town by the sea,", "targets_plaintext": "a clock ran backwards.",
+        "kind": "open", "model_answer": "a clock ran backwards, and nobody knew why. " * 5,
+    },
+)  # fmt: skip
+"""Fields of made-up lines, one for each kind of question."""
+
+
+def write_kinds_file(path: Path, changes: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """A result file with one line for each kind of question, and with changes to the first lines."""
+    with path.open("w", encoding="utf-8") as file:
+        for number, fields in enumerate(KINDS_OF_QUESTIONS):
+            lists: dict[str, Any] = {}
+            for role, score in (("proponent", 0.5), ("opponent", -0.5)):
+                lists |= {f"{role}s": [f"A {role} of question {number}."], f"{role}_ids": [f"{role}{number}"]}
+                lists[f"{role}_scores"] = [score]
+            change = changes[number] if number < len(changes) else {}
+            file.write(json.dumps({"example_id": f"kind-{number}"} | fields | lists | dict(change)) + "\n")
     return path
 
 

@@ -1,9 +1,10 @@
 // The whole view is in the location's hash, so that links and the back button restore it; hashes are validated.
 import { useEffect, useState } from "preact/hooks";
 import type { QueryFilter } from "./api/client";
-import type { Join, Side, Sort } from "./api/types";
+import type { Join, Kind, Side, Sort } from "./api/types";
 
 export const SORTS: readonly Sort[] = ["file", "prompt", "relation", "frequency", "score", "rank"];
+export const KINDS: readonly Kind[] = ["fact", "choice", "generation", "open"];
 export const JOINS: readonly Join[] = ["auto", "space", "none"];
 export const PAGE_SIZE = 50;
 export const LONGEST_SEARCH = 512;
@@ -43,7 +44,7 @@ export interface View extends QueryFilter {
 
 export const INITIAL: View = {
   tab: null, run: 0, beside: null, alone: false, page: 0, at: [], spectra: false, highlights: [],
-  search: "", search_candidates: false, relation: [], bucket: [], model_correct: null, proponent_correct: null,
+  search: "", search_candidates: false, relation: [], bucket: [], kind: [], model_correct: null, proponent_correct: null,
   score_min: null, score_max: null, sort: "file", descending: false,
   prompt: "", completion: "", join: "auto", methods: [], top: 10, key: null, side: "proponents", row: null, over: "candidate",
   insight: false, groupField: "", groupMethod: "", groupTop: 100,
@@ -74,7 +75,7 @@ function many(found: string[], longest: number, most: number): string[] {
 }
 
 function places(found: string | null): (number | null)[] {
-  if (found === null || !/^(\d{1,12}|-)(\.(\d{1,12}|-)){0,15}$/.test(found)) return [];
+  if (found === null || !/^(\d{1,12}|-)(\.(\d{1,12}|-)){0,99}$/.test(found)) return [];
   return found.split(".").map((part) => (part === "-" ? null : Number(part)));
 }
 
@@ -96,6 +97,7 @@ export function parse(hash: string): View {
     search_candidates: yes("in"),
     relation: many(given.getAll("relation"), LONGEST_VALUE, MOST_VALUES),
     bucket: many(given.getAll("bucket"), LONGEST_VALUE, MOST_VALUES),
+    kind: KINDS.filter((kind) => given.getAll("kind").includes(kind)),
     model_correct: oneOf(given.get("model"), ["yes", "no"]),
     proponent_correct: oneOf(given.get("right"), ["yes", "no"]),
     score_min: real(given.get("min")),
@@ -134,6 +136,7 @@ export function serialize(view: View): string {
   flag("in", view.search_candidates);
   all("relation", view.relation);
   all("bucket", view.bucket);
+  all("kind", view.kind);
   set("model", view.model_correct);
   set("right", view.proponent_correct);
   set("min", view.score_min);

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from capitals import CAPITALS, TEXTS
 from explorer_server import explorer
-from release_file import HOSTILE, LONG, write_hostile_file, write_release_file
+from release_file import HOSTILE, LONG, write_hostile_file, write_kinds_file, write_release_file
 from tiny_models import TinyModelFolder
 from trackstar.attribution.attributor import Attributor
 from trackstar.corpus import open_corpus
@@ -66,6 +66,17 @@ def release_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     first = write_release_file(folder / "ours.jsonl", queries=QUERIES)
     second = write_release_file(folder / "baseline.jsonl", queries=QUERIES - 1, candidates=6)
     with explorer([first, second]) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def kinds_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A line of each kind of question, and a second file that explains a wrong answer to the first one."""
+    folder = tmp_path_factory.mktemp("kinds")
+    wrong = {"targets_plaintext": "Elgor", "model_answer": "Elgor", "is_8b_correct": False, "groundtruth": "Monbri"}
+    with explorer(
+        [write_kinds_file(folder / "right.jsonl"), write_kinds_file(folder / "wrong.jsonl", [wrong])]
+    ) as address:
         yield address
 
 

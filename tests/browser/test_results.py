@@ -202,6 +202,85 @@ def test_an_exported_page_opens_by_itself(page: Page, context: BrowserContext, r
     assert alone.locator("td.t").first.evaluate("e => getComputedStyle(e).whiteSpace") == "pre-wrap"
 
 
+def shown_facts(page: Page) -> dict[str, str]:
+    """What the chosen query's head says, by its labels."""
+    rows = chosen(page).locator(".facts > div")
+    expect(rows.first).to_be_visible()
+    return {row.locator("dt").inner_text(): row.locator("dd").inner_text() for row in rows.all()}
+
+
+def open_question(page: Page, address: str, number: int) -> dict[str, str]:
+    """Open a line of the file with each kind of question, by itself."""
+    page.goto("about:blank")
+    page.goto(f"{address}/#at={number}.{number}&alone=1")
+    expect(chosen(page).get_by_text(f"kind-{number}", exact=True)).to_be_visible()
+    return shown_facts(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_head_says_the_kind_the_models_answer_and_the_true_one_where_the_file_has_them(
+    page: Page, kinds_address: str, axe: Callable[[Page], list[str]], scheme
+):
+    page.emulate_media(color_scheme=scheme)
+    fact = open_question(page, kinds_address, 0)
+    assert fact["kind"] == "Fact"
+    assert fact["the model's answer"].split() == ["Monbri", "✓", "correct"]
+    assert fact["confidence"] == "75%: 3 of 4 sampled answers are right"
+    assert fact["corpus"] == "a sentence states the fact"
+    assert not {"the true answer", "rather than"} & set(fact)
+    chosen(page).get_by_text("4 sampled answers", exact=True).click()
+    expect(chosen(page).get_by_role("list", name="Sampled answers").get_by_role("listitem")).to_have_count(4)
+    assert axe(page) == []
+    choice = open_question(page, kinds_address, 1)
+    assert choice["kind"] == "Choice"
+    assert choice["rather than"].split(" or ") == ["freeze its lid.", "paint its lid."]
+    assert choice["the model's answer"].split() == ["freeze", "its", "lid.", "✗", "incorrect"]
+    assert not {"confidence", "samples", "corpus", "relation"} & set(choice)
+    generation = open_question(page, kinds_address, 2)
+    assert generation["kind"] == "Generation"
+    assert generation["the true answer"] == "42"
+    assert generation["confidence"] == "100%"  # not said to be right: the completion is not the true answer
+    story = open_question(page, kinds_address, 3)
+    assert story["kind"] == "Open: no right answer"
+    assert not {"✓", "✗"} & set(story["the model's answer"])
+    chosen(page).locator(".facts summary").first.click()
+    expect(chosen(page).get_by_role("group", name="Whole text")).to_contain_text("nobody knew why.")
+    assert axe(page) == []
+
+
+def test_kinds_are_a_facet_where_a_file_has_several(page: Page, kinds_address: str, release_address: str):
+    opened_kinds = page.goto(f"{kinds_address}/")
+    assert opened_kinds is not None
+    expect(found(page)).to_have_text("4 queries")
+    page.get_by_role("button", name=re.compile("^Kind")).click()
+    values = page.get_by_role("group", name="Kind values")
+    expect(values.get_by_role("checkbox")).to_have_count(4)
+    values.get_by_label(re.compile("^Choice")).check()
+    values.get_by_label(re.compile("^Generation")).check()
+    expect(found(page)).to_have_text("2 of 4 queries")
+    expect(page).to_have_url(re.compile("kind=choice&kind=generation"))
+    page.get_by_label("Model", exact=True).select_option("yes")
+    expect(found(page)).to_have_text("0 of 4 queries")
+    page.get_by_role("button", name="Clear filters").click()
+    expect(found(page)).to_have_text("4 queries")
+    opened(page, release_address)
+    expect(page.get_by_role("button", name=re.compile("^Relation"))).to_be_visible()
+    expect(page.get_by_role("button", name=re.compile("^Kind"))).to_have_count(0)
+
+
+def test_each_column_shows_its_own_completion_where_a_wrong_answer_is_beside_the_truth(
+    page: Page, kinds_address: str, axe: Callable[[Page], list[str]]
+):
+    page.goto(f"{kinds_address}/#at=0.0")
+    right, wrong = (page.get_by_role("region", name=f"Run {name}.jsonl") for name in ("right", "wrong"))
+    expect(right.locator(".explained")).to_have_text("explains Monbri")
+    expect(wrong.locator(".explained")).to_have_text("explains Elgor ✗ not the true answer which is Monbri")
+    assert axe(page) == []
+    page.goto(f"{kinds_address}/#at=1.1")
+    expect(chosen(page).get_by_text("kind-1", exact=True)).to_be_visible()
+    expect(chosen(page).locator(".explained")).to_have_count(0)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible(page: Page, release_address: str, axe: Callable[[Page], list[str]], scheme):
     page.emulate_media(color_scheme=scheme)

@@ -631,6 +631,8 @@ def _result_seeds() -> list[bytes]:
         "proponent_scores": [0.5, -1], "proponent_correct": [True, False], "proponent_ais_scores": [0.9, 0.1],
         "opponents": ["y"], "opponent_ids": ["o"], "opponent_scores": [-0.25], "trex_sentences": ["a"],
         "entity0": "France", "entity0_alias": ["FR"], "entity1": "Paris", "entity1_alias": None, "groundtruth": "Paris",
+        "kind": "choice", "alternative": ["Rome"], "model_answer": "Paris", "8b_generations": ["Paris", "Rome"],
+        "8b_confidence": 0.5, "has_trex_sentence": True,
     }  # fmt: skip
     small = {"prompt": "a", "completion": "b", "proponents": [], "proponent_ids": [], "proponent_scores": []}
     return [*_packings(_lines(release, small)), _lines(small)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from release_file import write_release_file
+from release_file import write_kinds_file, write_release_file
 from trackstar.evaluation.comparisons import estimate
 from trackstar.explorer.browsing import QueryFilter, estimates, matching_places, query_page, run_metrics
 from trackstar.explorer.insight import groups, insight, rank_correlation, scatter_rows
@@ -97,6 +97,21 @@ def test_facets_count_the_queries_that_match_all_other_filters(file: ResultFile)
         assert facet.queries == sum(
             str(r["c4_frequency_bucket"]) == facet.value and r["relation"] == "capital" for r in right
         )
+
+
+def test_kinds_are_a_facet_beside_the_others(tmp_path: Path):
+    kinds = read_result_file(write_kinds_file(tmp_path / "kinds.jsonl", [{}, {"relation": "capital"}]))
+    assert kinds.kinds == ("fact", "choice", "generation", "open")
+    wanted = QueryFilter(kinds=frozenset({"choice", "open"}))
+    page = query_page([kinds], 0, wanted, offset=0, limit=10)
+    assert [row.example_id for row in page.items] == ["kind-1", "kind-3"]
+    assert matching_places(kinds, wanted) == [1, 3]
+    assert {facet.value: facet.queries for facet in page.kinds} == dict.fromkeys(kinds.kinds, 1)
+    assert [(facet.value, facet.queries) for facet in page.relations] == [("capital", 1)]
+    wanted = QueryFilter(kinds=frozenset({"choice", "open"}), relations=frozenset({"capital"}), model_correct=False)
+    page = query_page([kinds], 0, wanted, offset=0, limit=10)
+    assert [row.example_id for row in page.items] == ["kind-1"]
+    assert [(facet.value, facet.queries) for facet in page.kinds] == [("choice", 1)]
 
 
 def test_a_second_run_is_joined_by_name_and_measured_over_the_same_queries(file: ResultFile, other: ResultFile):

@@ -1,7 +1,7 @@
 // The typed client: one function per endpoint; errors are one line for the user.
 import type {
   AskedTokens, Details,
-  Answer, ExportFormat, Groups, Insight, Job, Join, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
+  Answer, ExportFormat, Groups, Insight, Job, Join, Kind, QueryPage, QueryRecord, Session, Side, Sort, TextPart,
 } from "./types";
 
 /** A response other than success; status 0 means that the server did not answer. */
@@ -18,6 +18,7 @@ export interface QueryFilter {
   search_candidates: boolean;
   relation: string[];
   bucket: string[];
+  kind: Kind[];
   model_correct: "yes" | "no" | null;
   proponent_correct: "yes" | "no" | null;
   score_min: number | null;
@@ -74,6 +75,7 @@ export function filterParameters(filter: QueryFilter): URLSearchParams {
   if (filter.search && filter.search_candidates) parameters.set("search_candidates", "true");
   for (const value of filter.relation) parameters.append("relation", value);
   for (const value of filter.bucket) parameters.append("bucket", value);
+  for (const value of filter.kind) parameters.append("kind", value);
   if (filter.model_correct) parameters.set("model_correct", filter.model_correct);
   if (filter.proponent_correct) parameters.set("proponent_correct", filter.proponent_correct);
   if (filter.score_min !== null) parameters.set("score_min", String(filter.score_min));

@@ -3,6 +3,8 @@
 export type JobState = "queued" | "running" | "done" | "failed" | "cancelled";
 export type Side = "proponents" | "opponents";
 export type Sort = "file" | "prompt" | "relation" | "frequency" | "score" | "rank";
+/** A fact, a choice between given completions, a free answer with a right one, or one without. */
+export type Kind = "fact" | "choice" | "generation" | "open";
 export type ExportFormat = "csv" | "jsonl" | "html";
 
 export interface MixingSummary {
@@ -26,6 +28,7 @@ export interface RunSummary {
   query_set: string;
   queries: number;
   has: string[];
+  kinds: Kind[];
   mixing: MixingSummary | null;
   changed: boolean;
 }
@@ -93,6 +96,7 @@ export interface QueryPage {
   metrics: Metric[][];
   relations: Facet[];
   buckets: Facet[];
+  kinds: Facet[];
 }
 
 export interface Mark {
@@ -127,10 +131,17 @@ export interface QueryRecord {
   relation: string | null;
   bucket: string | null;
   frequency: number | null;
+  kind: Kind | null;
+  alternatives: string[];
+  model_answer: string | null;
   model_correct: boolean | null;
+  groundtruth: string | null;
+  generations: string[];
+  sampled: number;
+  confidence: number | null;
+  stated: boolean | null;
   subject: string[];
   object: string[];
-  groundtruth: string | null;
   proponents: Candidate[];
   opponents: Candidate[];
 }

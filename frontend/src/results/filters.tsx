@@ -1,14 +1,15 @@
 // The filters above the list of queries.
 import { useEffect, useState } from "preact/hooks";
-import type { QueryPage, RunSummary } from "../api/types";
-import { refilter, type View } from "../state";
+import type { Kind, QueryPage, RunSummary } from "../api/types";
+import { KINDS, refilter, type View } from "../state";
 import { MultiSelect } from "../ui/multiselect";
+import { kindName } from "./answer";
 
 type Answered = "yes" | "no" | null;
 
 export function isFiltered(view: View): boolean {
   return Boolean(
-    view.search || view.relation.length || view.bucket.length || view.model_correct || view.proponent_correct ||
+    view.search || view.relation.length || view.bucket.length || view.kind.length || view.model_correct || view.proponent_correct ||
       view.score_min !== null || view.score_max !== null,
   );
 }
@@ -22,6 +23,15 @@ export function Filters({ view, run, page }: { view: View; run: RunSummary; page
       )}
       {(has("bucket") || view.bucket.length > 0) && (
         <MultiSelect label="Bucket" facets={page?.buckets ?? []} chosen={view.bucket} choose={(bucket) => refilter({ bucket })} />
+      )}
+      {(run.kinds.length > 1 || view.kind.length > 0) && (
+        <MultiSelect
+          label="Kind"
+          facets={page?.kinds ?? []}
+          chosen={view.kind}
+          choose={(values) => refilter({ kind: values.filter((value): value is Kind => KINDS.some((kind) => kind === value)) })}
+          say={kindName}
+        />
       )}
       {(has("model_correct") || view.model_correct !== null) && (
         <Either label="Model" yes="correct" no="incorrect" value={view.model_correct} choose={(model_correct) => refilter({ model_correct })} />
@@ -42,7 +52,8 @@ export function Filters({ view, run, page }: { view: View; run: RunSummary; page
           class="link clear"
           onClick={() =>
             refilter({
-              search: "", relation: [], bucket: [], model_correct: null, proponent_correct: null, score_min: null, score_max: null,
+              search: "", relation: [], bucket: [], kind: [], model_correct: null, proponent_correct: null, score_min: null,
+              score_max: null,
             })
           }
         >

@@ -9,8 +9,10 @@ import { CandidateCard } from "../candidates/card";
 import { EntityLegend, HighlightBar } from "../candidates/selection";
 import { brief, plain } from "../candidates/visible";
 import { change, type View } from "../state";
-import { Chip, Dialog, Empty, ExportMenu, Problem, Segmented, Waiting } from "../ui/parts";
-import { Outside, Plain } from "../ui/text";
+import { Dialog, Empty, ExportMenu, Problem, Segmented, Waiting } from "../ui/parts";
+import { Plain } from "../ui/text";
+import { explainsOther } from "./answer";
+import { Explained, Facts } from "./facts";
 
 interface Props {
   view: View;
@@ -74,39 +76,6 @@ export function QueryView(props: Props) {
   );
 }
 
-function Facts({ record }: { record: QueryRecord }) {
-  return (
-    <dl class="facts">
-      {record.model_correct !== null && (
-        <div>
-          <dt>model</dt>
-          <dd>{record.model_correct ? <Chip kind="good">✓ correct</Chip> : <Chip kind="bad">✗ incorrect</Chip>}</dd>
-        </div>
-      )}
-      <Fact name="relation" value={record.relation} />
-      <Fact name="subject" value={record.subject.join(" · ")} />
-      <Fact name="object" value={record.object.join(" · ")} />
-      <Fact name="correct answer" value={record.groundtruth} />
-      <Fact name="bucket" value={record.bucket} />
-      <Fact name="frequency" value={record.frequency === null ? null : count(record.frequency)} />
-      <Fact name="id" value={record.example_id} />
-      <Fact name="query set" value={record.query_set} />
-    </dl>
-  );
-}
-
-function Fact({ name, value }: { name: string; value: string | null }) {
-  if (!value) return null;
-  return (
-    <div>
-      <dt>{name}</dt>
-      <dd title={value.length > 120 ? plain(value.slice(0, 2000)) : undefined}>
-        <Outside text={value.length > 120 ? `${value.slice(0, 119)}…` : value} />
-      </dd>
-    </div>
-  );
-}
-
 function Columns({ view, runs, run, other }: { view: View; runs: RunSummary[]; run: number; other: number }) {
   const name = (number: number) => brief(runs[number]?.name ?? "", 30);
   return (
@@ -149,6 +118,7 @@ function CandidateColumns(props: Props & { both: boolean }) {
   const [hovered, hover] = useState<string | null>(null);
   const columns: [number, Loaded<QueryRecord>, Loaded<QueryRecord>, number | null][] =
     both && other !== null ? [[run, first, second, other], [other, second, first, run]] : [[run, first, second, null]];
+  const apart = both && first.data !== null && second.data !== null && explainsOther(first.data, second.data);
   return (
     <div class={both ? "columns two" : "columns"}>
       {columns.map(([number, loaded, twin, twinRun]) => (
@@ -158,6 +128,7 @@ function CandidateColumns(props: Props & { both: boolean }) {
               <bdi>{brief(runs[number]?.name ?? "", 60)}</bdi>
             </h2>
           )}
+          {apart && loaded.data && <Explained record={loaded.data} />}
           {loaded.error ? (
             <Problem error={loaded.error} retry={loaded.retry} />
           ) : loaded.data ? (

@@ -6,16 +6,21 @@ import { plain } from "../candidates/visible";
 import { Outside } from "./text";
 import { useOpen } from "./parts";
 
-export function MultiSelect(props: { label: string; facets: Facet[]; chosen: string[]; choose: (values: string[]) => void }) {
+export function MultiSelect(props: {
+  label: string; facets: Facet[]; chosen: string[]; choose: (values: string[]) => void;
+  /** A value in words. */
+  say?: (value: string) => string;
+}) {
+  const say = props.say ?? ((value: string) => value);
   const { box, open, set } = useOpen<HTMLDivElement>();
   const [typed, type] = useState("");
   const chosen = new Set(props.chosen);
   const offered = new Set(props.facets.map((facet) => facet.value));
   const all = [...props.chosen.filter((value) => !offered.has(value)).map((value) => ({ value, queries: 0 })), ...props.facets];
-  const shown = all.filter((facet) => facet.value.toLowerCase().includes(typed.toLowerCase()));
+  const shown = all.filter((facet) => say(facet.value).toLowerCase().includes(typed.toLowerCase()));
   const toggle = (value: string) =>
     props.choose(chosen.has(value) ? props.chosen.filter((other) => other !== value) : [...props.chosen, value]);
-  const summary = props.chosen.length === 0 ? "any" : props.chosen.length === 1 ? plain(props.chosen[0] ?? "") : `${props.chosen.length} chosen`;
+  const summary = props.chosen.length === 0 ? "any" : props.chosen.length === 1 ? plain(say(props.chosen[0] ?? "")) : `${props.chosen.length} chosen`;
   return (
     <div class="menu multi" ref={box}>
       <button
@@ -44,7 +49,7 @@ export function MultiSelect(props: { label: string; facets: Facet[]; chosen: str
             {shown.slice(0, 300).map((facet) => (
               <label key={facet.value} class="item">
                 <input type="checkbox" checked={chosen.has(facet.value)} onChange={() => toggle(facet.value)} />
-                <Outside text={facet.value || "(none)"} class="grow" />
+                <Outside text={say(facet.value) || "(none)"} class="grow" />
                 <span class="number">{count(facet.queries)}</span>
               </label>
             ))}

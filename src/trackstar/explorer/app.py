@@ -140,6 +140,7 @@ def _session_routes(files: Sequence[ResultFile], live: LiveIndex | None) -> APIR
                 query_set=file.lines[0].query_set,
                 queries=len(file.lines),
                 has=sorted(file.has),
+                kinds=list(file.kinds),
                 mixing=file.mixing,
                 changed=file.changed,
             )

@@ -32,6 +32,7 @@ class QueryFilter:
         search_candidates: Whether the candidates' texts are searched too.
         relations: Relations to list; empty lists all.
         buckets: Frequency buckets to list; empty lists all.
+        kinds: Kinds of questions to list; empty lists all.
         model_correct: Whether the model answers correctly; None is either.
         proponent_correct: Whether any proponent is correct; None is either.
         score_min: Lowest score of the first proponent.
@@ -44,6 +45,7 @@ class QueryFilter:
     search_candidates: bool = False
     relations: frozenset[str] = frozenset()
     buckets: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
     model_correct: bool | None = None
     proponent_correct: bool | None = None
     score_min: float | None = None
@@ -54,13 +56,8 @@ class QueryFilter:
 
 def matching_places(file: ResultFile, filters: QueryFilter) -> list[int]:
     """Positions of the matching lines, sorted; queries without a sort key come last."""
-    lines = file.lines
-    places = _matching(lines, filters)
-    if filters.relations:
-        places = [place for place in places if lines[place].relation in filters.relations]
-    if filters.buckets:
-        places = [place for place in places if lines[place].bucket in filters.buckets]
-    return _sorted(lines, places, filters)
+    chosen = [_in_facets(line, filters) for line in file.lines]
+    return _sorted(file.lines, [place for place in _matching(file.lines, filters) if all(chosen[place])], filters)
 
 
 def query_page(files: Sequence[ResultFile], run: int, filters: QueryFilter, *, offset: int, limit: int) -> QueryPage:
@@ -75,6 +72,7 @@ def query_page(files: Sequence[ResultFile], run: int, filters: QueryFilter, *, o
         metrics=matches.metrics,
         relations=matches.relations,
         buckets=matches.buckets,
+        kinds=matches.kinds,
     )
 
 
@@ -86,6 +84,7 @@ class _Matches:
     metrics: list[list[Metric]]
     relations: list[Facet]
     buckets: list[Facet]
+    kinds: list[Facet]
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,10 +92,15 @@ def _matches(files: tuple[ResultFile, ...], run: int, filters: QueryFilter) -> _
     file = files[run]
     lines = file.lines
     base = _matching(lines, filters)
-    in_relation = [p for p in base if not filters.relations or lines[p].relation in filters.relations]
-    in_bucket = [p for p in base if not filters.buckets or lines[p].bucket in filters.buckets]
-    chosen = set(in_bucket)
-    places = _sorted(lines, [p for p in in_relation if p in chosen], filters)
+    chosen = {place: _in_facets(lines[place], filters) for place in base}
+    places = _sorted(lines, [place for place in base if all(chosen[place])], filters)
+
+    def facets(number: int, value: Callable[[Line], str | None]) -> list[Facet]:
+        """Values among the lines that match all other facets."""
+        return _facets(
+            value(lines[place]) for place in base if all(chosen[place][:number] + chosen[place][number + 1 :])
+        )
+
     names = [lines[place].example_id for place in places]
     metrics = []
     for other in files:
@@ -105,8 +109,18 @@ def _matches(files: tuple[ResultFile, ...], run: int, filters: QueryFilter) -> _
     return _Matches(
         places=places,
         metrics=metrics,
-        relations=_facets(lines[place].relation for place in in_bucket),
-        buckets=_facets(lines[place].bucket for place in in_relation),
+        relations=facets(0, lambda line: line.relation),
+        buckets=facets(1, lambda line: line.bucket),
+        kinds=facets(2, lambda line: line.kind),
+    )
+
+
+def _in_facets(line: Line, filters: QueryFilter) -> tuple[bool, bool, bool]:
+    """Whether a line has a chosen relation, bucket and kind."""
+    return (
+        not filters.relations or line.relation in filters.relations,
+        not filters.buckets or line.bucket in filters.buckets,
+        not filters.kinds or line.kind in filters.kinds,
     )
 
 
@@ -202,7 +216,7 @@ def prepare(files: Iterable[ResultFile]) -> None:
 
 
 def _matching(lines: Sequence[Line], filters: QueryFilter) -> list[int]:
-    """Lines that match all filters except relation and bucket, in the file's order."""
+    """Lines that match all filters except relation, bucket and kind, in the file's order."""
     search = filters.search.casefold()
     return [
         place

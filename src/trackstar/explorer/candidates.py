@@ -8,6 +8,7 @@ from trackstar.corpus.matching import name_spans
 from trackstar.evaluation.categories import proponent_category
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.facts import Entity, Fact
+from trackstar.explorer.answer_fields import answer_fields
 from trackstar.explorer.messages import sendable
 from trackstar.explorer.result_files import Line, ResultFile, gold_marks
 from trackstar.explorer.schemas import SHOWN_CHARACTERS, Candidate, Mark, QueryRecord, Side, Text
@@ -80,7 +81,7 @@ def query_record(file: ResultFile, run: int, place: int) -> QueryRecord:
     """A query of a result file with all its candidates."""
     fields, line = file.record(place), file.lines[place]
     subject, obj = entity_names(fields)
-    groundtruth = fields.get("groundtruth")
+    answer = answer_fields(fields)
     return QueryRecord(
         run=run,
         place=place,
@@ -92,10 +93,17 @@ def query_record(file: ResultFile, run: int, place: int) -> QueryRecord:
         relation=line.relation,
         bucket=line.bucket,
         frequency=line.frequency,
-        model_correct=line.model_correct,
+        kind=answer.kind,
+        alternatives=list(answer.alternatives),
+        model_answer=answer.model_answer,
+        model_correct=answer.model_correct,
+        groundtruth=answer.groundtruth,
+        generations=list(answer.generations),
+        sampled=answer.sampled,
+        confidence=answer.confidence,
+        stated=answer.stated,
         subject=subject,
         object=obj,
-        groundtruth=None if groundtruth is None else sendable(str(groundtruth))[:2000],
         proponents=_candidates(fields, line, "proponents"),
         opponents=_candidates(fields, line, "opponents") if fields.get("opponents") else [],
     )

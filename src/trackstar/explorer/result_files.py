@@ -17,8 +17,9 @@ from trackstar.corpus.local_files import FileState, file_state
 from trackstar.corpus.query_files import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
 from trackstar.evaluation.entailment import THRESHOLD
+from trackstar.explorer.answer_fields import KINDS, AnswerFields, answer_fields, field, truth, whole
 from trackstar.explorer.messages import sendable, without_backticks
-from trackstar.explorer.schemas import MixingSummary
+from trackstar.explorer.schemas import Kind, MixingSummary
 from trackstar.progress import Progress
 from trackstar.text import one_line
 
@@ -43,6 +44,7 @@ class Line:
         relation: The relation's name or template.
         bucket: The fact's frequency bucket.
         frequency: Number of training examples that contain the fact.
+        kind: The kind of question.
         model_correct: Whether the model answers correctly.
         scores: The proponents' scores.
         correct: Whether each proponent is correct; None if unknown.
@@ -59,6 +61,7 @@ class Line:
     relation: str | None
     bucket: str | None
     frequency: int | None
+    kind: Kind | None
     model_correct: bool | None
     scores: tuple[float, ...]
     correct: tuple[bool, ...] | None
@@ -81,6 +84,7 @@ class ResultFile:
         lines: The parsed fields of each line.
         raw: The lines as bytes.
         has: Optional fields that at least one line has.
+        kinds: Kinds of questions that at least one line has.
         mixing: λ and spectra from the report beside the file, or None.
         place_of: Position of each query's line, from 0, by the query's name.
         states: The local files that it was read from, and their state then.
@@ -90,6 +94,7 @@ class ResultFile:
     lines: tuple[Line, ...]
     raw: tuple[bytes, ...]
     has: frozenset[str]
+    kinds: tuple[Kind, ...]
     mixing: MixingSummary | None
     place_of: Mapping[str, int]
     states: Mapping[str, FileState]
@@ -119,7 +124,7 @@ def read_result_file(path: str | Path) -> ResultFile:
     Required fields are a prompt, a completion, `proponents`, `proponent_ids` and
     `proponent_scores`. Optional fields are `opponents`, `opponent_ids` and `opponent_scores`,
     `relation`, `c4_frequency`, `c4_frequency_bucket`, `proponent_correct`, `proponent_ais_scores`,
-    `is_8b_correct`, `trex_sentences` and the entities' names.
+    `trex_sentences`, the entities' names, and those of `answer_fields`.
 
     Raises:
         CorpusError: A line is not a result; the message names file and line.
@@ -137,13 +142,14 @@ def read_result_file(path: str | Path) -> ResultFile:
                 where = f"{file.name}:{number}"
                 fields = json_object(text, where)
                 _check_depth(fields, text, where)
-                line = _line(fields, where, f"{file.stem}:{len(lines)}")
+                answer = answer_fields(fields)
+                line = _line(fields, answer, where, f"{file.stem}:{len(lines)}")
                 if line.example_id in place_of:
                     first = place_of[line.example_id] + 1
                     raise CorpusError(
                         f"{where}: query {one_line(line.example_id)} is also result {first}; expected each once"
                     )
-                has |= _present(fields, line)
+                has |= _present(fields, line) | answer.present
                 place_of[line.example_id] = len(lines)
                 lines.append(line)
                 raw.append(text)
@@ -155,6 +161,7 @@ def read_result_file(path: str | Path) -> ResultFile:
         lines=tuple(lines),
         raw=tuple(raw),
         has=frozenset(has),
+        kinds=tuple(kind for kind in KINDS if any(line.kind == kind for line in lines)),
         mixing=_mixing_beside(Path(path)),
         place_of=place_of,
         states={file.path: file.state for file in place.files if file.state is not None},
@@ -191,7 +198,9 @@ def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...
     """
     correct = fields.get("proponent_correct")
     if isinstance(correct, list) and len(correct) == len(ids):
-        return tuple(bool(value) for value in correct)
+        marks = [truth(value) for value in correct]
+        if all(mark is not None for mark in marks):
+            return tuple(mark is True for mark in marks)
     gold = fields.get("trex_sentences")
     if isinstance(gold, list) and gold:
         names = set(map(str, gold))
@@ -199,19 +208,19 @@ def gold_marks(fields: Mapping[str, Any], ids: Sequence[str]) -> tuple[bool, ...
     return None
 
 
-def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
+def _line(fields: Mapping[str, Any], answer: AnswerFields, where: str, fallback: str) -> Line:
     prompt, completion = (_text(fields, names, where) for names in (PROMPT_FIELDS[::-1], COMPLETION_FIELDS[::-1]))
     texts, ids, scores = _ranking(fields, "proponent", where)
     other_texts: list[str] = []
     if fields.get("opponents") is not None:
         other_texts, _, _ = _ranking(fields, "opponent", where)
-    name = next((str(fields[field]) for field in ("example_id", *ID_FIELDS) if fields.get(field) is not None), fallback)
+    names = (field(fields, name) for name in ("example_id", *ID_FIELDS))
+    name = next((str(value) for value in names if value is not None), fallback)
     entailment = fields.get("proponent_ais_scores")
     if entailment is not None and (not isinstance(entailment, list) or len(entailment) != len(texts)):
         raise CorpusError(f"{where}: proponent_ais_scores are not one number per proponent; expected {len(texts)}")
     relation = _optional(fields, "relation")
-    frequency = fields.get("c4_frequency")
-    model_correct = fields.get("is_8b_correct")
+    frequency = whole(field(fields, "c4_frequency"))
     return Line(
         example_id=sendable(name),
         query_set=_optional(fields, "query_set") or "",
@@ -220,8 +229,9 @@ def _line(fields: Mapping[str, Any], where: str, fallback: str) -> Line:
         completion=sendable(completion),
         relation=relation,
         bucket=_optional(fields, "c4_frequency_bucket"),
-        frequency=frequency if isinstance(frequency, int) and 0 <= frequency < 2**53 else None,
-        model_correct=None if model_correct is None else bool(model_correct),
+        frequency=frequency if frequency is not None and 0 <= frequency < 2**53 else None,
+        kind=answer.kind,
+        model_correct=answer.model_correct,
         scores=tuple(scores),
         correct=gold_marks(fields, ids),
         entailing=None if entailment is None else tuple(_score(v, where) > THRESHOLD for v in entailment),
@@ -283,9 +293,11 @@ def _text(fields: Mapping[str, Any], names: Sequence[str], where: str) -> str:
 
 
 def _optional(fields: Mapping[str, Any], name: str) -> str | None:
-    value = fields.get(name)
-    if value is None or isinstance(value, (list, dict)):
+    value = field(fields, name)
+    if value is None or isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return sendable(one_line(value, _LONGEST_ROW) if isinstance(value, int) else str(value)[:_LONGEST_ROW])
 
 
@@ -294,7 +306,6 @@ def _present(fields: Mapping[str, Any], line: Line) -> set[str]:
         "relation": line.relation is not None,
         "bucket": line.bucket is not None,
         "frequency": line.frequency is not None,
-        "model_correct": line.model_correct is not None,
         "proponent_correct": line.correct is not None,
         "entailment": line.entailing is not None,
         "gold": bool(fields.get("trex_sentences")),

@@ -1,5 +1,6 @@
 """Routes that browse result files and export them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from trackstar.explorer.downloads import download, export
 from trackstar.explorer.exports import MEDIA_TYPES, MOST_IN_HTML, ExportedQuery, ExportFormat
 from trackstar.explorer.refusals import MissingError, refusals
 from trackstar.explorer.result_files import LARGEST_SCORE, ResultFile
-from trackstar.explorer.schemas import LONGEST_SEARCH, PAGE, QueryPage, QueryRecord, Side, Sort, Text
+from trackstar.explorer.schemas import LONGEST_SEARCH, PAGE, Kind, QueryPage, QueryRecord, Side, Sort, Text
 
 _PREFIX = "/api/runs/{run}"
 Value = Annotated[str, Query(max_length=LONGEST_SEARCH)]
@@ -37,11 +38,18 @@ Absent = SkipJsonSchema[None]  # a parameter can be left out, but has no value t
 Score = Annotated[float, Query(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
 
 
-def _filter_from_parameters(
-    search: Value = "",
-    search_candidates: Flag = False,
+def _facets_from_parameters(
     relation: Values = [],  # noqa: B006 - the framework copies defaults
     bucket: Values = [],  # noqa: B006 - likewise
+    kind: Annotated[list[Kind], Query(max_length=200)] = [],  # noqa: B006 - likewise
+) -> QueryFilter:
+    return QueryFilter(relations=frozenset(relation), buckets=frozenset(bucket), kinds=frozenset(kind))
+
+
+def _filter_from_parameters(
+    facets: Annotated[QueryFilter, Depends(_facets_from_parameters)],
+    search: Value = "",
+    search_candidates: Flag = False,
     model_correct: YesNo | Absent = None,
     proponent_correct: YesNo | Absent = None,
     score_min: Score = -LARGEST_SCORE,
@@ -49,11 +57,10 @@ def _filter_from_parameters(
     sort: Sort = "file",
     descending: Flag = False,
 ) -> QueryFilter:
-    return QueryFilter(
+    return dataclasses.replace(
+        facets,
         search=search,
         search_candidates=search_candidates,
-        relations=frozenset(relation),
-        buckets=frozenset(bucket),
         model_correct=None if model_correct is None else model_correct == "yes",
         proponent_correct=None if proponent_correct is None else proponent_correct == "yes",
         score_min=score_min if score_min > -LARGEST_SCORE else None,
@@ -118,7 +125,7 @@ def export_routes(files: Sequence[ResultFile]) -> APIRouter:
             raise HTTPException(
                 400, f"{len(places):,} queries match, and one page holds {MOST_IN_HTML}; filter, or take CSV or JSONL"
             )
-        return export((_exported(files, [run], place) for place in places), format, file.name)
+        return export((query for place in places for query in _exported(files, [run], place)), format, file.name)
 
     @router.get("/queries/{place}/export", response_class=StreamingResponse)
     def export_one(run: int, place: int, format: ExportFormat, other: int | Absent = None) -> StreamingResponse:
@@ -132,7 +139,7 @@ def export_routes(files: Sequence[ResultFile]) -> APIRouter:
             places = [(files[r], files[r].place_of.get(name)) for r in runs]
             lines = (f"{f.json_line(at)}\n" for f, at in places if at is not None)
             return download(lines, format, file.name)
-        return export([_exported(files, runs, place)], format, file.name)
+        return export(_exported(files, runs, place), format, file.name)
 
     return router
 
@@ -147,15 +154,24 @@ def _run(files: Sequence[ResultFile], run: int, place: int | None = None) -> Res
     return file
 
 
-def _exported(files: Sequence[ResultFile], runs: Sequence[int], place: int) -> ExportedQuery:
-    """A query of the first run, with its rankings in every run that has it."""
+def _exported(files: Sequence[ResultFile], runs: Sequence[int], place: int) -> list[ExportedQuery]:
+    """A query of the first run, with its rankings in every run that has it; one for each completion that
+    the runs explain.
+    """
     name = files[runs[0]].lines[place].example_id
-    records = [
-        (files[run].name, query_record(files[run], run, at))
-        for run in runs
-        if (at := files[run].place_of.get(name)) is not None
-    ]
+    by_text: dict[tuple[str, str], list[tuple[str, QueryRecord]]] = {}
+    for run in runs:
+        at = files[run].place_of.get(name)
+        if at is not None:
+            record = query_record(files[run], run, at)
+            by_text.setdefault((record.prompt.strip(), record.completion.strip()), []).append((files[run].name, record))
+    return [_exported_query(records) for records in by_text.values()]
+
+
+def _exported_query(records: Sequence[tuple[str, QueryRecord]]) -> ExportedQuery:
+    """A query as several runs, of these names, answer it."""
     first = records[0][1]
+    other_truth = first.groundtruth is not None and first.groundtruth.strip() != first.completion.strip()
     return ExportedQuery(
         query_id=first.example_id,
         prompt=first.prompt,
@@ -167,5 +183,7 @@ def _exported(files: Sequence[ResultFile], runs: Sequence[int], place: int) -> E
             for role, candidates in (("proponent", record.proponents), ("opponent", record.opponents))
             if candidates
         ],
-        heading=first.relation or "",
+        heading=" · ".join(
+            [*([first.relation] if first.relation else []), *([f"the true answer: {first.groundtruth}"] * other_truth)]
+        ),
     )

@@ -14,6 +14,10 @@ SHOWN_CHARACTERS = 20_000
 Method = Literal["TrackStar", "BM25", "embeddings"]
 Side = Literal["proponents", "opponents"]
 Sort = Literal["file", "prompt", "relation", "frequency", "score", "rank"]
+Kind = Literal["fact", "choice", "generation", "open"]
+"""Kinds of questions: a fact, a choice between given completions, a free answer with a right one, and one
+without.
+"""
 Spectrum = list[float]
 
 
@@ -36,7 +40,9 @@ class RunSummary(BaseModel):
         query_set: The release's name for the set of queries, from the first line.
         queries: Number of lines.
         has: Optional fields that at least one line has: relation, bucket, frequency, model_correct,
-            proponent_correct, entailment, gold, opponents, entities.
+            proponent_correct, entailment, gold, opponents, entities, kind, alternatives,
+            model_answer, groundtruth, generations, confidence, stated.
+        kinds: Kinds of questions that at least one line has.
         mixing: λ and spectra from the report beside the file; null without a report.
         changed: Whether the file has changed on disk since it was opened; what is shown is from
             before.
@@ -47,6 +53,7 @@ class RunSummary(BaseModel):
     query_set: str
     queries: int
     has: list[str]
+    kinds: list[Kind]
     mixing: "MixingSummary | None"
     changed: bool
 
@@ -205,6 +212,7 @@ class QueryPage(BaseModel):
         metrics: For each run, its metrics over the matching queries that it has.
         relations: Values of `relation` among the queries that match all other filters.
         buckets: Values of `bucket` among the queries that match all other filters.
+        kinds: Values of `kind` among the queries that match all other filters.
     """
 
     total: int
@@ -214,6 +222,7 @@ class QueryPage(BaseModel):
     metrics: list[list[Metric]]
     relations: list[Facet]
     buckets: list[Facet]
+    kinds: list[Facet]
 
 
 class Mark(BaseModel):
@@ -258,7 +267,33 @@ class Candidate(BaseModel):
 
 
 class QueryRecord(BaseModel):
-    """A query of a result file with its candidates."""
+    """A query of a result file with its candidates; null or empty where the line has no field.
+
+    Attributes:
+        run: The file's number, from 0.
+        place: The query's line, from 0.
+        example_id: The query's name.
+        query_set: The set of queries that it belongs to.
+        prompt: The prompt.
+        separator: What stands between prompt and completion in the text that was asked.
+        completion: The completion that the ranking explains.
+        relation: The relation's name or template.
+        bucket: The fact's frequency bucket.
+        frequency: Number of training examples that contain the fact.
+        kind: The kind of question: a fact, a choice, a free answer, or one without a right answer.
+        alternatives: The other completions of a choice, at most 20.
+        model_answer: The model's own answer; of a choice, the completion that it prefers.
+        model_correct: Whether the model answers correctly.
+        groundtruth: The true answer; in most files only where `completion` is another.
+        generations: The first 64 sampled answers of the model.
+        sampled: Number of all sampled answers.
+        confidence: Share of the sampled answers that are right, from 0 to 1.
+        stated: Whether a sentence of the corpus states the fact.
+        subject: Names of the fact's subject, aliases included.
+        object: Names of the fact's object, aliases included.
+        proponents: The most positive candidates.
+        opponents: The most negative candidates.
+    """
 
     run: int
     place: int
@@ -270,10 +305,17 @@ class QueryRecord(BaseModel):
     relation: str | None
     bucket: str | None
     frequency: int | None
+    kind: Kind | None
+    alternatives: list[str]
+    model_answer: str | None
     model_correct: bool | None
+    groundtruth: str | None
+    generations: list[str]
+    sampled: int
+    confidence: float | None
+    stated: bool | None
     subject: list[str]
     object: list[str]
-    groundtruth: str | None
     proponents: list[Candidate]
     opponents: list[Candidate]
 
