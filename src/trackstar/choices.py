@@ -53,6 +53,9 @@ words that can be right or wrong; or an answer that cannot, such as a story.
 QuestionTask = Literal["arithmetic", "word-problems", "stories"]
 """Questions of trackstar's own: sums, problems with one step of arithmetic, and prompts for stories."""
 
+DemoTask = Literal["facts", "arithmetic"]
+"""What the demo's model learns: facts of the real world, or sums of two numbers."""
+
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
@@ -70,3 +73,4 @@ RECORD_FORMATS: tuple[RecordFormat, ...] = get_args(RecordFormat)
 TRAIN_ON: tuple[TrainOn, ...] = get_args(TrainOn)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 QUESTION_TASKS: tuple[QuestionTask, ...] = get_args(QuestionTask)
+DEMO_TASKS: tuple[DemoTask, ...] = get_args(DemoTask)

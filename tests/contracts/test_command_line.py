@@ -157,7 +157,7 @@ def test_options_are_frozen():
             "audit --results --index --model --data --queries --task --again --second-moment --device --threads "
             "--chat-template --help-all".split()
         ),
-        "demo": ["--out", "--seed"],
+        "demo": ["--out", "--seed", "--task"],
         "microscope": sorted("--data --out --seeds --force --threads --help-all".split()),
     }
 

@@ -187,6 +187,7 @@ def long_work_cut() -> Iterator[None]:
     with (
         mock.patch("trackstar.pretraining.training._train", trained),
         mock.patch("trackstar.demo.runner.pretrain", cut),
+        mock.patch("trackstar.demo.arithmetic_runner.pretrain", cut),
         mock.patch("trackstar.workers.RayWorkers.__init__", cut),
         mock.patch("uvicorn.Server.run", return_value=None),
         mock.patch("webbrowser.open", return_value=True),

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from trackstar.choices import OPTIMIZERS
+from trackstar.choices import DEMO_TASKS, OPTIMIZERS
 from trackstar.cli.audit_command import audit
 from trackstar.cli.framework import INTERRUPTED, TERMINATED, Command, Group, Terminated, prepare, run
 from trackstar.cli.generate_command import generate
@@ -196,11 +196,16 @@ def pretrain(
     click.echo(f"{checkpoint}: index its corpus with: trackstar index --model {checkpoint} --data {data} --out INDEX")
 
 
-@click.command(cls=Command, resumes=True, example="trackstar demo --out demo-out")
+@click.command(
+    cls=Command,
+    resumes=True,
+    example="trackstar demo --out demo-out\ntrackstar demo --task arithmetic --out demo-sums",
+)
+@choice("--task", DEMO_TASKS, default="facts", help="Facts of the real world, or sums of two numbers.")
 @click.option("--out", default="demo-out", metavar="FOLDER", help="Folder of everything that the demo makes.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the demo's corpus.")
-def demo(*, out: str, seed: int) -> None:
-    """Train a model on real facts and explain its answers.
+def demo(*, task: str, out: str, seed: int) -> None:
+    """Train a model on real facts or on sums and explain its answers.
 
     Makes a corpus, a model, indexes and results in a few minutes on two cores. If a run is
     interrupted, run the same command again to resume.
@@ -208,9 +213,15 @@ def demo(*, out: str, seed: int) -> None:
     prepare(None)
     check_local(out)
     from trackstar.attribution.terminal import print_line
-    from trackstar.demo.runner import run_demo
 
-    files = run_demo(Path(out), seed=seed).files
+    if task == "arithmetic":
+        from trackstar.demo.arithmetic_runner import run_arithmetic_demo
+
+        files = run_arithmetic_demo(Path(out), seed=seed).files
+    else:
+        from trackstar.demo.runner import run_demo
+
+        files = run_demo(Path(out), seed=seed).files
     command = started_as()
     print_line(f"Everything is in {out}. Ask your own questions:")
     print_line(f'   {command} query {files.index} --prompt "{files.prompt}" --generate')

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from trackstar.attribution.answering import answer_queries, query_gradients
@@ -13,9 +12,9 @@ from trackstar.attribution.writing import check_writable, write_results
 from trackstar.corpus import Query
 from trackstar.corpus.matching import answer_is_correct
 from trackstar.curvature.task import task_correction
+from trackstar.demo.common import SIDE, DemoFiles, Stopwatch, check_folder, interval, is_report_of, write_inputs
 from trackstar.demo.facts import DEMO_PRETRAINING, DemoCorpus, demo_corpus
 from trackstar.editing.converting import convert_index
-from trackstar.errors import OptionError
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 from trackstar.indexing.build import build_index
@@ -26,10 +25,7 @@ from trackstar.pretraining import pretrain
 from trackstar.retrieval.scoring import Scorer, all_scores, cosine_scorer, dot_product_scorer, trackstar_scorer
 from trackstar.store import Index, row_bytes
 from trackstar.store.files.outputs import check_replaceable, replace_text
-from trackstar.text import abridged, system_reason
 
-# 16 blocks of 32×32: 16,384 dimensions.
-_SIDE = 32
 _SHOWN_CORRECT, _SHOWN_WRONG = 6, 4
 _RERANKED = 100
 
@@ -57,23 +53,6 @@ class DemoReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DemoFiles:
-    """Files for further questions, and a prompt for them.
-
-    Attributes:
-        index: The float16 index of the whole corpus.
-        queries: One query per fact.
-        results: Results of the queries that the demo shows.
-        prompt: The prompt of the first query.
-    """
-
-    index: Path
-    queries: Path
-    results: Path
-    prompt: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DemoRun:
     """What a run of the demo returns: its measurements and its files."""
 
@@ -90,11 +69,11 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
     Raises:
         TrackstarError: `out` cannot be written, or holds other files under these names.
     """
-    watch = _Stopwatch()
-    _check_folder(out)
+    watch = Stopwatch()
+    check_folder(out, "facts")
     corpus = demo_corpus(seed)
     check_writable(out / "results.jsonl")
-    check_replaceable(out / "report.json", _is_report)
+    check_replaceable(out / "report.json", is_report_of(DemoReport))
     sentences, queries = _write_inputs(corpus, out)
     print_line(
         f"1. Corpus: {len(corpus.sentences):,} sentences about {len(corpus.queries):,} facts of the real world, and "
@@ -143,36 +122,18 @@ def run_demo(out: Path, *, seed: int = 0) -> DemoRun:
     return DemoRun(report=measured, files=files)
 
 
-class _Stopwatch:
-    """Wall time of each stage, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        """End a stage and begin the next one."""
-        now = time.monotonic()
-        self.seconds[stage] = round(now - self._start, 1)
-        self._start = now
-
-
 def _built_indexes(model: LanguageModel, sentences: Path, out: Path) -> tuple[Index, Index]:
     """The corpus indexed with V, and for comparison without V."""
     print_line("3. Indexing every training example with V of the run's optimizer state, and without V to compare")
-    index = build_index(model, str(sentences), out / "index", side=_SIDE, codec="float16")
+    index = build_index(model, str(sentences), out / "index", side=SIDE, codec="float16")
     without_v = build_index(
-        model, str(sentences), out / "index-without-v", side=_SIDE, second_moment="none", codec="float16"
+        model, str(sentences), out / "index-without-v", side=SIDE, second_moment="none", codec="float16"
     )
     return index, without_v
 
 
 def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
-    """Write the corpus and the queries, if they are not there yet.
-
-    Raises:
-        OptionError: A file of that name has other content, such as another seed's.
-    """
+    """Write the corpus and the queries, if they do not exist yet."""
     stating = {name for names in corpus.gold.values() for name in names}
     sentences = [
         {
@@ -187,44 +148,7 @@ def _write_inputs(corpus: DemoCorpus, out: Path) -> tuple[Path, Path]:
         {**query.record, "query_id": query.query_id, "prompt": query.prompt, "completion": query.completion}
         for query in corpus.queries
     ]
-    texts = {
-        out / f"{name}.jsonl": "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-        for name, lines in (("corpus", sentences), ("queries", queries))
-    }
-    for path, text in texts.items():
-        check_replaceable(path, _has(text))
-    for path, text in texts.items():
-        replace_text(path, text)
-    return out / "corpus.jsonl", out / "queries.jsonl"
-
-
-def _check_folder(out: Path) -> None:
-    """Raise if a folder holds something else than a run of the demo; it need not exist.
-
-    Raises:
-        OptionError: The folder holds other files, or cannot be listed.
-    """
-    try:
-        names = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise OptionError(f"`out`: {out} cannot be used ({system_reason(error)}); choose another folder") from None
-    if names and "corpus.jsonl" not in names:
-        raise OptionError(
-            f"`out`: {out} holds {abridged(names[0])}, expected an empty folder or an earlier demo's; choose another "
-            "folder"
-        )
-
-
-def _has(text: str) -> Callable[[Path], bool]:
-    return lambda file: file.read_text(encoding="utf-8") == text
-
-
-def _is_report(file: Path) -> bool:
-    """Whether a file is the demo's `report.json`."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return isinstance(found, dict) and found.keys() == {field.name for field in dataclasses.fields(DemoReport)}
+    return write_inputs(out, sentences, queries)
 
 
 def _is_correct(query: Query, answer: str) -> bool:
@@ -317,7 +241,7 @@ def _small_store(index: Index, out: Path, model: LanguageModel, corpus: DemoCorp
 
 def _print_methods(methods: Mapping[str, QueryMetrics]) -> None:
     rows = [
-        (name, _interval(estimate(metrics.reciprocal_rank)), _interval(estimate(metrics.recall)))
+        (name, interval(estimate(metrics.reciprocal_rank)), interval(estimate(metrics.recall)))
         for name, metrics in methods.items()
     ]
     print_table(("method", "MRR (95% interval)", "recall@10 (95% interval)"), rows)
@@ -330,7 +254,3 @@ def _print_methods(methods: Mapping[str, QueryMetrics]) -> None:
             f"{verdict}: TrackStar's MRR minus that of {name} is {difference.mean:+.3f} "
             f"({difference.low:+.3f} to {difference.high:+.3f})."
         )
-
-
-def _interval(value: Estimate) -> str:
-    return f"{value.mean:.3f}  ({value.low:.3f}-{value.high:.3f})"

@@ -6,13 +6,12 @@ Values come from files of others: a value of another type counts as absent, and 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
+from trackstar.choices import KINDS, Kind
 from trackstar.explorer.messages import sendable
-from trackstar.explorer.schemas import Kind
 from trackstar.text import one_line, shortened
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
 _OLDER_NAMES = {
     "example_id": "trex_id",
     "is_8b_correct": "is_correct",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trackstar.choices import KINDS, Kind
 from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.fields import json_kind, json_object
 from trackstar.corpus.joining import joined
@@ -17,9 +18,9 @@ from trackstar.corpus.local_files import FileState, file_state
 from trackstar.corpus.query_files import COMPLETION_FIELDS, ID_FIELDS, PROMPT_FIELDS
 from trackstar.errors import CorpusError
 from trackstar.evaluation.entailment import THRESHOLD
-from trackstar.explorer.answer_fields import KINDS, AnswerFields, answer_fields, field, truth, whole
+from trackstar.explorer.answer_fields import AnswerFields, answer_fields, field, truth, whole
 from trackstar.explorer.messages import sendable, without_backticks
-from trackstar.explorer.schemas import Kind, MixingSummary
+from trackstar.explorer.schemas import MixingSummary
 from trackstar.progress import Progress
 from trackstar.text import one_line
 

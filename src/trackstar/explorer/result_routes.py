@@ -9,13 +9,14 @@ from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator
 from pydantic.json_schema import SkipJsonSchema
 
+from trackstar.choices import Kind
 from trackstar.explorer.browsing import QueryFilter, matching_places, query_page
 from trackstar.explorer.candidates import LONGEST_RAW, candidate_text, query_record, text_part
 from trackstar.explorer.downloads import download, export
 from trackstar.explorer.exports import MEDIA_TYPES, MOST_IN_HTML, ExportedQuery, ExportFormat
 from trackstar.explorer.refusals import MissingError, refusals
 from trackstar.explorer.result_files import LARGEST_SCORE, ResultFile
-from trackstar.explorer.schemas import LONGEST_SEARCH, PAGE, Kind, QueryPage, QueryRecord, Side, Sort, Text
+from trackstar.explorer.schemas import LONGEST_SEARCH, PAGE, QueryPage, QueryRecord, Side, Sort, Text
 
 _PREFIX = "/api/runs/{run}"
 Value = Annotated[str, Query(max_length=LONGEST_SEARCH)]

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from trackstar.choices import Kind
+
 LONGEST_SEARCH = 512
 PAGE = 200
 SHOWN_CHARACTERS = 20_000
@@ -14,10 +16,7 @@ SHOWN_CHARACTERS = 20_000
 Method = Literal["TrackStar", "BM25", "embeddings"]
 Side = Literal["proponents", "opponents"]
 Sort = Literal["file", "prompt", "relation", "frequency", "score", "rank"]
-Kind = Literal["fact", "choice", "generation", "open"]
-"""Kinds of questions: a fact, a choice between given completions, a free answer with a right one, and one
-without.
-"""
+
 Spectrum = list[float]
 
 
