@@ -12,6 +12,12 @@ no mixing. Over candidates, (ΦᵀΦ)⁻¹ is R_train⁻¹ up to a factor.
 
 With R over tokens, R is the mean of φφᵀ over single target tokens: the Gauss-Newton matrix of a
 language model, whose loss is a sum over tokens. One target token is drawn per candidate.
+
+With the kernel of a pool, Φ has a row for each of the n candidates that a query is compared with,
+and for no other. R of n rows has rank n at most, so the system is solved for n unknowns: with
+K = ΦΦᵀ in one layer block, and c the ridge added to R = ΦᵀΦ/n,
+
+    Φ (ΦᵀΦ/n + cI)⁻¹ φ_q = n (K + ncI)⁻¹ Φφ_q
 """
 
 import dataclasses
@@ -20,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trackstar.baselines.gradients import GradientMethod, IndexedGradients, check_index
@@ -28,7 +34,8 @@ from trackstar.corpus import Query, TokenizedExample
 from trackstar.corpus.digests import draw_bytes
 from trackstar.curvature.autocorrelation import Autocorrelation
 from trackstar.curvature.task import stored_matrices
-from trackstar.curvature.whitening import shrinkage_damping, whitening
+from trackstar.curvature.whitening import shrinkage_damping, shrinkage_of_traces, whitening
+from trackstar.errors import CurvatureError
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT
 from trackstar.model.batching import Batch, check_token_ids, make_batch, plan_batches, run_adaptively
@@ -91,6 +98,73 @@ class TRAKRetriever:
         vectors = whitening(r, damping=damping, names=names).apply_inverse(phi)
         probabilities = mean_target_probabilities(index, model, batch_tokens=self._batch_tokens, progress=progress)
         return all_scores(index, Scorer(vectors=vectors, multipliers=1 - probabilities))
+
+    def scores_by_kernels_of_pools(
+        self, queries: Sequence[Query], pools: Sequence[Int64[np.ndarray, "_"]]
+    ) -> list[Float[Tensor, "_"]]:
+        """Scores of the candidates of each query's own pool, with (ΦᵀΦ)⁻¹ over that pool.
+
+        Args:
+            queries: The queries.
+            pools: Rows of each query's pool, ascending. Time and memory grow with the square of
+                their number.
+
+        Raises:
+            CurvatureError: A pool's kernel is singular; the message names the query.
+        """
+        index, model, progress = self._gradients.index, self._gradients.model, self._gradients.progress
+        phi = self._gradients.phi_of(queries)
+        blocks = len(index.manifest.layer_blocks)
+        probabilities = mean_target_probabilities(index, model, batch_tokens=self._batch_tokens, progress=progress)
+        scores = []
+        with Progress("TRAK with kernels of pools", unit="pools", total=len(pools), shown=progress) as bar:
+            for query, query_phi, rows in zip(queries, phi, pools, strict=True):
+                pool_phi = index.some_rows(rows.tolist()).decode().to(query_phi)
+                try:
+                    products = kernel_products(
+                        pool_phi.reshape(len(rows), blocks, -1), query_phi.reshape(blocks, -1), damping=self._damping
+                    )
+                except CurvatureError as error:
+                    raise CurvatureError(f"query {query.query_id}: {error}") from None
+                scores.append(products.float().cpu() * (1 - probabilities[torch.from_numpy(rows)]))
+                bar.advance(1)
+        return scores
+
+
+def kernel_products(
+    pool: Float[Tensor, "pool blocks dim"], query: Float[Tensor, "blocks dim"], *, damping: float | None = None
+) -> Float64[Tensor, "pool"]:
+    """Φ R⁻¹ φ_q summed over layer blocks, with R the mean of φφᵀ over the pool, plus cI.
+
+    Args:
+        pool: φ of the pool's candidates.
+        query: φ of the query.
+        damping: c, as a fraction of the mean eigenvalue of each block of R; None is chosen by
+            shrinkage for as many examples as the pool has.
+
+    Raises:
+        CurvatureError: R of a block is singular.
+    """
+    count, _, dim = pool.shape
+    kernels = [(block @ block.T).double() for block in pool.unbind(1)]  # n × n each
+    traces = [float(kernel.diagonal().sum()) / count for kernel in kernels]  # tr R = tr K / n, tr R² = ‖K‖² / n²
+    if damping is None:
+        pairs = [
+            (trace, float(kernel.square().sum()) / count**2) for trace, kernel in zip(traces, kernels, strict=True)
+        ]
+        damping = shrinkage_of_traces(pairs, dim=dim, examples=count)
+    total = torch.zeros(count, dtype=torch.float64, device=pool.device)
+    for number, (kernel, trace) in enumerate(zip(kernels, traces, strict=True)):
+        kernel.diagonal().add_(count * damping * trace / dim)
+        root, failed = torch.linalg.cholesky_ex(kernel)
+        if failed or not trace > 0:
+            raise CurvatureError(
+                f"block {number}: R of the pool's {count} candidates is singular with damping {damping:g}; pass more "
+                "damping, such as `damping=0.1`"
+            )
+        products = (pool[:, number] @ query[number]).double()
+        total += count * torch.cholesky_solve(products[:, None], root)[:, 0]
+    return total
 
 
 @torch.no_grad()

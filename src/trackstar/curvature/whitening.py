@@ -30,11 +30,16 @@ def shrinkage_damping(autocorrelation: Float[Tensor, "blocks dim dim"], examples
     Returns:
         The median over blocks of ρ/(1-ρ), between 0 and 1.
     """
+    traces = [
+        (float(block.diagonal().double().sum()), float(block.double().square().sum())) for block in autocorrelation
+    ]
+    return shrinkage_of_traces(traces, dim=autocorrelation.shape[1], examples=examples)
+
+
+def shrinkage_of_traces(traces: Sequence[tuple[float, float]], *, dim: int, examples: int) -> float:
+    """`shrinkage_damping` from tr S and tr S² of each block of `dim` dimensions."""
     dampings = []
-    dim = autocorrelation.shape[1]
-    for block in autocorrelation:
-        trace = float(block.diagonal().double().sum())
-        trace_of_square = float(block.double().square().sum())
+    for trace, trace_of_square in traces:
         excess = (examples + 1 - 2 / dim) * (trace_of_square - trace**2 / dim)
         rho = ((1 - 2 / dim) * trace_of_square + trace**2) / excess if excess > 0 else 1.0
         dampings.append(min(1.0, rho / (1 - rho) if rho < 0.5 else 1.0))

@@ -35,6 +35,9 @@ METHODS = (
 WITH_SECOND_MOMENT = tuple(m for m in METHODS if m.startswith("TrackStar") or m in ("experiment 4", "experiment 5"))
 """Methods that divide gradients by √V."""
 
+LEAST_POOL = 10
+"""Smallest value of `pool_sizes`."""
+
 Half = Literal["all", "development", "report"]
 HALVES: tuple[Half, ...] = get_args(Half)
 
@@ -96,6 +99,9 @@ class EvaluationConfig:
             the smallest.
         checkpoints: Earlier checkpoints of the model's training, whose TrackStar rankings are
             compared (Figure 2).
+        pool_sizes: Sizes of smaller pools, in which every query is ranked as well; see
+            `trackstar.evaluation.pool_sizes`. A size that the number of candidates does not exceed
+            stands for all candidates.
         second_moment: Source of V; see `build_index`.
         damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
             chosen by `shrinkage_damping`.
@@ -127,6 +133,7 @@ class EvaluationConfig:
     top_k: int = 10
     side: tuple[int, ...] = (IndexSettings.default("side"),)
     checkpoints: tuple[str, ...] = ()
+    pool_sizes: tuple[int, ...] = ()
     second_moment: str = IndexSettings.default("second_moment")
     damping: float | None = IndexSettings.default("damping")
     codec: CodecName = "float16"
@@ -146,6 +153,11 @@ class EvaluationConfig:
             values = getattr(self, key)
             if min(values, default=least) < least:
                 raise OptionError(f"`{key}`: expected numbers of {least} or more, found {abridged(list(values))}")
+        if len(set(self.pool_sizes)) < len(self.pool_sizes) or min(self.pool_sizes, default=LEAST_POOL) < LEAST_POOL:
+            raise OptionError(
+                f"`pool_sizes`: expected numbers of {LEAST_POOL} or more, each once, found "
+                f"{abridged(list(self.pool_sizes))}"
+            )
         check_damping(self.damping)
         if self.second_moment == "none" and any(method in self.methods for method in WITH_SECOND_MOMENT):
             raise OptionError(

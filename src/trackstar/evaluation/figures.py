@@ -1,4 +1,4 @@
-"""Draw a report's figures: projection size and checkpoints (Figure 2), categories by frequency (Figure 3)."""
+"""Draw a report's figures: projection size and checkpoints (Figure 2), pool sizes, categories (Figure 3)."""
 
 import io
 from typing import Any
@@ -8,9 +8,11 @@ import numpy as np
 from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.frequency import bucket_name, frequency_bucket
+from trackstar.evaluation.pool_sizes import POOL_KERNEL, POOL_KINDS, PoolSizes
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.run import EvaluationReport
 
+_REFERENCES = ("random", "BM25", "embeddings")
 _CATEGORY_METHODS = ("TrackStar", "BM25")
 
 
@@ -35,6 +37,8 @@ def draw_figures(report: EvaluationReport) -> dict[str, bytes]:
         steps = [(_step(name), ranking) for name, ranking in report.variants.by_checkpoint.items()]
         title = "TrackStar by checkpoint (Figure 2)"
         figures["checkpoints"] = _figure_of_variants(plt, steps, "checkpoint", title)
+    if report.pool_sizes is not None:
+        figures["figure-pool-sizes"] = _figure_of_pool_sizes(plt, report.pool_sizes)
     for method in _CATEGORY_METHODS:
         if any(report.categories.get(method, ())):
             figures[f"categories-{method.lower()}"] = _figure_of_categories(plt, report, method)
@@ -64,6 +68,34 @@ def _figure_of_variants(plt: Any, variants: list[tuple[str, Ranking]], label: st
     axes.set_xlabel(label)
     axes.set_ylabel("MRR")
     axes.set_title(title)
+    return figure
+
+
+def _figure_of_pool_sizes(plt: Any, pools: PoolSizes) -> Any:
+    """MRR against the number of candidates: a panel per kind of pool, a line and its 95% band per method."""
+    figure, panels = plt.subplots(ncols=len(POOL_KINDS), sharey=True, figsize=(10, 4.2), layout="constrained")
+    colours = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
+    for kind, axes in zip(POOL_KINDS, panels, strict=True):
+        for number, method in enumerate(pools.methods):
+            found = [(size, pools.metrics(kind, method, size)) for size in pools.sizes]
+            points = [(size, estimate(metrics.reciprocal_rank)) for size, metrics in found if metrics is not None]
+            sizes, means = [size for size, _ in points], [one.mean for _, one in points]
+            style = {"color": colours[number % len(colours)], "linestyle": "-", "marker": "o"}
+            if method in _REFERENCES:
+                style |= {"linestyle": ":", "marker": "s"}
+            elif method == POOL_KERNEL:
+                style |= {"linestyle": "--", "marker": "^"}
+            axes.plot(sizes, means, label=method if kind == POOL_KINDS[0] else None, markersize=4, **style)
+            low, high = [one.low for _, one in points], [one.high for _, one in points]
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.1, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xticks(pools.sizes, [f"{size:,}" for size in pools.sizes])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("candidates per query")
+        axes.set_title(f"Pools: {kind}")
+    panels[0].set_ylabel("MRR")
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trackstar.baselines import (
@@ -151,7 +152,7 @@ class Rankings:
             side: Side of a gradient method's projections; None is the report's.
         """
         name = f"rankings/{method} template {template}" + (f" side {side}" if side is not None else "")
-        sources = self._sources(method, facts, template, side)
+        sources = self.sources(method, facts, template, side)
         saved = self._workspace.result(name, sources, lambda: self._compute(method, facts, template, side))
         return Ranking(
             ranks=tuple(map(tuple, saved["ranks"])),
@@ -159,7 +160,7 @@ class Rankings:
             scores=tuple(map(tuple, saved["scores"])),
         )
 
-    def _sources(self, method: str, facts: Sequence[Fact], template: int, side: int | None) -> dict[str, Any]:
+    def sources(self, method: str, facts: Sequence[Fact], template: int, side: int | None = None) -> dict[str, Any]:
         """All that a ranking depends on, as JSON values."""
         config = self._config
         sources: dict[str, Any] = {
@@ -181,9 +182,27 @@ class Rankings:
             sources["damping"] = config.damping
         return sources
 
+    def scores(
+        self, method: str, facts: Sequence[Fact], template: int, side: int | None = None
+    ) -> Float[Tensor, "queries candidates"]:
+        """A method's scores of all candidates; they are not saved."""
+        queries = to_queries(facts, template)
+        gradient_method = GRADIENT_METHODS.get(method)
+        if gradient_method is None:
+            return self._retriever(method, facts, side).scores(queries)
+        return self._gradient_scores(gradient_method, queries, queries, side)
+
+    def scores_by_kernels_of_pools(
+        self, facts: Sequence[Fact], template: int, pools: Sequence[Int64[np.ndarray, "_"]]
+    ) -> list[Float[Tensor, "_"]]:
+        """TRAK's scores of each query's own pool, with the kernel of that pool; they are not saved."""
+        retriever = self._retriever(TRAK.name, facts, None)
+        assert isinstance(retriever, TRAKRetriever)
+        return retriever.scores_by_kernels_of_pools(to_queries(facts, template), pools)
+
     def _compute(self, method: str, facts: Sequence[Fact], template: int, side: int | None) -> dict[str, Any]:
         """A method's ranking as JSON values."""
-        scores = self._scores(method, facts, template, side)
+        scores = self.scores(method, facts, template, side)
         of_facts = evidence(facts, self.pool.row_of, strict=self._config.strict)
         top = scores.sort(dim=1, descending=True, stable=True)
         k = min(self._config.top_k, len(self.pool))
@@ -203,15 +222,6 @@ class Rankings:
         for number, found in zip(known, of_known, strict=True):
             ranks[number] = found
         return {"ranks": ranks, "rows": rows, "scores": values}
-
-    def _scores(
-        self, method: str, facts: Sequence[Fact], template: int, side: int | None
-    ) -> Float[Tensor, "queries candidates"]:
-        queries = to_queries(facts, template)
-        gradient_method = GRADIENT_METHODS.get(method)
-        if gradient_method is None:
-            return self._retriever(method, facts, side).scores(queries)
-        return self._gradient_scores(gradient_method, queries, queries, side)
 
     def _gradient_scores(
         self, method: GradientMethod, queries: Sequence[Query], task: Sequence[Query], side: int | None

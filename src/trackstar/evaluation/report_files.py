@@ -14,6 +14,7 @@ import numpy as np
 from trackstar.choices import KINDS
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.figures import draw_figures
+from trackstar.evaluation.pool_sizes import PoolSizes
 from trackstar.evaluation.release_results import WRONG_ANSWERS_FILE, result_file_name, result_lines, wrong_answer_lines
 from trackstar.evaluation.run import EvaluationReport
 from trackstar.evaluation.tables import tables
@@ -114,9 +115,23 @@ def to_json(report: EvaluationReport) -> dict[str, Any]:
         "by_checkpoint": {
             name: _estimate(r.metrics().reciprocal_rank) for name, r in report.variants.by_checkpoint.items()
         },
+        "pool_sizes": _pool_sizes(report.pool_sizes),
         "tail_patch": effects,
         "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in _PACKAGES}},
     }
+
+
+def _pool_sizes(pools: PoolSizes | None) -> dict[str, Any] | None:
+    """MRR and recall@10 by kind of pool, method and number of candidates."""
+    if pools is None:
+        return None
+    found: dict[str, Any] = {}
+    for kind, method, size in pools.ranks:
+        metrics = pools.metrics(kind, method, size)
+        assert metrics is not None
+        of_method = found.setdefault(kind, {}).setdefault(method, {})
+        of_method[str(size)] = {name: _estimate(getattr(metrics, name)) for name in ("reciprocal_rank", "recall")}
+    return found
 
 
 def _estimate(values: np.ndarray) -> dict[str, float | None]:

@@ -26,6 +26,7 @@ from trackstar.evaluation.facts import Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.open_set import Judgements, judged_proponents
 from trackstar.evaluation.own_answers import own_answers, with_own_completions
+from trackstar.evaluation.pool_sizes import PoolSizes, ranks_by_pool_size
 from trackstar.evaluation.proponents import WrongAnswer, proponent_categories, traced_wrong_answers
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
@@ -69,6 +70,7 @@ class EvaluationReport:
         pool: The candidates.
         rankings: Method and template to the ranking.
         variants: TrackStar's rankings by side and by checkpoint (Figure 2).
+        pool_sizes: Ranks in smaller pools; None if the settings have none.
         effects: Tail-patch; None if it was not measured.
         judgements: Judgements of all proponents by the entailment model; None without one.
         categories: Method to the categories of its proponents, per fact (Figure 3); without
@@ -87,6 +89,7 @@ class EvaluationReport:
     pool: Pool
     rankings: Mapping[tuple[str, int], Ranking]
     variants: Variants
+    pool_sizes: PoolSizes | None
     effects: EffectsOfMethods | None
     judgements: Judgements | None
     categories: Mapping[str, tuple[tuple[Category, ...], ...]]
@@ -160,6 +163,7 @@ def run_evaluation(
         pool=pool,
         rankings=by_method,
         variants=variant_rankings,
+        pool_sizes=ranks_by_pool_size(config, facts, rankings, workspace),
         effects=effects,
         judgements=judgements,
         categories={

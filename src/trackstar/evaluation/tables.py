@@ -18,6 +18,7 @@ from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import Estimate, compare, estimate
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.open_set import open_set_metrics
+from trackstar.evaluation.pool_sizes import POOL_KINDS
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.release_results import WRONG_ANSWERS_FILE
 from trackstar.evaluation.run import EvaluationReport
@@ -86,6 +87,8 @@ def tables(report: EvaluationReport) -> list[Table]:
         *_tables_a7(report),
         _figure_2(report, "figure-2", "TrackStar by side of the projections (Figure 2)", "side"),
         _figure_2(report, "figure-2-checkpoints", "TrackStar by checkpoint (Figure 2)", "checkpoint"),
+        _table_of_pool_sizes(report, "table-pool-sizes", "MRR", "reciprocal_rank"),
+        _table_of_pool_sizes(report, "table-pool-sizes-recall", "recall@10", "recall"),
         _table_of_open_set(report),
         _table_of_categories(report),
         _table_of_wrong_answers(report),
@@ -232,6 +235,26 @@ def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> T
     if column == "checkpoint":
         note += " V is that of each checkpoint, estimated if it has no optimizer state."
     return Table(name=name, title=title, header=header, rows=tuple(rows), note=note)
+
+
+def _table_of_pool_sizes(report: EvaluationReport, name: str, title: str, metric: str) -> Table | None:
+    """A metric of every method in pools of every size and kind."""
+    pools = report.pool_sizes
+    if pools is None:
+        return None
+    rows = []
+    for kind in POOL_KINDS:
+        for method in pools.methods:
+            metrics = [pools.metrics(kind, method, size) for size in pools.sizes]
+            cells = ["" if one is None else _number(estimate(getattr(one, metric))) for one in metrics]
+            rows.append((kind, _label(report, method), *cells))
+    header = ("pool", "method", *(f"{size:,}" for size in pools.sizes[:-1]), f"all {pools.sizes[-1]:,}")
+    return Table(
+        name=name, title=f"{title} by number of candidates per query", header=header, rows=tuple(rows),
+        note="Every query has pools of its own, which hold its gold examples; a smaller pool is a subset of a larger "
+        "one. R and V are those of all candidates, but for the kernel of the pool. " + _note(report, dagger=False,
+        effects=False),
+    )  # fmt: skip
 
 
 def _table_of_open_set(report: EvaluationReport) -> Table | None:
