@@ -49,8 +49,8 @@ POOL_KINDS: tuple[PoolKind, ...] = get_args(PoolKind)
 POOL_KERNEL = "TRAK, kernel of the pool"
 """TRAK with (ΦᵀΦ)⁻¹ over each query's pool instead of all candidates."""
 
-MOST_KERNEL_ROWS = 1000
-"""Largest pool that a kernel of its own is computed for: each takes time with the cube of its rows."""
+MOST_KERNEL_ROWS = 500
+"""Largest pool whose own kernel is computed: a query takes time that grows with the cube of its rows."""
 
 Rows = Int64[np.ndarray, "_"]
 PoolsOfKind = Mapping[int, Sequence[Rows]]
