@@ -308,7 +308,7 @@ def test_bad_pool_sizes_are_refused_in_one_line(tmp_path: Path, value: str, mess
     assert "\n" not in str(raised.value)
 
 
-def test_pool_smaller_than_the_gold_of_a_fact_is_refused(paths: dict[str, str], tmp_path: Path):
+def test_pool_smaller_than_the_gold_of_a_fact_is_refused_before_any_computation(paths: dict[str, str], tmp_path: Path):
     lines = [json.loads(line) for line in Path(paths["facts"]).read_text(encoding="utf-8").splitlines()]
     lines[3]["gold"] = [f"{n}-{k}" for n in range(3) for k in range(5)]
     facts = tmp_path / "facts.jsonl"
@@ -317,3 +317,4 @@ def test_pool_smaller_than_the_gold_of_a_fact_is_refused(paths: dict[str, str], 
     message = r"`pool_sizes`: expected at least 15, the number of gold examples of fact f3, found 12"
     with pytest.raises(OptionError, match=message):
         run_evaluation(asked, tmp_path / "report", progress=False)
+    assert not (tmp_path / "report").exists()

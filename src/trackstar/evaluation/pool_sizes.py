@@ -89,9 +89,6 @@ def ranks_by_pool_size(
             out, and None is returned if none has one.
         rankings: Rankings of the report.
         workspace: The report's folder.
-
-    Raises:
-        OptionError: A fact has more gold examples than the smallest pool has candidates.
     """
     if not config.pool_sizes:
         return None
@@ -106,7 +103,6 @@ def ranks_by_pool_size(
         left_out=tuple(every.left_out[number] for number in scored),
     )
     of_scored = [facts[number] for number in scored]
-    _check_sizes(smaller, of_scored, found)
 
     @functools.cache
     def pools() -> dict[PoolKind, PoolsOfKind]:
@@ -125,6 +121,20 @@ def ranks_by_pool_size(
         whole = rankings.ranking(method, facts, template=template).ranks
         ranks |= {(kind, method, total): tuple(whole[number] for number in scored) for kind in POOL_KINDS}
     return PoolSizes(sizes=(*smaller, total), methods=(*methods, *with_kernels), ranks=ranks)
+
+
+def check_pool_sizes(config: EvaluationConfig, facts: Sequence[Fact]) -> None:
+    """Raise if a fact has more gold examples than the smallest pool has candidates.
+
+    Raises:
+        OptionError: There is such a fact; the message names it.
+    """
+    most, fact_id = max((len(fact.gold_strict if config.strict else fact.gold), fact.fact_id) for fact in facts)
+    if config.pool_sizes and most > min(config.pool_sizes):
+        raise OptionError(
+            f"`pool_sizes`: expected at least {most}, the number of gold examples of fact {one_line(fact_id)}, found "
+            f"{min(config.pool_sizes)}"
+        )
 
 
 def drawn_pools(
@@ -222,12 +232,3 @@ def _sources(
     """All that a method's ranks depend on, as JSON values."""
     ranking = rankings.sources(TRAK.name if method == POOL_KERNEL else method, facts, config.templates[0])
     return ranking | {"method": method, "sizes": list(sizes), "seed": config.seed}
-
-
-def _check_sizes(sizes: Sequence[int], facts: Sequence[Fact], found: Evidence) -> None:
-    most, fact = max((len(gold), fact.fact_id) for gold, fact in zip(found.gold, facts, strict=True))
-    if sizes and most > sizes[0]:
-        raise OptionError(
-            f"`pool_sizes`: expected at least {most}, the number of gold examples of fact {one_line(fact)}, found "
-            f"{sizes[0]}"
-        )

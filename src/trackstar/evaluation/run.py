@@ -26,7 +26,7 @@ from trackstar.evaluation.facts import Fact, read_facts, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.open_set import Judgements, judged_proponents
 from trackstar.evaluation.own_answers import own_answers, with_own_completions
-from trackstar.evaluation.pool_sizes import PoolSizes, ranks_by_pool_size
+from trackstar.evaluation.pool_sizes import PoolSizes, check_pool_sizes, ranks_by_pool_size
 from trackstar.evaluation.proponents import WrongAnswer, proponent_categories, traced_wrong_answers
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
@@ -126,6 +126,7 @@ def run_evaluation(
     facts = chosen_facts(config)
     for template in config.templates:
         to_queries(facts, template)  # raises if a prompt is missing, before any computation
+    check_pool_sizes(config, facts)
     workspace = Workspace(out)
     model = load_model(config.model, device=config.device)
     if config.tail_patch is not None:
