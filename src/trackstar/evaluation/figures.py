@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from trackstar.baselines.trak import TRAK
 from trackstar.evaluation.categories import CATEGORIES
 from trackstar.evaluation.comparisons import estimate
 from trackstar.evaluation.frequency import bucket_name, frequency_bucket
@@ -74,17 +75,18 @@ def _figure_of_variants(plt: Any, variants: list[tuple[str, Ranking]], label: st
 def _figure_of_pool_sizes(plt: Any, pools: PoolSizes) -> Any:
     """MRR against the number of candidates: a panel per kind of pool, a line and its 95% band per method."""
     figure, panels = plt.subplots(ncols=len(POOL_KINDS), sharey=True, figsize=(10, 4.2), layout="constrained")
-    colours = plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2]
+    palette = plt.get_cmap("tab20").colors
+    colour_of = dict(zip(pools.methods, palette[::2] + palette[1::2], strict=False))  # at most 15 methods
     for kind, axes in zip(POOL_KINDS, panels, strict=True):
-        for number, method in enumerate(pools.methods):
+        for method in pools.methods:
             found = [(size, pools.metrics(kind, method, size)) for size in pools.sizes]
             points = [(size, estimate(metrics.reciprocal_rank)) for size, metrics in found if metrics is not None]
             sizes, means = [size for size, _ in points], [one.mean for _, one in points]
-            style = {"color": colours[number % len(colours)], "linestyle": "-", "marker": "o"}
+            style = {"color": colour_of[method], "linestyle": "-", "marker": "o"}
             if method in _REFERENCES:
                 style |= {"linestyle": ":", "marker": "s"}
             elif method == POOL_KERNEL:
-                style |= {"linestyle": "--", "marker": "^"}
+                style |= {"linestyle": "--", "marker": "^", "color": colour_of[TRAK.name]}
             axes.plot(sizes, means, label=method if kind == POOL_KINDS[0] else None, markersize=4, **style)
             low, high = [one.low for _, one in points], [one.high for _, one in points]
             axes.fill_between(sizes, low, high, color=style["color"], alpha=0.1, linewidth=0)
