@@ -13,6 +13,7 @@ from tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 from trackstar import build_index, load_model, open_corpus, read_queries, wrap_model
 from trackstar.corpus import Query, tokenize_query
 from trackstar.errors import TrackstarError
+from trackstar.evaluation.made_questions import made_questions
 from trackstar.model.generation import generate
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
@@ -132,6 +133,8 @@ def _packed(world: World, *, end: bool, pack: int | None = 8) -> object:
 
 CONVERSATION = {"messages": CHAT}
 QUESTION = {"messages": CHAT[:1]}
+ASKED = {"prompt": "The capital of France is", "completion": "Paris"}
+PIQA = {"goal": "To keep bread soft,", "sol1": "store it in the sun.", "sol2": "store it in a box."}
 ATTENTION, MLP = r"model\.layers\.(\d+)\.self_attn\.._proj", r"model\.layers\.(\d+)\.mlp\..*_proj"
 
 ROWS = [
@@ -192,6 +195,40 @@ ROWS = [
         lambda w: w.say("The capital of France", max_new_tokens=64),
         "shorten the prompt, or pass a smaller `max_new_tokens`",
         (lambda w: w.say("The capital of France", max_new_tokens=2),),
+    ),
+    # Kinds of queries
+    Row(
+        "a kind that is none",
+        lambda w: _queries(w, {**ASKED, "kind": "riddle"}),
+        "expected one of fact, choice, generation, open; if it says something else, give it another name",
+        (lambda w: _queries(w, {**ASKED, "kind": "open"}), lambda w: _queries(w, {**ASKED, "sort": "riddle"})),
+    ),
+    Row(
+        "a choice of one",
+        lambda w: _queries(w, {**ASKED, "kind": "choice"}),
+        "expected the completion that is compared with its own, or an array of several; add it",
+        (
+            lambda w: _queries(w, {**ASKED, "kind": "choice", "alternative": "Rome"}),
+            lambda w: _queries(w, {**ASKED, "kind": "choice", "alternative": ["Rome", "Oslo"]}),
+        ),
+    ),
+    Row(
+        "an alternative to a story",
+        lambda w: _queries(w, {**ASKED, "kind": "open", "alternative": "Rome"}),
+        "expected it for a choice only; leave one of the two out",
+        (lambda w: _queries(w, {**ASKED, "kind": "open"}), lambda w: _queries(w, {**ASKED, "alternative": "Rome"})),
+    ),
+    Row(
+        "PIQA without its labels",
+        lambda w: _queries(w, PIQA),
+        "put the labels there, as PIQA's authors do",
+        (lambda w: (w.file("queries-labels.lst", "1"), _queries(w, PIQA)), lambda w: _queries(w, {**PIQA, "label": 1})),
+    ),
+    Row(
+        "too many sums",
+        lambda _: made_questions("arithmetic", 10_000),
+        "expected at most 9,801",
+        (lambda _: made_questions("arithmetic", 9_801),),
     ),
     # Records
     Row(

@@ -501,7 +501,32 @@ def _query_seeds() -> list[bytes]:
         {"fact_id": "f", "prompt0": "A is", "prompt1": "A:", "entity1": "B", "trex_sentences": ["s"]},
         {"example_id": "e", "inputs_plaintext": "A is", "targets_plaintext": "B"},
     )
-    return [*_packings(plain), facts]
+    tasks = _lines(
+        {"prompt": "A", "completion": "b", "kind": "choice", "alternative": ["c", "d"], "groundtruth": "c"},
+        {"premise": "It rained.", "choice1": "A.", "choice2": "B.", "question": "cause", "label": 1, "idx": 4},
+        {"goal": "g", "sol1": "s", "sol2": "t", "label": "0"}, {"question": "q", "answer": "#### 1,000"},
+        {"ID": "x", "Body": "b", "Question": "q?", "Answer": "9 (apples)"}, {"sQuestion": "s", "lSolutions": [7.5]},
+    )  # fmt: skip
+    return [*_packings(plain), facts, tasks]
+
+
+def _use_xml(folder: Path, content: bytes) -> None:
+    path = _file(folder, "questions.xml", content)
+    _any(lambda: _drain(read_queries(path)), lambda: _drain(read_facts(path)))
+
+
+def _xml_seeds() -> list[bytes]:
+    item = (
+        b'<item id="%d" asks-for="effect" most-plausible-alternative="2"><p>It &lt; rained.</p>\n<a1>A.</a1>'
+        b"<a2><![CDATA[B & C]]></a2></item>"
+    )
+    copa = b'<?xml version="1.0"?><!DOCTYPE copa-corpus SYSTEM "copa.dtd"><copa-corpus>%s</copa-corpus>'
+    problem = (
+        b'<ProblemSet><Problem ID="n" Grade="1"><Body>B.</Body><Question>Q?</Question><Answer>9 (x)</Answer>'
+        b"<Formula>7+2=9</Formula></Problem></ProblemSet>"
+    )
+    entity = copa.replace(b'SYSTEM "copa.dtd"', b'[<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]') % b"<item>&b;</item>"
+    return [copa % (item % 1 + item % 2), problem, b"\xef\xbb\xbf" + problem, copa % (item % 1), entity]
 
 
 def _use_facts(folder: Path, content: bytes) -> None:
@@ -854,6 +879,7 @@ READERS: dict[str, Reader] = {
         ),
         Reader(name="optimizer", use=_use_optimizer, seeds=_optimizer_seeds, mutate=_mutated_optimizer, longest=16_384),
         Reader(name="queries", use=_use_queries, seeds=_query_seeds, mutate=mutations.mutated_lines),
+        Reader(name="xml", use=_use_xml, seeds=_xml_seeds, mutate=mutations.mutated_text),
         Reader(name="facts", use=_use_facts, seeds=_fact_seeds, mutate=mutations.mutated_lines),
         Reader(name="report", use=_use_report, seeds=_report_seeds, mutate=mutations.mutated_lines),
         Reader(name="audit", use=_use_audit, seeds=_audit_seeds, mutate=mutations.mutated_audit, longest=8192),
