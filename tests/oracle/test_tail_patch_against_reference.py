@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
 }
 # Functions in which a measurement is interrupted: before a step, after it, and with hooks set.
 INTERRUPTED = {
-    "exact": ("exact._hidden_states", "exact.log_probabilities", "exact.nn.functional.cross_entropy"),
+    "exact": ("exact._make_step", "exact.measured_log_probabilities", "exact.nn.functional.cross_entropy"),
     "fast": ("factors._head_gradients", "fast.make_adapters", "patched.log_probabilities", "patched._Patch.on_linear"),
 }
 ADAFACTOR = PretrainingConfig(**CONFIG, base_learning_rate=0.3)

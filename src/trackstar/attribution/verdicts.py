@@ -11,11 +11,11 @@ from trackstar.choices import KINDS
 from trackstar.corpus import Query, tokenize_query
 from trackstar.corpus.kinds import is_right
 from trackstar.corpus.queries import checked_tokens
+from trackstar.model.completion_probabilities import measured_log_probabilities
 from trackstar.model.generation import continuations, generate
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.tail_patch.exact import measured_log_probabilities
 from trackstar.text import one_line
 
 _FURTHER_TOKENS = 8  # after as many as the right answer has

@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError
-from trackstar.model.batching import Batch, make_batch, plan_batches
+from trackstar.model.batching import make_batch
+from trackstar.model.completion_probabilities import bounded_logits, measured_log_probabilities, shifted
 from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.effects import Pair, by_proponent
-from trackstar.tail_patch.probabilities import bounded_logits, log_probabilities, shifted
 from trackstar.tail_patch.step import TrainingStep
 
 
@@ -58,30 +58,12 @@ def exact_log_probabilities(
     return after
 
 
-@torch.no_grad()
-def measured_log_probabilities(
-    model: LanguageModel, queries: Sequence[TokenizedExample], *, batch_tokens: int
-) -> Float64[np.ndarray, "queries"]:
-    """log p(completion | prompt) of each query under the model's current weights, in nats."""
-    measured = np.zeros(len(queries))
-    for indices in plan_batches([len(query.token_ids) for query in queries], model.batch_budget(batch_tokens)):
-        batch = make_batch(queries, indices, device=model.device)
-        _, targets, counts = shifted(batch)
-        hidden = _hidden_states(model, batch)
-        measured[indices] = log_probabilities(model.head, hidden, targets, counts).cpu().numpy()
-    return measured
-
-
-def _hidden_states(model: LanguageModel, batch: Batch) -> Tensor:
-    return model.hidden_states(batch.token_ids[:, :-1])
-
-
 def _make_step(model: LanguageModel, step: TrainingStep, proponent: TokenizedExample) -> None:
     """Make one optimizer step on one example, in place; `undo` removes the gradients."""
     batch = make_batch([proponent], [0], device=model.device)
     _, targets, counts = shifted(batch)
     with torch.enable_grad():
-        states = _hidden_states(model, batch)[counts]
+        states = model.hidden_states(batch.token_ids[:, :-1])[counts]
         logits = bounded_logits(model.head, nn.functional.linear(states, model.head.weight, model.head.bias))
         loss = nn.functional.cross_entropy(logits, targets[counts], reduction="sum")
         if step.loss == "mean":

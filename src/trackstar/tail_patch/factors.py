@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trackstar.model.batching import Batch
+from trackstar.model.completion_probabilities import position_chunks, shifted
 from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.backbone import row_backbone
 from trackstar.tail_patch.layout import EmbeddingTable, Layout, LinearLayer
-from trackstar.tail_patch.probabilities import position_chunks, shifted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

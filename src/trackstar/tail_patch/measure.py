@@ -8,10 +8,11 @@ from jaxtyping import Float64
 
 from trackstar.corpus import TokenizedExample
 from trackstar.errors import GradientError, OptionError, check_choice
+from trackstar.model.completion_probabilities import measured_log_probabilities
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.tail_patch.effects import Pair, TailPatch
-from trackstar.tail_patch.exact import exact_log_probabilities, measured_log_probabilities
+from trackstar.tail_patch.exact import exact_log_probabilities
 from trackstar.tail_patch.fast import fast_log_probabilities
 from trackstar.tail_patch.step import TrainingStep
 

@@ -23,12 +23,12 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from trackstar.model.batching import Batch
+from trackstar.model.completion_probabilities import log_probabilities, shifted
 from trackstar.model.language_model import LanguageModel
 from trackstar.tail_patch.adafactor import ParameterStep, TableUpdate, low_rank_update, table_update, vector_update
 from trackstar.tail_patch.backbone import row_backbone
 from trackstar.tail_patch.factors import GradientFactors
 from trackstar.tail_patch.layout import EmbeddingTable, Layout, LinearLayer
-from trackstar.tail_patch.probabilities import log_probabilities, shifted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -7,14 +7,16 @@ The token at position t + 1 is predicted from the hidden state at t, so the last
 is never an input.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
-from trackstar.model.batching import Batch
-from trackstar.model.language_model import Head
+from trackstar.corpus import TokenizedExample
+from trackstar.model.batching import Batch, make_batch, plan_batches
+from trackstar.model.language_model import Head, LanguageModel
 
 # Bytes that the logits of a chunk of positions take.
 CHUNK_BYTES = 32 << 20
@@ -74,3 +76,17 @@ def log_probabilities(
         of_target = logits.gather(1, targets[row, position][:, None])[:, 0]
         totals.index_add_(0, row, (of_target - logits.logsumexp(dim=-1)).double())
     return totals
+
+
+@torch.no_grad()
+def measured_log_probabilities(
+    model: LanguageModel, queries: Sequence[TokenizedExample], *, batch_tokens: int
+) -> Float64[np.ndarray, "queries"]:
+    """log p(completion | prompt) of each query under the model's current weights, in nats."""
+    measured = np.zeros(len(queries))
+    for indices in plan_batches([len(query.token_ids) for query in queries], model.batch_budget(batch_tokens)):
+        batch = make_batch(queries, indices, device=model.device)
+        _, targets, counts = shifted(batch)
+        hidden = model.hidden_states(batch.token_ids[:, :-1])
+        measured[indices] = log_probabilities(model.head, hidden, targets, counts).cpu().numpy()
+    return measured
