@@ -17,11 +17,11 @@ from trackstar.choices import CODECS, CodecName
 from trackstar.curvature.autocorrelation import autocorrelation
 from trackstar.curvature.low_rank import TaskWhitening
 from trackstar.curvature.task import task_correction
-from trackstar.curvature.whitening import whitening
+from trackstar.curvature.whitening import Whitening, whitening
 from trackstar.errors import OptionError
 from trackstar.indexing.build import build_index
 from trackstar.retrieval import scoring as retrieval
-from trackstar.retrieval.scoring import Scorer, _products_on_device, all_scores, scores_of
+from trackstar.retrieval.scoring import Scorer, _products_on_device, all_scores, scores_of, whitened_norms
 from trackstar.retrieval.top_candidates import top_candidates
 from trackstar.store import Index, encode
 
@@ -86,6 +86,38 @@ def test_the_low_rank_correction_equals_the_direct_formula(candidates: Tensor, m
     # What meets φ itself gives the same inner products.
     in_phi = train.apply_transposed(vectors) @ candidates.float().T / task.norms(u)
     torch.testing.assert_close(in_phi, found, rtol=0, atol=1e-4)
+    # And so does the norm, from ‖u‖ and the task's directions in φ's space.
+    directions = task.in_gradients(train)
+    from_phi = directions.norms(torch.linalg.vector_norm(u, dim=1), directions.squares(candidates.float()))
+    torch.testing.assert_close(from_phi.double(), norms, rtol=1e-4 + precision, atol=0)
+
+
+def test_reranked_candidates_are_not_whitened(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither where R is R_train alone, nor for a task of few directions."""
+    index = build(tiny_model_folder, tmp_path / "index", "1-bit")
+    whitened: list[int] = []
+    original = Whitening.apply
+
+    def counting(self: Whitening, rows: Tensor) -> Tensor:
+        whitened.append(len(rows))
+        return original(self, rows)
+
+    monkeypatch.setattr(Whitening, "apply", counting)
+    for options in ({"mixing": 0.0}, {"mixing": 0.5}):
+        whitened.clear()
+        answer_queries(index, QUERIES, k=3, reranked=len(TEXTS), progress=False, **options)
+        assert whitened
+        assert max(whitened) <= len(QUERIES) < len(TEXTS)
+
+
+def test_candidates_norms_under_r_train_alone_are_the_stored_ones(tiny_model_folder: Path, tmp_path: Path):
+    index = build(tiny_model_folder, tmp_path / "index", "1-bit")
+    alone = TaskWhitening.of(torch.zeros(0, index.dimensions), blocks=len(index.manifest.layer_blocks), mixing=0.0)
+    norms = whitened_norms(index, alone)
+    torch.testing.assert_close(norms, index.norms())
+    rows = [1, 3, index.rows - 1]
+    torch.testing.assert_close(index.some_norms(rows), norms[rows])
+    torch.testing.assert_close(alone.stored_norms(index.some_rows(rows)), norms[rows])
 
 
 def test_the_same_in_float64_is_equal_to_rounding(candidates: Tensor):

@@ -1,7 +1,9 @@
 """Two-stage retrieval: re-ranked candidates have exact scores, and misses are as frequent as estimated."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from capitals import QUERIES, TEXTS
 from trackstar import Attributor, load_model
 from trackstar.attribution.answering import answer_queries
 from trackstar.choices import CODECS
-from trackstar.curvature.task import TaskCorrection
 from trackstar.errors import OptionError
 from trackstar.indexing.build import build_index
 from trackstar.retrieval import reranking
@@ -82,25 +83,25 @@ def test_an_interrupted_exact_pass_goes_on(index: Index, monkeypatch: pytest.Mon
     monkeypatch.setattr(reranking, "_ROWS_AT_ONCE", 7)
     options = {"k": 4, "exact": True, "mixing": 0.3, "progress": False}
     done: list[int] = []
-    original = reranking.influences
+    original = reranking.projected
 
-    def stopping(correction: TaskCorrection, vectors: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+    def stopping(projector: Any, examples: Sequence[Any], *others: Any) -> Any:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(len(phi))
-        return original(correction, vectors, phi)
+        done.append(len(examples))
+        return original(projector, examples, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reranking, "influences", stopping)
+        patch.setattr(reranking, "projected", stopping)
         with pytest.raises(KeyboardInterrupt):
             answer_queries(index, QUERIES, **options)
     again: list[int] = []
 
-    def counting(correction: TaskCorrection, vectors: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
-        again.append(len(phi))
-        return original(correction, vectors, phi)
+    def counting(projector: Any, examples: Sequence[Any], *others: Any) -> Any:
+        again.append(len(examples))
+        return original(projector, examples, *others)
 
-    monkeypatch.setattr(reranking, "influences", counting)
+    monkeypatch.setattr(reranking, "projected", counting)
     found = answer_queries(index, QUERIES, **options)
     assert sum(again) == len(TEXTS) - 14
     assert [len(result.proponents) for result in found.results] == [4] * len(QUERIES)

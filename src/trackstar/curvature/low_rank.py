@@ -10,6 +10,9 @@ becomes
 The last line is the Woodbury identity, block by block. Stored rows do not change: the inverse is
 applied to the queries, and a candidate's norm under the task is √((‖u‖² - Σ_k w_k (v_k·u)²) /
 (1-λ)). Another W_train with the same WᵀW rotates u and v_k alike, and scores stay the same.
+
+A candidate's φ need not be whitened for that: v_k·u = (W_trainᵀ v_k)·φ, and ‖u‖ is stored
+(`GradientDirections`).
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from trackstar.curvature.whitening import Whitening
 from trackstar.errors import OptionError
 from trackstar.store import StoredRows, quantized_bits
 
@@ -71,6 +75,22 @@ class TaskWhitening:
                 weights[number, : len(values)] = scaled / (scaled + 1 - mixing)
         return cls(directions=directions, weights=weights, mixing=mixing)
 
+    @property
+    def rank(self) -> int:
+        """Most directions of a block; 0 if R is R_train alone."""
+        return self.directions.shape[1]
+
+    def in_gradients(self, train: Whitening) -> "GradientDirections":
+        """The task's directions in φ's space.
+
+        Args:
+            train: W_train.
+        """
+        directions = torch.empty(self.directions.shape)
+        for number, (v, w) in enumerate(zip(self.directions, train.factors, strict=True)):
+            directions[number] = (v @ w.double()).float() if len(v) else v.float()
+        return GradientDirections(directions=directions, weights=self.weights, mixing=self.mixing)
+
     def apply_inverse(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
         """(λA + (1-λ)I)⁻¹u: its inner product with a stored u' is that of Eq. 2, before
         normalisation.
@@ -108,8 +128,11 @@ class TaskWhitening:
         Codes are û = u + e, with e orthogonal to u and otherwise of uniform direction. So (v_k·û)²
         exceeds (v_k·u)² by ‖e‖²/dim on average, which is subtracted.
         """
+        is_quantized = quantized_bits(stored.codec) is not None
+        if is_quantized and not self.rank:
+            return self.of_train_norms(stored.norms)
         decoded = stored.decode()
-        if quantized_bits(stored.codec) is None:
+        if not is_quantized:
             return self.norms(decoded)
         squares = stored.norms.square()
         lengths = self._blocks(decoded).square().sum(dim=2)
@@ -122,8 +145,49 @@ class TaskWhitening:
         left = (squares - (along - excess).clamp_min(0)).maximum(_LEAST_LEFT * squares)
         return (left / (1 - self.mixing)).sqrt()
 
+    def of_train_norms(self, norms: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+        """The norms of rows without a component along the task's directions, from ‖u‖."""
+        return norms / (1 - self.mixing) ** 0.5
+
     def _blocks(self, coordinates: Tensor) -> Tensor:
         return coordinates.float().reshape(len(coordinates), len(self.directions), -1).transpose(0, 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GradientDirections:
+    """A task's directions in φ's space: candidates' norms under the task without whitening candidates.
+
+    Attributes:
+        directions: W_trainᵀ v_k of each block.
+        weights: w_k; see `TaskWhitening`.
+        mixing: λ.
+    """
+
+    directions: Float[Tensor, "blocks rank dim"]
+    weights: Float64[Tensor, "blocks rank"]
+    mixing: float
+
+    def squares(self, phi: Float[Tensor, "rows dimensions"]) -> Float64[Tensor, "2 rows"]:
+        """Σ_k (1-w_k)(v_k·u)² and Σ_k (v_k·u)² of each row, from φ."""
+        sums = torch.zeros(2, len(phi), dtype=torch.float64, device=phi.device)
+        if self.directions.shape[1]:
+            blocks = phi.reshape(len(phi), len(self.directions), -1).unbind(1)
+            for part, directions, weights in zip(blocks, self.directions, self.weights, strict=True):
+                along = (part.double() @ directions.to(part).double().mT).square()
+                sums[0] += along @ (1 - weights.to(along))
+                sums[1] += along.sum(dim=1)
+        return sums
+
+    def norms(self, train_norms: Float[Tensor, "rows"], squares: Float64[Tensor, "2 rows"]) -> Float[Tensor, "rows"]:
+        """The norms under the task, as `TaskWhitening.norms` computes them.
+
+        Args:
+            train_norms: ‖u‖, which the index stores.
+            squares: See `squares`.
+        """
+        along, every = squares
+        across = (train_norms.double() ** 2 - every).clamp_min(0)
+        return ((along + across) / (1 - self.mixing)).sqrt().float()
 
 
 def _principal(u: Float[Tensor, "queries dim"]) -> tuple[Float[Tensor, "rank"], Float[Tensor, "rank dim"]]:

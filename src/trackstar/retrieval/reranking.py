@@ -14,16 +14,18 @@ exceeds the k-th exact score.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
 from trackstar.corpus.digests import digest_of_bytes
+from trackstar.curvature.low_rank import GradientDirections, TaskWhitening
 from trackstar.curvature.task import TaskCorrection
 from trackstar.errors import OptionError
 from trackstar.gradients.projector import GradientProjector, projected
@@ -83,6 +85,44 @@ def influences(
     return vectors @ coordinates.T * inverse_of(correction.whitening.norms(coordinates))
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Products:
+    """What influences of an index in whitened coordinates are made of, without whitening candidates.
+
+    Attributes:
+        vectors: The queries' vectors in φ's space, W_trainᵀ v_q.
+        task: The task's directions there.
+    """
+
+    vectors: Float[Tensor, "queries dimensions"]
+    task: GradientDirections
+
+    def __call__(
+        self, projector: GradientProjector, examples: Sequence[TokenizedExample], advance: Advance
+    ) -> tuple[Float64[Tensor, "queries_and_2 examples"], Float[Tensor, "examples"]]:
+        """Products of the queries' vectors with φ, and below them the squares along the task; and the
+        examples' losses in nats.
+        """
+        phi, losses = projected(projector, examples, advance)
+        return torch.cat([(self.vectors.to(phi) @ phi.T).double(), self.task.squares(phi)]), losses
+
+    def influences(
+        self, products: Float64[Tensor, "queries_and_2 examples"], norms: Float[Tensor, "examples"]
+    ) -> Float[Tensor, "queries examples"]:
+        """Eq. 1 from the products and ‖u‖ of the examples."""
+        return products[:-2].float() * inverse_of(self.task.norms(norms, products[-2:]))
+
+
+def _work(correction: TaskCorrection, vectors: Float[Tensor, "queries dimensions"]) -> "_Influences | _Products":
+    """How exact influences are computed: without whitening, where the norms under R_train are stored and
+    the task has so few directions that this costs less.
+    """
+    whitening, train = correction.whitening, correction.train
+    if train is None or not isinstance(whitening, TaskWhitening) or 2 * whitening.rank > whitening.directions.shape[2]:
+        return _Influences(correction=correction, vectors=vectors)
+    return _Products(vectors=train.apply_transposed(vectors), task=whitening.in_gradients(train))
+
+
 class ExactScores:
     """Influences of an index's candidates, from recomputed gradients.
 
@@ -110,18 +150,24 @@ class ExactScores:
         self._index = index
         self._model = model
         self._setup = setup
-        self._work = _Influences(correction=correction, vectors=vectors.float())
+        self._vectors = vectors.float()
+        self._correction = correction
         self._workers = workers
         self._progress = progress
+
+    @functools.cached_property
+    def _work(self) -> "_Influences | _Products":
+        """Made when it is first used, since a ranking by the store alone does not use it."""
+        return _work(self._correction, self._vectors)
 
     @property
     def queries(self) -> int:
         """Number of queries."""
-        return len(self._work.vectors)
+        return len(self._vectors)
 
     def queries_digest(self) -> str:
         """Digest of the queries' vectors."""
-        return digest_of_bytes(self._work.vectors.contiguous().numpy().tobytes(), bits=64)
+        return digest_of_bytes(self._vectors.contiguous().numpy().tobytes(), bits=64)
 
     def of_each(self, rows: Int64[Tensor, "queries own"]) -> Float[Tensor, "queries own"]:
         """Each query's scores of its own rows. Memory holds these and the scores of some hundred rows."""
@@ -142,6 +188,7 @@ class ExactScores:
             DamagedIndexError: A stored example is damaged.
         """
         first = 0
+        work = self._work
         taken: collections.deque[list[StoredExample]] = collections.deque()
 
         def examples() -> Iterator[list[TokenizedExample]]:
@@ -153,9 +200,13 @@ class ExactScores:
 
         with Progress("Re-ranking", unit="examples", total=len(rows), shown=self._progress) as bar:
             for part, losses in self._workers.gradients(
-                self._model, self._setup, self._work, examples(), advance=bar.advance, note=bar.note
+                self._model, self._setup, work, examples(), advance=bar.advance, note=bar.note
             ):
-                check_losses(self._index, self._model, taken.popleft(), losses)
+                stored = taken.popleft()
+                check_losses(self._index, self._model, stored, losses)
+                if isinstance(work, _Products):
+                    norms = self._index.some_norms([one.row for one in stored])
+                    part = work.influences(part.cpu(), norms)
                 yield first, part
                 first += part.shape[1]
 

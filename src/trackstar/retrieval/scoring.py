@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from trackstar.curvature.low_rank import TaskWhitening
 from trackstar.curvature.task import StoredWhitening
 from trackstar.errors import GradientError
 from trackstar.progress import Progress
@@ -114,10 +115,16 @@ def whitened_norms(
     workers: Workers = THIS_PROCESS,
     progress: bool = False,
 ) -> Float[Tensor, "candidates"]:
-    """Every candidate's norm under R: one pass over the index, cached with it under `key`."""
+    """Every candidate's norm under R: one pass over the index, cached with it under `key`.
+
+    If R is R_train alone and the index is whitened by it, the norms are those that it stores.
+    """
     cached = index.load_derived(f"norms-{key}") if key else None
     if have_shapes(cached, norms=(index.rows,)):
         return cached["norms"]
+    quantized = quantized_bits(index.manifest.codec) is not None
+    if quantized and isinstance(whitening, TaskWhitening) and not whitening.rank:
+        return whitening.of_train_norms(index.norms())  # exact, and stored
     norms = torch.cat(workers.scan(index, _Norms(whitening=whitening, progress=progress), progress=progress))
     if key:
         index.save_derived(f"norms-{key}", {"norms": norms})

@@ -261,6 +261,11 @@ class Index:
         parts = read_each(lambda part: part[0].some(part[1]), self._by_shard(rows), parallel=self._remote)
         return StoredRows.concatenated(parts)
 
+    def some_norms(self, rows: Sequence[int]) -> Float32[Tensor, "some"]:
+        """Euclidean norms of some rows before encoding, the rows ascending."""
+        parts = self._by_shard(rows)
+        return torch.cat(read_each(lambda part: part[0].norms[torch.tensor(part[1])], parts, parallel=self._remote))
+
     def some_losses(self, rows: Sequence[int]) -> Float32[Tensor, "some"]:
         """Losses of some rows, ascending: summed cross-entropy of the target tokens, in nats."""
         parts = self._by_shard(rows)
