@@ -16,7 +16,8 @@ from measurement import save
 from trackstar.baselines import BM25Retriever, EmbeddingRetriever, Pool, RandomRetriever, Retriever, load_encoder
 from trackstar.corpus import Example, open_corpus
 from trackstar.evaluation.comparisons import compare, estimate
-from trackstar.evaluation.facts import Fact, evidence, read_facts, to_queries
+from trackstar.evaluation.fact_files import read_facts
+from trackstar.evaluation.facts import Fact, evidence, to_queries
 from trackstar.evaluation.frequency import fact_frequencies, frequency_bucket
 from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ranks
 

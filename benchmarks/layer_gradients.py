@@ -21,7 +21,8 @@ import torch
 from numpy.lib.format import open_memmap
 
 from trackstar.corpus import TokenizedExample, open_corpus, tokenize_examples, tokenize_query
-from trackstar.evaluation.facts import read_facts, to_queries
+from trackstar.evaluation.fact_files import read_facts
+from trackstar.evaluation.facts import to_queries
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.second_moment import second_moment_for

@@ -32,7 +32,8 @@ from trackstar.curvature.autocorrelation import autocorrelation
 from trackstar.curvature.low_rank import TaskWhitening
 from trackstar.curvature.mixing import mixing_by_spectra, spectrum_of_autocorrelation, spectrum_of_examples
 from trackstar.curvature.whitening import shrinkage_damping, whitening
-from trackstar.evaluation.facts import read_facts, to_queries
+from trackstar.evaluation.fact_files import read_facts
+from trackstar.evaluation.facts import to_queries
 from trackstar.evaluation.metrics import gold_ranks
 from trackstar.indexing.second_moment import second_moment_for
 from trackstar.indexing.settings import IndexSettings

@@ -18,7 +18,7 @@ from trackstar.cli import trackstar as command_group
 from trackstar.corpus import data_files, local_files, open_corpus, read_names, read_queries
 from trackstar.errors import CorpusError, TrackstarError
 from trackstar.evaluation.config import read_config
-from trackstar.evaluation.facts import read_facts
+from trackstar.evaluation.fact_files import read_facts
 from trackstar.gradients.optimizer_state import second_moment_from_state
 from trackstar.model.language_model import LanguageModel, load_model, wrap_model
 

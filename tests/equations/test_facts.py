@@ -13,8 +13,9 @@ from trackstar.corpus import Example
 from trackstar.corpus.matching import answer_is_correct, content_words, names_entity, shares_word
 from trackstar.errors import CorpusError, OptionError, TrackstarError
 from trackstar.evaluation.categories import CATEGORIES, category_shares, proponent_category
+from trackstar.evaluation.fact_files import read_facts, read_sentences
 from trackstar.evaluation.fact_selection import balanced_sample, is_repetition, usable_facts
-from trackstar.evaluation.facts import Entity, Evidence, Fact, evidence, read_facts, read_sentences, to_queries
+from trackstar.evaluation.facts import Entity, Evidence, Fact, evidence, to_queries
 from trackstar.evaluation.frequency import bucket_name, fact_frequencies, frequency_bucket
 
 RELEASE: Mapping[str, Any] = {

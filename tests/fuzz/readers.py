@@ -36,7 +36,8 @@ from trackstar.corpus import Corpus, open_corpus, query_text, read_names, read_q
 from trackstar.curvature.task import task_correction, train_spectrum
 from trackstar.errors import LONGEST_MESSAGE, TrackstarError
 from trackstar.evaluation.config import read_config
-from trackstar.evaluation.facts import evidence, fact_digest, read_facts, read_sentences, to_queries
+from trackstar.evaluation.fact_files import read_facts, read_sentences
+from trackstar.evaluation.facts import evidence, fact_digest, to_queries
 from trackstar.explorer.browsing import QueryFilter, query_page
 from trackstar.explorer.candidates import candidate_text, query_record
 from trackstar.explorer.exports import ExportedQuery, to_csv, to_html, to_jsonl

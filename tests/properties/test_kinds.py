@@ -24,7 +24,7 @@ from trackstar.corpus import Query, query_with_texts, read_queries, tokenize_que
 from trackstar.corpus.matching import answer_is_correct
 from trackstar.errors import CorpusError, OptionError
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
-from trackstar.evaluation.facts import read_facts
+from trackstar.evaluation.fact_files import read_facts
 from trackstar.evaluation.release_results import wrong_answer_lines
 from trackstar.evaluation.report_files import write_report
 from trackstar.evaluation.run import EvaluationReport, run_evaluation

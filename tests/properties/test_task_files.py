@@ -9,7 +9,7 @@ import pytest
 
 from trackstar.corpus import Query, read_queries
 from trackstar.errors import CorpusError, OptionError
-from trackstar.evaluation.facts import read_facts
+from trackstar.evaluation.fact_files import read_facts
 from trackstar.evaluation.made_questions import made_questions
 
 COPA_XML = """<?xml version="1.0" encoding="UTF-8" ?>

@@ -21,8 +21,9 @@ from trackstar.errors import OptionError
 from trackstar.evaluation.categories import Category
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
 from trackstar.evaluation.effects import Effects, Measurement, chosen_queries, mean_effects, measured_effects
+from trackstar.evaluation.fact_files import read_facts
 from trackstar.evaluation.fact_selection import balanced_sample
-from trackstar.evaluation.facts import Fact, read_facts, to_queries
+from trackstar.evaluation.facts import Fact, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.open_set import Judgements, judged_proponents
 from trackstar.evaluation.own_answers import own_answers, with_own_completions

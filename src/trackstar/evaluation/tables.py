@@ -1,12 +1,9 @@
 """Tables of a report, as in the paper (Tables 1, 2, A.3, A.5, A.6, A.7), with intervals and paired tests.
 
-The content of a table is separate from its format: a `Table` holds cells as text, from which
-Markdown and CSV are made.
+`answer_tables.py` has those of the model's own answers.
 """
 
-import csv
 import dataclasses
-import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,14 +11,15 @@ from jaxtyping import Bool, Float64
 
 from trackstar.baselines.gradients import EXPERIMENTS, ONE_SIDED, TRACKSTAR
 from trackstar.choices import KINDS
+from trackstar.evaluation.answer_tables import table_of_answers, table_of_shared_proponents, table_of_wrong_answers
 from trackstar.evaluation.categories import CATEGORIES
-from trackstar.evaluation.comparisons import Estimate, compare, estimate
+from trackstar.evaluation.comparisons import compare, estimate
 from trackstar.evaluation.entailment import THRESHOLD
 from trackstar.evaluation.open_set import open_set_metrics
 from trackstar.evaluation.pool_sizes import POOL_KINDS
 from trackstar.evaluation.rankings import Ranking
-from trackstar.evaluation.release_results import WRONG_ANSWERS_FILE
 from trackstar.evaluation.run import EvaluationReport
+from trackstar.evaluation.table import Table, number
 from trackstar.evaluation.variants import checkpoint_name
 
 OURS = "TrackStar"
@@ -41,37 +39,6 @@ _TABLE_2_NAMES = {"experiment 1": "gradient dot product", "experiment 2": "gradi
 """Names of methods that differ in Table 2."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A table as text.
-
-    Attributes:
-        name: A short name, for file names.
-        title: Its content, and the table of the paper that it follows.
-        header: Titles of the columns.
-        rows: The cells.
-        note: Explanation of the cells, printed below the table.
-    """
-
-    name: str
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-    def to_markdown(self) -> str:
-        """The table with its title and note."""
-        lines = [f"### {self.title}", "", _row(self.header), _row(["---"] * len(self.header))]
-        lines += [_row(row) for row in self.rows]
-        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
-
-    def to_csv(self) -> str:
-        """Header and rows."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
-        return text.getvalue()
-
-
 def tables(report: EvaluationReport) -> list[Table]:
     """All tables that the report has results for."""
     made = [
@@ -83,7 +50,7 @@ def tables(report: EvaluationReport) -> list[Table]:
         _table_a5(report),
         _table_a6(report),
         _table_of_learning_rates(report),
-        _table_of_answers(report),
+        table_of_answers(report),
         *_tables_a7(report),
         _figure_2(report, "figure-2", "TrackStar by side of the projections (Figure 2)", "side"),
         _figure_2(report, "figure-2-checkpoints", "TrackStar by checkpoint (Figure 2)", "checkpoint"),
@@ -91,8 +58,8 @@ def tables(report: EvaluationReport) -> list[Table]:
         _table_of_pool_sizes(report, "table-pool-sizes-recall", "recall@10", "recall"),
         _table_of_open_set(report),
         _table_of_categories(report),
-        _table_of_wrong_answers(report),
-        _table_of_shared_proponents(report),
+        table_of_wrong_answers(report),
+        table_of_shared_proponents(report),
     ]
     return [table for table in made if table is not None and table.rows]
 
@@ -152,7 +119,7 @@ def _table_a5(report: EvaluationReport) -> Table | None:
     rows = []
     for method in report.config.methods:
         cells = [
-            _number(estimate(report.rankings[method, template].metrics().reciprocal_rank)) for template in templates
+            number(estimate(report.rankings[method, template].metrics().reciprocal_rank)) for template in templates
         ]
         rows.append((_label(report, method), *cells))
     header = ("method", *(f"MRR, template {template}" for template in templates))
@@ -225,10 +192,10 @@ def _figure_2(report: EvaluationReport, name: str, title: str, column: str) -> T
     rows = []
     for label, ranking in by_label.items():
         metrics = ranking.metrics()
-        cells = [label, *(_number(estimate(v)) if len(v) else "" for v in (metrics.reciprocal_rank, metrics.recall))]
+        cells = [label, *(number(estimate(v)) if len(v) else "" for v in (metrics.reciprocal_rank, metrics.recall))]
         if k:
             values = _tail_patch(report, names[label], k, everything)
-            cells.append("" if values is None else _number(estimate(values), percent=True))
+            cells.append("" if values is None else number(estimate(values), percent=True))
         rows.append(tuple(cells))
     header = (column, "MRR", "recall@10", *((f"tail-patch, top {k} (%)",) if k else ()))
     note = _note(report, dagger=False)
@@ -246,7 +213,7 @@ def _table_of_pool_sizes(report: EvaluationReport, name: str, title: str, metric
     for kind in POOL_KINDS:
         for method in pools.methods:
             metrics = [pools.metrics(kind, method, size) for size in pools.sizes]
-            cells = ["" if one is None else _number(estimate(getattr(one, metric))) for one in metrics]
+            cells = ["" if one is None else number(estimate(getattr(one, metric))) for one in metrics]
             rows.append((kind, _label(report, method), *cells))
     header = ("pool", "method", *(f"{size:,}" for size in pools.sizes[:-1]), f"all {pools.sizes[-1]:,}")
     return Table(
@@ -299,47 +266,6 @@ def _table_of_categories(report: EvaluationReport) -> Table | None:
     )  # fmt: skip
 
 
-def _table_of_wrong_answers(report: EvaluationReport) -> Table | None:
-    """TrackStar's proponents of wrong answers and of the correct ones (§7.1)."""
-    if not report.wrong_answers:
-        return None
-    pairs = [wrong.categories for wrong in report.wrong_answers.values() if wrong.categories is not None]
-    of_correct = [category for categories, _ in pairs for category in categories]
-    of_wrong = [category for _, categories in pairs for category in categories]
-    by_names = CATEGORIES[1:]
-    rows = [
-        (label, *(f"{categories.count(category) / len(categories):.1%}" for category in by_names))
-        for label, categories in (("the correct answer", of_correct), ("the model's answer", of_wrong))
-        if categories
-    ]
-    return Table(
-        name="wrong-answers", title="TrackStar's proponents of wrong answers and of the correct ones (§7.1)",
-        header=("proponents of", *by_names), rows=tuple(rows),
-        note=f"{len(pairs)} queries that the model answers incorrectly. "
-        "The entities of a wrong answer are the subject and the model's answer.",
-    )  # fmt: skip
-
-
-def _table_of_answers(report: EvaluationReport) -> Table:
-    """Accuracy of the model's own answers, by kind of question and task."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for number, fact in enumerate(report.facts):
-        groups.setdefault((fact.kind, "" if fact.kind == "fact" else fact.relation), []).append(number)
-    rows = []
-    for (kind, task), numbers in groups.items():
-        right = report.correct[numbers].astype(np.float64)
-        accuracy = "no right answer" if kind == "open" else _number(estimate(right))
-        count = "" if kind == "open" else f"{int(right.sum()):,}"
-        rows.append((kind, task if task != kind else "", f"{len(numbers):,}", count, accuracy))
-    return Table(
-        name="answers", title="The model's own answers (Appendix A.5)",
-        header=("kind", "task", "questions", "right", "accuracy"), rows=tuple(rows),
-        note="A fact or a generation is right where the greedy answer begins with the right one; a choice where the "
-        "right completion is more probable than every alternative. Intervals in brackets: 95%, bootstrap over "
-        "questions.",
-    )  # fmt: skip
-
-
 def _tables_a7(report: EvaluationReport) -> list[Table | None]:
     """The split by the model's answers, of all questions and, if there are several kinds, of each."""
     kinds = [kind for kind in KINDS if kind != "open" and any(fact.kind == kind for fact in report.facts)]
@@ -354,24 +280,6 @@ def _tables_a7(report: EvaluationReport) -> list[Table | None]:
             file = f"table-a7-{name}" + ("" if kind is None else f"-{kind}")
             made.append(_main_table(report, file, title, None, chosen & of_kind))
     return made
-
-
-def _table_of_shared_proponents(report: EvaluationReport) -> Table | None:
-    """How many proponents a wrong answer and the right one have in common, by kind."""
-    shared: dict[str, list[float]] = {}
-    for number, wrong in report.wrong_answers.items():
-        shared.setdefault(report.facts[number].kind, []).append(wrong.shared)
-    rows = [
-        (kind, f"{len(shared[kind]):,}", _number(estimate(np.array(shared[kind])))) for kind in KINDS if kind in shared
-    ]
-    k = min(report.config.top_k, report.candidates)
-    return Table(
-        name="shared-proponents", title="Proponents that a wrong answer shares with the right one",
-        header=("kind", "wrong answers", f"share of the first {k}"), rows=tuple(rows),
-        note="TrackStar's proponents of the model's wrong answer that are among as many of the right one. "
-        f"{WRONG_ANSWERS_FILE} has both answers' rankings as results, to open beside the right answers'. "
-        "Intervals in brackets: 95%, bootstrap over questions.",
-    )  # fmt: skip
 
 
 def _metric(
@@ -408,21 +316,12 @@ def _cell(
     known = np.zeros(0, dtype=bool) if values is None else ~np.isnan(values)
     if values is None or not known.any():
         return ""
-    text = _number(estimate(values[known]), percent=percent)
+    text = number(estimate(values[known]), percent=percent)
     ours = values_of(OURS) if OURS in report.config.methods and method != OURS else None
     if ours is not None:
         p_value = compare(values[known], ours[known]).p_value
         text += " †" if p_value < 0.05 else ""
     return text
-
-
-def _number(value: Estimate, *, percent: bool = False) -> str:
-    """A mean and its interval; one query has no interval."""
-    if value.queries == 1:
-        return f"{100 * value.mean:+.2f} (one query)" if percent else f"{value.mean:.3f} (one query)"
-    if percent:
-        return f"{100 * value.mean:+.2f} ({100 * value.low:+.2f} to {100 * value.high:+.2f})"
-    return f"{value.mean:.3f} ({value.low:.3f}-{value.high:.3f})"
 
 
 def _note(
@@ -456,7 +355,3 @@ def _label(report: EvaluationReport, method: str) -> str:
     """Name of a method, with its side if that differs from the other methods'."""
     sides = report.config.side
     return f"{method} (side {min(sides)})" if method == ONE_SIDED.name and min(sides) < sides[0] else method
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
