@@ -259,6 +259,18 @@ def test_text_becomes_its_words_without_case_stop_words_and_punctuation() -> Non
         ("It was", "It", (), True),
         ("This", "It", (), False),
         ("anything", "?!", ("",), False),
+        ("+ and -", "+", (), True),
+        ("12, or 13", "12", (), True),
+        ("12.5kg", "12", (), False),
+        ("12.5kg", "12.5", (), True),
+        ("1,000km", "1000", (), True),
+        ("1,0000", "1", (), False),
+        ("$1,000.0", "1000", (), True),
+        (".5", "0.5", (), True),
+        ("-3", "3", (), False),
+        ("1990s", "1990", (), False),
+        ("3/4", "3", (), False),
+        ("= 7", "7", (), True),
     ],
 )
 def test_answer_is_correct_when_it_begins_with_a_name(

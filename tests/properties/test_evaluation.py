@@ -139,7 +139,7 @@ def test_second_run_computes_nothing_and_gives_the_same(
 
     monkeypatch.setattr(rankings_module.Rankings, "_compute", refuse)
     monkeypatch.setattr("trackstar.evaluation.effects.tail_patch", refuse)
-    monkeypatch.setattr("trackstar.evaluation.own_answers.generate", refuse)
+    monkeypatch.setattr("trackstar.evaluation.own_answers.own_answer", refuse)
     again = run_evaluation(settings(paths), folder, progress=False)
     assert again.rankings == report.rankings
     assert again.answers == report.answers
@@ -484,6 +484,9 @@ def test_lines_of_a_killed_run_are_reused_except_an_incomplete_last_one(tmp_path
         ("...", ""),
         ("", ""),
         ("Rome\nItaly", "Rome"),
+        ("$1,000 each", "$1,000"),
+        ("3.50 more", "3.50"),
+        ("3/4 cup, or less", "3/4 cup"),
     ],
 )
 def test_wrong_answer_is_the_text_before_the_first_punctuation(answer: str, phrase: str):

@@ -200,7 +200,7 @@ def test_r_is_specific_to_the_task_for_facts_only(model: LanguageModel, index: I
     assert of_facts.mixing.queries == len(facts)
     assert of_facts.mixing.value > 0
     assert scores(with_facts)[: len(facts)] == scores(of_facts)
-    assert any("R_eval is that of the 8 facts among the queries; 8 of other kinds" in note for note in with_facts.notes)
+    assert any("R_eval is that of the 8 facts among the queries, and 8 of other" in note for note in with_facts.notes)
     assert not of_facts.notes
     # Asked for as a task, they are one.
     assert answer_queries(index, choices, task=choices, **options).mixing.value > 0
@@ -235,8 +235,7 @@ def test_results_carry_kind_and_verdict_and_are_queries_again(
         assert record.get("is_8b_correct") == (None if verdict is None else verdict.correct)
         assert record.get("model_answer") == (None if verdict is None else verdict.answer)
     assert records["choice France"]["alternative"] == ["Bern", "Oslo"]
-    assert (records["wrong"]["groundtruth"], records["wrong"]["is_8b_correct"]) == ("Paris", False)
-    assert records["wrong"]["model_answer"] == "Rome"
+    assert records["wrong"]["groundtruth"] == "Paris"
     assert not {"kind", "is_8b_correct", "groundtruth", "model_answer"} & records["plain"].keys()
     assert "is_8b_correct" not in records["story"]
     again = read_queries(lines)
@@ -245,7 +244,7 @@ def test_results_carry_kind_and_verdict_and_are_queries_again(
     frame = report.to_dataframe()
     assert set(frame[frame.query_id == "choice France"].kind) == {"choice"}
     remarks = [result.remark for result in report.results]
-    assert remarks[2] == "wrong; right is Paris"
+    assert remarks[2].startswith("right") or remarks[2].endswith('; right is "Paris"')
     assert remarks[3:] == ["open: no right answer", ""]
     assert any(line.startswith("the model answers") and "of 1 choices right" in line for line in report.summary())
     page = report._repr_html_()
@@ -276,6 +275,68 @@ def test_the_models_own_answer_is_compared_with_the_right_one(
                            "--model", str(model.folder), "--queries", str(path)]) == 0  # fmt: skip
     file = read_result_file(out)
     assert [line.model_correct for line in file.lines] == [False, True, None]
+
+
+def test_an_answer_without_a_right_one_is_not_judged(
+    model: LanguageModel, index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [
+        {"prompt": PROMPT, "kind": "generation"}, {"prompt": PROMPT, "kind": "fact"}, {"prompt": PROMPT},
+        {"prompt": PROMPT, "alternative": "Rome"},
+    ]  # fmt: skip
+    out = tmp_path / "own.jsonl"
+    arguments = ["query", str(index.path), "--queries", str(written(tmp_path, *prompts)), "--generate", "--top", "2"]
+    arguments += ["--max-new-tokens", "3", "--model", str(model.folder), "--out", str(out)]
+    assert run(trackstar, arguments) == 0
+    assert "the model answers" not in capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record.get("groundtruth", "none") for record in records] == [None, None, "none", None]
+    assert not any("is_8b_correct" in record for record in records)
+    # Nor when the results are asked again.
+    again = answer_queries(index, read_queries(out), model=model, k=1, progress=False)
+    assert [result.verdict for result in again.results] == [None] * 4
+    audit = ["audit", str(tmp_path / "own.audit.json"), "--index", str(index.path), "--again"]
+    assert run(trackstar, [*audit, "--model", str(model.folder)]) == 0
+
+
+def test_tokens_are_judged_as_their_texts(model: LanguageModel) -> None:
+    text = Query(query_id="q", prompt=PROMPT, completion="Paris", kind="generation")
+    tokens = tokenize_query(text, model.tokenizer, window_tokens=64)
+    of_tokens = dataclasses.replace(
+        text, prompt="", completion="", token_ids=tuple(tokens.token_ids.tolist()),
+        target_mask=tuple(tokens.target_mask.tolist()),
+    )  # fmt: skip
+    of_choice = dataclasses.replace(of_tokens, kind="choice", alternatives=("Rome",))
+    (one, two), (first, second) = (
+        verdicts(model, pair, progress=False) for pair in ([text, choice("Paris", "Rome")], [of_tokens, of_choice])
+    )
+    assert one is not None and two is not None and first is not None and second is not None  # noqa: PT018
+    assert (first.answer, first.correct) == (one.answer, one.correct)
+    assert (second.answer, second.correct) == (two.answer, two.correct)
+
+
+def test_a_completion_that_is_not_the_right_one_is_an_option_of_a_choice(model: LanguageModel) -> None:
+    expected = {city: brute_force(model, Query(query_id="q", prompt=PROMPT, completion=city)) for city in CITIES}
+    asked = [choice("Rome", "Paris", "Tokyo", truth="Paris"), choice("Rome", "Tokyo", truth="Paris")]
+    for verdict in verdicts(model, asked, progress=False):
+        assert verdict is not None
+        assert sorted(verdict.log_probabilities) == pytest.approx(sorted(expected.values()), abs=1e-5)
+        assert verdict.log_probabilities[0] == pytest.approx(expected["Paris"], abs=1e-5)
+
+
+def test_a_long_prompt_is_cut_and_judged(model: LanguageModel) -> None:
+    long = Query(query_id="q", prompt=f"{PROMPT} " * 30, completion="Paris", kind="generation")
+    (verdict,) = verdicts(model, [long], progress=False)
+    assert verdict is not None
+
+
+def test_wrong_answers_of_a_report_are_asked_again(report: EvaluationReport, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    path = tmp_path / "results" / "trackstar-wrong-answers.jsonl"
+    for line, query in zip(path.read_text().splitlines(), read_queries(path), strict=True):
+        record = json.loads(line)
+        assert (query.prompt, query.completion) == (record["inputs_plaintext"], record["targets_plaintext"])
+        assert query.truth == record["groundtruth"]
 
 
 def test_sampled_answers_of_choices_and_stories(model: LanguageModel, tmp_path: Path) -> None:
@@ -407,7 +468,7 @@ def test_a_second_report_computes_nothing(
         raise AssertionError("computed again")
 
     for name in (
-        "own_answers.generate",
+        "own_answers.own_answer",
         "own_answers.log_probabilities_of_choice",
         "rankings.GradientRetriever.scores",
     ):
@@ -433,7 +494,8 @@ def test_a_report_of_stories_alone_has_no_ranking_metrics(folder: Path, report: 
         ({"kind": "generation", "prompt": "2 + 2 ="}, "no completion"),
         ({"kind": "choice", "prompt": "2 + 2 =", "completion": "4"}, 'no field "alternative"'),
         ({"kind": "open", "messages": [{"role": "user", "content": "Hi"}]}, "expected prompt and completion as text"),
-        ({"kind": "fact", "prompt": "2 + 2 =", "completion": "4"}, 'no field "fact_id"'),
+        ({"kind": "fact", "prompt": "2 + 2 =", "completion": "4"}, "neither a fact nor of another kind"),
+        ({"prompt": "2 + 2 =", "completion": "4"}, 'or a "kind" choice, generation or open'),
         ({"kind": "open", "prompt": "Hi", "completion": "ho", "8b_confidence": 2}, "expected a number from 0 to 1"),
     ],
 )
@@ -446,9 +508,7 @@ def test_open_question_without_an_answer_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = written(tmp_path, {"query_id": "s", "kind": "open", "prompt": "Once upon a time"})
-    model = load_model(str(folder / "model"))
-    silent = dataclasses.replace(generate(model, "a", GenerationSettings(max_new_tokens=1)), text="")
-    monkeypatch.setattr("trackstar.evaluation.own_answers.generate", lambda *_, **__: silent)
+    monkeypatch.setattr("trackstar.evaluation.own_answers.own_answer", lambda *_, **__: "")
     paths = {"model": str(folder / "model"), "corpus": str(folder / "sentences.jsonl"), "facts": str(path)}
-    with pytest.raises(OptionError, match="the model says nothing after the prompt of s, found no completion"):
+    with pytest.raises(OptionError, match="open question s has no completion, and the model says nothing"):
         run_evaluation(settings(paths), tmp_path / "report", progress=False)

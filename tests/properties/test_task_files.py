@@ -93,7 +93,10 @@ def test_labels_of_piqa_lie_beside_its_goals(tmp_path: Path) -> None:
         completion for _, _, _, completion, _ in expected
     ]
     (tmp_path / "valid-labels.lst").write_text("0\n")
-    with pytest.raises(CorpusError, match=r"valid-labels.lst: holds 1 labels, and .*valid.jsonl:2 needs number 2"):
+    with pytest.raises(CorpusError, match=r"labels.lst: holds labels of 1 questions, and .*valid.jsonl:2 is number 2"):
+        read_queries(path)
+    (tmp_path / "valid-labels.lst").write_text("0\n1\n1\n")  # a question was deleted
+    with pytest.raises(CorpusError, match=r"labels.lst: holds labels of 3 questions, found 2 beside it"):
         read_queries(path)
 
 
@@ -161,6 +164,7 @@ def test_a_broken_file_is_named_with_its_line(fault: str, tmp_path: Path) -> Non
         ({**SUPERGLUE[0], "label": -1}, 'field "label" is -1; expected 0 or 1, the right answer'),
         ({**SUPERGLUE[0], "label": True}, 'field "label" is True; expected 0 or 1'),
         ({**SUPERGLUE[0], "premise": 3}, 'field "premise" is 3; expected a text'),
+        ({name: SUPERGLUE[0][name] for name in ("premise", "choice1", "question", "label")}, '"choice2" is missing'),
         ({**MAWPS, "lSolutions": [1, 2]}, r'field "lSolutions" is \[1, 2\]; expected an array of one number'),
         ({**SVAMP, "Answer": None}, 'field "Answer" is None; expected a number'),
         ({**GSM8K, "answer": "#### "}, "the answer is empty; expected a number"),

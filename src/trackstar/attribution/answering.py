@@ -135,9 +135,11 @@ def with_kinds(report: QueryReport, judged: Sequence[Verdict | None], question: 
     if not facts:
         rule = "R_train alone, as no query asks for a fact: R is specific to the task of facts only (Appendix A.5)"
         return dataclasses.replace(report, mixing=dataclasses.replace(report.mixing, rule=rule))
+    if report.mixing.value == 0:
+        return report
     note = (
-        f"R_eval is that of the {facts:,} facts among the queries; {len(others):,} of other kinds are ranked with it, "
-        "too; ask them alone, or give `mixing` as 0, to rank them as in Appendix A.5"
+        f"R_eval is that of the {facts:,} facts among the queries, and {len(others):,} of other kinds are ranked with "
+        "it, too; ask them alone, or give `mixing` as 0, to rank them as in Appendix A.5"
     )
     return dataclasses.replace(report, notes=(*report.notes, note))
 

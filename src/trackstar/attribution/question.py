@@ -169,14 +169,16 @@ def queries_digest(queries: Iterable[Query]) -> str:
     what `join="space"` puts there, that follows. For a query of tokens, whose texts are only for
     people, it holds the name, the token ids and the positions of the targets; for a query of
     messages the name, the messages, the tools and the chat template. Where the kind is known and not
-    a fact, an object with it follows, as R_eval then leaves the query out.
+    a fact, an object with it and the alternatives follows, as R_eval then leaves the query out.
     """
     lines = (json.dumps(_asked(query) + _kind(query), separators=(",", ":")) for query in queries)
     return digest_of_parts((f"{line}\n".encode("ascii") for line in lines), bits=256)
 
 
 def _kind(query: Query) -> list[object]:
-    return [] if query.asks_for_fact else [{"kind": query.kind}]
+    if query.asks_for_fact:
+        return []
+    return [{"kind": query.kind, **({"alternative": list(query.alternatives)} if query.alternatives else {})}]
 
 
 def _asked(query: Query) -> list[object]:

@@ -138,7 +138,9 @@ class QueryResult:
             fields["kind"] = query.kind
         if query.alternatives:
             fields["alternative"] = list(query.alternatives)
-        if query.truth is not None and query.truth.strip() != query.completion.strip():
+        if query.truth == "":
+            fields["groundtruth"] = None
+        elif query.truth is not None and query.truth.strip() != query.completion.strip():
             fields["groundtruth"] = query.truth
         if "has_trex_sentence" not in query.record and isinstance(query.record.get("trex_sentences"), list):
             fields["has_trex_sentence"] = bool(query.record["trex_sentences"])

@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from trackstar.choices import KINDS
-from trackstar.corpus import Query, tokenize_query
+from trackstar.corpus import Query, prompt_of, prompt_tokens, query_with_texts, tokenize_query
 from trackstar.corpus.kinds import is_right
 from trackstar.corpus.queries import checked_tokens
 from trackstar.model.completion_probabilities import measured_log_probabilities
-from trackstar.model.generation import continuations, generate
+from trackstar.model.generation import continuations
 from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
@@ -43,8 +43,8 @@ def verdicts(
 ) -> list[Verdict | None]:
     """A verdict on each query; None for an open one, and where the kind is unknown.
 
-    A query whose completion is the model's own answer, with the right one as `truth`, is compared with that,
-    whatever its kind but a choice.
+    A query of tokens with a `truth` is the model's own answer, as of `Generation.query`, and is compared
+    with that; any other is answered greedily.
 
     Args:
         model: The model.
@@ -53,14 +53,15 @@ def verdicts(
         progress: Whether progress is shown if stderr is a terminal.
 
     Raises:
-        OptionError: A prompt leaves no room for an answer in the model's context.
+        OptionError: A prompt has no token.
         CorpusError: A choice's alternative cannot be asked, or the other names of an answer are no names.
     """
     total = sum(map(_can_be_judged, queries))
     found: list[Verdict | None] = [None] * len(queries)
     with Progress("Answers of the model", unit="queries", total=total, shown=progress and total > 0) as bar:
-        for number, query in enumerate(queries):
-            if _can_be_judged(query):
+        for number, given in enumerate(queries):
+            if _can_be_judged(given):
+                query = given if given.messages is not None else query_with_texts(given, model.tokenizer)
                 is_choice = query.kind == "choice"
                 found[number] = _of_choice(model, query, batch_tokens) if is_choice else _of_answer(model, query)
                 bar.advance(1)
@@ -68,7 +69,9 @@ def verdicts(
 
 
 def _can_be_judged(query: Query) -> bool:
-    return query.kind != "open" and (query.kind is not None or query.truth is not None)
+    if query.kind == "open" or query.truth == "":
+        return False
+    return len(_options(query)) > 1 if query.kind == "choice" else query.kind is not None or query.truth is not None
 
 
 def verdict_lines(queries: Iterable[Query], verdicts: Iterable[Verdict | None]) -> list[str]:
@@ -91,29 +94,44 @@ def remark(query: Query, verdict: Verdict | None) -> str:
         return "open: no right answer"
     if verdict is None:
         return ""
-    if query.truth is not None and query.kind != "choice":
-        return "right" if verdict.correct else f"wrong; right is {one_line(query.truth, 80)}"
+    said = f'"{one_line(verdict.answer, 80)}"'
     if query.kind == "choice":
-        others = len(query.alternatives)
+        others = len(_options(query)) - 1
         than = "the alternative" if others == 1 else f"all {others} alternatives"
-        if verdict.correct:
-            return f"right: preferred to {than}"
-        return f"wrong: the model prefers {one_line(verdict.answer, 80)}"
-    return "right" if verdict.correct else f"wrong: the model says {one_line(verdict.answer, 80)}"
+        return (
+            f"right: the right completion is preferred to {than}"
+            if verdict.correct
+            else f"wrong: the model prefers {said}"
+        )
+    if verdict.correct:
+        return "right"
+    if query.truth:
+        return f'wrong: the model says {said}; right is "{one_line(query.truth, 80)}"'
+    return f"wrong: the model says {said}"
 
 
-def own_answer(model: LanguageModel, query: Query) -> str:
+def own_answer(model: LanguageModel, query: Query, *, max_new_tokens: int | None = None) -> str:
     """The model's greedy answer to a query, without white space at its ends.
 
-    Raises:
-        OptionError: The prompt leaves no room in the model's context.
+    A prompt that leaves no room for it in the model's context loses its beginning.
+
+    Args:
+        model: The model.
+        query: The query; its completion is not read.
+        max_new_tokens: Most tokens of the answer; None is some more than the right answer has.
     """
-    settings = GenerationSettings(max_new_tokens=max(_SHORTEST, _target_tokens(model, query) + _FURTHER_TOKENS))
+    wanted = max_new_tokens or max(_SHORTEST, _target_tokens(model, query) + _FURTHER_TOKENS)
+    settings = GenerationSettings(max_new_tokens=max(1, min(wanted, model.context_tokens // 2)))
     if query.token_ids is None:
-        return generate(model, query, settings, query_id=query.query_id).text.strip()
-    token_ids, mask = checked_tokens(query, f"query {one_line(query.query_id)}")
-    before = token_ids[: int(mask.argmax())].tolist()
-    return continuations(model, query.prompt, before, [0], settings)[0].text.strip()
+        text = prompt_of(query, model.tokenizer)
+        before = prompt_tokens(text, model.tokenizer, special_tokens=query.messages is None)
+    else:
+        token_ids, mask = checked_tokens(query, f"query {one_line(query.query_id)}")
+        text, before = query.prompt, token_ids[: int(mask.argmax())].tolist()
+    room = model.context_tokens - settings.max_new_tokens
+    if len(before) > room:
+        before = [*before[:1], *before[len(before) - room + 1 :]]
+    return continuations(model, text, before, [0], settings)[0].text.strip()
 
 
 def log_probabilities_of_choice(model: LanguageModel, query: Query, batch_tokens: int = 2048) -> tuple[float, ...]:
@@ -122,8 +140,7 @@ def log_probabilities_of_choice(model: LanguageModel, query: Query, batch_tokens
     Raises:
         CorpusError: A completion cannot be asked.
     """
-    completions = (query.truth or _right_answer(query), *query.alternatives)
-    asked = [_with_completion(query, completion, model) for completion in completions]
+    asked = [_with_completion(query, completion, model) for completion in _options(query)]
     tokenized = [tokenize_query(one, model.tokenizer, window_tokens=model.context_tokens) for one in asked]
     return tuple(measured_log_probabilities(model, tokenized, batch_tokens=batch_tokens).tolist())
 
@@ -137,17 +154,25 @@ def preferred(log_probabilities: Sequence[float]) -> int:
 
 def _of_choice(model: LanguageModel, query: Query, batch_tokens: int) -> Verdict:
     values = log_probabilities_of_choice(model, query, batch_tokens)
-    completions = (query.truth or _right_answer(query), *query.alternatives)
     best = preferred(values)
-    return Verdict(answer=completions[best].strip(), correct=best == 0, log_probabilities=values)
+    return Verdict(answer=_options(query)[best].strip(), correct=best == 0, log_probabilities=values)
+
+
+def _options(query: Query) -> tuple[str, ...]:
+    """The completions of a choice, the right one first.
+
+    A completion that is not the right one is an option, too, unless it is the model's own free answer.
+    """
+    right = query.truth or _right_answer(query)
+    is_option = bool(query.truth) and query.token_ids is None and query.completion.strip()
+    others = dict.fromkeys((*query.alternatives, *((query.completion,) if is_option else ())))
+    return (right, *(one for one in others if one != right and not (query.truth and one.strip() == right.strip())))
 
 
 def _of_answer(model: LanguageModel, query: Query) -> Verdict:
-    if query.truth is not None:
-        answer = query.completion.strip()
-        return Verdict(answer=answer, correct=is_right(answer, query, query.truth))
-    answer = own_answer(model, query)
-    return Verdict(answer=answer, correct=is_right(answer, query, _right_answer(query)))
+    is_own = query.truth is not None and query.token_ids is not None
+    answer = query.completion.strip() if is_own else own_answer(model, query)
+    return Verdict(answer=answer, correct=is_right(answer, query, query.truth or _right_answer(query)))
 
 
 def _right_answer(query: Query) -> str:

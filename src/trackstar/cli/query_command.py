@@ -207,7 +207,7 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 @click.option("--completion", metavar="TEXT", help="The completion to explain.")
 @click.option("--generate", is_flag=True, help="Explain what the model itself says after the prompt.")
 @click.option("--queries", metavar="FILE", help="Prompts and completions, one JSON object per line.")
-@click.option("--task", metavar="FILE", show_default="--queries", help="Queries to compute R_eval and λ from.")
+@click.option("--task", metavar="FILE", show_default="facts of --queries", help="Queries to compute R_eval and λ from.")
 @click.option("--top", type=int, default=10, metavar="K", help="Number of proponents and of opponents.")
 @click.option("--out", metavar="FILE", help="Write results (.jsonl), a report and an audit; print no table.")
 @rare("--force", is_flag=True, help="With --out: replace existing files that are no earlier results.")
@@ -448,11 +448,12 @@ def _with_generated_completions(
     for query in queries:
         asked = dataclasses.replace(query, chat_template=query.chat_template or template)
         generation = generate(model, asked, settings, query_id=query.query_id)
+        unknown = "" if query.kind not in (None, "open") else None
         if generation.text.strip():
             answered.append(
                 dataclasses.replace(
                     generation.query(query.query_id, record=query.record), kind=query.kind,
-                    alternatives=query.alternatives, truth=query.truth or query.completion or None,
+                    alternatives=query.alternatives, truth=query.truth or query.completion or unknown,
                 )
             )  # fmt: skip
         else:

@@ -43,12 +43,16 @@ def with_kind(query: Query, record: Mapping[str, object], location: str) -> Quer
     truth = record.get(TRUTH)
     if truth is not None and not isinstance(truth, str):
         raise CorpusError(f'{location}: field "{TRUTH}" is {abridged(truth)}; expected the right answer as a string')
-    if query.completion and query.completion.strip() in map(str.strip, alternatives):
+    if TRUTH not in record and query.completion.strip() in map(str.strip, alternatives):
         raise CorpusError(
-            f'{location}: field "{ALTERNATIVE}" holds the completion itself; expected other completions; leave it out'
+            f'{location}: field "{ALTERNATIVE}" holds the completion itself; expected other completions; leave it out '
+            "there"
         )
-    is_other = truth is not None and truth.strip() and truth.strip() != query.completion.strip()
-    return dataclasses.replace(query, kind=kind, alternatives=alternatives, truth=truth if is_other else None)
+    if TRUTH in record and truth is None:
+        truth = ""  # the right answer is unknown, as of results of a prompt alone
+    elif truth is not None and truth.strip() in ("", query.completion.strip()):
+        truth = None
+    return dataclasses.replace(query, kind=kind, alternatives=alternatives, truth=truth)
 
 
 def is_right(answer: str, query: Query, truth: str) -> bool:

@@ -18,7 +18,10 @@ STOP_WORDS = frozenset(
 """Lucene's English stop words, which BM25 leaves out too."""
 
 _WORD = re.compile(r"[^\W_]+")
-_NUMBER = re.compile(r"([-+−]?)[$€£]?(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(?![^\W_])")
+_NUMBER = re.compile(
+    r"([-+−]?)[$€£¥]?((?>\d{1,3}(?:,\d{3})+|\d+|(?=\.\d)))((?>\.\d+)?)(?![\d/]|[.,]\d|(?:s|st|nd|rd|th)(?![^\W_]))",
+    re.IGNORECASE,
+)
 """A number at a text's beginning, with its sign and perhaps a currency's."""
 
 
@@ -37,8 +40,8 @@ def answer_is_correct(answer: str, completion: str, aliases: Iterable[str] = ())
 
     The rest of the answer does not count, since the model continues until its token limit: for the
     completion "Paris", "Paris, the capital" is correct and "the city of Paris" is not. A completion
-    that is a number is compared as one: "1,000" and "1000.0" are the same, "-3" and "3" or "12" and
-    "12.5" are not.
+    that is a number is compared as one: "1,000 m", "1000.0" and "1000" are the same, "-3" and "3" or "12"
+    and "12.5kg" are not.
 
     Args:
         answer: The model's answer, as from `generate`.
@@ -73,7 +76,7 @@ def shares_word(text: str, names: Iterable[str]) -> bool:
 
 def _leading_number(text: str) -> Decimal | None:
     """The number that a text begins with; None if it begins with none."""
-    match = _NUMBER.match(text.lstrip(" \t\r\n*=:$€£"))
+    match = _NUMBER.match(text.lstrip(" \t\r\n*=:"))
     return None if match is None else _value(match)
 
 
@@ -85,7 +88,7 @@ def _whole_number(text: str) -> Decimal | None:
 
 def _value(match: re.Match[str]) -> Decimal:
     sign, whole, fraction = match.groups()
-    value = Decimal(whole.replace(",", "") + (fraction or ""))
+    value = Decimal(whole.replace(",", "") + (fraction or "") or "0")
     return -value if sign in ("-", "−") else value
 
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 from trackstar.choices import JOINS, Join
 from trackstar.corpus.chat import conversation, read_template
 from trackstar.corpus.fields import check_writable, encodable
-from trackstar.corpus.kinds import with_kind
+from trackstar.corpus.kinds import KIND, with_kind
 from trackstar.corpus.origins import source_of
 from trackstar.corpus.queries import checked_tokens
 from trackstar.corpus.reading import CONVERSATION_FIELDS, MASK_FIELDS, TOKENS_FIELD
@@ -127,6 +127,7 @@ def _as_queries(records: Iterator[Record], path: str | os.PathLike[str]) -> Iter
         fields = cast("Mapping[str, object]", record.value)
         check_writable(fields, record.location)
         yield record._replace(value=questions.query_fields(fields, record.location, record.stem))
+    questions.check_all_used()
 
 
 def in_template(queries: Sequence[Query], template: str | None, *, instructions: bool) -> list[Query]:
@@ -203,6 +204,8 @@ def _asked(
     as_chat: bool,
 ) -> Query:
     prompt_fields = PROMPT_FIELDS if prompt_field is None else (prompt_field,)
+    if prompt_field is None and PROMPT_FIELDS[-1] in record:
+        prompt_fields = PROMPT_FIELDS[-1:]  # a line of results may carry its fact's prompts, too
     prompt_name = next((field for field in prompt_fields if field in record), None)
     is_result = prompt_name == PROMPT_FIELDS[-1]  # of the release, or of trackstar
     # A line of results carries its fact's fields, too, such as entity1: its own come first.
@@ -230,6 +233,8 @@ def _asked(
         prompt = _text(record, prompt_fields, location, "prompt")
     if not needs_completion and not has_completion:
         return Query(query_id=name, prompt=prompt, record=record, join=join)
+    if not has_completion and record.get(KIND) in ("open", "generation"):
+        raise CorpusError(f"{location}: no completion; expected one; add it, or let the model answer with `generate`")
     completion = _text(record, completion_fields, location, "completion")
     if needs_completion and not completion.strip():
         raise CorpusError(

@@ -73,7 +73,8 @@ class Query:
         chat_template: Text of the chat template; None is the tokenizer's own.
         kind: What its task asks for; None if that is unknown, which is treated as a fact.
         alternatives: The other completions of a choice; empty for any other kind.
-        truth: The right answer, if the completion is another one, such as the model's own; else None.
+        truth: The right answer, if the completion is another one, such as the model's own; empty if
+            it is unknown; None if the completion is the right answer.
     """
 
     query_id: str

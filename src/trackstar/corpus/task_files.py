@@ -62,9 +62,9 @@ class TaskQuestions:
         """
         if not _PROMPTS.isdisjoint(record):
             return record
-        if {"premise", "choice1", "choice2"} <= record.keys() or {"p", "a1", "a2", "asks-for"} <= record.keys():
+        if {"premise", "choice1"} <= record.keys() or {"p", "asks-for"} <= record.keys():
             return {**record, **_copa(record, location)}
-        if {"goal", "sol1", "sol2"} <= record.keys():
+        if {"goal", "sol1"} <= record.keys():
             label = record["label"] if "label" in record else self._label(location, stem)
             return {**record, **_piqa(record, label, location)}
         problem = _word_problem(record, location)
@@ -86,8 +86,24 @@ class TaskQuestions:
         labels, number = self._labels[path], self._records.get(path, 0)
         self._records[path] = number + 1
         if number >= len(labels):
-            raise CorpusError(f"{path}: holds {len(labels)} labels, and {location} needs number {number + 1}; add it")
+            raise CorpusError(
+                f"{path}: holds labels of {len(labels):,} questions, and {location} is number {number + 1:,}; expected "
+                "one label per question; complete the file"
+            )
         return labels[number]
+
+    def check_all_used(self) -> None:
+        """Raise if a file of labels has more labels than its questions, so that they may not belong together.
+
+        Raises:
+            CorpusError: It has more; the message names it.
+        """
+        for path, labels in self._labels.items():
+            if self._records[path] < len(labels):
+                raise CorpusError(
+                    f"{path}: holds labels of {len(labels):,} questions, found {self._records[path]:,} beside it; "
+                    "expected one label per question; take both files from their source"
+                )
 
 
 def _copa(record: Mapping[str, object], location: str) -> dict[str, object]:
@@ -123,7 +139,7 @@ def _word_problem(record: Mapping[str, object], location: str) -> dict[str, obje
         body, question = (
             _text(record, field, location, may_be_empty=field == "Body") for field in ("Body", "Question")
         )
-        body = body if not body or body.endswith((".", "!", "?", ",")) else f"{body}."
+        body = body if not body or body[-1] in ".!?,:;\"'”’" else f"{body}."
         problem, answer = f"{body} {question}".strip(), _number(record["Answer"], "Answer", location)
     elif {"sQuestion", "lSolutions"} <= record.keys():  # MAWPS, Roy & Roth
         solutions = record["lSolutions"]
@@ -166,9 +182,10 @@ def _right(label: object, field: str, location: str, *, first: int = 0) -> int:
 
 
 def _text(record: Mapping[str, object], field: str, location: str, *, may_be_empty: bool = False) -> str:
-    value = record[field]
+    value = record.get(field)
     if not isinstance(value, str) or not (value.strip() or may_be_empty):
-        raise CorpusError(f'{location}: field "{field}" is {abridged(value)}; expected a text')
+        found = abridged(value) if field in record else "missing"
+        raise CorpusError(f'{location}: field "{field}" is {found}; expected a text')
     return " ".join(encodable(value, f'{location}: field "{field}"').split())
 
 

@@ -2,6 +2,8 @@
 Appendix A.5).
 """
 
+import math
+
 import numpy as np
 
 from trackstar.choices import KINDS
@@ -41,16 +43,23 @@ def table_of_answers(report: EvaluationReport) -> Table:
     rows = []
     for (kind, task), numbers in groups.items():
         right = report.correct[numbers].astype(np.float64)
-        accuracy = "no right answer" if kind == "open" else number(estimate(right))
+        accuracy = "no right answer" if kind == "open" else _share(int(right.sum()), len(right))
         count = "" if kind == "open" else f"{int(right.sum()):,}"
         rows.append((kind, task if task != kind else "", f"{len(numbers):,}", count, accuracy))
     return Table(
         name="answers", title="The model's own answers (Appendix A.5)",
         header=("kind", "task", "questions", "right", "accuracy"), rows=tuple(rows),
         note="A fact or a generation is right where the greedy answer begins with the right one; a choice where the "
-        "right completion is more probable than every alternative. Intervals in brackets: 95%, bootstrap over "
-        "questions.",
+        "right completion is more probable than every alternative. Intervals in brackets: 95% (Wilson's).",
     )  # fmt: skip
+
+
+def _share(right: int, count: int) -> str:
+    """A share with Wilson's 95% interval, which has a width also where all or none are right."""
+    share, z = right / count, 1.959964
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return f"{share:.3f} ({max(0.0, centre - half):.3f}-{min(1.0, centre + half):.3f})"
 
 
 def table_of_shared_proponents(report: EvaluationReport) -> Table | None:

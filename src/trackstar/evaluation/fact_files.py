@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from trackstar.corpus.data_files import find_files, raw_lines
 from trackstar.corpus.fields import encodable, json_kind, json_object
-from trackstar.corpus.kinds import KIND, aliases_of
+from trackstar.corpus.kinds import ALTERNATIVE, KIND, aliases_of
 from trackstar.corpus.query_files import query_of_record, query_records
 from trackstar.corpus.task_files import TaskQuestions, is_xml
 from trackstar.errors import CorpusError, check_at_least
@@ -50,7 +50,7 @@ def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> lis
     facts: list[Fact] = []
     seen: dict[str, str] = {}
     for number, line in enumerate(itertools.islice(_questions(path), limit)):
-        fact = _fact(line) if line.fields.get(KIND, "fact") == "fact" else _question(line, number)
+        fact = _question(line, number) if _is_question(line) else _fact(line)
         if fact.fact_id in seen:
             raise CorpusError(
                 f'{line.where}: fact "{one_line(fact.fact_id)}" is also at {seen[fact.fact_id]}; expected each id once'
@@ -166,6 +166,22 @@ def _questions(path: str | os.PathLike[str]) -> Iterator[_Line]:
         yield dataclasses.replace(line, fields=questions.query_fields(line.fields, line.where, line.stem))
 
 
+def _is_question(line: _Line) -> bool:
+    """Whether a line is a question of another kind than a fact.
+
+    Raises:
+        CorpusError: It is a query that is neither a fact of a set nor of another kind.
+    """
+    if line.fields.get(KIND) in (None, "fact") and line.fields.get(ALTERNATIVE) is None:
+        if "fact_id" not in line.fields and "prompt" in line.fields:
+            raise CorpusError(
+                f"{line.where}: a query that is neither a fact nor of another kind; expected fact_id, entities and "
+                f'relation, or a "{KIND}" choice, generation or open; add them'
+            )
+        return False
+    return True
+
+
 def _question(line: _Line, number: int) -> Fact:
     """A question of another kind than a fact; its task's name takes the place of the relation."""
     needs_completion = line.fields.get(KIND) != "open"
@@ -177,13 +193,13 @@ def _question(line: _Line, number: int) -> Fact:
         subject=Entity(name=""),
         relation=line.text("task", default=query.kind),
         relation_uri="",
-        object=Entity(name=query.completion, aliases=tuple(aliases_of(query))),
+        object=Entity(name=query.truth or query.completion, aliases=tuple(aliases_of(query))),
         prompts=(query.prompt,),
         gold=line.names("gold") or line.names("trex_sentences"),
         coref=line.names("coref"),
         maybe_gold=line.names("maybe_gold"),
         kind=query.kind,
-        alternatives=query.alternatives,
+        alternatives=tuple(one for one in query.alternatives if one.strip() != (query.truth or "").strip()),
         generations=line.texts("8b_generations"),
         confidence=line.share("8b_confidence"),
     )

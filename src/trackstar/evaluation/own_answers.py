@@ -8,21 +8,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from trackstar.attribution.verdicts import log_probabilities_of_choice, preferred
+from trackstar.attribution.verdicts import log_probabilities_of_choice, own_answer, preferred
 from trackstar.corpus import Query
 from trackstar.corpus.matching import answer_is_correct
 from trackstar.errors import OptionError
 from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Entity, Fact, to_queries
 from trackstar.evaluation.workspace import Workspace
-from trackstar.model.generation import generate
-from trackstar.model.generation_settings import GenerationSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.text import one_line
 
 _TOKENS, _OPEN_TOKENS = 12, 32
-_NUMBER = re.compile(r"[-−]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[-−]?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"[-−]?[$€£¥]?(?>\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?>(?:\.\d+)?)(?![\d/]|[.,]\d)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,8 +80,8 @@ def with_own_completions(facts: Sequence[Fact], answers: OwnAnswers) -> tuple[Fa
     for fact, text in zip(facts, answers.texts, strict=True):
         if not fact.object.name.strip() and not text:
             raise OptionError(
-                f"`facts`: the model says nothing after the prompt of {one_line(fact.fact_id)}, found no completion; "
-                "add one, or leave the question out"
+                f"`facts`: the open question {one_line(fact.fact_id)} has no completion, and the model says nothing "
+                "after its prompt; add a completion, or leave the question out"
             )
         name = fact.object.name if fact.object.name.strip() else text
         completed.append(dataclasses.replace(fact, object=dataclasses.replace(fact.object, name=name)))
@@ -100,22 +98,23 @@ def wrong_fact(fact: Fact, answer: str, template: int) -> Fact | None:
 
 def first_phrase(answer: str) -> str:
     """The part of a model's answer before the first punctuation mark; the number, if it begins with one."""
+    number = _NUMBER.match(answer.strip())
+    if number:
+        return number.group()
     text = answer.strip(" .,;:!?\n")
-    number = _NUMBER.match(text)
-    return number.group() if number else re.split(r"[.,;:!?\n]", text, maxsplit=1)[0].strip()
+    return re.split(r"[.,;:!?](?=\s|$)|\n", text, maxsplit=1)[0].strip()
 
 
 def _said(
     name: str, queries: Sequence[Query], tokens: int, model: LanguageModel, workspace: Workspace, progress: bool
 ) -> dict[str, str]:
     """The greedy answers of at most so many tokens, by the question's name."""
-    settings = GenerationSettings(max_new_tokens=tokens)
 
     def compute() -> list[str]:
         with Progress("Answers of the model", unit="queries", total=len(queries), shown=progress) as bar:
             answers = []
             for query in queries:
-                answers.append(generate(model, query.prompt, settings, query_id=query.query_id).text.strip())
+                answers.append(own_answer(model, query, max_new_tokens=tokens))
                 bar.advance(1)
             return answers
 
@@ -124,8 +123,8 @@ def _said(
         "tokenizer": model.tokenizer_digest(),
         "prompts": [query.prompt for query in queries],
     }
-    if settings.max_new_tokens != _TOKENS:
-        sources["max_new_tokens"] = settings.max_new_tokens
+    if tokens != _TOKENS:
+        sources["max_new_tokens"] = tokens
     answers = workspace.result(name, sources, compute) if queries else []
     return {query.query_id: answer for query, answer in zip(queries, answers, strict=True)}
 

@@ -132,9 +132,9 @@ def run_evaluation(
     model = load_model(config.model, device=config.device)
     if config.tail_patch is not None:
         _check_learning_rates(config.tail_patch, model)
-    rankings = Rankings(config, model, workspace, workers=workers, progress=progress)
     answers = own_answers(facts, model, workspace, config, progress=progress)
     facts = with_own_completions(facts, answers)
+    rankings = Rankings(config, model, workspace, workers=workers, progress=progress)
     by_method = {
         (method, template): rankings.ranking(method, facts, template=template)
         for method in config.methods

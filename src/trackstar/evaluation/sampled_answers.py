@@ -109,7 +109,7 @@ def _line(model: LanguageModel, query: Query, samples: int, settings: Generation
     ]
     fields = dict(query.record) or {"query_id": query.query_id, "prompt": query.prompt}
     fields[GENERATIONS] = texts
-    if query.completion.strip() and query.kind != "open":
+    if query.completion.strip() and query.kind not in ("choice", "open"):
         fields[CONFIDENCE] = sum(is_right(text, query, query.truth or query.completion) for text in texts) / samples
     return (json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n").encode()
 

@@ -69,10 +69,11 @@ def _table_1(report: EvaluationReport) -> Table | None:
     base = _main_table(report, "table-1", "Effect of each correction (Table 1)", [m.name for m in methods], None)
     if base is None:
         return None
+    mixed = "mixed" if any(fact.kind == "fact" for fact in report.facts) else "R_train (λ = 0)"
     marks = [
         (
             "yes" if m.second_moment else "",
-            {"none": "", "train": "R_train", "task": "mixed"}[m.correction],
+            {"none": "", "train": "R_train", "task": mixed}[m.correction],
             "yes" if m.unit_norm else "",
         )
         for m in methods
