@@ -103,9 +103,9 @@ def test_reranked_candidates_are_not_whitened(tiny_model_folder: Path, tmp_path:
         return original(self, rows)
 
     monkeypatch.setattr(Whitening, "apply", counting)
-    for options in ({"mixing": 0.0}, {"mixing": 0.5}):
+    for mixing in (0.0, 0.5):
         whitened.clear()
-        answer_queries(index, QUERIES, k=3, reranked=len(TEXTS), progress=False, **options)
+        answer_queries(index, QUERIES, k=3, reranked=len(TEXTS), progress=False, mixing=mixing)
         assert whitened
         assert max(whitened) <= len(QUERIES) < len(TEXTS)
 
