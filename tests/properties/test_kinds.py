@@ -15,12 +15,15 @@ from test_record_formats import CHATML, tokenizer_with
 from tiny_models import save_tiny_model
 from trackstar import GenerationSettings, Index, LanguageModel, build_index, generate, load_model, write_results
 from trackstar.attribution.answering import answer_queries
+from trackstar.attribution.question import queries_digest
 from trackstar.attribution.streaming import stream_queries
 from trackstar.attribution.verdicts import log_probabilities_of_choice, verdicts
+from trackstar.audit.checks import AtHand
+from trackstar.audit.recomputation import check_audit
 from trackstar.choices import Kind
 from trackstar.cli.commands import trackstar
 from trackstar.cli.framework import run
-from trackstar.corpus import Query, query_with_texts, read_queries, tokenize_query
+from trackstar.corpus import Query, prompt_tokens, query_with_texts, read_queries, tokenize_query
 from trackstar.corpus.matching import answer_is_correct
 from trackstar.errors import CorpusError, OptionError
 from trackstar.evaluation.config import EvaluationConfig, TailPatchConfig
@@ -30,6 +33,7 @@ from trackstar.evaluation.report_files import write_report
 from trackstar.evaluation.run import EvaluationReport, run_evaluation
 from trackstar.evaluation.sampled_answers import sample_answers
 from trackstar.explorer.result_files import read_result_file
+from trackstar.model.generation import continuations
 
 PROMPT = "The capital of France is"
 CITIES = ("Paris", "Rome", "Tokyo")
@@ -275,6 +279,11 @@ def test_the_models_own_answer_is_compared_with_the_right_one(
                            "--model", str(model.folder), "--queries", str(path)]) == 0  # fmt: skip
     file = read_result_file(out)
     assert [line.model_correct for line in file.lines] == [False, True, None]
+    # A verdict that was turned round is found, and named apart from the rankings.
+    out.write_text(out.read_text().replace('"is_8b_correct": false', '"is_8b_correct": true', 1))
+    hand = AtHand(index=str(index.path), model=str(model.folder), queries=str(path))
+    found = check_audit(tmp_path / "own.audit.json", hand, again=True, progress=False)
+    assert set(found.named("differs")) == {"results", "model's answers"}
 
 
 def test_an_answer_without_a_right_one_is_not_judged(
@@ -328,6 +337,20 @@ def test_a_long_prompt_is_cut_and_judged(model: LanguageModel) -> None:
     long = Query(query_id="q", prompt=f"{PROMPT} " * 30, completion="Paris", kind="generation")
     (verdict,) = verdicts(model, [long], progress=False)
     assert verdict is not None
+    # 16 tokens of the context are for the answer; the first token, which begins every text, is kept.
+    token_ids = prompt_tokens(long.prompt, model.tokenizer)
+    kept = [token_ids[0], *token_ids[-(model.context_tokens - 16 - 1) :]]
+    assert len(kept) < len(token_ids)
+    expected = continuations(model, "", kept, [0], GenerationSettings(max_new_tokens=16))[0].text.strip()
+    assert verdict.answer == expected
+
+
+def test_other_alternatives_are_another_question(model: LanguageModel) -> None:
+    one, other = choice("Paris", "Rome"), choice("Paris", "Oslo")
+    assert queries_digest([one]) == queries_digest([choice("Paris", "Rome")])
+    assert len({queries_digest([query]) for query in (one, other, dataclasses.replace(one, kind="generation"))}) == 3
+    plain = dataclasses.replace(one, kind=None, alternatives=())
+    assert queries_digest([plain]) == queries_digest([dataclasses.replace(plain, kind="fact")])
 
 
 def test_wrong_answers_of_a_report_are_asked_again(report: EvaluationReport, tmp_path: Path) -> None:

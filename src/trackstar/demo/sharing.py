@@ -88,8 +88,8 @@ class Shared:
     def verdict(self) -> Verdict:
         """Whether proponents share the property more often than a random training sum.
 
-        A property that few proponents would have by chance cannot be called rarer than chance: that none
-        has it is no surprise, and the bootstrap does not see that.
+        It is never `less` if fewer than `FEWEST_EXPECTED` proponents would have the property by chance.
+        Then none may have it by chance alone, and the bootstrap interval, of zeros, would have no width.
         """
         found = verdict_on(self.difference)
         return "unclear" if found == "less" and self.expected < FEWEST_EXPECTED else found
