@@ -72,18 +72,30 @@ def in_format_4(index: Path, out: Path) -> Path:
     return _in_format(4, index, out)
 
 
+def in_format_5(index: Path, out: Path) -> Path:
+    """A copy of an index as format version 5: square matrices only."""
+    return _in_format(5, index, out)
+
+
 def _in_format(version: int, index: Path, out: Path) -> Path:
     shutil.copytree(index, out)
     shutil.rmtree(out / "derived", ignore_errors=True)
     manifest = json.loads((index / "manifest.json").read_text())
     manifest["format_version"] = version
-    for name in ("truncate", "pack"):
-        del manifest["windows"][name]
-    for corpus in manifest["corpora"]:
-        for name in ("format", "train_on", "join", "chat_template", "chat_template_text", "metadata"):
-            del corpus[name]
-    for name in ("parameters", "adapter"):
-        del manifest["model"][name]
+    if version < 5:
+        for name in ("truncate", "pack"):
+            del manifest["windows"][name]
+        for corpus in manifest["corpora"]:
+            for name in ("format", "train_on", "join", "chat_template", "chat_template_text", "metadata"):
+                del corpus[name]
+        for name in ("parameters", "adapter"):
+            del manifest["model"][name]
+    if manifest["whitening"] is not None:
+        assert manifest["whitening"]["rank"] is None, "older versions have square matrices only"
+        del manifest["whitening"]["rank"]
+    elif manifest["completion"]["autocorrelation_digest"] is None:  # which older versions store of few examples, too
+        r_train = (out / "autocorrelation.safetensors").read_bytes()
+        manifest["completion"]["autocorrelation_digest"] = r_train[DIGEST].decode("ascii")
     if version == 3:
         for name in ("location", "configuration", "libraries"):
             del manifest["model"][name]
@@ -102,10 +114,10 @@ def _older_shard(content: bytes, identity: str, version: int) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     metadata = header.pop("__metadata__")
-    metadata |= {"format": f"trackstar-shard-{version - 1}", "manifest_digest": identity}
+    metadata |= {"format": f"trackstar-shard-{min(version - 1, 4)}", "manifest_digest": identity}
     tensors, data = {}, b""
     for name, entry in header.items():
-        if name in ("metadata", "metadata_offsets", "checksums"):
+        if name == "checksums" or (version < 5 and name in ("metadata", "metadata_offsets")):
             continue
         first, stop = entry["data_offsets"]
         part = content[8 + length + first : 8 + length + stop]
@@ -124,7 +136,7 @@ def _older_shard(content: bytes, identity: str, version: int) -> bytes:
 
 _DESCRIPTIVE = {
     "model.source", "model.revision", "model.gguf_file", "corpora.source", "second_moment.source", "whitening.source",
-    "model.location", "model.libraries", "corpora.location",
+    "model.location", "model.libraries", "corpora.location", "corpora.chat_template_text",
 }  # fmt: skip
 
 

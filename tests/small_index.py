@@ -13,7 +13,9 @@ from trackstar import store
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
 
+# Of whitened rows; projected ones have so few dimensions that their eight examples are enough to store R_train.
 SIDE = 8
+PROJECTED_SIDE = 4
 SHARD_EXAMPLES = 3
 EXAMPLES = 8
 SECOND_MOMENT = {"rows/a": torch.arange(5.0) + 1, "columns/a": torch.arange(3.0) + 2}
@@ -21,8 +23,8 @@ AUTOCORRELATION = {"blocks": torch.arange(2.0 * 16 * 16).reshape(2, 16, 16)}
 WHITENING = {"whitening": torch.eye(SIDE**2).repeat(2, 1, 1)}
 
 
-def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Manifest:
-    """The manifest of an index: two blocks of 8×8 dimensions and three examples a shard, whitened for few bits."""
+def small_manifest(codec: CodecName = "float32", *, seed: int = 7, side: int | None = None) -> store.Manifest:
+    """The manifest of an index: two blocks of 4×4 dimensions and three examples a shard; for few bits 8×8, whitened."""
     quantized = store.quantized_bits(codec) is not None
     return store.Manifest(
         format_version=store.FORMAT_VERSION,
@@ -57,7 +59,7 @@ def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Mani
         second_moment=store.SecondMomentEntry(
             kind="factored", source="estimated", digest=store.tensors_digest(SECOND_MOMENT), floor=1e-30
         ),
-        projection=store.ProjectionEntry(seed=seed, side=SIDE, digest="d" * 32),
+        projection=store.ProjectionEntry(seed=seed, side=side or _side(codec), digest="d" * 32),
         layer_blocks=tuple(
             store.LayerBlockEntry(
                 name=f"{kind}.0-1",
@@ -79,6 +81,10 @@ def small_manifest(codec: CodecName = "float32", *, seed: int = 7) -> store.Mani
     )
 
 
+def _side(codec: CodecName) -> int:
+    return PROJECTED_SIDE if store.quantized_bits(codec) is None else SIDE
+
+
 def small_example(row: int) -> TokenizedExample:
     """Example `row`: each record has two windows, and a record without a scorable token lies between two of them."""
     record, window = 2 * (row // 2), row % 2
@@ -95,9 +101,9 @@ def small_example(row: int) -> TokenizedExample:
     )
 
 
-def small_projected_gradients(rows: range) -> Tensor:
+def small_projected_gradients(rows: range, side: int = PROJECTED_SIDE) -> Tensor:
     """φ of the examples `rows`: small whole numbers times powers of two, exact on every machine and in every codec."""
-    columns = torch.arange(2 * SIDE * SIDE)
+    columns = torch.arange(2 * side * side)
     return torch.stack([((7 * columns + 13 * row) % 31 - 15) * 2.0 ** (4 * (row % 8) - 20) for row in rows])
 
 
@@ -106,12 +112,13 @@ def small_content(
     stop: int,
     codec: CodecName = "float32",
     *,
+    side: int | None = None,
     example: Callable[[int], TokenizedExample] = small_example,
 ) -> store.ShardContent:
     """The shard of the examples `first` to `stop`."""
     rows = range(first, stop)
     return store.ShardContent(
-        stored=store.encode(small_projected_gradients(rows), codec, 2),
+        stored=store.encode(small_projected_gradients(rows, side or _side(codec)), codec, 2),
         losses=torch.tensor([1.5 * (row + 1) for row in rows]),
         examples=[example(row) for row in rows],
         next_record=2 * (stop // 2),
@@ -138,7 +145,7 @@ def write_small_index(
         while writer.resume_point.row < examples:
             first = writer.resume_point.row
             stop = min(first + manifest.shard_examples, examples)
-            writer.write_shard(small_content(first, stop, manifest.codec))
+            writer.write_shard(small_content(first, stop, manifest.codec, side=manifest.projection.side))
             after_step()
             writer.save_progress({"sum": torch.full((3,), float(stop))})
             after_step()

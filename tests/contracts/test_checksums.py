@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shard_bytes import in_format_3, in_format_4, sealed
+from shard_bytes import in_format_3, in_format_4, in_format_5, sealed
 from small_index import small_manifest, write_small_index
 from trackstar import store
 from trackstar.choices import CodecName
@@ -117,6 +117,24 @@ def test_large_codes_span_blocks_and_only_the_blocks_of_a_row_are_compared(tmp_p
         tensor_reading.compare_mapped(opened, tensor_reading.map_tensor(opened, "codes"), 10, 11, None)
 
 
+@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("codec", ["float16", "1-bit"])
+def test_an_index_of_format_version_5_is_read(tmp_path: Path, codec: CodecName, side: int) -> None:
+    """Also one that stores R_train of fewer examples than a third of a block's dimensions, as that version does."""
+    write_small_index(tmp_path / "index", small_manifest(codec, side=8 if codec == "1-bit" else side))
+    old = store.Index.open(in_format_5(tmp_path / "index", tmp_path / "old"))
+    assert (old.manifest.format_version, old.notes) == (5, ())
+    index = store.Index.open(tmp_path / "index")
+    for found, expected in zip(old.examples(), index.examples(), strict=True):
+        assert found.example.text == expected.example.text
+        assert found.metadata == expected.metadata
+    assert torch.equal(old.shards[0].stored.codes, index.shards[0].stored.codes)
+    assert store.verify(tmp_path / "old").ok
+    name = "whitening" if codec == "1-bit" else "autocorrelation"
+    assert old.tensors(name).keys()
+    assert old.manifest.to_json() == (tmp_path / "old" / "manifest.json").read_text()
+
+
 @pytest.mark.parametrize("codec", ["float16", "1-bit"])
 def test_an_index_of_format_version_4_is_read_without_metadata(tmp_path: Path, codec: CodecName) -> None:
     write_small_index(tmp_path / "index", small_manifest(codec))
@@ -155,7 +173,7 @@ RELEASED: dict[CodecName, str] = {
 
 @pytest.mark.parametrize("codec", list(RELEASED))
 def test_the_old_format_of_these_tests_is_the_one_that_was_released(tmp_path: Path, codec: CodecName) -> None:
-    write_small_index(tmp_path / "new", small_manifest(codec))
+    write_small_index(tmp_path / "new", small_manifest(codec, side=8))
     completion = store.Index.open(in_format_3(tmp_path / "new", tmp_path / "old")).manifest.completion
     assert completion is not None
     assert completion.shards[1].digest == RELEASED[codec]

@@ -29,7 +29,7 @@ def index(tmp_path: Path) -> Index:
 
 @pytest.mark.parametrize("saved", [{"other": torch.ones(8)}, {"norms": torch.ones(7)}, {"norms": torch.ones(8, 1)}])
 def test_saved_norms_of_another_name_or_shape_are_recomputed(index: Index, saved: dict[str, Tensor]) -> None:
-    whitening = Whitening(factors=torch.eye(64).repeat(2, 1, 1))
+    whitening = Whitening(factors=torch.eye(16).repeat(2, 1, 1))
     expected = whitened_norms(index, whitening)
     assert index.save_derived("norms-x", saved)
     assert torch.equal(whitened_norms(index, whitening, key="x"), expected)
@@ -89,13 +89,17 @@ def test_exact_scores_resume_only_from_a_valid_partial_result(index: Index, chan
 
 
 def test_saved_sums_of_another_shape_are_recomputed(tmp_path: Path) -> None:
-    with store.IndexWriter.open(tmp_path / "one", small_manifest()) as writer:
-        writer.write_shard(small_content(0, 3))
-        expected = RunningAutocorrelation(writer).mean()
-        writer.save_progress({"sums": torch.ones(2, 3)})
+    manifest = dataclasses.replace(small_manifest(), shard_examples=30)
+    with store.IndexWriter.open(tmp_path / "one", manifest) as writer:
+        writer.write_shard(small_content(0, 30))  # so many that R_train is stored
+        RunningAutocorrelation(writer).write()
+        expected = writer.read_tensors("autocorrelation")["autocorrelation"].clone()
+        writer.save_progress({"sums.0": torch.ones(2, 3), "sums.1": torch.ones(2, 3)})
+    (tmp_path / "one" / "autocorrelation.safetensors").unlink()
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    with store.IndexWriter.open(tmp_path / "two", small_manifest()) as writer:
-        assert torch.equal(RunningAutocorrelation(writer).mean(), expected)
+    with store.IndexWriter.open(tmp_path / "two", manifest) as writer:
+        RunningAutocorrelation(writer).write()
+        assert torch.equal(writer.read_tensors("autocorrelation")["autocorrelation"], expected)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[StoreError], str]] = {
     "an edited manifest": (
         overwrite("manifest.json", 21, b"9"),
         DamagedIndexError,
-        "manifest.json: format_version is 9, expected at most 5",
+        "manifest.json: format_version is 9, expected at most 6",
     ),
     "a missing shard": (remove(SHARD), DamagedIndexError, f"{SHARD}: missing; restore"),
     "an empty shard": (cut(SHARD, 0), DamagedIndexError, f"{SHARD}: 0 bytes, expected at least a header"),

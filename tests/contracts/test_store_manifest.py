@@ -64,7 +64,7 @@ def _changed(old: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(old, int | float):
         yield name, old + 1
     elif old is None and name != "completion":
-        yield name, 3 if name.endswith((".limit", ".pack")) else "x"
+        yield name, 3 if name.endswith((".limit", ".pack", ".rank")) else "x"
 
 
 def manifest_with_all_fields() -> store.Manifest:
@@ -89,7 +89,7 @@ def test_every_field_but_the_descriptive_ones_is_part_of_the_identity(field: str
 
 
 def test_the_fields_changed_above_are_complete() -> None:
-    assert len(CHANGES) == 66
+    assert len(CHANGES) == 67
     assert {field.split(".")[0].split("[")[0] for field, _ in CHANGES} == {
         field.name for field in dataclasses.fields(store.Manifest)
     } - {"completion"}
@@ -128,11 +128,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no version": (lambda m: m.update(format_version=0), "format_version is 0, expected 3"),
     "an older version": (
         lambda m: m.update(format_version=1),
-        "format_version is 1, expected 3 to 5: an older trackstar built the index in another format; build it again",
+        "format_version is 1, expected 3 to 6: an older trackstar built the index in another format; build it again",
     ),
     "a newer version": (
-        lambda m: m.update(format_version=6, trackstar_version="9.1", magic=1),
-        r"format_version is 6, expected at most 5: a newer trackstar \(9.1\) built the index",
+        lambda m: m.update(format_version=7, trackstar_version="9.1", magic=1),
+        r"format_version is 7, expected at most 6: a newer trackstar \(9.1\) built the index",
     ),
     "no examples a shard": (lambda m: m.update(shard_examples=0), "shard_examples is 0, expected at least 1"),
     "a side of zero": (lambda m: m["projection"].update(side=0), "projection.side is 0, expected at least 1"),
@@ -177,6 +177,14 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no R_train": (
         lambda m: m["completion"].update(autocorrelation_digest=None),
         "completion.autocorrelation_digest is None, expected a digest",
+    ),
+    "an R_train of few examples": (
+        lambda m: m["projection"].update(side=5),
+        "completion.autocorrelation_digest is '.*', expected null",
+    ),
+    "a rank beyond the dimensions": (
+        lambda m: m.update(coordinates="whitened", whitening={"source": "", "damping": 0.1, "digest": "", "rank": 17}),
+        "whitening.rank is 17, expected null, or 0 to 16",
     ),
     "a negative count": (lambda m: m["completion"].update(skipped=-1), "completion.skipped is -1, expected at least 0"),
     "another digest": (lambda m: m.update(digest="0" * 64), "the text was changed after it was written"),

@@ -56,7 +56,7 @@ def same_example(found: TokenizedExample, expected: TokenizedExample) -> bool:
 def test_reading_gives_what_was_written(tmp_path: Path, codec: CodecName) -> None:
     write_small_index(tmp_path, small_manifest(codec))
     index = store.Index.open(tmp_path)
-    assert (index.rows, index.dimensions, len(index.shards)) == (EXAMPLES, 128, 3)
+    assert (index.rows, index.dimensions, len(index.shards)) == (EXAMPLES, 32, 3)
     for row in range(EXAMPLES):
         stored = index.example(row)
         assert same_example(stored.example, small_example(row))

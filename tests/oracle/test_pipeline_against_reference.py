@@ -1,55 +1,20 @@
 """From texts to ranked training examples: the whole of Eq. 1-4, the package on disk against the oracle in float64."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-import reference
 from capitals import QUERIES, TEXTS
-from capitals_oracle import second_moments, tokenized_corpus, tokenized_queries
-from comparisons import SIDE, language_model, reference_losses, reference_phi
+from capitals_oracle import DAMPING, SEED, assert_report_equals, expected, influences_of
+from comparisons import SIDE, language_model
 from tiny_models import CORE_ARCHITECTURES, TinyModelFolder
 from trackstar.attribution.answering import answer_queries
 from trackstar.attribution.results import QueryReport
 from trackstar.corpus import Query
 from trackstar.indexing.build import build_index
-from trackstar.model.language_model import LanguageModel
-
-SEED, DAMPING = 5, 0.1
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """What the oracle makes of the same texts."""
-
-    influences: Tensor
-    losses: Tensor
-    mixing: float
-
-
-def expected(
-    model: LanguageModel, queries: Sequence[Query], *, kind: str = "factored", mixing: float | None = None
-) -> Expected:
-    corpus, asked = tokenized_corpus(), tokenized_queries(queries)
-    V = second_moments(model, corpus, kind)
-    phi, phi_queries = (reference_phi(model, examples, V, seed=SEED) for examples in (corpus, asked))
-    R_train = {name: reference.autocorrelation(block) for name, block in phi.items()}
-    R_eval = {name: reference.autocorrelation(block) for name, block in phi_queries.items()}
-    if mixing is None:
-        mixing = reference.paper_mixing(list(R_eval.values()), list(R_train.values()))
-    whitenings = {
-        name: reference.whitening(reference.mix(R_eval[name], R_train[name], mixing, damping=DAMPING)) for name in phi
-    }
-    return Expected(
-        influences=reference.influences(phi_queries, phi, whitenings),
-        losses=reference_losses(model, asked),
-        mixing=mixing,
-    )
 
 
 def found(
@@ -72,27 +37,6 @@ def found(
         **{"layer_blocks": 2, "side": SIDE, "seed": SEED, "codec": "float32", "progress": False, **options},
     )
     return answer_queries(out, queries, k=len(TEXTS), mixing=mixing, damping=DAMPING, progress=False)
-
-
-def influences_of(report: QueryReport) -> Tensor:
-    """Every candidate's influence, [queries, candidates]."""
-    influences = torch.full((len(report.results), len(TEXTS)), torch.nan, dtype=torch.float64)
-    for number, result in enumerate(report.results):
-        for ranked in result.proponents:
-            assert ranked.text == TEXTS[ranked.row]
-            influences[number, ranked.row] = ranked.influence
-    return influences
-
-
-def assert_report_equals(report: QueryReport, wanted: Expected, *, tolerance: float = 1e-3) -> None:
-    influences = influences_of(report)
-    torch.testing.assert_close(influences, wanted.influences, rtol=0, atol=tolerance)
-    assert report.mixing.value == pytest.approx(wanted.mixing, rel=1e-3)
-    for number, result in enumerate(report.results):
-        assert result.loss == pytest.approx(float(wanted.losses[number]), rel=1e-5)
-        rows = [ranked.row for ranked in result.proponents]
-        assert rows == reference.top_proponents(influences[number].tolist(), len(TEXTS))
-        assert [r.row for r in result.opponents] == reference.top_opponents(influences[number].tolist(), len(TEXTS))
 
 
 @pytest.mark.parametrize("architecture", CORE_ARCHITECTURES)

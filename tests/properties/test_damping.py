@@ -60,7 +60,7 @@ def r_train() -> Tensor:
 
 @pytest.fixture(scope="module")
 def projected(tmp_path_factory: pytest.TempPathFactory, r_train: Tensor) -> Index:
-    manifest = dataclasses.replace(small_manifest("float32"), shard_examples=len(CANDIDATES))
+    manifest = dataclasses.replace(small_manifest("float32", side=8), shard_examples=len(CANDIDATES))
     tensors = {"second_moment": SECOND_MOMENT, "autocorrelation": {"autocorrelation": r_train}}
     return written(tmp_path_factory.mktemp("projected") / "index", manifest, tensors, CANDIDATES)
 
@@ -71,7 +71,7 @@ def whitened(path: Path, r_train: Tensor, damping: float) -> Index:
     tensors = {"second_moment": SECOND_MOMENT, "whitening": {"whitening": train.factors}}
     entry = WhiteningEntry(source="all", damping=damping, digest=tensors_digest(tensors["whitening"]))
     manifest = dataclasses.replace(
-        small_manifest("float32"), coordinates="whitened", whitening=entry, shard_examples=len(CANDIDATES)
+        small_manifest("float32", side=8), coordinates="whitened", whitening=entry, shard_examples=len(CANDIDATES)
     )
     return written(path, manifest, tensors, train.apply(CANDIDATES.float()))
 

@@ -8,9 +8,10 @@ import torch
 
 from capitals import TEXTS
 from trackstar.corpus import TokenizedExample, open_corpus
+from trackstar.curvature.task import train_whitening
+from trackstar.curvature.train_autocorrelation import FewExamples, SquareAutocorrelation
 from trackstar.errors import CurvatureError, IndexMismatchError, OptionError
 from trackstar.indexing import shard_writing as indexing
-from trackstar.indexing import train_whitening as first_pass
 from trackstar.indexing.build import build_index
 from trackstar.store import PART_FOLDER, Index, verify
 
@@ -57,7 +58,9 @@ def test_r_train_is_that_of_the_sample(tiny_model_folder: Path, tmp_path: Path):
     damping = index.manifest.whitening.damping if index.manifest.whitening is not None else 0.0
     means = r_train.diagonal(dim1=1, dim2=2).mean(dim=1)
     damped = r_train + damping * means[:, None, None] * torch.eye(64, dtype=torch.float64)
-    w = index.tensors("whitening")["whitening"].double()
+    # W of each block, from the columns of the identity; nine examples are too few for square matrices.
+    blocks = len(r_train)
+    w = train_whitening(index).apply(torch.eye(64).repeat(1, blocks)).double().reshape(64, blocks, 64).permute(1, 2, 0)
     identity = torch.bmm(torch.bmm(w, damped), w.mT)
     torch.testing.assert_close(identity, torch.eye(64, dtype=torch.float64).expand_as(identity), rtol=0, atol=5e-3)
     found = torch.cat([shard.stored.decode() for shard in index.shards]).reshape(len(TEXTS), -1, 64).double()
@@ -162,7 +165,8 @@ def test_what_another_attempt_left_is_not_taken_for_projected_rows(
         raise CurvatureError("R is singular")
 
     with monkeypatch.context() as patched:
-        patched.setattr(first_pass, "whitening", refused)
+        patched.setattr(FewExamples, "whitening", refused)
+        patched.setattr(SquareAutocorrelation, "whitening", refused)
         with pytest.raises(CurvatureError, match="R is singular"):
             build(tiny_model_folder, out, codec="1-bit")
     assert (out / PART_FOLDER).exists()

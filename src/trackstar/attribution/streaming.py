@@ -36,8 +36,8 @@ from trackstar.corpus import (
 )
 from trackstar.corpus.digests import digest_of_fields
 from trackstar.curvature.autocorrelation import Autocorrelation, check_autocorrelation_size
-from trackstar.curvature.mixing import spectrum_of_autocorrelation
 from trackstar.curvature.task import TaskCorrection, choose_mixing, mixed_correction
+from trackstar.curvature.train_autocorrelation import FewExamples, SquareAutocorrelation, TrainAutocorrelation
 from trackstar.errors import CorpusError, check_at_least, check_damping, check_mixing
 from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.gradients.second_moment import SecondMoment
@@ -50,7 +50,7 @@ from trackstar.progress import Progress
 from trackstar.retrieval.reranking import influences
 from trackstar.retrieval.scoring import unit_queries
 from trackstar.retrieval.top_candidates import RunningTop, TopCandidates
-from trackstar.store import WindowsEntry, tensors_digest
+from trackstar.store import WindowsEntry, stores_autocorrelation, tensors_digest
 from trackstar.store.files.outputs import Input, check_replaceable, inputs, refuse_inputs, replace_text
 from trackstar.workers.setups import GradientSetup
 
@@ -216,17 +216,15 @@ def _prepared(
         manifest = make_manifest(model, corpus, moment, settings)
         setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=settings.batch_tokens)
         with setup.opened(model, bar.note) as projector:
-            r_train, examples = _autocorrelation(projector, model, corpus, windows, settings, bar)
+            r_train = _autocorrelation(projector, model, corpus, windows, settings, bar)
             phi, losses = projected(projector, _tokenized(queries, model))
             if task is None:
                 task_phi = phi[facts_among(queries)]
             else:
                 task_phi, _ = projected(projector, _tokenized(task, model))
-    mixing = choose_mixing(
-        task_phi, lambda: spectrum_of_autocorrelation(r_train), blocks=len(model.blocks), given=question.mixing
-    )
+    mixing = choose_mixing(task_phi, r_train.spectrum, blocks=len(model.blocks), given=question.mixing)
     correction = mixed_correction(
-        r_train, examples, task_phi, mixing,
+        r_train, task_phi, mixing,
         damping=question.damping, names=[block.name for block in model.blocks], source="",
     )  # fmt: skip
     return _Stream(
@@ -234,8 +232,8 @@ def _prepared(
         correction=correction,
         vectors=unit_queries(phi, correction.whitening),
         losses=tuple(losses.tolist()),
-        r_train_examples=examples,
-        r_train_digest=tensors_digest({"autocorrelation": r_train}),
+        r_train_examples=r_train.examples,
+        r_train_digest=tensors_digest(r_train.tensors()),
     )
 
 
@@ -250,8 +248,8 @@ def _autocorrelation(
     windows: WindowsEntry,
     settings: IndexSettings,
     bar: Progress,
-) -> tuple[Float[Tensor, "blocks dim dim"], int]:
-    """R_train of a sample of the corpus, and the number of its examples.
+) -> TrainAutocorrelation:
+    """R_train of a sample of the corpus.
 
     Raises:
         CorpusError: No record of the sample has a token to score.
@@ -261,15 +259,24 @@ def _autocorrelation(
         drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap, truncate=windows.truncate
     )
     examples = itertools.chain.from_iterable(sample)
-    sums = Autocorrelation(len(model.blocks), settings.side**2, device=model.device)
+    blocks, sums = len(model.blocks), None
+    few: list[Tensor] = []
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
-        sums.add(projected(projector, part, bar.advance)[0])
-    if not sums.examples:
+        few.append(projected(projector, part, bar.advance)[0])
+        if sums is None and stores_autocorrelation(sum(map(len, few)), settings.side):
+            sums = Autocorrelation(blocks, settings.side**2, device=model.device)
+        if sums is not None:
+            for phi in few:
+                sums.add(phi)
+            few = []
+    if sums is None and not few:
         raise CorpusError(
             f"{corpus.name}: no record of it has a token to score; expected texts of two tokens or more, "
             "with targets among them"
         )
-    return sums.mean().cpu(), sums.examples
+    if sums is None:
+        return FewExamples(phi=torch.cat(few), blocks=blocks)
+    return SquareAutocorrelation(matrices=sums.final_mean().cpu(), examples=sums.examples)
 
 
 def _pass_over(

@@ -33,7 +33,7 @@ from trackstar.baselines.gradients import GradientMethod, IndexedGradients, chec
 from trackstar.corpus import Query, TokenizedExample
 from trackstar.corpus.digests import draw_bytes
 from trackstar.curvature.autocorrelation import Autocorrelation
-from trackstar.curvature.task import stored_matrices
+from trackstar.curvature.task import train_autocorrelation
 from trackstar.curvature.whitening import shrinkage_damping, shrinkage_of_traces, whitening
 from trackstar.errors import CurvatureError
 from trackstar.gradients.projector import GradientProjector
@@ -88,7 +88,7 @@ class TRAKRetriever:
         index, model, progress = self._gradients.index, self._gradients.model, self._gradients.progress
         phi = self._gradients.phi_of(queries)
         if self._per == "examples":
-            r, count = stored_matrices(index, "autocorrelation"), index.rows
+            r, count = train_autocorrelation(index).square(), index.rows
         else:
             r, count = token_autocorrelation(
                 index, model, seed=self._seed, batch_tokens=self._batch_tokens, progress=progress

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trackstar.curvature.whitening import Whitening
+from trackstar.curvature.whitening import AnyWhitening
 from trackstar.errors import OptionError
 from trackstar.store import StoredRows, quantized_bits
 
@@ -80,15 +80,16 @@ class TaskWhitening:
         """Most directions of a block; 0 if R is R_train alone."""
         return self.directions.shape[1]
 
-    def in_gradients(self, train: Whitening) -> "GradientDirections":
+    def in_gradients(self, train: AnyWhitening) -> "GradientDirections":
         """The task's directions in φ's space.
 
         Args:
             train: W_train.
         """
-        directions = torch.empty(self.directions.shape)
-        for number, (v, w) in enumerate(zip(self.directions, train.factors, strict=True)):
-            directions[number] = (v @ w.double()).float() if len(v) else v.float()
+        blocks, rank, dim = self.directions.shape
+        rows = self.directions.transpose(0, 1).reshape(rank, blocks * dim).float()
+        turned = train.apply_transposed(rows) if rank else rows
+        directions = turned.reshape(rank, blocks, dim).transpose(0, 1).contiguous()
         return GradientDirections(directions=directions, weights=self.weights, mixing=self.mixing)
 
     def apply_inverse(self, coordinates: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:

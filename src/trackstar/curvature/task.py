@@ -15,16 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trackstar.corpus.digests import digest_of_fields
-from trackstar.curvature.autocorrelation import autocorrelation
 from trackstar.curvature.low_rank import TaskWhitening
+from trackstar.curvature.low_rank_whitening import LowRankWhitening
 from trackstar.curvature.mixing import (
     MIN_TASK_QUERIES,
     Mixing,
     mixing_by_spectra,
-    spectrum_of_autocorrelation,
     spectrum_of_examples,
 )
-from trackstar.curvature.whitening import Whitening, shrinkage_damping, whitening
+from trackstar.curvature.train_autocorrelation import FewExamples, SquareAutocorrelation, TrainAutocorrelation
+from trackstar.curvature.whitening import AnyWhitening, Whitening
 from trackstar.errors import DamagedIndexError, OptionError, check_damping, check_mixing
 from trackstar.store import Index, Manifest, Place, StoredRows
 
@@ -69,7 +69,7 @@ class TaskCorrection:
     damping: float
     damping_rule: str
     whitening: StoredWhitening
-    train: Whitening | None
+    train: AnyWhitening | None
     key: str
 
     def coordinates(self, phi: Float[Tensor, "rows dimensions"]) -> Float[Tensor, "rows dimensions"]:
@@ -109,10 +109,9 @@ def task_correction(
     chosen = choose_mixing(task, lambda: train_spectrum(index), blocks=blocks, given=mixing)
     entry = index.manifest.whitening
     if entry is None:
-        r_train = stored_matrices(index, "autocorrelation")
         names = [block.name for block in index.manifest.layer_blocks]
         return mixed_correction(
-            r_train, index.rows, task, chosen, damping=damping, names=names, source=index.manifest.to_json()
+            train_autocorrelation(index), task, chosen, damping=damping, names=names, source=index.manifest.to_json()
         )
     train = train_whitening(index)
     u = train.apply(task) if len(task) and chosen.value > 0 else task
@@ -150,41 +149,63 @@ def check_choices(index: Index, *, mixing: float | None, damping: float | None) 
         )
 
 
-def train_whitening(index: Index) -> Whitening:
+def train_whitening(index: Index) -> AnyWhitening:
     """W_train of an index in whitened coordinates.
 
     Raises:
         DamagedIndexError: W_train is missing, not as it was written, or not one matrix per layer
             block.
     """
-    return Whitening(factors=stored_matrices(index, "whitening"), triangular=False)
+    return checked_whitening(index.tensors("whitening"), index.path, index.manifest)
 
 
-def stored_matrices(index: Index, name: str) -> Float[Tensor, "blocks dim dim"]:
-    """`autocorrelation` or `whitening` of an index.
-
-    Raises:
-        DamagedIndexError: The tensor is missing, not as it was written, or not one finite matrix
-            per layer block.
-    """
-    return checked_matrices(index.tensors(name), name, index.path, index.manifest)
-
-
-def checked_matrices(
-    tensors: Mapping[str, Tensor], name: str, path: Place, manifest: Manifest
-) -> Float[Tensor, "blocks dim dim"]:
-    """`autocorrelation` or `whitening`, from the tensors of the file of that name in the index at
-    `path`.
+def train_autocorrelation(index: Index) -> TrainAutocorrelation:
+    """R_train of an index in projected coordinates: the stored matrices, or the rows of few examples.
 
     Raises:
-        DamagedIndexError: The tensor is missing, or not one finite matrix per layer block.
+        DamagedIndexError: R_train is missing, not as it was written, or not one finite matrix per
+            layer block.
     """
+    manifest, blocks = index.manifest, len(index.manifest.layer_blocks)
+    stored = manifest.completion is None or manifest.completion.autocorrelation_digest is not None
+    if not stored:
+        return FewExamples(phi=torch.cat([chunk.stored.decode() for chunk in index.iterate(1024)]), blocks=blocks)
     dim = manifest.projection.side**2
-    expected = (len(manifest.layer_blocks), dim, dim)
+    found = index.tensors("autocorrelation")
+    matrices = _checked(found, "autocorrelation", (blocks, dim, dim), index.path / "autocorrelation.safetensors")
+    return SquareAutocorrelation(matrices=matrices, examples=index.rows)
+
+
+def checked_whitening(tensors: Mapping[str, Tensor], path: Place, manifest: Manifest) -> AnyWhitening:
+    """W_train, from the tensors of whitening.safetensors in the index at `path`.
+
+    Raises:
+        DamagedIndexError: A tensor is missing, not finite or of another shape than the manifest's.
+    """
+    file = path / "whitening.safetensors"
+    dim, blocks, entry = manifest.projection.side**2, len(manifest.layer_blocks), manifest.whitening
+    assert entry is not None, "the index's coordinates are whitened"
+    if entry.rank is None:
+        return Whitening(factors=_checked(tensors, "whitening", (blocks, dim, dim), file), triangular=False)
+    ridges = _checked(tensors, "ridges", (blocks,), file)
+    values = _checked(tensors, "values", (blocks, entry.rank), file)
+    if not (ridges > 0).all() or not (values >= 0).all():
+        raise DamagedIndexError(f"{file}: expected positive ridges and no negative value; build the index again")
+    return LowRankWhitening(
+        directions=_checked(tensors, "directions", (blocks, entry.rank, dim), file),
+        values=values, ridges=ridges, seed=manifest.projection.seed,
+    )  # fmt: skip
+
+
+def _checked(tensors: Mapping[str, Tensor], name: str, expected: tuple[int, ...], file: Place) -> Tensor:
+    """A float32 tensor of an index's file, if its shape is the expected one and its entries are finite.
+
+    Raises:
+        DamagedIndexError: It is missing, or not so.
+    """
     found = tensors.get(name)
-    file = path / f"{name}.safetensors"
     if found is None or found.dtype is not torch.float32 or tuple(found.shape) != expected:
-        what = "no tensor of that name" if found is None else f"{found.dtype} {list(found.shape)}"
+        what = f"no tensor `{name}`" if found is None else f"{found.dtype} {list(found.shape)} for `{name}`"
         raise DamagedIndexError(f"{file}: expected float32 {list(expected)}, found {what}; build the index again")
     if not torch.isfinite(found).all():
         raise DamagedIndexError(f"{file}: expected finite numbers, found NaN or infinite ones; build the index again")
@@ -192,8 +213,7 @@ def checked_matrices(
 
 
 def mixed_correction(
-    r_train: Float[Tensor, "blocks dim dim"],
-    examples: int,
+    r_train: TrainAutocorrelation,
     task: Float[Tensor, "queries dimensions"],
     mixing: Mixing,
     *,
@@ -205,7 +225,6 @@ def mixed_correction(
 
     Args:
         r_train: R_train.
-        examples: Number of examples that R_train is the mean of.
         task: φ of the task's queries.
         mixing: λ.
         damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
@@ -218,14 +237,13 @@ def mixed_correction(
     """
     rule = "given"
     if damping is None:
-        damping = shrinkage_damping(r_train, examples)
-        rule = f"shrinkage of R_train as a mean over {examples:,} examples"
-    r_eval = autocorrelation(task, len(r_train)) if mixing.value > 0 else None
+        damping = r_train.shrinkage()
+        rule = f"shrinkage of R_train as a mean over {r_train.examples:,} examples"
     return TaskCorrection(
         mixing=mixing,
         damping=damping,
         damping_rule=rule,
-        whitening=whitening(r_train, r_eval, mixing=mixing.value, damping=damping, names=names),
+        whitening=r_train.whitening(task, mixing=mixing.value, damping=damping, names=names),
         train=None,
         key=_key(source, task, mixing.value, damping),
     )
@@ -243,15 +261,14 @@ def train_spectrum(index: Index) -> Float[Tensor, "eigenvalues"]:
     cached = (index.load_derived("train-spectrum") or {}).get("values")
     if cached is not None and cached.is_floating_point() and cached.ndim == 1 and torch.isfinite(cached).all():
         return cached
-    blocks = len(index.manifest.layer_blocks)
     entry = index.manifest.whitening
     if entry is not None:
-        values = spectrum_of_autocorrelation(train_whitening(index).autocorrelation(entry.damping))
-    elif index.rows < index.dimensions // blocks:
+        values = train_whitening(index).spectrum(entry.damping)
+    elif index.rows < index.manifest.projection.side**2:
         phi = torch.cat([chunk.stored.decode() for chunk in index.iterate(1024)])
-        values = spectrum_of_examples(phi, blocks)
+        values = spectrum_of_examples(phi, len(index.manifest.layer_blocks))
     else:
-        values = spectrum_of_autocorrelation(stored_matrices(index, "autocorrelation"))
+        values = train_autocorrelation(index).spectrum()
     index.save_derived("train-spectrum", {"values": values})
     return values
 

@@ -3,19 +3,21 @@
 
 Scores need any W with WᵀW = R⁻¹: the inner products Wφ·Wφ' = φᵀR⁻¹φ' and the norms are those of the
 symmetric R^(-1/2) in Eq. 2. W is the inverse Cholesky factor, which costs a fraction of an
-eigendecomposition.
+eigendecomposition. If R is the mean of few examples' φφᵀ, with a ridge, W is kept in low-rank form
+instead (`low_rank_whitening`).
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trackstar.curvature.mixing import mixed
-from trackstar.errors import CurvatureError, OptionError, check_damping
+from trackstar.curvature.low_rank_whitening import LowRankWhitening, no_gradient, nothing_left, singular
+from trackstar.curvature.mixing import mixed, spectrum_of_autocorrelation
+from trackstar.curvature.rotation import Rotation
+from trackstar.errors import CurvatureError, check_damping
 from trackstar.store import StoredRows
 
 
@@ -58,18 +60,25 @@ class Whitening:
     factors: Float[Tensor, "blocks dim dim"]
     triangular: bool = True
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that an index stores."""
+        return {"whitening": self.factors}
+
+    def to(self, device: torch.device) -> "Whitening":
+        """The same on another device."""
+        return dataclasses.replace(self, factors=self.factors.to(device))
+
     def rotated(self, seed: int) -> "Whitening":
         """QW with a random rotation Q: an equally good whitening, whose coordinates have similar
         distributions.
 
         Low-bit codes lose more on coordinates whose tails differ.
         """
-        dim = self.factors.shape[1]
-        generator = np.random.Generator(np.random.Philox(key=seed))
-        normal = torch.from_numpy(generator.standard_normal((dim, dim), dtype=np.float32)).to(self.factors)
-        rotation, triangle = torch.linalg.qr(normal)
-        rotation *= triangle.diagonal().sign()  # uniform over rotations (Mezzadri 2007), and unique
-        return Whitening(factors=torch.matmul(rotation, self.factors), triangular=False)
+        rotation = Rotation(dim=self.factors.shape[1], seed=seed)
+        turned = torch.empty_like(self.factors)
+        for out, factor in zip(turned, self.factors, strict=True):
+            out.copy_(rotation.apply(factor.T).T)  # Q times each column
+        return Whitening(factors=turned, triangular=False)
 
     def apply(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
         """Wφ, whose inner products are φᵀR⁻¹φ'."""
@@ -84,6 +93,15 @@ class Whitening:
     def apply_transposed(self, whitened: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
         """Wᵀu, whose inner product with φ is u·Wφ."""
         return self._each(whitened, self.factors)
+
+    def spectrum(self, damping: float) -> Float[Tensor, "eigenvalues"]:
+        """Eigenvalues of the R_train that W was computed from with this damping, all blocks pooled,
+        descending.
+
+        Raises:
+            CurvatureError: WᵀW of a block is singular.
+        """
+        return spectrum_of_autocorrelation(self.autocorrelation(damping))
 
     def autocorrelation(self, damping: float) -> Iterator[Float64[Tensor, "dim dim"]]:
         """The R_train that W was computed from with this damping, block by block: R_train + cI =
@@ -127,6 +145,10 @@ class Whitening:
         return torch.bmm(phi, right).transpose(0, 1).reshape(count, -1)
 
 
+AnyWhitening = Whitening | LowRankWhitening
+"""W in one of its two forms, which have the same methods."""
+
+
 def whitening(
     train: Float[Tensor, "blocks dim dim"],
     evaluation: Float[Tensor, "blocks dim dim"] | None = None,
@@ -134,6 +156,7 @@ def whitening(
     mixing: float = 0.0,
     damping: float = 0.0,
     names: Sequence[str] | None = None,
+    rotation: int | None = None,
 ) -> Whitening:
     """W of each layer block with W R Wᵀ = I, where R = λ R_eval + (1-λ)(R_train + cI) (Eq. 2-3).
 
@@ -143,6 +166,8 @@ def whitening(
         mixing: λ.
         damping: c, as a fraction of the mean eigenvalue of each block of R_train; 0 is the paper.
         names: The blocks' names, for errors.
+        rotation: Seed of a random rotation of the coordinates; see `Whitening.rotated`. None rotates
+            nothing.
 
     Returns:
         W of every block, computed in float64 and kept in float32.
@@ -155,37 +180,26 @@ def whitening(
     """
     check_damping(damping)
     factors = torch.empty_like(train, dtype=torch.float32)
+    turned = None if rotation is None else Rotation(dim=train.shape[1], seed=rotation)
     for number, block in enumerate(train):
         name = names[number] if names else f"block {number}"
         r = mixed(None if evaluation is None else evaluation[number], block, mixing, damping=damping)
-        factors[number] = _inverse_factor(r, name, mixing=mixing, damping=damping)
-        if not factors[number].diagonal().all():
-            raise OptionError(
-                f"`damping`: nothing is left of R_train in single precision, found {damping:g}; pass a smaller value"
-            )
-    return Whitening(factors=factors)
+        factor = _inverse_factor(r, name, mixing=mixing, damping=damping).float()
+        if not factor.diagonal().all():
+            raise nothing_left(damping)
+        factors[number] = factor if turned is None else turned.apply(factor.T).T
+    return Whitening(factors=factors, triangular=turned is None)
 
 
 def _inverse_factor(r: Float64[Tensor, "dim dim"], name: str, *, mixing: float, damping: float) -> Tensor:
     """L⁻¹ of R = LLᵀ."""
     mean_eigenvalue = float(r.diagonal().mean())
     if not mean_eigenvalue > 0:
-        raise CurvatureError(
-            f"{name}: expected a positive mean eigenvalue of R, found {mean_eigenvalue:g}; no example has a gradient "
-            "in this block"
-        )
+        raise no_gradient(name, mean_eigenvalue)
     factor, failed = torch.linalg.cholesky_ex(r)
     # Rounding can let a singular matrix through; its factor then has a pivot of rounding's size.
     smallest = float(factor.diagonal().min()) ** 2 if not failed else 0.0
     if failed or smallest < 1e-10 * mean_eigenvalue:
-        if mixing == 1:
-            raise CurvatureError(
-                f"{name}: R is singular with `mixing=1`, where it is R_eval alone and not damped; expected more task "
-                f"queries than its {len(r)} dimensions; pass a smaller `mixing`"
-            )
-        raise CurvatureError(
-            f"{name}: R is singular with damping {damping:g}; expected more examples than its {len(r)} dimensions; "
-            "pass more damping, such as `damping=0.1`"
-        )
+        raise singular(name, len(r), mixing=mixing, damping=damping)
     identity = torch.eye(len(r), dtype=torch.float64, device=r.device)
     return torch.linalg.solve_triangular(factor, identity, upper=False)

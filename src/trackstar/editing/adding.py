@@ -152,7 +152,7 @@ def _index_corpus(
     w_train = None
     if manifest.whitening is not None:
         w_train = train_whitening(index)
-        writer.write_tensors("whitening", {"whitening": w_train.factors})
+        writer.write_tensors("whitening", w_train.tensors())
     setup = GradientSetup(manifest=manifest, second_moment=second_moment, batch_tokens=batch_tokens)
     make_rows = rows_by(THIS_PROCESS, model, setup, RowWork.of(manifest, w_train), bar)
     end = write_shards(writer, corpus, model, make_rows, advance=bar.advance)

@@ -4,7 +4,7 @@ import dataclasses
 
 from trackstar.choices import CodecName
 from trackstar.curvature.task import train_spectrum
-from trackstar.curvature.whitening import Whitening
+from trackstar.curvature.whitening import AnyWhitening
 from trackstar.editing.rewriting import check_apart, rewrite
 from trackstar.errors import OptionError
 from trackstar.indexing.settings import IndexSettings
@@ -52,7 +52,7 @@ def convert_index(
             f"`codec`: expected no more bits than {old.codec}, the codec of {index.path}, found {codec}; choose "
             "another, or index the corpus with `build_index`"
         )
-    w_train: Whitening | None = None
+    w_train: AnyWhitening | None = None
     manifest = dataclasses.replace(relocated(old, index.path, as_folder(out)), codec=codec)
     if old.whitening is None and codec_bits(codec) <= 8:
         source = f"of all {index.rows} examples of the index"

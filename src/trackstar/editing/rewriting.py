@@ -16,7 +16,7 @@ from torch import Tensor
 from trackstar.corpus import TokenizedExample
 from trackstar.corpus.digests import digest_of_parts
 from trackstar.curvature.task import train_whitening
-from trackstar.curvature.whitening import Whitening
+from trackstar.curvature.whitening import AnyWhitening
 from trackstar.editing.duplicates import Rename, record_count
 from trackstar.errors import OptionError
 from trackstar.indexing.shard_writing import RunningAutocorrelation
@@ -62,7 +62,7 @@ def rewrite(
     recode: Recode | None = None,
     keep: Callable[[TokenizedExample], bool] | None = None,
     rename: Rename | None = None,
-    w_train: Whitening | None = None,
+    w_train: AnyWhitening | None = None,
     rows: int | None = None,
     title: str,
     progress: bool,
@@ -104,7 +104,7 @@ def write_rows(
     recode: Recode | None = None,
     keep: Callable[[TokenizedExample], bool] | None = None,
     rename: Rename | None = None,
-    w_train: Whitening | None = None,
+    w_train: AnyWhitening | None = None,
     bar: Progress,
 ) -> None:
     """Write rows of the sources, starting at the first missing shard, and finish the index.
@@ -126,7 +126,7 @@ def write_rows(
         r_train = RunningAutocorrelation(writer)
     else:
         whitening = w_train if w_train is not None else train_whitening(first)
-        writer.write_tensors("whitening", {"whitening": whitening.factors})
+        writer.write_tensors("whitening", whitening.tensors())
     pieces = _pieces(sources, keep, skip=writer.resume_point.row)
     for new_shard in _new_shards(pieces, manifest.shard_examples):
         content = new_shard.content(recode)
@@ -137,7 +137,7 @@ def write_rows(
             r_train.add(written)
         bar.advance(written.rows)
     if r_train is not None:
-        writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
+        r_train.write()
     writer.finish(records=sum(map(record_count, sources)), skipped=sum(map(_skipped_count, sources)))
 
 

@@ -191,8 +191,7 @@ def finish_index(out: str | Place, *, progress: bool = True) -> Index:
                 f"{folder}: its shards hold {writer.resume_point.row} examples, expected {end.rows}; {advice}"
             )
         if manifest.coordinates == "projected":
-            mean = RunningAutocorrelation(writer).mean()
-            writer.write_tensors("autocorrelation", {"autocorrelation": mean})
+            RunningAutocorrelation(writer).write()
         if end.skipped:
             bar.note(f"{end.skipped} of {end.records} records have no token to score and were left out")
         writer.finish(records=end.records, skipped=end.skipped)

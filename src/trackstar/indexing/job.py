@@ -100,10 +100,14 @@ class IndexJob:
         manifest = self.manifest
         blocks = len(manifest.layer_blocks)
         kib = row_bytes(manifest.codec, manifest.dimensions, blocks) / 1024
-        mib = blocks * manifest.projection.side**4 * 4 / 2**20
+        if self.train is None:
+            r_train = f"R: at most {blocks * manifest.projection.side**4 * 4 / 2**20:,.1f} MiB"
+        else:
+            stored = sum(tensor.nbytes for tensor in self.train.whitening.tensors().values())
+            r_train = f"W_train: {stored / 2**20:,.1f} MiB"
         bar.note(
             f"{manifest.coordinates}: {manifest.dimensions:,} dimensions, {manifest.codec}, {kib:,.1f} KiB per "
-            f"example; R: {mib:,.1f} MiB, which grows with the fourth power of `side`"
+            f"example; {r_train}"
         )
         raised = floored_entries(moment)
         if raised:
@@ -114,7 +118,7 @@ class IndexJob:
         if moment.kind != "none":
             writer.write_tensors("second_moment", moment.tensors())
         if self.train is not None:
-            writer.write_tensors("whitening", {"whitening": self.train.whitening.factors})
+            writer.write_tensors("whitening", self.train.whitening.tensors())
 
     def fill(self, writer: IndexWriter, bar: Progress) -> None:
         """Write every missing shard, and complete the index."""

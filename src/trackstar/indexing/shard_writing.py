@@ -17,13 +17,23 @@ from torch import Tensor
 from trackstar.choices import CodecName
 from trackstar.corpus import TokenizedExample
 from trackstar.curvature.autocorrelation import Autocorrelation
-from trackstar.curvature.whitening import Whitening
+from trackstar.curvature.whitening import AnyWhitening
 from trackstar.errors import CorpusError
 from trackstar.gradients.projector import GradientProjector
 from trackstar.indexing.groups import CorpusPosition, ExampleSource, FinishedShard, Group, SampledGradients, ShardGroups
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.store import Index, IndexWriter, Manifest, Shard, ShardContent, StoredRows, encode, have_shapes
+from trackstar.store import (
+    Index,
+    IndexWriter,
+    Manifest,
+    Shard,
+    ShardContent,
+    StoredRows,
+    encode,
+    have_shapes,
+    stores_autocorrelation,
+)
 from trackstar.workers.protocol import Workers
 from trackstar.workers.setups import GradientSetup
 from trackstar.workers.stored_losses import check_sample
@@ -58,11 +68,11 @@ class RowWork:
 
     codec: CodecName
     blocks: int
-    train: Whitening | None
-    moved: dict[torch.device, Whitening] = dataclasses.field(default_factory=dict)
+    train: AnyWhitening | None
+    moved: dict[torch.device, AnyWhitening] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, manifest: Manifest, train: Whitening | None = None) -> "RowWork":
+    def of(cls, manifest: Manifest, train: AnyWhitening | None = None) -> "RowWork":
         """The work for an index with this manifest."""
         return cls(codec=manifest.codec, blocks=len(manifest.layer_blocks), train=train)
 
@@ -98,7 +108,7 @@ class RowWork:
         if phi is not None and self.train is not None:
             device = projector.device
             if device not in self.moved:
-                self.moved[device] = dataclasses.replace(self.train, factors=self.train.factors.to(device))
+                self.moved[device] = self.train.to(device)
             stored = encode(self.moved[device].apply(phi.to(device)), self.codec, self.blocks).to("cpu")
         return stored, losses
 
@@ -187,7 +197,7 @@ def write_shards(
     if not writer.shards_done:
         raise no_example_error(corpus, groups.end)
     if r_train is not None:
-        writer.write_tensors("autocorrelation", {"autocorrelation": r_train.mean()})
+        r_train.write()
     return groups.end
 
 
@@ -220,41 +230,67 @@ def _documents(examples: Sequence[TokenizedExample], places: Iterable[int]) -> i
 class RunningAutocorrelation:
     """R_train summed over shards as stored, so that it is a function of the finished shards alone.
 
+    Nothing is summed until the index has so many examples that it stores R_train
+    (`stores_autocorrelation`).
+
     Args:
         writer: The open index.
-        device: Device of the sums, which take blocks × side⁴ × 8 bytes (2 GiB in the paper's
-            setting).
+        device: Device of the sums, which take 1.1 GiB in the paper's setting.
     """
 
     def __init__(self, writer: IndexWriter, *, device: torch.device | str = "cpu") -> None:
-        manifest = writer.manifest
         self._writer = writer
-        blocks = len(manifest.layer_blocks)
-        self._sums = Autocorrelation(blocks, manifest.projection.side**2, device=device)
-        counted, saved = writer.load_progress()
-        if not have_shapes(saved, sums=tuple(self._sums.sums.shape)):
-            counted = 0
-        if counted:
-            self._sums.sums.copy_(saved["sums"])
-            self._sums.examples = sum(shard.rows for shard in writer.shards_done[:counted])
+        self._device = device
+        self._rows = sum(shard.rows for shard in writer.shards_done)
+        self._sums: Autocorrelation | None = None
         self._saved = time.monotonic()
-        for shard in writer.shards_done[counted:]:
-            self._add_rows(shard)
+        if self._are_many:
+            self._begin(writer.load_progress())
+
+    @property
+    def _are_many(self) -> bool:
+        return stores_autocorrelation(self._rows, self._writer.manifest.projection.side)
 
     def add(self, shard: Shard) -> None:
-        """Add a shard that was just written; save the sums every ten minutes."""
-        self._add_rows(shard)
+        """Add a shard that the writer has just written or adopted; save the sums every ten minutes."""
+        self._rows += shard.rows
+        if self._sums is None:
+            if self._are_many:
+                self._begin((0, {}))
+            return
+        self._add_rows(self._sums, shard)
         if time.monotonic() - self._saved > _SAVE_PROGRESS_EVERY:
-            self._writer.save_progress({"sums": self._sums.sums.cpu()})
+            self._writer.save_progress({name: sums.cpu() for name, sums in _named(self._sums).items()})
             self._saved = time.monotonic()
 
-    def mean(self) -> Tensor:
-        """R_train."""
-        return self._sums.mean().cpu()
+    def write(self) -> None:
+        """Write R_train into the index, unless its few examples stand for it; nothing can be added afterwards."""
+        if self._sums is not None:
+            mean = self._sums.final_mean().cpu()
+            self._writer.write_tensors("autocorrelation", {"autocorrelation": mean})
 
-    def _add_rows(self, shard: Shard) -> None:
+    def _begin(self, progress: tuple[int, dict[str, Tensor]]) -> None:
+        """Sum all shards so far, from saved sums on."""
+        manifest = self._writer.manifest
+        sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=self._device)
+        counted, saved = progress
+        named = _named(sums)
+        if not have_shapes(saved, **{name: tuple(part.shape) for name, part in named.items()}):
+            counted = 0
+        if counted:
+            for name, part in named.items():
+                part.copy_(saved[name])
+            sums.examples = sum(shard.rows for shard in self._writer.shards_done[:counted])
+        for shard in self._writer.shards_done[counted:]:
+            self._add_rows(sums, shard)
+        self._sums = sums
+
+    def _add_rows(self, sums: Autocorrelation, shard: Shard) -> None:
         stored = shard.stored
         for first in range(0, shard.rows, _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
-            device = self._sums.sums.device
-            self._sums.add(stored[rows].to(device).decode())
+            sums.add(stored[rows].to(self._device).decode())
+
+
+def _named(sums: Autocorrelation) -> dict[str, Tensor]:
+    return {f"sums.{number}": part for number, part in enumerate(sums.sums)}

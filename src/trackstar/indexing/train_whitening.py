@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import final
 
 from trackstar.corpus import Corpus, Example
-from trackstar.curvature.task import checked_matrices, stored_matrices
-from trackstar.curvature.whitening import Whitening, shrinkage_damping, whitening
+from trackstar.curvature.low_rank_whitening import LowRankWhitening
+from trackstar.curvature.task import checked_whitening, train_autocorrelation
+from trackstar.curvature.whitening import AnyWhitening
 from trackstar.errors import DamagedIndexError, IndexMismatchError
 from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, write_shards
@@ -49,7 +50,7 @@ class TrainWhitening:
     """
 
     entry: WhiteningEntry
-    whitening: Whitening
+    whitening: AnyWhitening
 
     @classmethod
     def of_index(cls, index: Index, *, damping: float | None, source: str) -> "TrainWhitening":
@@ -64,12 +65,13 @@ class TrainWhitening:
         Raises:
             CurvatureError: R_train cannot be inverted.
         """
-        r_train = stored_matrices(index, "autocorrelation")
-        chosen = shrinkage_damping(r_train, index.rows) if damping is None else damping
+        r_train = train_autocorrelation(index)
+        chosen = r_train.shrinkage() if damping is None else damping
         names = [block.name for block in index.manifest.layer_blocks]
-        rotated = whitening(r_train, damping=chosen, names=names).rotated(index.manifest.projection.seed)
-        digest = tensors_digest({"whitening": rotated.factors})
-        return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest), whitening=rotated)
+        rotated = r_train.whitening(damping=chosen, names=names, rotation=index.manifest.projection.seed)
+        rank = rotated.rank if isinstance(rotated, LowRankWhitening) else None
+        digest = tensors_digest(rotated.tensors())
+        return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest, rank=rank), whitening=rotated)
 
     @classmethod
     def written_in(cls, out: str | Place, *, damping: float | None, source: str) -> "TrainWhitening | None":
@@ -87,8 +89,9 @@ class TrainWhitening:
             return None
         with contextlib.suppress(DamagedIndexError):
             folder = as_folder(out)
-            factors = checked_matrices(IndexTensors(folder).read("whitening", begun), "whitening", folder, begun)
-            return cls(entry=entry, whitening=Whitening(factors=factors, triangular=False))
+            return cls(
+                entry=entry, whitening=checked_whitening(IndexTensors(folder).read("whitening", begun), folder, begun)
+            )
         return None
 
 
@@ -128,7 +131,7 @@ def check_begun(out: Place, manifest: Manifest, settings: IndexSettings) -> None
     if settings.whitened:
         source = sample_source(settings.whitening_examples, settings.seed)
         entry, damping = begun.whitening, settings.damping
-        requested = WhiteningEntry(source=source, damping=0.0, digest="") if entry is None else entry
+        requested = WhiteningEntry(source=source, damping=0.0, digest="", rank=None) if entry is None else entry
         if entry is not None and (entry.source != source or damping not in (None, entry.damping)):
             wanted = source if damping is None else f"{source}, damping {damping!r}"
             raise IndexMismatchError(

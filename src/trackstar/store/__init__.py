@@ -8,7 +8,7 @@ byte, with a digest over every file.
 from trackstar.store.codecs import StoredRows, codec_bits, encode, quantized_bits, row_bytes
 from trackstar.store.files.places import Place, as_folder, is_url, lies_in, place_name
 from trackstar.store.index_tensors import IndexTensors, have_shapes, tensors_digest
-from trackstar.store.manifest import FORMAT_VERSION, Manifest, differences, load_manifest
+from trackstar.store.manifest import FORMAT_VERSION, Manifest, differences, load_manifest, stores_autocorrelation
 from trackstar.store.manifest_entries import (
     CompletionEntry,
     CorpusEntry,
@@ -77,6 +77,7 @@ __all__ = [
     "refuse_foreign_folder",
     "remove_end",
     "row_bytes",
+    "stores_autocorrelation",
     "tensors_digest",
     "verify",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from trackstar.errors import DamagedIndexError, IndexMismatchError
 from trackstar.store.files.durable import exists
 from trackstar.store.files.places import Place
-from trackstar.store.manifest import Manifest
+from trackstar.store.manifest import Manifest, stores_autocorrelation
 from trackstar.store.shards import Shard
 from trackstar.store.tensor_file import (
     TensorFile,
@@ -130,10 +130,21 @@ class IndexTensors:
         return self._path / f"{name}.safetensors"
 
 
-def needed_tensors(manifest: Manifest) -> tuple[str, ...]:
-    """Names of the tensors that a finished index with this manifest has."""
+def needed_tensors(manifest: Manifest, rows: int = 0) -> tuple[str, ...]:
+    """Names of the tensors that a finished index with this manifest has.
+
+    Args:
+        manifest: The manifest, finished or not.
+        rows: Number of examples that an unfinished index will have; `stores_autocorrelation` depends on it.
+    """
     second_moment = () if manifest.second_moment.digest is None else (SECOND_MOMENT,)
-    return (*second_moment, AUTOCORRELATION if manifest.whitening is None else WHITENING)
+    if manifest.whitening is not None:
+        return (*second_moment, WHITENING)
+    if manifest.completion is not None:
+        stored = manifest.completion.autocorrelation_digest is not None
+    else:
+        stored = stores_autocorrelation(rows, manifest.projection.side)
+    return (*second_moment, AUTOCORRELATION) if stored else second_moment
 
 
 def _manifest_digest(name: str, manifest: Manifest) -> str | None:

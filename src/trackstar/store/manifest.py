@@ -35,7 +35,7 @@ from trackstar.store.manifest_entries import (
 from trackstar.store.strict_json import FieldError, parse_object, read_strictly
 from trackstar.text import Words, abridged, cut
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 OLDEST_FORMAT_VERSION = 3
 """The oldest version that is read; its indexes are never extended, only copied into the current one."""
 DIGEST_FIELD = "digest"
@@ -241,6 +241,19 @@ def load_manifest(path: str | Place) -> Manifest | None:
     return Manifest.from_json(text, file=str(file))
 
 
+def stores_autocorrelation(rows: int, side: int) -> bool:
+    """Whether an index in projected coordinates stores R_train.
+
+    With fewer examples than a third of a block's dimensions, their rows are a smaller form of R_train, and
+    nothing else is stored.
+
+    Args:
+        rows: Number of examples.
+        side: √d; a block has side² dimensions.
+    """
+    return 3 * rows >= side**2
+
+
 def shard_file_name(number: int) -> str:
     """Name under shards/ of the file of shard `number`, counted from 0."""
     return f"{number:06d}.safetensors"
@@ -350,6 +363,9 @@ def _check_settings(manifest: Manifest) -> None:
     _expect("codec", manifest.codec, manifest.codec in CODECS, f"one of {', '.join(CODECS)}")
     if manifest.coordinates == "whitened":
         _expect("whitening", None, manifest.whitening is not None, "the whitening of whitened coordinates")
+        rank = None if manifest.whitening is None else manifest.whitening.rank
+        fits = rank is None or 0 <= rank <= side**2
+        _expect("whitening.rank", rank, fits, f"null, or 0 to {side**2}, the dimensions of a block")
     else:
         _expect("whitening", manifest.whitening, manifest.whitening is None, "null for projected coordinates")
     _expect("corpora", manifest.corpora, len(manifest.corpora) >= 1, "at least one corpus")
@@ -381,9 +397,12 @@ def _check_completion(manifest: Manifest, completion: CompletionEntry) -> None:
         last = number == len(completion.shards) - 1
         fits = 1 <= shard.rows <= full if last else shard.rows == full
         _expect(f"{field}.rows", shard.rows, fits, f"1 to {full}" if last else str(full))
-    digest, whitened = completion.autocorrelation_digest, manifest.coordinates == "whitened"
-    expected = "null" if whitened else "a digest"
-    _expect("completion.autocorrelation_digest", digest, (digest is None) == whitened, expected)
+    digest = completion.autocorrelation_digest
+    needed = manifest.coordinates == "projected" and (
+        manifest.format_version < 6 or stores_autocorrelation(completion.rows, manifest.projection.side)
+    )
+    expected = "a digest" if needed else "null"
+    _expect("completion.autocorrelation_digest", digest, (digest is not None) == needed, expected)
     rows = sum(shard.rows for shard in completion.shards)
     _expect("completion.rows", completion.rows, completion.rows == rows, f"{rows}, the sum over the shards")
     for name in ("tokens", "targets", "records", "skipped"):

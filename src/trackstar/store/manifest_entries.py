@@ -45,6 +45,7 @@ ADDED_FIELDS: Mapping[int, Mapping[str, Mapping[str, Any]]] = {
         },
         "windows": {"truncate": False, "pack": None},
     },
+    6: {"whitening": {"rank": None}},
 }
 """By format version and entry, the fields that it added, and what they are in an older manifest."""
 
@@ -186,11 +187,14 @@ class WhiteningEntry:
         source: The examples that R_train is the mean of (descriptive).
         damping: Ridge added to R_train, as a fraction of R_train's mean eigenvalue per block.
         digest: `tensors_digest` of the tensors in whitening.safetensors.
+        rank: Number of directions per layer block if W_train is stored in low-rank form, as it is if
+            R_train is the mean of few examples; None for square matrices.
     """
 
     source: str
     damping: float
     digest: str
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -253,7 +253,10 @@ class IndexWriter:
         assert not self.completed, "the index is finished"
         assert self._shards, "an index has at least one shard"
         assert 0 <= self.resume_point.skipped <= skipped <= records, (records, skipped)
-        digests = {name: self._tensors.open(name, self._manifest).digest for name in needed_tensors(self._manifest)}
+        digests = {
+            name: self._tensors.open(name, self._manifest).digest
+            for name in needed_tensors(self._manifest, self.resume_point.row)
+        }
         completion = CompletionEntry(
             rows=self.resume_point.row,
             tokens=sum(shard.tokens for shard in self._shards),
