@@ -109,6 +109,7 @@ NO_SECOND_MOMENT = SecondMoment(kind="none", moments={}, source="none")
 def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[WeightMatrix]) -> SecondMoment:
     """Return V after checking that each matrix has one of its shape, finite, not negative and not all zero.
 
+    V is moved to main memory, where projections are drawn; an optimizer's state is where its model is.
     V of a fused expert that no token has reached is zero; it becomes the mean over its layer's other
     experts, and `source` says so.
 
@@ -118,7 +119,7 @@ def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[Weight
     """
     if second_moment.kind == "none":
         return second_moment
-    second_moment = _with_unreached_experts(second_moment, matrices)
+    second_moment = _with_unreached_experts(_in_main_memory(second_moment), matrices)
     for matrix in matrices:
         moment = second_moment.moments.get(matrix.name)
         if moment is None:
@@ -140,6 +141,16 @@ def checked_second_moment(second_moment: SecondMoment, matrices: Sequence[Weight
                     '`second_moment="none"`'
                 )
     return second_moment
+
+
+def _in_main_memory(second_moment: SecondMoment) -> SecondMoment:
+    moments: dict[str, Moment] = {}
+    for name, moment in second_moment.moments.items():
+        if isinstance(moment, FactoredMoment):
+            moments[name] = FactoredMoment(row=moment.row.cpu(), column=moment.column.cpu())
+        else:
+            moments[name] = ElementwiseMoment(entries=moment.entries.cpu())
+    return dataclasses.replace(second_moment, moments=moments)
 
 
 def _with_unreached_experts(second_moment: SecondMoment, matrices: Sequence[WeightMatrix]) -> SecondMoment:
