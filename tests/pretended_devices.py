@@ -1,15 +1,16 @@
 """Devices that this machine lacks, pretended on the CPU: tensors on two devices are found without a GPU.
 
 A tensor on a pretended device has its numbers in main memory. As on a real one, an operation with tensors of two
-devices raises, and so does reading a tensor's memory with NumPy. Unlike `FakeTensorMode`, whose tensors have no
-values, loops and branches that depend on values run, and results can be compared with the CPU's.
+devices raises, and so does reading a tensor's memory with NumPy. `FakeTensorMode` has the same rules, but no values
+to branch on, and cannot index a tensor on cuda where torch is built without it. Here such code runs, and its results
+can be compared with the CPU's.
 """
 
 import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -321,7 +322,10 @@ def assert_same_on(device: str, compute: Callable[[str], Any]) -> None:
 
 def assert_same(found: Any, expected: Any) -> None:
     """Assert that values are equal, numbers but for rounding, and that tensors are on the CPU."""
-    if isinstance(expected, (list, tuple)):
+    if isinstance(expected, Mapping):
+        assert sorted(found) == sorted(expected)
+        assert_same([found[key] for key in expected], list(expected.values()))
+    elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
