@@ -8,16 +8,26 @@ with labels and backward, every weight trainable, gradients set to None between 
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from measurement import save
 from trackstar.corpus import TokenizedExample, open_corpus
@@ -45,34 +55,79 @@ CPU_CASES = [name for name in CASES if not name.startswith("1b")]
 BARS = {"llama-135m": 0.62, "neox-14m": 0.75, "llama-1b": 0.75}
 
 
-def make_model(shape: str, dtype: str, device: str) -> PreTrainedModel:
+# Name: class of the configuration and of the model, and the sizes.
+SHAPES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama-135m": (  # SmolLM2-135M
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49_152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "neox-14m": (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "vocab_size": 50_304,
+        },
+    ),
+    "llama-1b": (  # TinyLlama-1.1B
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 32_000,
+        },
+    ),
+    "llama-3.2-1b": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128_256,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 2048,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def make_model(shape: str, dtype: str, device: str, **sizes: Any) -> PreTrainedModel:
+    """A model of a shape of `SHAPES`, with random weights; `sizes` replace some of the shape's."""
     torch.manual_seed(0)
-    if shape == "llama-135m":
-        config = LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49_152,
-            tie_word_embeddings=True,
-        )
-        model = LlamaForCausalLM(config)
-    elif shape == "neox-14m":
-        config = GPTNeoXConfig(
-            hidden_size=128, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4, vocab_size=50_304
-        )
-        model = GPTNeoXForCausalLM(config)
-    else:
-        config = LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=22,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            vocab_size=32_000,
-        )
-        model = LlamaForCausalLM(config)
+    config, model_class, of_shape = SHAPES[shape]
+    with torch.device(device):  # a GPU draws a billion numbers faster
+        model = model_class(config(**of_shape | sizes))
     torch.nn.Module.to(model, device, getattr(torch, dtype))
     return model
 
@@ -93,27 +148,15 @@ def plain_pass(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
         model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
 
 
-class _NoTokenizer:
-    """The benchmark's examples are tokens from the start."""
-
-    is_fast = True
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
+# The benchmark's examples are tokens from the start.
+NO_TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
-NO_TOKENIZER: Any = _NoTokenizer()
-
-
-def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
-    shape, examples_per_batch, tokens, dtype, batches_per_round = CASES[name]
-    trained = make_model(shape, dtype, device).train()
-    model = wrap_model(make_model(shape, dtype, device), NO_TOKENIZER)
-    count = examples_per_batch * batches_per_round
-    vocabulary = model.head.weight.shape[0]
+def random_examples(vocabulary: int, count: int, tokens: int) -> list[TokenizedExample]:
+    """Examples of random tokens, all but the first of them targets."""
     token_ids = np.random.default_rng(0).integers(vocabulary, size=(count, tokens), dtype=np.int32)
     target_mask = np.arange(tokens) > 0
-    examples = [
+    return [
         TokenizedExample(
             example_id=f"e{number}",
             parent_id=f"e{number}",
@@ -125,18 +168,24 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
         )
         for number, row in enumerate(token_ids)
     ]
-    plain_batches = list(torch.from_numpy(token_ids.astype(np.int64)).to(device).split(examples_per_batch))
+
+
+@contextlib.contextmanager
+def indexing_passes(
+    model: LanguageModel, examples: Sequence[TokenizedExample], *, batch_tokens: int, side: int = 64
+) -> Iterator[Callable[[], None]]:
+    """A function that indexes the examples once more, as further records of one index; see the module's text."""
     moment = given_second_moment(model)
     corpus = open_corpus(["tokens made for the benchmark"])
+    count, tokens = len(examples), len(examples[0].token_ids)
     with tempfile.TemporaryDirectory() as folder:
         manifest = make_manifest(
-            model, corpus, moment, IndexSettings(window_tokens=tokens, codec="float16", shard_examples=count)
+            model, corpus, moment,
+            IndexSettings(window_tokens=tokens, side=side, codec="float16", shard_examples=count),
         )  # fmt: skip
         with (
             IndexWriter.open(Path(folder) / "index", manifest) as writer,
-            GradientProjector(
-                model, moment, seed=0, side=64, batch_tokens=examples_per_batch * tokens, note=print
-            ) as projector,
+            GradientProjector(model, moment, seed=0, side=side, batch_tokens=batch_tokens, note=print) as projector,
         ):
             r_train = RunningAutocorrelation(writer, device=model.device)
             work = RowWork.of(writer.manifest)
@@ -150,7 +199,18 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
                 group = Group(shard=len(writer.shards_done), examples=tuple(moved), after=after, sampled=None)
                 r_train.add(writer.write_shard(shard_content([(group, work(projector, group))])))
 
-            times = interleaved(indexing_pass, lambda: plain_pass(trained, plain_batches), rounds, device)
+            yield indexing_pass
+
+
+def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
+    shape, examples_per_batch, tokens, dtype, batches_per_round = CASES[name]
+    trained = make_model(shape, dtype, device).train()
+    model = wrap_model(make_model(shape, dtype, device), NO_TOKENIZER)
+    count = examples_per_batch * batches_per_round
+    examples = random_examples(model.head.weight.shape[0], count, tokens)
+    batches = token_batches(examples, examples_per_batch, device)
+    with indexing_passes(model, examples, batch_tokens=examples_per_batch * tokens) as indexing_pass:
+        times = interleaved(indexing_pass, lambda: plain_pass(trained, batches), rounds, device)
     ratios = [ours / plain for ours, plain in times]
     total = count * tokens
     return {
@@ -165,6 +225,12 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
         "time_ratios": [round(ratio, 4) for ratio in ratios],
         "bar": BARS[shape],
     }
+
+
+def token_batches(examples: Sequence[TokenizedExample], size: int, device: str) -> list[torch.Tensor]:
+    """The examples' tokens, as a model's own training pass reads them."""
+    token_ids = np.stack([example.token_ids for example in examples]).astype(np.int64)
+    return list(torch.from_numpy(token_ids).to(device).split(size))
 
 
 def _at(example: TokenizedExample, record: int) -> TokenizedExample:

@@ -30,13 +30,14 @@ def environment() -> dict[str, object]:
     }
 
 
-def save(name: str, figures: dict[str, object]) -> Path:
-    """Write `results/NAME.json` and print it."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, figures: dict[str, object], *, folder: Path = RESULTS, shown: bool = True) -> Path:
+    """Write `NAME.json` into a folder, and print it if it is to be shown."""
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     text = json.dumps(environment() | figures, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    if shown:
+        print(text)
     return path
 
 

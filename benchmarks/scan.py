@@ -49,15 +49,15 @@ STORE_BYTES = 1 << 30
 WHITENING = {"whitening": torch.zeros(1)}  # rows are scanned as they are
 
 
-def make_store(folder: str | Path, rows: int, codec: CodecName) -> Index:
+def make_store(folder: str | Path, rows: int, codec: CodecName, *, shape: str = "llama-135m", side: int = 64) -> Index:
     """A store of random rows: a scan's speed does not depend on what they are."""
-    model = wrap_model(make_model("llama-135m", "float32", "cpu"), NO_TOKENIZER)
+    model = wrap_model(make_model(shape, "float32", "cpu"), NO_TOKENIZER)
     moment = given_second_moment(model)
     whitened = quantized_bits(codec) is not None
     entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None
     manifest = make_manifest(
-        model, open_corpus(["rows made for the benchmark"]), moment, IndexSettings(window_tokens=2, codec=codec),
-        whitening=entry,
+        model, open_corpus(["rows made for the benchmark"]), moment,
+        IndexSettings(window_tokens=2, side=side, codec=codec), whitening=entry,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     shard_rows = manifest.shard_examples

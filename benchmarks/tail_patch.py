@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.optimization import Adafactor
 
 from indexing import NO_TOKENIZER, make_model
@@ -34,22 +33,7 @@ SHAPES = ("llama-135m", "tiny")
 
 
 def random_model(shape: str, device: str) -> LanguageModel:
-    if shape == "tiny":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=2048,
-            tie_word_embeddings=True,
-        )
-        module = LlamaForCausalLM(config)
-        torch.nn.Module.to(module, device)
-    else:
-        module = make_model(shape, "float32", device)
-    return wrap_model(module, NO_TOKENIZER)
+    return wrap_model(make_model(shape, "float32", device), NO_TOKENIZER)
 
 
 def gathered_step(model: LanguageModel, *, batches: int = 3, examples: int = 8) -> TrainingStep:

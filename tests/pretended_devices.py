@@ -308,7 +308,9 @@ def pretended_devices() -> Iterator[None]:
         patch.setattr(torch.cuda, "device_count", lambda: GPUS)
         patch.setattr(torch.cuda, "get_device_properties", lambda *_: _PROPERTIES)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (_PROPERTIES.major, _PROPERTIES.minor))
-        patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+            patch.setattr(torch.cuda, name, lambda *_: None)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda *_: MEMORY // 2)
         yield
 
 
