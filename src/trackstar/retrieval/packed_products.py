@@ -19,7 +19,8 @@ from jaxtyping import Float, Float32, Int8, Int32
 from llvmlite import binding
 from torch import Tensor
 
-from trackstar.retrieval.packed_scan import byte_words, compiled, in_parts
+from trackstar.retrieval.packed_kernels import compiled
+from trackstar.retrieval.packed_scan import byte_words, in_parts
 from trackstar.store import Bits, StoredRows
 from trackstar.store.quantization import whole_levels
 

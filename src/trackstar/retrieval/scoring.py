@@ -19,7 +19,7 @@ from trackstar.curvature.task import StoredWhitening
 from trackstar.errors import GradientError
 from trackstar.progress import Progress
 from trackstar.retrieval.packed_products import ByteQueries, byte_products_serve
-from trackstar.retrieval.packed_scan import MOST_QUERIES, QuantizedQueries, decode_into
+from trackstar.retrieval.packed_scan import QuantizedQueries, decode_into
 from trackstar.store import Bits, CodeChunk, Index, have_shapes, quantized_bits
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
@@ -29,6 +29,10 @@ from trackstar.workers.protocol import THIS_PROCESS, Workers
 SCAN_BYTES = 4 << 20
 _ONE_QUERY_ROWS, _VALUE_ROWS = 16, 256
 _QUANTIZED_ROWS = 4096
+
+# Most queries that are multiplied with the packed bytes one by one. With more, a matrix product is
+# faster: of bytes where the processor has it, else of values decoded to float32.
+_MOST_PACKED_BESIDE_BYTES, _MOST_PACKED_BESIDE_VALUES = 16, 32
 
 # Bytes of decoded rows held at once on a GPU.
 _DEVICE_BYTES = 512 << 20
@@ -153,7 +157,7 @@ def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "q
     bits = quantized_bits(index.manifest.codec)
     if vectors.device.type != "cpu":
         products = _products_on_device(index, vectors)
-    elif bits is not None and (len(vectors) <= MOST_QUERIES[bits] or byte_products_serve()):
+    elif bits is not None and (len(vectors) <= _MOST_PACKED_BESIDE_VALUES or byte_products_serve()):
         products = _products_of_codes(index, vectors, bits)
     else:
         products = _products_of_values(index, vectors)
@@ -193,7 +197,8 @@ def _products_of_codes(
     index: Index, vectors: Tensor, bits: Bits
 ) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
     """Integer products straight from the packed bytes, which are read once."""
-    kind = QuantizedQueries if len(vectors) <= MOST_QUERIES[bits] else ByteQueries
+    most = _MOST_PACKED_BESIDE_BYTES if byte_products_serve() else _MOST_PACKED_BESIDE_VALUES
+    kind = QuantizedQueries if len(vectors) <= most else ByteQueries
     queries = kind(vectors, len(index.manifest.layer_blocks), bits)
     for chunk in index.iterate(_QUANTIZED_ROWS):
         yield chunk, queries.scores(chunk.stored)
