@@ -12,12 +12,12 @@ of addresses stops at every page, and leaves the memory's bandwidth unused.
     2 bits    Σ_k u[(x >> 2k) & 3]·q_k, u = 0, 7, 13, 20: the levels are (u - 10)·8/53. |Σ_k| ≤ 4·2·20·127 < 2^15
     1 bit     Σ_k ((x >> k) & 1)·q_k. |Σ_k| ≤ 8·2·127 < 2^15
 
-On x86 with AVX2 the instructions are named, since LLVM does not always recognize them. Elsewhere the
-same integers follow from plain vector operations, which LLVM translates as it can.
+On x86 with AVX2 and on 64-bit Arm, instructions are named that LLVM does not always recognize. Elsewhere
+the same integers follow from plain vector operations, which LLVM translates as it can.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, no_type_check
+from typing import Any, Literal, no_type_check
 
 import numba
 import numpy as np
@@ -55,13 +55,31 @@ def levels_from_zero(bits: Bits) -> tuple[list[int], int, int]:
     return [(level - numerators[0]) // step for level in numerators], step, numerators[0]
 
 
-class _Vectors:
-    """The vector operations of one kernel: x86's instructions by name if it has AVX2, else plain operations."""
+Instructions = Literal["avx2", "neon", "plain"]
+"""The instructions that kernels name: those of x86 with AVX2, those of 64-bit Arm, or none."""
 
-    def __init__(self, builder: _Builder, *, avx2: bool) -> None:
-        self._builder, self._avx2 = builder, avx2
+
+def _instructions(context: Any) -> Instructions:
+    """What the processor has that Numba compiles for."""
+    triple, _, features = context.codegen().magic_tuple()
+    if "+avx2" in features:
+        return "avx2"
+    return "neon" if triple.startswith(("aarch64", "arm64")) else "plain"
+
+
+class Vectors:
+    """The vector operations of one kernel.
+
+    Args:
+        builder: Receives the operations.
+        instructions: Which of them may be instructions by name.
+    """
+
+    def __init__(self, builder: _Builder, instructions: Instructions) -> None:
+        self._builder, self._instructions = builder, instructions
 
     def loaded(self, address: _Value, number: ir.IntType, count: int) -> _Value:
+        """A vector at an address of any alignment."""
         vector = self._builder.load(self._builder.inttoptr(address, ir.VectorType(number, count).as_pointer()))
         vector.align = 1
         return vector
@@ -69,8 +87,11 @@ class _Vectors:
     def lookup(self, table: Sequence[int], places: _Value) -> _Value:
         """table[place] of each byte; places are below 16."""
         builder, repeated = self._builder, _constant(_BYTE, [table[place % len(table)] for place in range(32)])
-        if self._avx2:
+        if self._instructions == "avx2":
             return self._call("llvm.x86.avx2.pshuf.b", places.type, repeated, places)
+        if self._instructions == "neon":
+            name, half = "llvm.aarch64.neon.tbl1.v16i8", self.halves(repeated)[0]
+            return self._joined(*(self._call(name, part.type, half, part) for part in self.halves(places)))
         found = ir.Constant(places.type, ir.Undefined)
         for lane in range(STEP_BYTES):
             place = builder.zext(builder.extract_element(places, _INT(lane)), _INT)
@@ -79,20 +100,21 @@ class _Vectors:
 
     def byte_products(self, codes: _Value, q: _Value) -> _Value:
         """codes·q of bytes, added in pairs, in 16 bits; codes are from 0 to 127."""
-        if self._avx2:
+        if self._instructions == "avx2":
             return self._call("llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_WORD, 16), codes, q)
         wide = ir.VectorType(_WORD, 32)
         return self._halves_added(self._builder.mul(self._builder.sext(codes, wide), self._builder.sext(q, wide)))
 
     def word_products(self, total: _Value, words: _Value, q: _Value) -> _Value:
         """total + words·q of 16-bit words, added in pairs, in 32 bits."""
-        if self._avx2:
+        if self._instructions == "avx2":
             return self._builder.add(total, self._call("llvm.x86.avx2.pmadd.wd", total.type, words, q))
         wide = ir.VectorType(_INT, 16)
         products = self._builder.mul(self._builder.sext(words, wide), self._builder.sext(q, wide))
         return self._builder.add(total, self._halves_added(products))
 
     def halves(self, vector: _Value) -> tuple[_Value, _Value]:
+        """The first half of a vector's lanes, and the second."""
         count = vector.type.count // 2
         return self._chosen(vector, range(count)), self._chosen(vector, range(count, 2 * count))
 
@@ -101,6 +123,9 @@ class _Vectors:
         builder = self._builder
         shifted = builder.lshr(x, _constant(_BYTE, [bits * number] * STEP_BYTES)) if number else x
         return builder.and_(shifted, _constant(_BYTE, [2**bits - 1] * STEP_BYTES))
+
+    def _joined(self, low: _Value, high: _Value) -> _Value:
+        return self._builder.shuffle_vector(low, high, _constant(_INT, range(2 * low.type.count)))
 
     def _halves_added(self, vector: _Value) -> _Value:
         low, high = self.halves(vector)
@@ -119,18 +144,18 @@ def _constant(number: ir.IntType, values: Sequence[int] | range) -> _Value:
     return ir.Constant(ir.VectorType(number, len(values)), [number(int(value)) for value in values])
 
 
-_Step = Callable[[_Builder, _Vectors, _Value, _Value, _Value], _Value]
+Step = Callable[[_Builder, Vectors, _Value, _Value, _Value], _Value]
 """The total after 32 bytes of codes: builder, vectors, total [8] i32, x [32] u8, address of the query's entries."""
 
 
-def _int8_step(builder: _Builder, vectors: _Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
+def _int8_step(builder: _Builder, vectors: Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
     for number, half in enumerate(vectors.halves(x)):
         q = vectors.loaded(builder.add(query, _LONG(32 * number)), _WORD, 16)
         total = vectors.word_products(total, builder.zext(half, q.type), q)
     return total
 
 
-def _four_bit_step(builder: _Builder, vectors: _Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
+def _four_bit_step(builder: _Builder, vectors: Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
     table = [int(level) for level in whole_levels(4)[0]]
     for place in range(2):
         for number, half in enumerate(vectors.halves(vectors.lookup(table, vectors.field(x, 4, place)))):
@@ -139,10 +164,10 @@ def _four_bit_step(builder: _Builder, vectors: _Vectors, total: _Value, x: _Valu
     return total
 
 
-def _byte_step(bits: Bits) -> _Step:
+def _byte_step(bits: Bits) -> Step:
     table, _, _ = levels_from_zero(bits)
 
-    def step(builder: _Builder, vectors: _Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
+    def step(builder: _Builder, vectors: Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
         words = None
         for place in range(8 // bits):
             q = vectors.loaded(builder.add(query, _LONG(32 * place)), _BYTE, 32)
@@ -154,6 +179,11 @@ def _byte_step(bits: Bits) -> _Step:
     return step
 
 
+def step_of(bits: Bits) -> Step:
+    """A codec's step."""
+    return _int8_step if bits == 8 else _four_bit_step if bits == 4 else _byte_step(bits)
+
+
 def block_products(bits: Bits, *, plain: bool = False) -> Any:
     """An intrinsic for Numba: the integer products of a query's block with one block of four rows.
 
@@ -162,9 +192,9 @@ def block_products(bits: Bits, *, plain: bool = False) -> Any:
 
     Args:
         bits: Bits per dimension of the codes.
-        plain: Whether no instruction is named, as on a processor other than x86 with AVX2.
+        plain: Whether no instruction is named, as on a processor without AVX2 or Neon.
     """
-    step = _int8_step if bits == 8 else _four_bit_step if bits == 4 else _byte_step(bits)
+    step = step_of(bits)
     query_bytes = STEP_BYTES * (2 if bits >= 4 else 1) * (8 // bits)  # per step
 
     @intrinsic
@@ -172,8 +202,7 @@ def block_products(bits: Bits, *, plain: bool = False) -> Any:
     def products(typingctx, a, b, c, d, width, query):
         def generate(context, builder, signature, arguments):
             *rows, width, query = arguments
-            avx2 = not plain and "+avx2" in context.codegen().magic_tuple()[2]
-            vectors = _Vectors(builder, avx2=avx2)
+            vectors = Vectors(builder, "plain" if plain else _instructions(context))
             nothing = _constant(_INT, [0] * 8)
             totals = [cgutils.alloca_once_value(builder, nothing) for _ in rows]
             with cgutils.for_range_slice(builder, _LONG(0), width, _LONG(STEP_BYTES), _LONG) as (start, number):
