@@ -6,11 +6,11 @@ read at a time, 32 bytes of each in a step, and later bytes of all four are pref
 of addresses stops at every page, and leaves the memory's bandwidth unused.
 
     x         32 bytes of a row: codes of 32, 64, 128 or 256 dimensions
-    q         the query's rounded entries of these dimensions: 16-bit for int8 and 4-bit codes, 8-bit for others
+    q         the query's rounded entries of these dimensions: 16-bit for int8 and 4-bit codes, else 8-bit
     8 bits    Σ x·q, x widened to 16 bits, products added in pairs
-    4 bits    Σ level[x's low half]·q and Σ level[x's high half]·q: a table of 16 bytes is one instruction
-    2 bits    Σ_k u[(x >> 2k) & 3]·q_k, u = 0, 7, 13, 20: the levels are (u - 10)·8/53. |Σ_k| ≤ 4·2·20·127 < 2^15
-    1 bit     Σ_k ((x >> k) & 1)·q_k. |Σ_k| ≤ 8·2·127 < 2^15
+    4 bits    Σ level[low half of x]·q and Σ level[high half]·q: a table of 16 bytes is one instruction
+    2 bits    Σ_k u[(x >> 2k) & 3]·q_k, u = 0, 7, 13, 20; levels are (u - 10)·8/53. |Σ_k| < 2^15
+    1 bit     Σ_k ((x >> k) & 1)·q_k. |Σ_k| < 2^15
 
 On x86 with AVX2 and on 64-bit Arm, instructions are named that LLVM does not always recognize. Elsewhere
 the same integers follow from plain vector operations, which LLVM translates as it can.
@@ -145,7 +145,8 @@ def _constant(number: ir.IntType, values: Sequence[int] | range) -> _Value:
 
 
 Step = Callable[[_Builder, Vectors, _Value, _Value, _Value], _Value]
-"""The total after 32 bytes of codes: builder, vectors, total [8] i32, x [32] u8, address of the query's entries."""
+"""The total after 32 bytes of codes, from the builder, the vectors, the total before [8] i32, x [32] u8
+and the address of the query's entries."""
 
 
 def _int8_step(builder: _Builder, vectors: Vectors, total: _Value, x: _Value, query: _Value) -> _Value:
