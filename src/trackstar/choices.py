@@ -26,6 +26,9 @@ Parameters = Literal["merged", "adapter"]
 Dtype = Literal["float32", "bfloat16"]
 """Number format of the gradient computation."""
 
+DeviceMap = Literal["auto", "sequential"]
+"""How a model is spread over several GPUs: evenly, or so that one is filled after the other."""
+
 OptimizerName = Literal["adafactor", "adamw"]
 """The optimizer of a pretraining run: Transformers' Adafactor or torch's AdamW."""
 
@@ -65,6 +68,7 @@ PROJECTIONS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
 SECOND_MOMENT_KINDS: tuple[SecondMomentKind, ...] = get_args(SecondMomentKind)
 PARAMETERS: tuple[Parameters, ...] = get_args(Parameters)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+DEVICE_MAPS: tuple[DeviceMap, ...] = get_args(DeviceMap)
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 DUPLICATE_IDS: tuple[DuplicateIds, ...] = get_args(DuplicateIds)
 JOINS: tuple[Join, ...] = get_args(Join)

@@ -73,6 +73,12 @@ def reworded_line(line: str) -> str:
     return printable(line if wording is None else wording(line))
 
 
+def note(line: str) -> None:
+    """Print one line on stderr, in the words of the surrounding `reworded`; a bar is drawn below it."""
+    sys.stderr.write(f"{reworded_line(line)}\n")
+    sys.stderr.flush()
+
+
 class Progress:
     """A progress bar with rate and time left on stderr, drawn only on a terminal.
 

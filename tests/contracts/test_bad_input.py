@@ -177,7 +177,7 @@ CASES = [
     Case("limit", INDEX + " --limit 0", "trackstar: --limit: expected 1 or more, found 0"),
     Case("dtype", INDEX + " --dtype int8", "trackstar: --dtype: expected one of float32, bfloat16, found int8"),
     Case("codec", INDEX + " --codec jpeg", "trackstar: --codec: expected one of float32, bfloat16, float16"),
-    Case("device", INDEX + " --device abacus", "trackstar: --device: expected cpu or an available cuda device, found abacus ("),
+    Case("device", INDEX + " --device abacus", "trackstar: --device: expected auto, cpu or an available cuda or mps device, found 'abacus' ("),
     Case("side", INDEX + " --side 0", "trackstar: --side: expected 1 or more, found 0"),
     Case("threads", INDEX + " --threads 0", "trackstar: --threads: expected 1 or more, found 0"),
     Case("batch", INDEX + " --batch-tokens 0", "trackstar: --batch-tokens: expected 1 or more, found 0"),
@@ -318,7 +318,7 @@ CASES = [
     Case("audit with a task", AUDIT + " --task {corpus}", "trackstar: --task: the audit's R_eval comes from the queries themselves", _audited),
     Case("audit with too many corpora", AUDIT + " --data {corpus} --data {corpus}", "trackstar: --data: expected at most 1 corpora, as many as the audit names, found 2", _audited),
     Case("audit again without a model", AUDIT + " --again", "trackstar: --again: needs --model, --index; pass --model and --index", _audited),
-    Case("audit's device", AUDIT + " --model {model} --device abacus", "trackstar: --device: expected cpu or an available cuda device, found abacus (", _audited),
+    Case("audit's device", AUDIT + " --model {model} --device abacus", "trackstar: --device: expected auto, cpu or an available cuda or mps device, found 'abacus' (", _audited),
     # Pretraining
     Case("pretraining width", "pretrain --data {corpus} --out {folder}/run --width 7", "trackstar: --width: expected an even number of dimensions for each of 4 heads, found 7"),
     Case("pretraining optimizer", "pretrain --data {corpus} --out {folder}/run --optimizer sgd", "trackstar: --optimizer: expected one of adafactor, adamw, found sgd"),

@@ -111,7 +111,7 @@ def test_options_are_frozen():
         "index": sorted(
             "--model --data --out --text-field --id-field --limit --duplicate-ids --second-moment --dtype --codec "
             "--format --train-on --join --chat-template --metadata --truncate --pack --parameters "
-            "--batch-tokens --device --threads --window-tokens --overlap --side --layer-blocks "
+            "--batch-tokens --device --device-map --threads --window-tokens --overlap --side --layer-blocks "
             "--attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
             "--revision --gguf-file --coordinates --whitening-examples --damping --shard "
@@ -120,7 +120,7 @@ def test_options_are_frozen():
         "query": sorted(
             "index --index --prompt --completion --generate --queries --task --top --out --force --json "
             "--mixing --damping "
-            "--device --threads --model --prompt-field --query-set --batch-tokens --rerank --exact "
+            "--device --device-map --threads --model --prompt-field --query-set --batch-tokens --rerank --exact "
             "--join --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
             "--data --text-field --id-field --limit --duplicate-ids --window-tokens --second-moment "
             "--format --train-on --chat-template --truncate --pack --parameters --whitening-examples --side --seed "
@@ -130,19 +130,20 @@ def test_options_are_frozen():
         "add": sorted(
             "index --index --data --out --text-field --id-field --limit --duplicate-ids --batch-tokens "
             "--format --train-on --join --chat-template --metadata "
-            "--device --threads "
+            "--device --device-map --threads "
             "--model --help-all".split()
         ),
         "merge": sorted("indexes --out --duplicate-ids --threads --help-all".split()),
         "remove": sorted("index --index --names --out --threads --help-all".split()),
         "convert": sorted("index --index --codec --out --damping --threads --help-all".split()),
         "explore": sorted(
-            "paths --port --no-browser --task --embedding-model --device --threads --model --data --mixing --damping "
+            "paths --port --no-browser --task --embedding-model --device --device-map --threads --model --data "
+            "--mixing --damping "
             "--rerank --batch-tokens --help-all".split()
         ),
         "generate": sorted(
             "--model --queries --out --samples --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
-            "--device --threads --prompt-field --chat-template --force --help-all".split()
+            "--device --device-map --threads --prompt-field --chat-template --force --help-all".split()
         ),
         "questions": sorted("--task --count --out --seed --force --help-all".split()),
         "evaluate": sorted("--config --out --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()),
@@ -154,8 +155,8 @@ def test_options_are_frozen():
         ),
         "verify": ["index"],
         "audit": sorted(
-            "audit --results --index --model --data --queries --task --again --second-moment --device --threads "
-            "--chat-template --help-all".split()
+            "audit --results --index --model --data --queries --task --again --second-moment --device "
+            "--device-map --threads --chat-template --help-all".split()
         ),
         "demo": ["--out", "--seed", "--task"],
         "microscope": sorted("--data --out --seeds --force --threads --help-all".split()),

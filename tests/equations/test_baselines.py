@@ -372,7 +372,7 @@ def test_missing_folder_and_device_are_one_line(encoder_folder: Path, tmp_path: 
     expected = f"{tmp_path / 'no'}: no such folder; expected the folder of a sentence-embedding model"
     assert raised(lambda: load_encoder(tmp_path / "no"), ModelError) == expected
     assert raised(lambda: load_encoder(encoder_folder, device="abacus"), OptionError).startswith(
-        "`device`: expected cpu or an available cuda device, found abacus ("
+        "`device`: expected auto, cpu or an available cuda or mps device, found 'abacus' ("
     )
 
 

@@ -229,7 +229,7 @@ def test_bad_classifier_is_one_line_that_names_it(
 
 def test_bad_device_and_bad_text_are_one_line(classifier_folder: Path) -> None:
     message = raised(lambda: load_entailment_classifier(classifier_folder, device="abacus"), OptionError)
-    assert message.startswith("`device`: expected cpu or an available cuda device, found abacus (")
+    assert message.startswith("`device`: expected auto, cpu or an available cuda or mps device, found 'abacus' (")
     scorer = load_entailment_classifier(classifier_folder)
     message = raised(lambda: scorer.scores(["fine", "\ud800"], ["a", "b"]), CorpusError)
     assert message.startswith("premise 1 holds half a surrogate pair (U+D800 at character 0)")

@@ -11,7 +11,7 @@ The stages in order, and the modules that hold them:
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from trackstar.attribution.question import Provenance, QuestionEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.verdicts import Verdict, verdicts
 from trackstar.attribution.writing import check_queries_as_json
-from trackstar.choices import JOINS
+from trackstar.choices import JOINS, DeviceMap
 from trackstar.corpus import Query, query_text, query_with_texts, tokenize_query
 from trackstar.corpus.tokenization import leading_token
 from trackstar.curvature.task import TaskCorrection, check_choices, task_correction
@@ -50,7 +50,8 @@ def answer_queries(
     task: Sequence[Query] | None = None,
     reranked: int | None = None,
     exact: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
     batch_tokens: int = 2048,
     workers: Workers = THIS_PROCESS,
     progress: bool = True,
@@ -73,7 +74,9 @@ def answer_queries(
             recomputed gradients; None is the codec's `RERANKED`, 0 is none.
         exact: Whether every candidate's gradient is recomputed and the store's codes are not used.
             The same call resumes an interrupted run.
-        device: Device that computes gradients and scans the store.
+        device: Device that computes gradients and scans the store, if the model is not loaded yet; see
+            `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
         batch_tokens: Most tokens per batch, padding included.
         workers: This process, or a cluster's workers.
         progress: Whether progress is shown if stderr is a terminal.
@@ -93,7 +96,7 @@ def answer_queries(
     check_queries_as_json(queries)
     index = Index.of(index)
     check_choices(index, mixing=mixing, damping=damping)
-    model = model_of_index(index, model, device=device)
+    model = model_of_index(index, model, device=device, device_map=device_map)
     in_template = index.manifest.in_template(queries)
     judged = verdicts(model, in_template, batch_tokens=batch_tokens, progress=progress)
     queries = [query_with_texts(query, model.tokenizer) for query in in_template]
@@ -109,7 +112,7 @@ def answer_queries(
     question = QuestionEntry.of(
         task, top=k, mixing=mixing, damping=damping, reranked=reranked, exact=exact, batch_tokens=batch_tokens
     )
-    provenance = Provenance.of_index(index, question, device=device)
+    provenance = Provenance.of_index(index, question, device=model.device_names)
     report = _report(index, model, queries, losses.tolist(), correction, ranking, provenance)
     return with_kinds(report, judged, question)
 

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -24,7 +24,7 @@ from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntr
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
 from trackstar.attribution.verdicts import verdicts
 from trackstar.attribution.writing import check_queries_as_json
-from trackstar.choices import Dtype, DuplicateIds, Join, Output, RecordFormat, SecondMomentKind, TrainOn
+from trackstar.choices import DeviceMap, Dtype, DuplicateIds, Join, Output, RecordFormat, SecondMomentKind, TrainOn
 from trackstar.corpus import (
     Corpus,
     Query,
@@ -45,6 +45,7 @@ from trackstar.indexing.groups import CorpusPosition, tokenized_windows
 from trackstar.indexing.provenance import make_manifest, windows_entry
 from trackstar.indexing.second_moment import second_moment_for
 from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES, IndexSettings
+from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.retrieval.reranking import influences
@@ -90,7 +91,8 @@ def stream_queries(
     seed: int = _DEFAULT.seed,
     output: Output = _DEFAULT.output,
     dtype: Dtype = "float32",
-    device: str = "cpu",
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
     batch_tokens: int = _DEFAULT.batch_tokens,
     kept: str | Path | None = None,
     progress: bool = True,
@@ -129,7 +131,8 @@ def stream_queries(
         seed: See `IndexSettings`.
         output: See `IndexSettings`.
         dtype: Number format of the gradient computation, `float32` or `bfloat16`.
-        device: Device that computes gradients.
+        device: Device that computes gradients, if the model is not loaded yet; see `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
         batch_tokens: See `IndexSettings`.
         kept: File for partial results, from which the same call resumes. It is left in place at the
             end, for the caller to remove once the results are safe. An existing file must hold
@@ -152,7 +155,7 @@ def stream_queries(
     check_queries_as_json(queries)
     _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
-        model = load_model(model, dtype=dtype, device=device)
+        model = load_model(model, dtype=dtype, device=device, device_map=device_map)
     judged = verdicts(model, queries, batch_tokens=batch_tokens, progress=progress)
     queries = [query_with_texts(query, model.tokenizer) for query in queries]
     corpus = open_corpus(
@@ -207,7 +210,7 @@ def _prepared(
     progress: bool,
 ) -> _Stream:
     """Compute V, R_train, the queries' gradients and the correction for the task."""
-    check_autocorrelation_size(len(model.blocks), settings.side, model.device)
+    check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
     windows = windows_entry(model, settings)
     with Progress("R_train", unit="examples", shown=progress) as bar:
         for line in corpus.survey().notes(corpus.name):  # the first pass, which checks every record
@@ -264,7 +267,7 @@ def _autocorrelation(
     while part := list(itertools.islice(examples, _EXAMPLES_AT_ONCE)):
         few.append(projected(projector, part, bar.advance)[0])
         if sums is None and stores_autocorrelation(sum(map(len, few)), settings.side):
-            sums = Autocorrelation(blocks, settings.side**2, device=model.device)
+            sums = Autocorrelation(blocks, settings.side**2, device=float64_device(model.device))
         if sums is not None:
             for phi in few:
                 sums.add(phi)
@@ -351,7 +354,7 @@ def _report(
             made_with=stream.setup.manifest,
             index=None,
             stream=entry,
-            device=str(model.device),
+            device=model.device_names,
         ),
         notes=query_notes(queries, model),
     )

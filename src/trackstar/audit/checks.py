@@ -12,7 +12,7 @@ from typing import Literal
 
 from trackstar.attribution.question import QueriesEntry, content_digest, queries_entry
 from trackstar.audit.record import Audit, VersionsEntry
-from trackstar.choices import Join
+from trackstar.choices import DeviceMap, Join
 from trackstar.corpus import Corpus, Query, open_corpus, query_with_texts, read_queries
 from trackstar.corpus.digests import digest_of_bytes, digest_of_stream
 from trackstar.corpus.fields import json_object
@@ -83,7 +83,8 @@ class AtHand:
             the tokenizer's.
         second_moment: Without an index, the optimizer state that V was read from; None computes V
             as the audit says.
-        device: Device that the model is loaded on.
+        device: Device that the model is loaded on; see `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
     """
 
     results: str | Path | None = None
@@ -94,7 +95,8 @@ class AtHand:
     task: str | Path | None = None
     chat_template: str | Path | None = None
     second_moment: str | Path | SecondMoment | None = None
-    device: str = "cpu"
+    device: str = "auto"
+    device_map: DeviceMap | None = None
 
 
 class InputChecks:
@@ -284,7 +286,10 @@ class InputChecks:
             yield _not_checked("configuration", "is loaded with `model`")
             yield _not_checked("tokenizer", "is loaded with `model`")
             return
-        self.model = model_of_manifest(self.audit.made_with, self.available.model, device=self.available.device)
+        self.model = model_of_manifest(
+            self.audit.made_with, self.available.model,
+            device=self.available.device, device_map=self.available.device_map,
+        )  # fmt: skip
         yield _comparison(
             "model", self.model.digest(), entry.digest, f"every weight of {self.model.source}, {entry.dtype}"
         )

@@ -142,7 +142,7 @@ class _Recomputation:
             assert inputs.available.index is not None, "recomputation needs the index"
             return answer_queries(
                 Index.open(inputs.available.index).without_derived(), self._queries(), model=inputs.model,
-                reranked=question.reranked, exact=question.exact, device=inputs.available.device, **options,
+                reranked=question.reranked, exact=question.exact, **options,
             )  # fmt: skip
         stream, manifest = self._audit.stream, self._audit.made_with
         second_moment = inputs.available.second_moment

@@ -18,7 +18,8 @@ from trackstar.baselines.interface import Pool
 from trackstar.corpus import Query, query_text
 from trackstar.corpus.fields import encodable
 from trackstar.errors import ModelError
-from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer
+from trackstar.model.devices import resolved_device
+from trackstar.model.loading import load_pretrained, load_pretrained_tokenizer
 from trackstar.progress import Progress
 from trackstar.text import one_line
 
@@ -117,7 +118,7 @@ class EmbeddingRetriever:
         return self._encoder.encode(texts) @ self._vectors.T
 
 
-def load_encoder(folder: str | Path, *, device: str = "cpu") -> Encoder:
+def load_encoder(folder: str | Path, *, device: str = "auto") -> Encoder:
     """Load an embedding model from a sentence-transformers folder or a plain Transformers folder.
 
     These files are read: `modules.json` (the modules must be Transformer, Pooling and optionally
@@ -225,7 +226,7 @@ def _json(path: Path, *, default: Any) -> Any:
 
 
 def _load(folder: Path, name: str, device: str) -> tuple[Any, Any]:
-    target = checked_device(device)
+    target = resolved_device(device)
     module = load_pretrained(
         "AutoModel",
         folder,

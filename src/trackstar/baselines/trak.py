@@ -39,6 +39,7 @@ from trackstar.errors import CurvatureError
 from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT
 from trackstar.model.batching import Batch, check_token_ids, make_batch, plan_batches, run_adaptively
+from trackstar.model.devices import float64_device, in_float64
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.retrieval.scoring import Scorer, all_scores
@@ -146,14 +147,14 @@ def kernel_products(
         CurvatureError: R of a block is singular.
     """
     count, _, dim = pool.shape
-    kernels = [(block @ block.T).double() for block in pool.unbind(1)]  # n × n each
+    kernels = [in_float64(block @ block.T) for block in pool.unbind(1)]  # n × n each
     traces = [float(kernel.diagonal().sum()) / count for kernel in kernels]  # tr R = tr K / n, tr R² = ‖K‖² / n²
     if damping is None:
         pairs = [
             (trace, float(kernel.square().sum()) / count**2) for trace, kernel in zip(traces, kernels, strict=True)
         ]
         damping = shrinkage_of_traces(pairs, dim=dim, examples=count)
-    total = torch.zeros(count, dtype=torch.float64, device=pool.device)
+    total = torch.zeros(count, dtype=torch.float64, device=float64_device(pool.device))
     for number, (kernel, trace) in enumerate(zip(kernels, traces, strict=True)):
         kernel.diagonal().add_(count * damping * trace / dim)
         root, failed = torch.linalg.cholesky_ex(kernel)
@@ -162,7 +163,7 @@ def kernel_products(
                 f"block {number}: R of the pool's {count} candidates is singular with damping {damping:g}; pass more "
                 "damping, such as `damping=0.1`"
             )
-        products = (pool[:, number] @ query[number]).double()
+        products = in_float64(pool[:, number] @ query[number])
         total += count * torch.cholesky_solve(products[:, None], root)[:, 0]
     return total
 
@@ -220,7 +221,7 @@ def token_autocorrelation(
     if have_shapes(saved, autocorrelation=(len(manifest.layer_blocks), dim, dim)):
         return saved["autocorrelation"], index.rows
     examples = [_with_one_target(stored.example, seed) for stored in index.examples()]
-    sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=model.device)
+    sums = Autocorrelation(len(manifest.layer_blocks), manifest.projection.side**2, device=float64_device(model.device))
     with (
         Progress("R over tokens", unit="tokens", total=len(examples), shown=progress) as bar,
         GradientProjector(

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from trackstar.cli.framework import ERROR, Command, RareOption, prepare
-from trackstar.cli.options import chat_template_option, threads_option
+from trackstar.cli.options import chat_template_option, chosen_device, device_options
 from trackstar.progress import reworded_line
 
 
@@ -23,9 +23,8 @@ from trackstar.progress import reworded_line
 @click.option("--task", metavar="FILE", help="The queries that R_eval was computed from.")
 @chat_template_option("The template of queries that are conversations.", usual="the index's, or the tokenizer's")
 @click.option("--again", is_flag=True, help="Answer the queries again and compare rankings and scores.")
-@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.")
+@device_options
 @click.option("--second-moment", cls=RareOption, metavar="FILE", help="The optimizer's state, if V came from one.")
-@threads_option
 def audit(*, audit: str, again: bool, threads: int | None, **files: Any) -> int:
     """Verify someone else's answer.
 
@@ -36,6 +35,8 @@ def audit(*, audit: str, again: bool, threads: int | None, **files: Any) -> int:
     from trackstar.audit.checks import AtHand
     from trackstar.audit.recomputation import check_audit
 
+    if files["model"] is not None:
+        files["device"] = chosen_device(files["device"], files["device_map"])
     report = check_audit(audit, AtHand(**files), again=again)
     for check in report.checks:
         click.echo(reworded_line(f"{check.outcome:<13}{check.name:<20}{check.said}").rstrip())

@@ -3,6 +3,7 @@
 Each command turns its options into one call of the Python interface and prints the result.
 """
 
+import dataclasses
 import importlib.util
 import shlex
 import shutil
@@ -24,9 +25,11 @@ from trackstar.cli.options import (
     DAMPING_HELP,
     check_local,
     choice,
+    chosen_device,
     chosen_workers,
     cluster_options,
     default,
+    device_option,
     device_options,
     note,
     rare,
@@ -122,7 +125,9 @@ def evaluate(
 
     refuse_input_folder(out, inputs(config=config))
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
-        report = run_evaluation(read_config(config), out, workers=workers)
+        settings = read_config(config)
+        device = chosen_device(settings.device, settings.device_map, ray=ray, has_workers=True)
+        report = run_evaluation(dataclasses.replace(settings, device=device), out, workers=workers)
     click.echo(f"{write_report(report, Path(out))}: {len(report.facts):,} queries, {report.candidates:,} candidates")
 
 
@@ -144,7 +149,7 @@ def evaluate(
 @click.option("--vocabulary", type=int, default=8192, metavar="N", help="Maximum number of tokens of a new tokenizer.")
 @choice("--optimizer", OPTIMIZERS, default="adafactor", help="The optimizer.")
 @click.option("--checkpoint-steps", type=int, default=1000, metavar="N", help="Steps between checkpoints.")
-@click.option("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:1.")
+@device_option
 @threads_option
 @rare("--limit", type=int, metavar="N", help="Read only the first N records.")
 @rare("--tokenizer", metavar="NAME", show_default="a new one", help="Folder or hub name of a tokenizer.")
@@ -192,7 +197,7 @@ def pretrain(
 
     config = PretrainingConfig(**settings)
     corpus = open_corpus(data, text_field=text_field, limit=limit)
-    checkpoint = train(corpus, out, config, tokenizer=tokenizer, device=device)
+    checkpoint = train(corpus, out, config, tokenizer=tokenizer, device=chosen_device(device))
     click.echo(f"{checkpoint}: index its corpus with: trackstar index --model {checkpoint} --data {data} --out INDEX")
 
 

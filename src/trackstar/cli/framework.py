@@ -204,6 +204,8 @@ def prepare(threads: int | None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of other libraries
+    if sys.platform == "darwin":  # what Apple's GPUs cannot compute runs on the CPU, with torch's warning
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     check_at_least("threads", threads)
     cores = os.cpu_count() or 1
     if threads is not None and threads > max(_MOST_THREADS, 4 * cores):

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from trackstar.choices import DeviceMap
 from trackstar.cli.framework import Command, prepare
-from trackstar.cli.options import chat_template_option, device_options, generation_options, note, rare
+from trackstar.cli.options import chat_template_option, chosen_device, device_options, generation_options, note, rare
 from trackstar.model.generation_settings import GenerationSettings
 
 
@@ -32,6 +33,7 @@ def generate(
     out: str,
     samples: int,
     device: str,
+    device_map: DeviceMap | None,
     threads: int | None,
     prompt_field: str | None,
     chat_template: str | None,
@@ -53,7 +55,6 @@ def generate(
     read = inputs(model=model, queries=queries)
     check_written(Path(out), read=read, force=force)
     asked = read_queries(queries, prompt_field=prompt_field, needs_completion=False, chat_template=chat_template)
-    made = sample_answers(
-        load_model(model, device=device), asked, out, settings, samples=samples, read=read, force=force
-    )
+    loaded = load_model(model, device=chosen_device(device, device_map), device_map=device_map)
+    made = sample_answers(loaded, asked, out, settings, samples=samples, read=read, force=force)
     note(f"answers: {made}")

@@ -12,6 +12,7 @@ from trackstar.cli.options import (
     CORPUS_HELP,
     DAMPING_HELP,
     choice,
+    chosen_device,
     chosen_workers,
     cluster_options,
     corpus_options,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from trackstar.store import Index
 
 _MODEL_OPTIONS = (
-    "parameters", "dtype", "device", "layer_blocks", "attention_pattern", "mlp_pattern", "revision", "gguf_file",
+    "parameters", "dtype", "device", "device_map", "layer_blocks", "attention_pattern", "mlp_pattern", "revision",
+    "gguf_file",
 )  # fmt: skip
 _CORPUS_OPTIONS = (
     "text_field", "id_field", "limit", "duplicate_ids", "format", "train_on", "join", "chat_template", "metadata",
@@ -145,6 +147,7 @@ def index(
     part = Share.parsed(share) if share is not None else None
     refuse_input_folder(out, inputs(data=data, model=model, second_moment=settings.second_moment))
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
+        of_model["device"] = chosen_device(of_model["device"], of_model["device_map"], ray=ray, has_workers=True)
         loaded = load_model(model, **of_model)
         corpus = open_corpus(data, **of_corpus, tokenizer=loaded.tokenizer)
         made = index_corpus(loaded, corpus, out, settings, share=part, workers=workers)
@@ -187,6 +190,7 @@ def add(*, index: str, data: str, out: str, threads: int | None, **options: Any)
     prepare(threads)
     from trackstar.editing.adding import add_examples
 
+    options["device"] = chosen_device(options["device"], options["device_map"])
     _report(add_examples(index, data, out, **options))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from trackstar.choices import DUPLICATE_IDS, JOINS, RECORD_FORMATS, STOPS, TRAIN_ON
+from trackstar.choices import DEVICE_MAPS, DUPLICATE_IDS, JOINS, RECORD_FORMATS, STOPS, TRAIN_ON
 from trackstar.cli.framework import FirstArgument, RareOption
 from trackstar.errors import OptionError
 from trackstar.indexing.settings import IndexSettings
@@ -59,14 +59,42 @@ def threads_option(function: Function) -> Function:
     )
 
 
-def device_options(function: Function) -> Function:
-    """Add `--device` and `--threads`, for commands that compute."""
+def device_option(function: Function) -> Function:
+    """Add `--device`."""
     return click.option(
-        "--device",
-        default="cpu",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1, or auto to split the model over all GPUs.",
-    )(threads_option(function))
+        "--device", default="auto", metavar="NAME", help="auto (the best there is), cpu, cuda, cuda:1 or mps."
+    )(function)
+
+
+def device_options(function: Function) -> Function:
+    """Add `--device`, `--device-map` and `--threads`, for commands that compute with a model."""
+    spread = choice(
+        "--device-map",
+        DEVICE_MAPS,
+        rare=True,
+        show_default="one device",
+        help="Spread one model over all GPUs: evenly, or filling one after the other.",
+    )
+    return device_option(spread(threads_option(function)))
+
+
+def chosen_device(
+    device: str, device_map: str | None = None, *, ray: str | None = None, has_workers: bool = False
+) -> str:
+    """The device to compute on; a note says which if the user named none.
+
+    Args:
+        device: Value of `--device`.
+        device_map: Value of `--device-map`.
+        ray: Address of the cluster that computes, whose workers have the GPUs.
+        has_workers: Whether the command has `--ray`.
+    """
+    from trackstar.model.devices import AUTO, announced_device
+
+    if ray is not None and device == AUTO and device_map is None:
+        note("device: cpu for this process; each worker of the cluster has its own")
+        return "cpu"
+    return announced_device(device, device_map, note, has_workers=has_workers)
 
 
 def duplicate_ids_option(function: Function) -> Function:
@@ -182,7 +210,7 @@ def generation_options(condition: str, *, temperature: float | None = None) -> C
 def cluster_options(function: Function) -> Function:
     """Add the options of a Ray cluster."""
     for option in (
-        rare("--ray-gpus", type=float, metavar="N", show_default="1 if there is one", help="GPUs per worker."),
+        rare("--ray-gpus", type=float, metavar="N", show_default="1 if there is any", help="GPUs per worker."),
         rare("--ray-cpus", type=int, metavar="N", show_default="1", help="CPU cores per worker."),
         rare("--ray-workers", type=int, metavar="N", show_default="as fit", help="Maximum number of workers."),
         rare("--ray", metavar="ADDRESS", help="Compute on a Ray cluster: auto, local or HOST:PORT."),

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from trackstar.choices import JOINS, PARAMETERS, Join, Stop
+from trackstar.choices import JOINS, PARAMETERS, DeviceMap, Join, Stop
 from trackstar.cli.framework import Command, prepare
 from trackstar.cli.options import (
     BATCH_HELP,
     DAMPING_HELP,
     chat_template_option,
     choice,
+    chosen_device,
     chosen_workers,
     cluster_options,
     default,
@@ -56,6 +57,7 @@ class Source:
         data: The corpus.
         model: The model; None is the index's own.
         device: Where the model computes.
+        device_map: How the model is spread over several GPUs, or None.
         reranked: Number of candidates to re-rank; None is chosen by the codec.
         exact: Whether every candidate's gradient is computed.
         scoring: λ, damping and batch size.
@@ -67,6 +69,7 @@ class Source:
     data: str | None
     model: str | None
     device: str
+    device_map: DeviceMap | None
     reranked: int | None
     exact: bool
     scoring: Mapping[str, Any]
@@ -299,7 +302,7 @@ def query(
     """
     given = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
     source = Source(
-        **{name: options[name] for name in ("index", "data", "model", "device", "reranked", "exact")},
+        **{name: options[name] for name in ("index", "data", "model", "device", "device_map", "reranked", "exact")},
         scoring={name: options[name] for name in ("mixing", "damping", "batch_tokens")},
         streaming={
             name: options[name]
@@ -359,10 +362,13 @@ def _answer(
     from trackstar.store import Index
     from trackstar.workers.index_model import model_of_index
 
+    device = chosen_device(
+        source.device, source.device_map, ray=source.cluster["ray"], has_workers=source.index is not None
+    )
     if source.index is None:
         settings = dict(source.streaming)
         parameters = settings.pop("parameters", "merged")
-        streamed = load_model(str(source.model), device=source.device, parameters=parameters)
+        streamed = load_model(str(source.model), device=device, device_map=source.device_map, parameters=parameters)
         if question.generate:
             queries = _with_generated_completions(queries, streamed, question, None)
         return stream_queries(
@@ -371,13 +377,13 @@ def _answer(
         )  # fmt: skip
     index, model = Index.open(source.index), source.model
     if question.generate:  # else `answer_queries` loads the model, which reads its weights for their digest once
-        model = model_of_index(index, source.model, device=source.device)
+        model = model_of_index(index, source.model, device=device, device_map=source.device_map)
         manifest = index.manifest
         queries = _with_generated_completions(manifest.in_template(queries), model, question, manifest.chat_template)
     with chosen_workers(**source.cluster) as workers:
         return answer_queries(
-            index, queries, model=model, k=top, task=task, device=source.device, reranked=source.reranked,
-            exact=source.exact, workers=workers, **source.scoring,
+            index, queries, model=model, k=top, task=task, device=device, device_map=source.device_map,
+            reranked=source.reranked, exact=source.exact, workers=workers, **source.scoring,
         )  # fmt: skip
 
 

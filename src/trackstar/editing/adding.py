@@ -6,10 +6,10 @@ run is resumed.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trackstar.choices import DuplicateIds, Join, RecordFormat, TrainOn
+from trackstar.choices import DeviceMap, DuplicateIds, Join, RecordFormat, TrainOn
 from trackstar.corpus import Corpus, open_corpus
 from trackstar.corpus.marked_text import first_example
 from trackstar.curvature.task import train_whitening
@@ -43,7 +43,8 @@ def add_examples(
     join: Join = "auto",
     chat_template: str | Path | None = None,
     metadata: str | Sequence[str] = "all",
-    device: str = "cpu",
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
     batch_tokens: int = 2048,
     progress: bool = True,
 ) -> Index:
@@ -70,7 +71,8 @@ def add_examples(
         join: What is put between prompt and completion.
         chat_template: File with the chat template; None is the index's, or else the tokenizer's own.
         metadata: Fields that are kept with the index; see `open_corpus`.
-        device: Device that gradients are computed on.
+        device: Device that computes gradients, if the model is not loaded yet; see `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
         batch_tokens: Most tokens per batch, padding included.
         progress: Whether to show a progress bar if stderr is a terminal.
 
@@ -97,19 +99,18 @@ def add_examples(
     pack = index.manifest.windows.pack
     indexed_model = None
     if opened.needs_tokenizer or pack is not None:
-        indexed_model = model_of_index(index, model, device=device)
+        indexed_model = model_of_index(index, model, device=device, device_map=device_map)
         opened = opened.for_tokenizer(indexed_model.tokenizer, pack=pack)
     corpus = added_corpus(index, opened)
     folder = as_folder(out)
-    entry = corpus_entry(corpus, folder)
     copied = relocated(index.manifest, index.path, folder)
-    added = dataclasses.replace(copied, corpora=(entry,), removed=None)
+    added = dataclasses.replace(copied, corpora=(corpus_entry(corpus, folder),), removed=None)
     extended = merged_manifest([copied, added], [completion.records])
     existing = load_manifest(out)
     # A model that does not fit is refused before a folder is made.
     unfinished = existing is None or existing.completion is None
     if unfinished and indexed_model is None:
-        indexed_model = model_of_index(index, model, device=device)
+        indexed_model = model_of_index(index, model, device=device, device_map=device_map)
     with (
         Progress("Adding", unit="examples", shown=progress) as bar,
         IndexWriter.open(out, extended, on_note=bar.note) as writer,
@@ -117,7 +118,7 @@ def add_examples(
         for line in corpus.survey().notes(corpus.name):
             bar.note(line)
         if not writer.completed:
-            indexed_model = indexed_model or model_of_index(index, model, device=device)
+            indexed_model = indexed_model or model_of_index(index, model, device=device, device_map=device_map)
             part = folder / PART_FOLDER
             with IndexWriter.open(part, added, on_note=bar.note, whole=True) as part_writer:
                 check_resumed(part_writer, indexed_model)

@@ -7,10 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from trackstar.choices import CODECS, DUPLICATE_IDS, LOW_BIT_CODECS, CodecName, DuplicateIds
+from trackstar.choices import CODECS, DUPLICATE_IDS, LOW_BIT_CODECS, CodecName, DeviceMap, DuplicateIds
 from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import OptionError, check_at_least, check_choice, check_damping
 from trackstar.indexing.settings import IndexSettings
+from trackstar.model.devices import checked_device_map
 from trackstar.text import abridged, one_line
 
 METHODS = (
@@ -107,7 +108,8 @@ class EvaluationConfig:
             chosen by `shrinkage_damping`.
         codec: Codec of φ.
         batch_tokens: Most tokens per batch.
-        device: Device that gradients are computed on.
+        device: Device that gradients are computed on; see `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
         seed: Seed of projections and of all samples.
         tail_patch: Settings of tail-patch; None leaves it out.
 
@@ -138,7 +140,8 @@ class EvaluationConfig:
     damping: float | None = IndexSettings.default("damping")
     codec: CodecName = "float16"
     batch_tokens: int = IndexSettings.default("batch_tokens")
-    device: str = "cpu"
+    device: str = "auto"
+    device_map: DeviceMap | None = None
     seed: int = IndexSettings.default("seed")
     tail_patch: TailPatchConfig | None = None
 
@@ -147,6 +150,7 @@ class EvaluationConfig:
         check_choice("half", self.half, HALVES)
         check_choice("duplicate_ids", self.duplicate_ids, DUPLICATE_IDS)
         check_choice("codec", self.codec, PROJECTED_CODECS)
+        checked_device_map(self.device_map, self.device)
         for key in ("limit", "queries", "top_k", "batch_tokens"):
             check_at_least(key, getattr(self, key))
         for key, least in (("side", 1), ("templates", 0)):
@@ -283,14 +287,15 @@ def _value(key: str, kind: Any, value: Any) -> Any:
     if kind in _ITEM_TYPES:
         values = value if isinstance(value, list) else [value]
         return tuple(_value(key, _ITEM_TYPES[kind], item) for item in values)
-    expected = _TOML_TYPES[str if get_origin(kind) is Literal else kind]
+    choices = next((get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal), None)
+    expected = _TOML_TYPES[kind if choices is None else str]
     if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
         names = " or ".join(one.__name__ for one in expected)
         raise OptionError(f"`{key}`: expected {names}, found {abridged(value)}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise OptionError(f"`{key}`: expected a number of at most 64 bits, found {abridged(value)}")
-    if get_origin(kind) is Literal:
-        check_choice(key, str(value), get_args(kind))
+    if choices is not None:
+        check_choice(key, str(value), choices)
     return float(value) if float in expected else value
 
 

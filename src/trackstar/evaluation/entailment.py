@@ -15,8 +15,9 @@ from torch import Tensor
 
 from trackstar.corpus.fields import encodable
 from trackstar.errors import ModelError, OptionError, check_at_least
+from trackstar.model.devices import resolved_device
 from trackstar.model.language_model import context_tokens
-from trackstar.model.loading import checked_device, load_pretrained, load_pretrained_tokenizer
+from trackstar.model.loading import load_pretrained, load_pretrained_tokenizer
 from trackstar.progress import Progress
 from trackstar.text import one_line
 
@@ -166,7 +167,7 @@ class EntailmentClassifier:
         return scores
 
 
-def load_entailment_classifier(source: str | Path, *, device: str = "cpu") -> EntailmentClassifier:
+def load_entailment_classifier(source: str | Path, *, device: str = "auto") -> EntailmentClassifier:
     """Load a model for natural-language inference: a sequence classifier with a label named `entailment`.
 
     Weights are read from safetensors only; code that comes with a model is never run.
@@ -180,7 +181,7 @@ def load_entailment_classifier(source: str | Path, *, device: str = "cpu") -> En
             texts.
         OptionError: The device is not available.
     """
-    target = checked_device(device)
+    target = resolved_device(device)
     module, tokenizer = _load(str(source))
     module.eval().requires_grad_(False).to(target)
     labels = {number: str(name) for number, name in (module.config.id2label or {}).items()}

@@ -34,7 +34,7 @@ def judged_proponents(
     workspace: Workspace,
     *,
     template: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
 ) -> Judgements:
     """Judge the first proponents of every method for every fact; judgements are saved as they are made.

@@ -129,7 +129,7 @@ def run_evaluation(
         to_queries(facts, template)  # raises if a prompt is missing, before any computation
     check_pool_sizes(config, facts)
     workspace = Workspace(out)
-    model = load_model(config.model, device=config.device)
+    model = load_model(config.model, device=config.device, device_map=config.device_map)
     if config.tail_patch is not None:
         _check_learning_rates(config.tail_patch, model)
     answers = own_answers(facts, model, workspace, config, progress=progress)

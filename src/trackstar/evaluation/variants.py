@@ -81,7 +81,7 @@ def variants(
         )
     by_checkpoint = {}
     for path, name in zip(config.checkpoints, names, strict=False):
-        earlier_model = load_model(path, device=config.device)
+        earlier_model = load_model(path, device=config.device, device_map=config.device_map)
         _check_same_run(path, earlier_model, config.model, model)
         earlier = Rankings(
             dataclasses.replace(config, model=path),

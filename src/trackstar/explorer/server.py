@@ -13,6 +13,7 @@ import uvicorn
 
 from trackstar.attribution.attributor import Attributor
 from trackstar.baselines.embeddings import load_encoder
+from trackstar.choices import DeviceMap
 from trackstar.corpus import Corpus, read_queries
 from trackstar.curvature.task import check_choices
 from trackstar.errors import CorpusError, OptionError, StoreError, check_at_least, check_mixing
@@ -23,6 +24,7 @@ from trackstar.explorer.live import LiveIndex
 from trackstar.explorer.metadata import corpora_of_index
 from trackstar.explorer.result_files import read_result_file
 from trackstar.explorer.security import Guard
+from trackstar.model.devices import announced_device
 from trackstar.retrieval.reranking import RERANKED
 from trackstar.store import Index, is_url, load_manifest
 from trackstar.workers.index_model import model_of_index
@@ -44,7 +46,8 @@ class IndexOptions:
         data: Path to the corpus, if it has moved.
         task: File of queries that R_eval and λ are computed from; None uses R_train alone.
         embedding_model: Folder of a sentence-embedding model; None leaves embeddings out.
-        device: Device that computes gradients.
+        device: Device that computes gradients; see `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
         mixing: λ; None follows the paper's rule.
         damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None
             follows a rule.
@@ -57,7 +60,8 @@ class IndexOptions:
     data: str | None = None
     task: str | None = None
     embedding_model: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
+    device_map: DeviceMap | None = None
     mixing: float | None = None
     damping: float | None = None
     reranked: int | None = None
@@ -94,7 +98,8 @@ def serve(
             f"{MOST_RUNS} result files"
         )
     _check_distinct(results)
-    if not indexes and options != IndexOptions(device=options.device, batch_tokens=options.batch_tokens):
+    unused = IndexOptions(device=options.device, device_map=options.device_map, batch_tokens=options.batch_tokens)
+    if not indexes and options != unused:
         raise OptionError(
             "`task`, `embedding_model`, `model`, `data`, `mixing`, `damping` and `reranked` apply to an index, found "
             "none; name an index, or leave them out"
@@ -184,8 +189,9 @@ def open_index(path: str, options: IndexOptions, *, note: Callable[[str], None])
     index = Index.open(path)
     check_choices(index, mixing=options.mixing, damping=options.damping)
     task = read_queries(options.task) if options.task is not None else []
-    encoder = load_encoder(options.embedding_model, device=options.device) if options.embedding_model else None
-    model = model_of_index(index, options.model, device=options.device)
+    device = announced_device(options.device, options.device_map, note)
+    encoder = load_encoder(options.embedding_model, device=device) if options.embedding_model else None
+    model = model_of_index(index, options.model, device=device, device_map=options.device_map)
     reranked = options.reranked
     attributor = Attributor(
         index,

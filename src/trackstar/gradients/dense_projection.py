@@ -61,24 +61,23 @@ class FlattenedGradients(BlockSums):
         side: A block of φ has side² entries, as with the two-sided projection.
 
     Raises:
-        OptionError: The side is not positive, the projections would be larger than `LARGEST_BYTES`,
-            or the model is spread over several devices.
+        OptionError: The side is not positive, or the projections would be larger than `LARGEST_BYTES`.
     """
 
     def __init__(self, model: LanguageModel, second_moment: SecondMoment, *, seed: int = 0, side: int = 64) -> None:
         super().__init__(model, side)
         check_flattened_size(model.matrices, side)
-        model.check_on_one_device('`projection="one-sided"`')
         self._projections: dict[str, Tensor] = {}
         self._inverse_roots: dict[str, Tensor] = {}
         for matrix in model.matrices:
             drawn = random_projection(seed, f"{matrix.name} flattened", matrix.rows * matrix.columns, side * side)
-            self._projections[matrix.name] = drawn.to(self._device)  # [rows · columns, side²]
+            device = model.device_of(matrix)
+            self._projections[matrix.name] = drawn.to(device)  # [rows · columns, side²]
             root = inverse_roots(matrix, second_moment)
             if isinstance(root, tuple):
                 root = torch.outer(*root)
             if root is not None:
-                self._inverse_roots[matrix.name] = root.to(self._device)
+                self._inverse_roots[matrix.name] = root.to(device)
 
     def save_for_backward(self, matrix: WeightMatrix, inputs: Float[Tensor, "batch tokens columns"]) -> Tensor:
         """Return the inputs themselves."""
@@ -92,4 +91,4 @@ class FlattenedGradients(BlockSums):
             if root is not None:
                 gradient *= root
             projected = gradient.flatten(1) @ projection  # [examples, side²]
-            self._sums[matrix.block][part] += projected.unflatten(1, (self.side, self.side))
+            self._sums[matrix.block][part] += projected.unflatten(1, (self.side, self.side)).to(self._device)

@@ -33,6 +33,7 @@ from trackstar.gradients.second_moment import (
     checked_second_moment,
 )
 from trackstar.model.batching import Batch
+from trackstar.model.devices import float64_device, in_float64
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 from trackstar.model.probe import largest_weight
@@ -257,7 +258,7 @@ class FactoredSquares(SquareSums):
         """Set all sums to zero."""
 
         def zeros(matrix: WeightMatrix, size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float64, device=self._model.device_of(matrix))
+            return torch.zeros(size, dtype=torch.float64, device=float64_device(self._model.device_of(matrix)))
 
         self._row = {matrix.name: zeros(matrix, matrix.rows) for matrix in self._model.matrices}
         self._column = {matrix.name: zeros(matrix, matrix.columns) for matrix in self._model.matrices}
@@ -288,7 +289,7 @@ class FactoredSquares(SquareSums):
             for example in range(inputs.shape[0]):
                 squares += gradient_matrices(inputs[example], gradients[example]).square_()
             row_sums, column_sums = squares.sum(dim=1), squares.sum(dim=0)
-        self._pending[matrix.name] = (row_sums.double() / matrix.columns, column_sums.double() / matrix.rows)
+        self._pending[matrix.name] = (in_float64(row_sums) / matrix.columns, in_float64(column_sums) / matrix.rows)
 
     def sums(self) -> dict[str, list[Tensor]]:
         """The sums of row means and of column means, by matrix."""

@@ -68,7 +68,8 @@ class MatrixHooks:
                 self._consumer.add(matrix, saved, gradients)
 
         def forward(_module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            inputs = arguments[0].detach()
+            # Accelerate moves a module's inputs to its device behind this hook.
+            inputs = arguments[0].detach().to(output.device)
             if layout is not None:
                 inputs = layout.by_token(inputs, self._batch, self._tokens)
             saved = self._consumer.save_for_backward(matrix, inputs)

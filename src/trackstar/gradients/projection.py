@@ -30,6 +30,7 @@ from trackstar.errors import check_at_least
 from trackstar.gradients.consumer import GradientConsumer, gradient_matrices
 from trackstar.gradients.second_moment import ElementwiseMoment, FactoredMoment, SecondMoment
 from trackstar.model.batching import Batch
+from trackstar.model.devices import in_float64
 from trackstar.model.experts import Routing
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
@@ -241,10 +242,10 @@ def inverse_roots(
     moment: Any = second_moment.moments.get(matrix.name)
     floor = second_moment.floor
     if isinstance(moment, FactoredMoment):
-        row, column = _floored(moment.row.double(), floor), _floored(moment.column.double(), floor)
+        row, column = (_floored(in_float64(factor), floor) for factor in (moment.row, moment.column))
         return (row.mean() / row).sqrt().float(), column.rsqrt().float()
     if isinstance(moment, ElementwiseMoment):
-        return _floored(moment.entries.double(), floor).rsqrt().float()
+        return _floored(in_float64(moment.entries), floor).rsqrt().float()
     return None
 
 

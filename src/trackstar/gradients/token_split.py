@@ -110,7 +110,6 @@ def split_over_tokens(
 
 
 def _check(model: LanguageModel, examples: Sequence[TokenizedExample], vectors: Tensor, side: int) -> None:
-    model.check_on_one_device("influence split over tokens")
     flat = [path for path, layout in model.layouts.items() if layout is FLAT]
     if flat:
         raise OptionError(
@@ -228,7 +227,8 @@ class _TokenParts(GradientConsumer):
         return self._splits[matrix.name].save_for_backward(inputs)
 
     def add(self, matrix: WeightMatrix, saved: Tensor, gradients: Float[Tensor, "batch tokens rows"]) -> None:
-        parts = self._splits[matrix.name].parts(saved, gradients, self._blocks[matrix.block])
+        blocks = self._blocks[matrix.block].to(gradients.device)
+        parts = self._splits[matrix.name].parts(saved, gradients, blocks).to(self._device)
         # A layer that reads several rows per token has its rows beside each other.
         self._sums += parts if parts.shape == self._sums.shape else parts.unflatten(1, (self._sums.shape[1], -1)).sum(2)
 
@@ -240,11 +240,12 @@ class _TokenParts(GradientConsumer):
         routing: Routing,
     ) -> None:
         hit = [(number, part) for number, part in routing.hit() if number in matrices]
+        blocks = self._blocks[next(iter(matrices.values())).block].to(gradients.device)
         for (number, part), of_expert in zip(hit, saved, strict=True):
             slots, matrix = routing.slots(part), matrices[number]
             split = self._splits[matrix.name]
-            parts = split.parts(of_expert, slots.padded(gradients[part]), self._blocks[matrix.block])
-            self._sums.view(-1).index_add_(0, routing.token_rows[part], slots.gathered(parts))
+            parts = slots.gathered(split.parts(of_expert, slots.padded(gradients[part]), blocks))
+            self._sums.view(-1).index_add_(0, routing.token_rows[part].to(self._device), parts.to(self._device))
 
     def result(self) -> Float[Tensor, "batch tokens"]:
         """c_t of each position of the last batch, in float32; zero on padding."""
@@ -255,16 +256,16 @@ def _two_sided(
     matrix: WeightMatrix, model: LanguageModel, second_moment: SecondMoment, settings: ProjectionSettings
 ) -> _MatrixSplit:
     left, right = (half.T for half in projections(matrix, seed=settings.seed, side=settings.side))
-    roots = inverse_roots(matrix, second_moment)
+    roots, device = inverse_roots(matrix, second_moment), model.device_of(matrix)
     if isinstance(roots, Tensor):
-        left, right = left.to(model.device), right.to(model.device)
+        left, right = left.to(device), right.to(device)
         # Pᵀq of the two-sided projection is P₀ᵀ Q P₁.
-        return _DenseSplit(matrix, lambda blocks: left @ blocks @ right.T, roots.to(model.device))
+        return _DenseSplit(matrix, lambda blocks: left @ blocks @ right.T, roots.to(device))
     if roots is not None:
         left, right = left * roots[0][:, None], right * roots[1][:, None]
     # In the model's dtype, as φ itself is computed.
     left, right = left.contiguous(), right.contiguous()
-    return _SeparableSplit(left.to(model.device, model.dtype), right.to(model.device, model.dtype))
+    return _SeparableSplit(left.to(device, model.dtype), right.to(device, model.dtype))
 
 
 def _one_sided(
@@ -272,7 +273,8 @@ def _one_sided(
 ) -> _MatrixSplit:
     entries = matrix.rows * matrix.columns
     projection = random_projection(settings.seed, f"{matrix.name} flattened", entries, settings.side**2)
-    projection = projection.to(model.device)  # Pᵀ: [rows · columns, side²]
+    device = model.device_of(matrix)
+    projection = projection.to(device)  # Pᵀ: [rows · columns, side²]
     roots = inverse_roots(matrix, second_moment)
     if isinstance(roots, tuple):
         roots = torch.outer(*roots)
@@ -280,4 +282,4 @@ def _one_sided(
     def transposed_projection(blocks: Tensor) -> Tensor:
         return (blocks.flatten(1) @ projection.T).unflatten(1, (matrix.rows, matrix.columns))
 
-    return _DenseSplit(matrix, transposed_projection, None if roots is None else roots.to(model.device))
+    return _DenseSplit(matrix, transposed_projection, None if roots is None else roots.to(device))

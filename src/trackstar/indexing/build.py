@@ -1,12 +1,13 @@
 """Build an index: a corpus and a model give φ of every training example, and R_train or W_train (Eq. 2-4)."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trackstar.choices import (
     CodecName,
     Coordinates,
+    DeviceMap,
     Dtype,
     DuplicateIds,
     Join,
@@ -24,6 +25,7 @@ from trackstar.indexing.array_tasks import Share, index_share
 from trackstar.indexing.job import IndexJob, prepare
 from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.shard_writing import check_resumed
+from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.store import Index, IndexWriter, Place, as_folder
@@ -55,7 +57,8 @@ def build_index(
     gguf_file: str | None = None,
     parameters: Parameters = "merged",
     dtype: Dtype = "float32",
-    device: str = "cpu",
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
     layer_blocks: int = 8,
@@ -105,7 +108,8 @@ def build_index(
         gguf_file: Name of the file with GGUF weights, if the model's folder holds several.
         parameters: See `load_model`; a loaded model has its own.
         dtype: Number format of the gradient computation, `float32` or `bfloat16`.
-        device: Device that computes gradients.
+        device: Device that computes gradients, if the model is not loaded yet; see `load_model`.
+        device_map: Spreads the model over several GPUs; see `load_model`.
         attention_pattern: See `find_layer_blocks`.
         mlp_pattern: See `find_layer_blocks`.
         layer_blocks: Number of blocks for each of attention and MLP (8 in the paper).
@@ -136,19 +140,18 @@ def build_index(
     settings = IndexSettings(
         window_tokens=window_tokens, overlap=overlap, truncate=truncate, pack=pack, second_moment=second_moment,
         second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples, side=side, seed=seed,
-        output=output, projection=projection, codec=codec, coordinates=coordinates,
-        whitening_examples=whitening_examples, damping=damping, shard_examples=shard_examples,
-        batch_tokens=batch_tokens,
+        output=output, projection=projection, codec=codec, coordinates=coordinates, damping=damping,
+        whitening_examples=whitening_examples, shard_examples=shard_examples, batch_tokens=batch_tokens,
     )  # fmt: skip
     share = Share.parsed(share) if isinstance(share, str) else share
     if not isinstance(model, LanguageModel):
         model = load_model(
             model, revision=revision, gguf_file=gguf_file, parameters=parameters, dtype=dtype, device=device,
-            attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks)  # fmt: skip
-    corpus = open_corpus(
-        data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
-        train_on=train_on, join=join, chat_template=chat_template, metadata=metadata, tokenizer=model.tokenizer,
-    )  # fmt: skip
+            device_map=device_map, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern,
+            layer_blocks=layer_blocks)  # fmt: skip
+    corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids,
+        format=format, train_on=train_on, join=join, chat_template=chat_template, metadata=metadata,
+        tokenizer=model.tokenizer)  # fmt: skip
     return index_corpus(model, corpus, out, settings, share=share, workers=workers, progress=progress)
 
 
@@ -175,7 +178,7 @@ def index_corpus(
     """
     folder = as_folder(out)
     refuse_input_folder(folder, inputs(data=corpus.name, model=model.source, second_moment=settings.second_moment))
-    check_autocorrelation_size(len(model.blocks), settings.side, model.device)
+    check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
     corpus = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
     total = corpus.count() if progress and share is None and sys.stderr.isatty() else None
     with Progress("Indexing", unit="examples", total=total, shown=progress) as bar:

@@ -21,6 +21,7 @@ from trackstar.curvature.whitening import AnyWhitening
 from trackstar.errors import CorpusError
 from trackstar.gradients.projector import GradientProjector
 from trackstar.indexing.groups import CorpusPosition, ExampleSource, FinishedShard, Group, SampledGradients, ShardGroups
+from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import (
@@ -100,17 +101,21 @@ class RowWork:
         for batch, batch_phi, batch_losses in projector.batches([examples[place] for place in missing]):
             rows = torch.tensor([missing[place] for place in batch])
             if phi is None:
-                stored[rows] = encode(batch_phi, self.codec, self.blocks).to("cpu")
+                stored[rows] = self._encoded(batch_phi)
             else:
                 phi[rows] = batch_phi.cpu()
             losses[rows] = batch_losses.cpu()
             advance(_documents(examples, rows.tolist()))
         if phi is not None and self.train is not None:
-            device = projector.device
+            device = float64_device(projector.device)  # which W_train's low-rank form and norms are computed in
             if device not in self.moved:
                 self.moved[device] = self.train.to(device)
-            stored = encode(self.moved[device].apply(phi.to(device)), self.codec, self.blocks).to("cpu")
+            stored = self._encoded(self.moved[device].apply(phi.to(device)))
         return stored, losses
+
+    def _encoded(self, coordinates: Tensor) -> StoredRows:
+        """Rows on the CPU, encoded on their device if it has float64, which norms are computed in."""
+        return encode(coordinates.to(float64_device(coordinates.device)), self.codec, self.blocks).to("cpu")
 
 
 def rows_by(workers: Workers, model: LanguageModel, setup: GradientSetup, work: RowWork, bar: Progress) -> MakeRows:
@@ -156,7 +161,7 @@ def write_shards(
     """
     manifest = writer.manifest
     projected = manifest.coordinates == "projected"
-    r_train = RunningAutocorrelation(writer, device=model.device) if projected else None
+    r_train = RunningAutocorrelation(writer, device=float64_device(model.device)) if projected else None
     groups = ShardGroups(corpus, model, manifest, writer.resume_point, finished=writer.end_of, sampled=sampled)
     waiting: collections.deque[Group | FinishedShard] = collections.deque()
 

@@ -141,7 +141,7 @@ def run_adaptively(
         try:
             result = run(indices)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(indices) == 1:
                 raise OptionError(
@@ -161,7 +161,8 @@ def run_adaptively(
         yield indices, result
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

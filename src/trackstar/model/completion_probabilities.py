@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trackstar.corpus import TokenizedExample
 from trackstar.model.batching import Batch, make_batch, plan_batches
+from trackstar.model.devices import float64_device, in_float64
 from trackstar.model.language_model import Head, LanguageModel
 
 # Bytes that the logits of a chunk of positions take.
@@ -65,7 +66,7 @@ def log_probabilities(
         patch: Changes the head's linear part; None leaves it.
     """
     rows, positions = counts.nonzero(as_tuple=True)
-    totals = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
+    totals = torch.zeros(hidden.shape[0], dtype=torch.float64, device=float64_device(hidden.device))
     for part in position_chunks(len(rows), head, hidden.dtype):
         row, position = rows[part], positions[part]
         states = hidden[row, position]
@@ -74,7 +75,7 @@ def log_probabilities(
             patch(linear, states, row)
         logits = bounded_logits(head, linear)
         of_target = logits.gather(1, targets[row, position][:, None])[:, 0]
-        totals.index_add_(0, row, (of_target - logits.logsumexp(dim=-1)).double())
+        totals.index_add_(0, row.to(totals.device), in_float64(of_target - logits.logsumexp(dim=-1)))
     return totals
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trackstar.choices import DTYPES, PARAMETERS, Parameters
+from trackstar.choices import DTYPES, PARAMETERS, DeviceMap, Parameters
 from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import ModelError, OptionError, check_choice
 from trackstar.model.adapter import (
@@ -28,6 +28,7 @@ from trackstar.model.adapter import (
 from trackstar.model.adapter_files import adapter_folder_of_hub, is_adapter_folder, load_adapter
 from trackstar.model.computation import check_computed, frozen, input_groups, module_paths
 from trackstar.model.configuration import deciding_fields
+from trackstar.model.devices import checked_device_map, resolved_device
 from trackstar.model.head import Head, embedding_weight, possible_heads
 from trackstar.model.input_layouts import FLAT, InputLayout
 from trackstar.model.layer_blocks import (
@@ -39,7 +40,8 @@ from trackstar.model.layer_blocks import (
     find_layer_blocks,
     named_layer_blocks,
 )
-from trackstar.model.loading import checked_device, load_pretrained_tokenizer, may_be_on_hub, spread_over_gpus
+from trackstar.model.loading import load_pretrained_tokenizer, may_be_on_hub
+from trackstar.model.placement import place
 from trackstar.model.probe import hidden_states, probe
 from trackstar.model.quantization import check_floating_point
 from trackstar.model.sources import load_whole, resolved
@@ -126,25 +128,17 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the head."""
+        """Device of the head, on which batches, φ and losses are."""
         return self.head.weight.device
 
     def device_of(self, matrix: WeightMatrix) -> torch.device:
         """Device of a matrix, which differs from the head's if the model is spread over several GPUs."""
         return self.module.get_parameter(matrix.parameter).device
 
-    def check_on_one_device(self, computation: str) -> None:
-        """Raise if the model is spread over several devices, for a computation that needs it on one.
-
-        Raises:
-            OptionError: It is; the message begins with the computation.
-        """
-        devices = len({parameter.device for parameter in self.module.parameters()})
-        if devices > 1:
-            raise OptionError(
-                f"{computation}: needs a model on one device, found one spread over {devices} "
-                '(`device="auto"`); load it with `device="cuda"` if one GPU holds it, or with `device="cpu"`'
-            )
+    @property
+    def device_names(self) -> str:
+        """All devices that hold its parameters, for a record: `cuda:0`, or `cuda:0, cuda:1`."""
+        return ", ".join(sorted({str(parameter.device) for parameter in self.module.parameters()}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,7 +170,8 @@ class LanguageModel:
 
     def embeddings(self, token_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
         """Token embeddings, detached from the graph."""
-        return self.module.get_input_embeddings()(token_ids).detach()
+        embedding = self.module.get_input_embeddings()
+        return embedding(token_ids.to(embedding.get_parameter("weight").device)).detach()
 
     def states_from_embeddings(
         self, embeddings: Float[Tensor, "batch tokens width"]
@@ -231,7 +226,8 @@ def load_model(
     gguf_file: str | None = None,
     parameters: Parameters = "merged",
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
     attention_pattern: str | None = None,
     mlp_pattern: str | None = None,
     layer_blocks: int | Sequence[NamedBlock] = 8,
@@ -250,8 +246,10 @@ def load_model(
         parameters: Whose gradients are taken if the source is an adapter: `merged` is those of the
             merged network's matrices, `adapter` those of the adapter's own matrices.
         dtype: Dtype of weights and computation: `float32` or `bfloat16`.
-        device: A torch device, such as `cpu` or `cuda`, or `auto`, which spreads the layers over all
-            GPUs with Accelerate.
+        device: A torch device, such as `cpu`, `cuda:1` or `mps`; `auto` is the best one that works:
+            cuda, then mps, then cpu.
+        device_map: Spreads one model over all GPUs with Accelerate: `auto` evenly, `sequential` one GPU
+            after the other; or a device for each module, by name. None leaves it on `device`.
         attention_pattern: See `find_layer_blocks`.
         mlp_pattern: See `find_layer_blocks`.
         layer_blocks: Number of blocks for each of attention and MLP, or the named blocks of an index.
@@ -260,13 +258,14 @@ def load_model(
         ModelError: It cannot be loaded, holds values that are not finite, or does not compute its
             logits as `Head` does; or its adapter has no gradients of these parameters.
         UnsupportedModelError: Its matrices cannot be named.
-        OptionError: The dtype or device is unknown, or a pattern cannot be used.
+        OptionError: The dtype, device or device map is unknown, or a pattern cannot be used.
     """
     if not isinstance(source, (str, Path)):
         raise OptionError(f"`model`: expected a path or a hub name, found {abridged(source)}")
     check_choice("dtype", dtype, DTYPES)
     check_choice("parameters", parameters, PARAMETERS)
-    target = None if device == "auto" else checked_device(device)
+    spread = checked_device_map(device_map, device)
+    target = resolved_device(device) if spread is None else spread
     folder, gguf_file = resolved(source, gguf_file)
     name = str(folder or source)
     options = {option: value for option, value in (("revision", revision), ("gguf_file", gguf_file)) if value}
@@ -283,10 +282,7 @@ def load_model(
         nn.Module.to(module, getattr(torch, dtype))
         if folder is None:
             revision = adapted.name  # the hub's cache names a copy by its commit
-    if target is None:
-        spread_over_gpus(module, name)
-    else:
-        nn.Module.to(module, target)
+    place(module, target, name)
     module.eval().requires_grad_(False)
     naming = _Naming(attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks)
     origin = _Origin(source=str(source), revision=revision, gguf_file=gguf_file, folder=folder)

@@ -8,16 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import accelerate.utils
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trackstar.corpus.digests import running_digest
 from trackstar.corpus.local_files import check_no_special_inside
-from trackstar.errors import ModelError, OptionError
-from trackstar.text import abridged, first_line, one_line
+from trackstar.errors import ModelError
+from trackstar.text import abridged, one_line
 
 _SIZES = (
     "num_hidden_layers", "n_layer", "num_layers", "hidden_size", "n_embd", "d_model", "vocab_size",
@@ -268,49 +266,6 @@ def pretrained_digest(source: str | Path) -> str:
                 while part := file.read(1 << 24):
                     digest.update(part)
     return digest.hexdigest()
-
-
-def spread_over_gpus(module: nn.Module, name: str) -> None:
-    """Distribute a model's layers over all GPUs of this machine in order, with Accelerate's device map.
-
-    Without a GPU the model is not moved.
-
-    Args:
-        module: The model, in main memory.
-        name: Its name in messages.
-
-    Raises:
-        ModelError: The GPUs together are too small for it.
-    """
-    if not torch.cuda.is_available():
-        return
-    unsplit = list(getattr(module, "_no_split_modules", None) or [])
-    memory = accelerate.utils.get_balanced_memory(module, no_split_module_classes=unsplit)
-    device_map = accelerate.infer_auto_device_map(module, max_memory=memory, no_split_module_classes=unsplit)
-    if not all(isinstance(device, int) for device in device_map.values()):
-        raise ModelError(
-            f"{name}: does not fit on this machine's {torch.cuda.device_count()} GPUs; expected room for all of its "
-            'weights; pass `dtype="bfloat16"`, or use more GPUs'
-        )
-    accelerate.dispatch_model(module, device_map)
-
-
-def checked_device(device: str) -> torch.device:
-    """The torch device of that name, if this machine has it.
-
-    Raises:
-        OptionError: This machine does not have it.
-    """
-    try:
-        target = torch.device(device)
-        if target.type == "meta":
-            raise RuntimeError("which holds no numbers")
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(
-            f"`device`: expected cpu or an available cuda device, found {device} ({first_line(error, 400)})"
-        ) from None
-    return target
 
 
 def _begins(key: str, prefix: str | None) -> bool:

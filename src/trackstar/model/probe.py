@@ -146,7 +146,7 @@ def _run(module: PreTrainedModel, token_ids: Tensor, source: str) -> _Run:
         def hook(child: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
             run.calls[path] = run.calls.get(path, 0) + 1
             if child is head:
-                run.hidden = arguments[0]
+                run.hidden = arguments[0].to(output.device)  # Accelerate moves it behind this hook
                 return
             if is_experts(child):
                 states, indices, weights = expert_arguments(*arguments, *options.values())
@@ -194,7 +194,8 @@ def _head(module: PreTrainedModel) -> Any:
 
 def _is_linear(child: nn.Module, inputs: Tensor, output: Any) -> bool:
     bias = child.bias if isinstance(child.bias, Tensor) else None
-    expected = nn.functional.linear(inputs, child.get_parameter("weight"), bias)
+    weight = child.get_parameter("weight")
+    expected = nn.functional.linear(inputs.to(weight.device), weight, bias)
     return isinstance(output, Tensor) and output.shape == expected.shape and _close(expected, output, 1e-3)
 
 

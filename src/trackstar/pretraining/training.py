@@ -18,7 +18,7 @@ from trackstar.corpus import Corpus, open_corpus
 from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import PretrainingError
 from trackstar.model.batching import Batch
-from trackstar.model.loading import checked_device
+from trackstar.model.devices import resolved_device
 from trackstar.pretraining import checkpoints
 from trackstar.pretraining.checkpoints import TrainingState
 from trackstar.pretraining.config import FREE_TO_CHANGE, PretrainingConfig
@@ -40,7 +40,7 @@ def pretrain(
     config: PretrainingConfig,
     *,
     tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: bool = True,
 ) -> Path:
     """Train a decoder-only language model from scratch, or resume an interrupted run.
@@ -69,7 +69,7 @@ def pretrain(
         CorpusError: A record cannot be read.
         OptionError: The device is unknown.
     """
-    target = checked_device(device)
+    target = resolved_device(device)
     opened = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     folder = Path(out)
     refuse_input_folder(folder, inputs(data=opened.name))

@@ -141,7 +141,7 @@ def encode(coordinates: Float[Tensor, "rows dim"], codec: CodecName, blocks: int
     `quantize`.
 
     Args:
-        coordinates: φ or u, finite, on any device.
+        coordinates: φ or u, finite, on any device with float64.
         codec: One of `CODECS`.
         blocks: Number of layer blocks.
 

@@ -56,7 +56,7 @@ def row_backbone(
 
     def run(embeddings: Tensor) -> Tensor:
         arguments = {"inputs_embeds": embeddings, "use_cache": False}
-        return functional_call(backbone, swapped, (), arguments).last_hidden_state
+        return functional_call(backbone, swapped, (), arguments).last_hidden_state.to(model.device)
 
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
@@ -74,20 +74,20 @@ def _rows(norm: NormLayer, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _linear_hook(layer: LinearLayer, on_linear: OnLinear) -> Callable[..., None]:
     def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        on_linear(layer, arguments[0], output)
+        on_linear(layer, arguments[0].to(output.device), output)  # Accelerate moves it behind this hook
 
     return hook
 
 
 def _table_hook(table: EmbeddingTable, on_table: OnTable) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        return on_table(table, arguments[0], output)
+        return on_table(table, arguments[0].to(output.device), output)
 
     return hook
 
 
 def _norm_hook(norm: NormLayer, rows: dict[str, Tensor]) -> Callable[..., Tensor]:
-    def hook(_module: nn.Module, arguments: tuple[Any, ...], _output: Tensor) -> Tensor:
-        return norm_output(norm, arguments[0], rows)
+    def hook(_module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return norm_output(norm, arguments[0].to(output.device), rows)
 
     return hook

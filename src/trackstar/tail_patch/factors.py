@@ -102,7 +102,7 @@ def gradient_factors(model: LanguageModel, layout: Layout, batch: Batch, *, mean
         vectors[layout.head_bias] = by_linear.sum(dim=1)
     tables = {table.weight: _looked_up(table, *recorder.lookups[table.weight]) for table in layout.positions}
     if layout.tokens is not None:
-        tables[layout.tokens.weight] = _looked_up(layout.tokens, token_ids, embeddings)
+        tables[layout.tokens.weight] = _looked_up(layout.tokens, token_ids.to(embeddings.device), embeddings)
     head = (by_linear, states) if layout.head_weight is not None and by_linear is not None else None
     return GradientFactors(losses=losses, linears=linears, vectors=vectors, tables=tables, head=head)
 

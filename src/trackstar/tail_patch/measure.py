@@ -54,7 +54,6 @@ def tail_patch(
         GradientError: A probability is not finite; the message names the examples.
     """
     check_choice("path", path, ("fast", "exact"))
-    model.check_on_one_device("tail-patch")
     step.check_model(model)
     _check(model, queries, proponents, pairs)
     used = sorted({pair.query for pair in pairs})

@@ -105,7 +105,7 @@ def patched_log_probabilities(
     with row_backbone(model, layout, vectors, on_linear=patch.on_linear, on_table=patch.on_table) as run:
         embeddings = model.embeddings(token_ids)
         if layout.tokens is not None:
-            embeddings = patch.on_table(layout.tokens, token_ids, embeddings)
+            embeddings = patch.on_table(layout.tokens, token_ids.to(embeddings.device), embeddings)
         hidden = run(embeddings)
     return log_probabilities(model.head, hidden, targets, counts, patch=patch.on_head)
 
@@ -127,11 +127,16 @@ class _Patch:
 
     def vector(self, name: str, weights: Tensor) -> Tensor:
         """A vector plus each row's change."""
-        return weights + self._adapters.vectors[name][self._owners]
+        return weights + self._by_row(name)
+
+    def _by_row(self, name: str) -> Tensor:
+        """Each row's change of a vector."""
+        changes = self._adapters.vectors[name]
+        return changes[self._owners.to(changes.device)]
 
     def on_linear(self, layer: LinearLayer, inputs: Tensor, outputs: Tensor) -> None:
         if layer.bias is not None:
-            outputs += self._adapters.vectors[layer.bias][self._owners][:, None]
+            outputs += self._by_row(layer.bias)[:, None]
         if layer.weight is None:
             return
         down, up = self._adapters.linears[layer.path]

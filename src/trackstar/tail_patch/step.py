@@ -24,6 +24,7 @@ from transformers.optimization import Adafactor
 
 from trackstar.errors import ModelError, OptionError, PretrainingError, SecondMomentError
 from trackstar.gradients.second_moment import FactoredMoment, SecondMoment, checked_second_moment
+from trackstar.model.devices import in_float64
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.layer_blocks import WeightMatrix
 from trackstar.pretraining import OPTIMIZER_FILE, PretrainingConfig, learning_rate
@@ -172,8 +173,8 @@ class TrainingStep:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             optimizer.state[parameter] = {
                 "step": 1,
-                "exp_avg_sq_row": row.to(parameter.device, dtype),
-                "exp_avg_sq_col": column.to(parameter.device, dtype),
+                "exp_avg_sq_row": row.to(dtype).to(parameter.device),
+                "exp_avg_sq_col": column.to(dtype).to(parameter.device),
                 "RMS": 0.0,
             }
         return cls(
@@ -244,7 +245,7 @@ def _stored_factors(matrix: WeightMatrix, moment: SecondMoment) -> tuple[Tensor,
     factors = moment.moments[matrix.name]
     if not isinstance(factors, FactoredMoment):
         raise SecondMomentError(f"{moment.source}: second moment of {matrix.name} is not factored; expected r and c")
-    row, column = factors.row.double(), factors.column.double()
+    row, column = in_float64(factors.row), in_float64(factors.column)
     row = row.clamp_min(moment.floor * float(row.mean()))
     column = column.clamp_min(moment.floor * float(column.mean()))
     if not matrix.transposed:

@@ -1,10 +1,12 @@
 """Load the model and V of an index, and check that they are the ones that it was built with."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from trackstar.choices import DeviceMap
 from trackstar.errors import DamagedIndexError, IndexMismatchError, ModelError, OptionError, StoreError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
@@ -17,7 +19,11 @@ from trackstar.workers.stored_losses import check_sample
 
 
 def model_of_index(
-    index: Index, model: LanguageModel | str | Path | None = None, *, device: str = "cpu"
+    index: Index,
+    model: LanguageModel | str | Path | None = None,
+    *,
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
 ) -> LanguageModel:
     """The model that an index was built with.
 
@@ -28,7 +34,8 @@ def model_of_index(
         index: The index.
         model: The model, or a path or hub name to load it from, if it has moved; None is the source
             that the index records.
-        device: Torch device, or `auto`, for a model that is loaded.
+        device: Device of a model that is loaded; see `load_model`.
+        device_map: Spreads a model that is loaded over several GPUs; see `load_model`.
 
     Raises:
         IndexMismatchError: The model, its tokenizer or its projections are not those of the index,
@@ -37,20 +44,23 @@ def model_of_index(
     """
     manifest = index.manifest
     if not isinstance(model, LanguageModel):
-        model = _recorded_model(index, device) if model is None else model_of_manifest(manifest, model, device=device)
+        if model is None:
+            model = _recorded_model(index, device, device_map)
+        else:
+            model = model_of_manifest(manifest, model, device=device, device_map=device_map)
     check_identity(index, model)
     check_sample(index, model)
     return model
 
 
-def _recorded_model(index: Index, device: str) -> LanguageModel:
+def _recorded_model(index: Index, device: str, device_map: DeviceMap | Mapping[str, str] | None) -> LanguageModel:
     """The model from the place that the index records; it is not compared with the index."""
     entry = index.manifest.model
     try:
         source = opened_source(entry.source, entry.location, index.path)
         if entry.location in ("absolute", "relative") and not os.path.exists(source):
             raise ModelError(f"{source}: no such model")
-        loaded = model_of_manifest(index.manifest, source, device=device, pinned=True)
+        loaded = model_of_manifest(index.manifest, source, device=device, device_map=device_map, pinned=True)
     except (ModelError, StoreError) as error:
         raise ModelError(
             f"{error}; this is where {index.path} says that its model is; pass the model as `model`"
@@ -111,14 +121,20 @@ def different_fields(entry: ModelEntry, model: LanguageModel) -> list[tuple[str,
 
 
 def model_of_manifest(
-    manifest: Manifest, source: str | Path, *, device: str = "cpu", pinned: bool = False
+    manifest: Manifest,
+    source: str | Path,
+    *,
+    device: str = "auto",
+    device_map: DeviceMap | Mapping[str, str] | None = None,
+    pinned: bool = False,
 ) -> LanguageModel:
     """The model at `source`, loaded with the manifest's settings; it is not compared with the manifest.
 
     Args:
         manifest: The manifest.
         source: Path or hub name.
-        device: Torch device, or `auto`.
+        device: See `load_model`.
+        device_map: See `load_model`.
         pinned: Whether `source` is the manifest's own, so that its revision applies. Its GGUF file
             applies wherever there is one of that name.
     """
@@ -134,6 +150,7 @@ def model_of_manifest(
             parameters=entry.parameters or "merged",
             dtype=entry.dtype,
             device=device,
+            device_map=device_map,
             layer_blocks=[
                 (block.name, block.kind, block.layers, [matrix.name for matrix in block.matrices])
                 for block in manifest.layer_blocks

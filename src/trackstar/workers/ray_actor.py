@@ -70,12 +70,14 @@ class Worker:
 
     Args:
         threads: Number of CPU threads.
-        device: Torch device, or `auto`.
+        gpus: Number of GPUs that the cluster has given to this process, or a fraction of one. One holds
+            the model, and the model is spread over several.
     """
 
-    def __init__(self, threads: int, device: str) -> None:
+    def __init__(self, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
-        self._device = device
+        # Ray hides other workers' GPUs, so that the first that this process sees is its own.
+        self._place: dict[str, Any] = {"device": "cuda" if gpus else "cpu"} if gpus <= 1 else {"device_map": "auto"}
         self._model: LanguageModel | None = None
         self._model_key: tuple[object, ...] = ()
         self._job: GradientJob | ScanJob | None = None
@@ -136,7 +138,7 @@ class Worker:
                 entry = dataclasses.replace(
                     manifest.model, source=source, revision=job.revision, gguf_file=job.gguf_file
                 )
-                model = model_of_manifest(dataclasses.replace(manifest, model=entry), source, device=self._device)
+                model = model_of_manifest(dataclasses.replace(manifest, model=entry), source, **self._place)
             except ModelError as error:
                 raise ModelError(
                     f"{error}; expected the model at the same path on all of the cluster's nodes"

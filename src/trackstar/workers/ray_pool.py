@@ -255,14 +255,14 @@ class Pool:
             return
         self._last_growth = now
         room = self._room()
-        device = "auto" if self._gpus > 1 else "cuda" if self._gpus else "cpu"
         for _ in range(room):
             actor_class = self._ray.remote(Worker).options(
                 num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy="SPREAD"
             )
-            self._members.append(_Member(actor=actor_class.remote(self._cpus, device)))
+            self._members.append(_Member(actor=actor_class.remote(self._cpus, self._gpus)))
         if room > 0:
-            self._note(f"cluster: {len(self._members)} workers")
+            gpus = f", {self._gpus:g} GPU{'s' if self._gpus > 1 else ''} each" if self._gpus else ""
+            self._note(f"cluster: {len(self._members)} workers{gpus}")
 
     def _room(self) -> int:
         """Number of further workers that the cluster has room for now."""

@@ -54,8 +54,9 @@ class RayWorkers:
             `local` for a cluster that starts on this machine and ends with this process.
         workers: Maximum number of workers; None is as many as the cluster has room for, also if it grows.
         cpus: CPU cores per worker.
-        gpus: GPUs per worker, or a fraction of one; None is 1 if the cluster has any, else 0. The
-            model is spread over a worker's GPUs if there are several.
+        gpus: GPUs per worker, or a fraction of one; None is 1 if the cluster has any, else 0, so that
+            each worker computes on one GPU of its own. The model is spread over a worker's GPUs if there
+            are several (`device_map="auto"` in `load_model`).
 
     Raises:
         OptionError: Ray is not installed, or a number is out of range.
