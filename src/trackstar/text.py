@@ -51,3 +51,26 @@ def abridged(found: object) -> str:
 def cut(shown: str) -> str:
     """Cut the text to 80 characters, the last three of them dots if anything was cut."""
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as `0.4 s`, `41 s`, `3 min 20 s`, `2 h 5 min` or `3 days 4 h`."""
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    for size, unit, part, smaller in ((86400, "day", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            many, rest = divmod(whole, size)
+            name = "days" if unit == "day" and many > 1 else unit
+            return f"{many:,} {name}" + (f" {rest // part} {smaller}" if rest >= part else "")
+    raise AssertionError("a minute or more")
+
+
+def amount_of_bytes(amount: float) -> str:
+    """A number of bytes in words, such as `8.1 KiB` or `3.9 GiB`."""
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if amount >= size:
+            return f"{amount / size:,.1f} {unit}"
+    return f"{amount / 2**10:,.1f} KiB"

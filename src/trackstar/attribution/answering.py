@@ -79,7 +79,7 @@ def answer_queries(
         device_map: Spreads the model over several GPUs; see `load_model`.
         batch_tokens: Most tokens per batch, padding included.
         workers: This process, or a cluster's workers.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         IndexMismatchError: The model is not the one that was indexed.

@@ -137,7 +137,7 @@ def stream_queries(
         kept: File for partial results, from which the same call resumes. It is left in place at the
             end, for the caller to remove once the results are safe. An existing file must hold
             partial results. None saves nothing.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
@@ -212,19 +212,19 @@ def _prepared(
     """Compute V, R_train, the queries' gradients and the correction for the task."""
     check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
     windows = windows_entry(model, settings)
-    with Progress("R_train", unit="examples", shown=progress) as bar:
-        for line in corpus.survey().notes(corpus.name):  # the first pass, which checks every record
-            bar.note(line)
-        moment = second_moment_for(settings, model, corpus, windows, out=None, note=bar.note)
-        manifest = make_manifest(model, corpus, moment, settings)
-        setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=settings.batch_tokens)
-        with setup.opened(model, bar.note) as projector:
-            r_train = _autocorrelation(projector, model, corpus, windows, settings, bar)
-            phi, losses = projected(projector, _tokenized(queries, model))
-            if task is None:
-                task_phi = phi[facts_among(queries)]
-            else:
-                task_phi, _ = projected(projector, _tokenized(task, model))
+    bar = Progress("R_train", unit="examples", shown=progress)
+    for line in corpus.survey(progress=progress).notes(corpus.name):  # the first pass, which checks every record
+        bar.note(line)
+    moment = second_moment_for(settings, model, corpus, windows, out=None, note=bar.note, progress=progress)
+    manifest = make_manifest(model, corpus, moment, settings)
+    setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=settings.batch_tokens)
+    with bar, setup.opened(model, bar.note) as projector:
+        r_train = _autocorrelation(projector, model, corpus, windows, settings, bar)
+        phi, losses = projected(projector, _tokenized(queries, model))
+        if task is None:
+            task_phi = phi[facts_among(queries)]
+        else:
+            task_phi, _ = projected(projector, _tokenized(task, model))
     mixing = choose_mixing(task_phi, r_train.spectrum, blocks=len(model.blocks), given=question.mixing)
     correction = mixed_correction(
         r_train, task_phi, mixing,
@@ -290,7 +290,7 @@ def _pass_over(
         Progress("Streaming", unit="examples", shown=progress) as bar,
         stream.setup.opened(model, bar.note) as projector,
     ):
-        bar.advance(ranking.rows)
+        bar.resume(ranking.rows)
         for part, position in _parts(corpus, model, ranking.position, stream.setup.manifest.windows):
             phi, _ = projected(projector, part, bar.advance)
             ranking.add(influences(stream.correction, stream.vectors, phi), part, position)

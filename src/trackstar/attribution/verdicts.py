@@ -50,7 +50,7 @@ def verdicts(
         model: The model.
         queries: The queries, as texts or messages if their alternatives are to be asked in a chat template.
         batch_tokens: Most tokens per batch, padding included.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         OptionError: A prompt has no token.

@@ -44,7 +44,7 @@ def check_audit(
         path: The audit file.
         hand: The available inputs; None is the result file beside the audit.
         again: Whether to answer the queries again and compare rankings and scores.
-        progress: Whether to show progress bars if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         What is the same, what differs, and what was not checked.

@@ -34,7 +34,7 @@ class BM25Retriever:
         k1: Saturation of repeated words: the higher, the more a repetition counts; the default of
             bm25s, 1.5.
         b: Strength of the length normalization, from 0 to 1; the default of bm25s, 0.75.
-        progress: Whether to show progress bars if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         OptionError: `k1` is negative, or `b` is not between 0 and 1.

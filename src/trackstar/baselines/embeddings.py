@@ -98,7 +98,7 @@ class EmbeddingRetriever:
         pool: The candidates; they are embedded here, and their vectors stay in memory, 4 bytes per
             number.
         encoder: The embedding model.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
     """
 
     name = "embeddings"

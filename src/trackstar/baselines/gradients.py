@@ -81,7 +81,7 @@ class IndexedGradients:
         model: The indexed model.
         batch_tokens: Most tokens per batch of queries, padding included.
         workers: The workers that compute gradients of queries.
-        progress: Whether to show progress bars if stderr is a terminal.
+        progress: Whether progress is shown.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trackstar.choices import DUPLICATE_IDS, JOINS, DuplicateIds, Join, RecordFormat, TrainOn
@@ -38,8 +38,11 @@ from trackstar.corpus.records import Example
 from trackstar.corpus.sources import ALL, Source
 from trackstar.corpus.tokenization import leading_token
 from trackstar.errors import CorpusError, OptionError, check_at_least, check_choice
+from trackstar.progress import Progress
 
 _LONGEST_VALUE = 200
+# Records between two updates of a bar.
+_RECORDS_PER_STEP = 500
 
 
 def open_corpus(
@@ -323,19 +326,27 @@ class Corpus:
             return self.survey().records
         return records if self.reading.limit is None else min(records, self.reading.limit)
 
-    def sample(self, count: int, seed: int) -> list[Example]:
+    def sample(self, count: int, seed: int, *, progress: bool = False) -> list[Example]:
         """`count` examples drawn uniformly without replacement in one pass, in record order.
 
         Each record has a pseudorandom priority, a function of the seed and its number alone, and
         the lowest priorities are drawn. So the same seed draws the same examples, and a larger
         sample contains a smaller one. A corpus of at most `count` records is returned whole.
 
+        Args:
+            count: Number of examples.
+            seed: Seed of the priorities.
+            progress: Whether progress is shown.
+
         Raises:
             CorpusError: A record cannot be read.
             OptionError: `count` is below 1.
         """
         check_at_least("count", count)
-        drawn = heapq.nsmallest(count, self.examples(), key=lambda example: _priority(seed, example.record))
+        total = self._surveyed[0].records if self._surveyed and self.packing is None else None
+        with Progress("Drawing a sample", unit="records", total=total, shown=progress) as bar:
+            examples = _counted(self.examples(), bar.advance)
+            drawn = heapq.nsmallest(count, examples, key=lambda example: _priority(seed, example.record))
         return sorted(drawn, key=lambda example: example.record)
 
     def digest(self) -> str:
@@ -377,11 +388,14 @@ class Corpus:
         content = self._contents[0]
         return next((choice for choice in DUPLICATE_IDS if self._digest_with(content, choice) == digest), None)
 
-    def survey(self) -> Survey:
+    def survey(self, *, progress: bool = False) -> Survey:
         """Check every record, compare their names, and digest the content, in one pass; the result
         is cached.
 
         Memory is 16 bytes per record, and more only for names that are repeated.
+
+        Args:
+            progress: Whether progress is shown.
 
         Raises:
             CorpusError: A record cannot be read; or, if duplicates are refused, two records have
@@ -397,6 +411,8 @@ class Corpus:
             def visit(record: Record) -> None:
                 nonlocal records, blank, metadata, spelled_out
                 records += 1
+                if records % _RECORDS_PER_STEP == 0:
+                    bar.advance(_RECORDS_PER_STEP)
                 read = reader.read(record)
                 names.add(self._name(read))
                 metadata += len(read.metadata.encode("utf-8", "surrogatepass"))
@@ -414,9 +430,10 @@ class Corpus:
                     reader.example(read, "checked")
 
             reading = self.reading
-            content = self.source.visit(
-                reading.columns, reading.limit, visit, stems=reading.id_field is None, encode=self._encoded
-            )
+            with Progress("Reading the corpus", unit="records", shown=progress) as bar:
+                content = self.source.visit(
+                    reading.columns, reading.limit, visit, stems=reading.id_field is None, encode=self._encoded
+                )
             self._contents[:] = [content]
             if self.taken is not None:
                 self.taken.check_content()
@@ -480,6 +497,14 @@ def short_text(value: object) -> str:
 def _whole_characters(text: str) -> str:
     """The text with U+FFFD in place of each half of a surrogate pair."""
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _counted(examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Example]:
+    """The examples, counted as they pass."""
+    for number, example in enumerate(examples, start=1):
+        if number % _RECORDS_PER_STEP == 0:
+            advance(_RECORDS_PER_STEP)
+        yield example
 
 
 def _priority(seed: int, record: int) -> bytes:

@@ -1,4 +1,4 @@
-"""W of R = Σ_i λ_i v_i v_iᵀ + cI with few v_i: R of few examples and a ridge, never as a square matrix (Eq. 2).
+"""W of R = Σ_i λ_i v_i v_iᵀ + cI with few v_i: R of few examples with a ridge, never a square matrix (Eq. 2).
 
 With fewer examples than dimensions, R_train has at most as many eigenvalues other than zero as there are
 examples. The symmetric root of R⁻¹ changes φ along their eigenvectors v_i alone,
@@ -10,7 +10,7 @@ rows √w_j φ_j and ΦΦᵀ = UΛUᵀ, v_i = Φᵀu_i/√λ_i.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Float64
@@ -42,7 +42,12 @@ class LowRankWhitening:
 
     @classmethod
     def of_rows(
-        cls, rows: Float[Tensor, "examples dimensions"], ridges: Float64[Tensor, "blocks"], *, seed: int | None = None
+        cls,
+        rows: Float[Tensor, "examples dimensions"],
+        ridges: Float64[Tensor, "blocks"],
+        *,
+        seed: int | None = None,
+        advance: Callable[[int], None] = lambda _blocks: None,
     ) -> "LowRankWhitening":
         """W of R = ΦᵀΦ + cI.
 
@@ -50,6 +55,7 @@ class LowRankWhitening:
             rows: Φ, all blocks one after the other: φ of each example times the root of its weight in R.
             ridges: c of each block, above 0.
             seed: Seed of the rotation; None rotates nothing.
+            advance: Callback that receives 1 after each block.
         """
         blocks = len(ridges)
         rank, dim = len(rows), rows.shape[1] // blocks
@@ -60,6 +66,7 @@ class LowRankWhitening:
             kept = (found > _NEGLIGIBLE * ridges[number]).nonzero()[:, 0].flip(0)
             values[number, : len(kept)] = found[kept].float()
             directions[number, : len(kept)] = (vectors[:, kept].mT @ phi / found[kept].sqrt()[:, None]).float()
+            advance(1)
         most = int((values > 0).sum(dim=1).max()) if rank else 0
         return cls(
             directions=directions[:, :most].contiguous(), values=values[:, :most].contiguous(),

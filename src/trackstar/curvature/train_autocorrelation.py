@@ -6,7 +6,7 @@ by R = λR_eval + (1-λ)(R_train + cI), which then has a low rank but for the ri
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64
@@ -55,6 +55,7 @@ class SquareAutocorrelation:
         damping: float,
         names: Sequence[str],
         rotation: int | None = None,
+        advance: Callable[[int], None] = lambda _blocks: None,
     ) -> Whitening:
         """W with WᵀW = R⁻¹, where R = λR_eval + (1-λ)(R_train + cI).
 
@@ -64,13 +65,16 @@ class SquareAutocorrelation:
             damping: c, as a fraction of R_train's mean eigenvalue per block.
             names: The blocks' names, for errors.
             rotation: Seed of a random rotation of the coordinates; None rotates nothing.
+            advance: Callback that receives 1 after each block.
 
         Raises:
             CurvatureError: R cannot be inverted.
             OptionError: λ or the damping is out of range, or nothing is left of R_train.
         """
         r_eval = autocorrelation(task, len(self.matrices)) if task is not None and mixing > 0 else None
-        return whitening(self.matrices, r_eval, mixing=mixing, damping=damping, names=names, rotation=rotation)
+        return whitening(
+            self.matrices, r_eval, mixing=mixing, damping=damping, names=names, rotation=rotation, advance=advance
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,6 +122,7 @@ class FewExamples:
         damping: float,
         names: Sequence[str],
         rotation: int | None = None,
+        advance: Callable[[int], None] = lambda _blocks: None,
     ) -> AnyWhitening:
         """See `SquareAutocorrelation.whitening`. Square matrices are made if examples and queries together
         have more than two thirds of a block's dimensions.
@@ -130,14 +135,16 @@ class FewExamples:
             parts.append(task.to(self.phi) * (mixing / len(task)) ** 0.5)
         if 3 * sum(map(len, parts)) > 2 * dim:
             square = SquareAutocorrelation(matrices=self.square(), examples=self.examples)
-            return square.whitening(task, mixing=mixing, damping=damping, names=names, rotation=rotation)
+            return square.whitening(
+                task, mixing=mixing, damping=damping, names=names, rotation=rotation, advance=advance
+            )
         rows = torch.cat(parts)
         if not torch.isfinite(rows).all():
             raise CurvatureError(
                 "R: expected finite gradients, found NaN or infinite ones; check the index with `verify`"
             )
         ridges = checked_ridges(self._traces(), dim, mixing=mixing, damping=damping, names=names)
-        return LowRankWhitening.of_rows(rows, ridges, seed=rotation)
+        return LowRankWhitening.of_rows(rows, ridges, seed=rotation, advance=advance)
 
     def _traces(self) -> Float64[Tensor, "blocks"]:
         return torch.stack([block.square().sum() for block in self._by_block()]) / self.examples

@@ -8,7 +8,7 @@ instead (`low_rank_whitening`).
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Float64
@@ -157,6 +157,7 @@ def whitening(
     damping: float = 0.0,
     names: Sequence[str] | None = None,
     rotation: int | None = None,
+    advance: Callable[[int], None] = lambda _blocks: None,
 ) -> Whitening:
     """W of each layer block with W R Wᵀ = I, where R = λ R_eval + (1-λ)(R_train + cI) (Eq. 2-3).
 
@@ -168,6 +169,7 @@ def whitening(
         names: The blocks' names, for errors.
         rotation: Seed of a random rotation of the coordinates; see `Whitening.rotated`. None rotates
             nothing.
+        advance: Callback that receives 1 after each block.
 
     Returns:
         W of every block, computed in float64 and kept in float32.
@@ -188,6 +190,7 @@ def whitening(
         if not factor.diagonal().all():
             raise nothing_left(damping)
         factors[number] = factor if turned is None else turned.apply(factor.T).T
+        advance(1)
     return Whitening(factors=factors, triangular=turned is None)
 
 

@@ -74,7 +74,7 @@ def add_examples(
         device: Device that computes gradients, if the model is not loaded yet; see `load_model`.
         device_map: Spreads the model over several GPUs; see `load_model`.
         batch_tokens: Most tokens per batch, padding included.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         The new index, opened.

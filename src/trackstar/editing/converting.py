@@ -33,7 +33,7 @@ def convert_index(
         codec: The new codec.
         damping: If rows are whitened now, the ridge added to R_train, as a fraction of its mean
             eigenvalue per block; None is chosen by `shrinkage_damping`.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         The new index, opened.

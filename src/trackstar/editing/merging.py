@@ -32,7 +32,7 @@ def merge_indexes(
         out: Folder of the new index.
         duplicate_ids: What is done with a document whose name one of an earlier index has: `refuse`
             raises, `number` names it `NAME~2` in the new index.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         The new index, opened.

@@ -30,7 +30,7 @@ def narrow_index(index: Index | str | Place, out: str | Place, *, side: int, pro
         index: The larger index; it is not changed.
         out: Folder of the new index.
         side: Rows and columns of a block of the new φ; at most those of `index`.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         The new index, opened. It equals one built from the corpus up to rounding: twice the

@@ -21,7 +21,7 @@ def remove_examples(
         index: The index; it is not changed.
         names: Ids of examples or documents.
         out: Folder of the new index.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         The new index, opened.

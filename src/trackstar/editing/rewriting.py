@@ -80,7 +80,7 @@ def rewrite(
         rows: Number of rows of the new index, for the progress bar; None is the number of all rows
             of the sources.
         title: Title of the progress bar.
-        progress: Whether to show the progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         OptionError: The new folder is one of the sources or lies in one.
@@ -92,7 +92,7 @@ def rewrite(
         IndexWriter.open(out, manifest, on_note=bar.note) as writer,
     ):
         if not writer.completed:
-            bar.advance(writer.resume_point.row)
+            bar.resume(writer.resume_point.row)
             write_rows(writer, sources, recode=recode, keep=keep, rename=rename, w_train=w_train, bar=bar)
     return Index.open(out)
 

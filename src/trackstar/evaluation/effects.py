@@ -83,7 +83,7 @@ def measured_effects(
         rankings: Rankings of the methods.
         measurement: Model, index, training step and queries.
         workspace: Folder that results are saved in.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
     """
     queries = to_queries(measurement.facts, measurement.template)
     model = measurement.model

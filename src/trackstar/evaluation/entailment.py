@@ -96,7 +96,7 @@ def entailment_scores(
             joins them.
         scorer: The model that judges.
         window_sentences: Sentences per window; 3 in the paper.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         Probabilities from 0 to 1; 0 for a text without a sentence.

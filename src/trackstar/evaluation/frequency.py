@@ -30,7 +30,7 @@ def fact_frequencies(
     Args:
         facts: The facts to count.
         examples: The examples; they are read once, one at a time.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         One count per fact, in the order of the facts.

@@ -47,7 +47,7 @@ def judged_proponents(
         workspace: Folder that judgements are saved in.
         template: Number of the prompt.
         device: Device of the entailment model.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         ModelError: The model cannot be used.

@@ -48,7 +48,7 @@ def own_answers(
         model: The model.
         workspace: The report's folder.
         config: Settings of the report.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
     """
     queries = to_queries(facts, config.templates[0])
     closed = [query for query in queries if query.kind in ("fact", "generation")]

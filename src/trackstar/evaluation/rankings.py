@@ -76,7 +76,7 @@ class Rankings:
         model: The model.
         workspace: Folder that indexes and rankings are saved in.
         workers: The workers that build indexes and compute gradients.
-        progress: Whether to show progress bars if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         OptionError: The dense projections of the one-sided method do not fit in memory.

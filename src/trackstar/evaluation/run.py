@@ -117,7 +117,7 @@ def run_evaluation(
         config: Settings of the report.
         out: Folder of the report.
         workers: The workers that build indexes and compute gradients.
-        progress: Whether to show progress bars if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         TrackstarError: See `trackstar.errors`.

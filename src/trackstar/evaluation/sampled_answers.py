@@ -54,7 +54,7 @@ def sample_answers(
         samples: Number of answers to each fact.
         read: What the run reads, none of which may be replaced.
         force: Whether to replace an existing file.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Returns:
         The file.

@@ -63,7 +63,7 @@ def variants(
         workspace: The report's folder; a checkpoint's index and rankings are saved under
             `checkpoints/` in it.
         workers: The workers that build indexes and compute gradients.
-        progress: Whether to show progress bars if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         OptionError: Two checkpoints have the same name, or one is not from the model's training.

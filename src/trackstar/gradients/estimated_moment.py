@@ -52,6 +52,7 @@ def estimate_second_moment(
     batch_tokens: int = 2048,
     floor: float = DEFAULT_FLOOR,
     note: Callable[[str], None] = lambda _line: None,
+    advance: Callable[[int], None] = lambda _examples: None,
 ) -> SecondMoment:
     """V estimated as E[G²] over a sample of training examples (paper, §4.1).
 
@@ -62,6 +63,7 @@ def estimate_second_moment(
         batch_tokens: Most tokens per batch, padding included.
         floor: See `DEFAULT_FLOOR`.
         note: Callback that receives a line when memory runs out and batches become smaller.
+        advance: Callback that receives the number of examples of each finished batch.
 
     Raises:
         OptionError: The sample is empty, or a single example does not fit in memory.
@@ -70,7 +72,8 @@ def estimate_second_moment(
     if not examples:
         raise OptionError("second moment: found no example to estimate it from, expected one or more")
     with SquaredGradients(model, kind=kind, batch_tokens=batch_tokens, note=note) as squares:
-        return mean_of_squares((squares.sums(part) for part in estimate_parts(examples, kind)), kind=kind, floor=floor)
+        parts = (squares.sums(part, advance) for part in estimate_parts(examples, kind))
+        return mean_of_squares(parts, kind=kind, floor=floor)
 
 
 def checked_estimate(
@@ -212,16 +215,22 @@ class SquaredGradients:
     def __exit__(self, *error: object) -> None:
         self._pass.__exit__(*error)
 
-    def sums(self, examples: Sequence[TokenizedExample]) -> SummedSquares:
+    def sums(
+        self, examples: Sequence[TokenizedExample], advance: Callable[[int], None] = lambda _examples: None
+    ) -> SummedSquares:
         """Sums over these examples.
+
+        Args:
+            examples: The examples.
+            advance: Callback that receives the number of examples of each finished batch.
 
         Raises:
             OptionError: A single example does not fit in memory.
             GradientError: An example's loss is not finite.
         """
         self._squares.clear()
-        for _ in self._pass.batches(examples, self._squares.commit):
-            pass
+        for batch, _, _ in self._pass.batches(examples, self._squares.commit):
+            advance(len(batch))
         sums = {name: [one.cpu() for one in of] for name, of in self._squares.sums().items()}
         return SummedSquares(examples=len(examples), sums=sums)
 

@@ -113,12 +113,13 @@ def index_share(out: Place, prepared: Callable[[], IndexJob], share: Share, bar:
 
     made = 0
     parts: list[tuple[Group, Rows]] = []
-    for rows in rows_by(job.workers, job.model, job.setup, job.row_work, bar)(missing_groups()):
-        group = taken.popleft()
-        if parts and parts[-1][0].shard != group.shard:
-            folder.write(parts[0][0].shard, shard_content(parts))
-            made, parts = made + 1, []
-        parts.append((group, rows))
+    with bar:
+        for rows in rows_by(job.workers, job.model, job.setup, job.row_work, bar)(missing_groups()):
+            group = taken.popleft()
+            if parts and parts[-1][0].shard != group.shard:
+                folder.write(parts[0][0].shard, shard_content(parts))
+                made, parts = made + 1, []
+            parts.append((group, rows))
     if parts:
         folder.write(parts[0][0].shard, shard_content(parts))
         made += 1
@@ -138,7 +139,7 @@ def finish_index(out: str | Place, *, progress: bool = True) -> Index:
 
     Args:
         out: Folder of the index.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         IncompleteIndexError: Shards are missing or damaged, or no task has reached the end of the

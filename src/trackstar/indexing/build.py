@@ -129,7 +129,7 @@ def build_index(
         share: `i/n` makes the i-th of n parts of one index, independently of the other parts; see
             `array_tasks.py`. `finish_index` completes the index.
         workers: This process, or a cluster's workers (`trackstar.workers.RayWorkers`).
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown: bars on a terminal, elsewhere a line every 30 seconds.
 
     Returns:
         The finished index, opened; with `share`, the index as far as it is finished.
@@ -174,29 +174,30 @@ def index_corpus(
         settings: What the index is asked to be.
         share: The part of the index that this call makes; None makes all of it.
         workers: This process, or a cluster's workers.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
     """
     folder = as_folder(out)
     refuse_input_folder(folder, inputs(data=corpus.name, model=model.source, second_moment=settings.second_moment))
     check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
     corpus = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
     total = corpus.count() if progress and share is None and sys.stderr.isatty() else None
-    with Progress("Indexing", unit="examples", total=total, shown=progress) as bar:
+    bar = Progress("Indexing", unit="examples", total=total, shown=progress)
 
-        def prepared() -> IndexJob:
-            return prepare(folder, corpus, model, settings, workers=workers, bar=bar, progress=progress)
+    def prepared() -> IndexJob:
+        return prepare(folder, corpus, model, settings, workers=workers, bar=bar, progress=progress)
 
-        if share is not None:
-            index_share(folder, prepared, share, bar)
-            return Index.open(folder, allow_incomplete=True)
-        job = prepared()
-        with IndexWriter.open(folder, job.manifest, on_note=bar.note) as writer:
-            check_resumed(writer, model)
-            completion = writer.manifest.completion
-            if completion is not None:
-                bar.note(f"{out}: the index is complete, with {completion.rows} examples")
-            else:
-                bar.advance(writer.resume_point.record)
-                job.begin(writer, bar)
+    if share is not None:
+        index_share(folder, prepared, share, bar)
+        return Index.open(folder, allow_incomplete=True)
+    job = prepared()
+    with IndexWriter.open(folder, job.manifest, on_note=bar.note) as writer:
+        check_resumed(writer, model)
+        completion = writer.manifest.completion
+        if completion is not None:
+            bar.note(f"{out}: the index is complete, with {completion.rows} examples")
+        else:
+            job.begin(writer, bar)
+            with bar:  # after what has bars of its own, so that rate and time left are those of the shards
+                bar.resume(writer.resume_point.record)
                 job.fill(writer, bar)
     return Index.open(folder)

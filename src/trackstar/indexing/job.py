@@ -148,7 +148,7 @@ def prepare(
         settings: What the index is asked to be.
         workers: Where gradients are computed.
         bar: Receives notes.
-        progress: Whether the first pass shows its own bar.
+        progress: Whether reading the corpus, V, the first pass and whitening show their own bars.
 
     Raises:
         StoreError: `out` is not empty, and not an index.
@@ -156,6 +156,7 @@ def prepare(
         TrackstarError: V or R_train cannot be computed; see `trackstar.errors`.
     """
     refuse_foreign_folder(out)
+    corpus.survey(progress=progress)
     manifest = make_manifest(model, corpus, NO_SECOND_MOMENT, settings, out=out)
     for line in corpus.survey().notes(corpus.name):
         bar.note(line)
@@ -166,7 +167,7 @@ def prepare(
     squares = SquaresSetup(manifest=manifest, kind=settings.second_moment_kind, batch_tokens=batch_tokens)
     moment = second_moment_for(
         settings, model, corpus, manifest.windows, out=out, note=bar.note,
-        estimate=functools.partial(_estimated, model, squares, workers, bar.note),
+        estimate=functools.partial(_estimated, model, squares, workers, bar.note), progress=progress,
     )  # fmt: skip
     manifest = dataclasses.replace(manifest, second_moment=second_moment_entry(moment))
     setup = GradientSetup(manifest=manifest, second_moment=moment, batch_tokens=batch_tokens)
@@ -180,7 +181,9 @@ def prepare(
         source = sample_source(settings.whitening_examples, settings.seed)
         train = TrainWhitening.written_in(out, damping=settings.damping, source=source)
         if train is None:
-            train = TrainWhitening.of_index(first_pass.run(), damping=settings.damping, source=source)
+            train = TrainWhitening.of_index(
+                first_pass.run(), damping=settings.damping, source=source, progress=progress
+            )
         manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=train.entry)
     return IndexJob(
         out=out, corpus=corpus, model=model, manifest=manifest, setup=setup, train=train, first_pass=first_pass,
@@ -194,11 +197,13 @@ def _estimated(
     workers: Workers,
     note: Callable[[str], None],
     examples: Sequence[TokenizedExample],
+    advance: Advance,
 ) -> SecondMoment:
     """V estimated from examples by the workers."""
     parts = estimate_parts(examples, setup.kind)
-    return mean_of_squares(workers.gradients(model, setup, _squares, parts, note=note), kind=setup.kind)
+    sums = workers.gradients(model, setup, _squares, parts, advance=advance, note=note)
+    return mean_of_squares(sums, kind=setup.kind)
 
 
 def _squares(squares: SquaredGradients, part: Sequence[TokenizedExample], advance: Advance) -> SummedSquares:
-    return squares.sums(part)
+    return squares.sums(part, advance)

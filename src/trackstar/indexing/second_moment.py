@@ -12,10 +12,11 @@ from trackstar.gradients.optimizer_state import MERGED_ADVICE, find_optimizer_st
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment, checked_second_moment
 from trackstar.indexing.settings import IndexSettings
 from trackstar.model.language_model import LanguageModel
+from trackstar.progress import Progress
 from trackstar.store import IndexTensors, Place, WindowsEntry, load_manifest
 
-Estimate = Callable[[Sequence[TokenizedExample]], SecondMoment]
-"""Estimates V from examples."""
+Estimate = Callable[[Sequence[TokenizedExample], Callable[[int], None]], SecondMoment]
+"""Estimates V from examples, and calls a function with the number of each batch's examples."""
 
 
 def second_moment_for(
@@ -27,6 +28,7 @@ def second_moment_for(
     out: Place | None,
     note: Callable[[str], None],
     estimate: Estimate | None = None,
+    progress: bool = False,
 ) -> SecondMoment:
     """V as the settings ask, checked against the model's matrices.
 
@@ -39,6 +41,7 @@ def second_moment_for(
             again. None computes it.
         note: Callback that receives notes for the user.
         estimate: Estimates V from a sample; None estimates in this process.
+        progress: Whether progress is shown.
 
     Raises:
         SecondMomentError: V cannot be read from optimizer state, or does not fit the model.
@@ -69,13 +72,15 @@ def second_moment_for(
     if written is not None:
         return written
     note(f"second moment: {'no optimizer state beside the model, so V is ' if requested == 'auto' else ''}{source}")
-    sample = _first_windows(corpus, model, windows, settings)
-    if estimate is None:
-        moment = estimate_second_moment(
-            model, sample, kind=settings.second_moment_kind, batch_tokens=settings.batch_tokens, note=note
-        )
-    else:
-        moment = estimate(sample)
+    sample = _first_windows(corpus, model, windows, settings, progress=progress)
+    with Progress("Estimating V", unit="examples", total=len(sample), shown=progress) as bar:
+        if estimate is None:
+            moment = estimate_second_moment(
+                model, sample, kind=settings.second_moment_kind, batch_tokens=settings.batch_tokens, note=note,
+                advance=bar.advance,
+            )  # fmt: skip
+        else:
+            moment = estimate(sample, bar.advance)
     return checked_estimate(dataclasses.replace(moment, source=source), model, sample)
 
 
@@ -116,12 +121,12 @@ def _written_estimate(
 
 
 def _first_windows(
-    corpus: Corpus, model: LanguageModel, windows: WindowsEntry, settings: IndexSettings
+    corpus: Corpus, model: LanguageModel, windows: WindowsEntry, settings: IndexSettings, *, progress: bool
 ) -> list[TokenizedExample]:
     """The sample that V is estimated from: of each drawn record its first window, which stands for
     the document.
     """
-    drawn = corpus.sample(settings.second_moment_examples, settings.seed)
+    drawn = corpus.sample(settings.second_moment_examples, settings.seed, progress=progress)
     tokenized = tokenize_examples(
         drawn, model.tokenizer, window_tokens=windows.tokens, overlap=windows.overlap, truncate=windows.truncate
     )

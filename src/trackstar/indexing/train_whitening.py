@@ -53,7 +53,7 @@ class TrainWhitening:
     whitening: AnyWhitening
 
     @classmethod
-    def of_index(cls, index: Index, *, damping: float | None, source: str) -> "TrainWhitening":
+    def of_index(cls, index: Index, *, damping: float | None, source: str, progress: bool = False) -> "TrainWhitening":
         """W_train from the R_train of an index in projected coordinates.
 
         Args:
@@ -61,6 +61,7 @@ class TrainWhitening:
             damping: Ridge added to R_train, as a fraction of its mean eigenvalue per block; None is
                 chosen by `shrinkage_damping`.
             source: Description of the examples, for the manifest.
+            progress: Whether progress is shown.
 
         Raises:
             CurvatureError: R_train cannot be inverted.
@@ -68,10 +69,12 @@ class TrainWhitening:
         r_train = train_autocorrelation(index)
         chosen = r_train.shrinkage() if damping is None else damping
         names = [block.name for block in index.manifest.layer_blocks]
-        rotated = r_train.whitening(damping=chosen, names=names, rotation=index.manifest.projection.seed)
-        rank = rotated.rank if isinstance(rotated, LowRankWhitening) else None
-        digest = tensors_digest(rotated.tensors())
-        return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest, rank=rank), whitening=rotated)
+        seed = index.manifest.projection.seed
+        with Progress("Whitening", unit="layer blocks", total=len(names), shown=progress) as bar:
+            found = r_train.whitening(damping=chosen, names=names, rotation=seed, advance=bar.advance)
+        rank = found.rank if isinstance(found, LowRankWhitening) else None
+        digest = tensors_digest(found.tensors())
+        return cls(entry=WhiteningEntry(source=source, damping=chosen, digest=digest, rank=rank), whitening=found)
 
     @classmethod
     def written_in(cls, out: str | Place, *, damping: float | None, source: str) -> "TrainWhitening | None":
@@ -154,7 +157,7 @@ class FirstPass:
         setup: How φ is computed.
         workers: Where φ is computed.
         settings: What the index is asked to be: the sample's size and seed.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
     """
 
     out: Place
@@ -173,7 +176,7 @@ class FirstPass:
         manifest = dataclasses.replace(
             self.manifest, codec="float16", shard_examples=_SHARD_EXAMPLES, removed=f"all but {source}", completion=None
         )
-        sample = SampledCorpus(self.corpus.name, self.corpus.sample(examples, seed))
+        sample = SampledCorpus(self.corpus.name, self.corpus.sample(examples, seed, progress=self.progress))
         folder = self.out / PART_FOLDER
         with (
             Progress("First pass", unit="examples", total=len(sample.drawn), shown=self.progress) as bar,
@@ -183,7 +186,7 @@ class FirstPass:
             check_resumed(writer, self.model)
             if not writer.completed:
                 done = writer.resume_point.record
-                bar.advance(sum(example.record < done for example in sample.drawn))
+                bar.resume(sum(example.record < done for example in sample.drawn))
                 if self.setup.second_moment.kind != "none":
                     writer.write_tensors("second_moment", self.setup.second_moment.tensors())
                 make_rows = rows_by(self.workers, self.model, self.setup, RowWork.of(manifest), bar)

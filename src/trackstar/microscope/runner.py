@@ -40,7 +40,7 @@ def run_microscope(
         data: An .npz file of images, as `read_images` reads it; None is scikit-learn's digits.
         settings: How the networks are made; None is the default.
         force: Whether files of an earlier run may be replaced.
-        progress: Whether to show a progress bar if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         CorpusError: The images cannot be read.

@@ -80,7 +80,7 @@ def rank_candidates(
         phi: φ of the queries.
         options: How candidates are ranked.
         workers: Where gradients are computed and the index is scanned.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
 
     Raises:
         GradientError: A query's gradient is zero.

@@ -133,7 +133,7 @@ class ExactScores:
         correction: The correction for the task.
         vectors: The queries' vectors; see `unit_queries`.
         workers: Where gradients are computed.
-        progress: Whether progress is shown if stderr is a terminal.
+        progress: Whether progress is shown.
     """
 
     def __init__(
