@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trackstar.errors import OptionError, TrackstarError
     from trackstar.indexing.array_tasks import finish_index
     from trackstar.indexing.build import build_index
+    from trackstar.indexing.plan import IndexPlan, plan_index
     from trackstar.indexing.settings import IndexSettings
     from trackstar.model.generation import Generation, generate, generate_samples
     from trackstar.model.generation_settings import GenerationSettings
@@ -53,6 +54,7 @@ __all__ = [
     "Generation",
     "GenerationSettings",
     "Index",
+    "IndexPlan",
     "IndexSettings",
     "LanguageModel",
     "OptionError",
@@ -76,6 +78,7 @@ __all__ = [
     "model_of_index",
     "narrow_index",
     "open_corpus",
+    "plan_index",
     "pretrain",
     "query_gradients",
     "read_audit",
@@ -107,6 +110,7 @@ _HOMES = {
     "trackstar.errors": ("OptionError", "TrackstarError"),
     "trackstar.indexing.array_tasks": ("finish_index",),
     "trackstar.indexing.build": ("build_index",),
+    "trackstar.indexing.plan": ("IndexPlan", "plan_index"),
     "trackstar.indexing.settings": ("IndexSettings",),
     "trackstar.model.generation": ("Generation", "generate", "generate_samples"),
     "trackstar.model.generation_settings": ("GenerationSettings",),

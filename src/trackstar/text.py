@@ -68,7 +68,7 @@ def duration(seconds: float) -> str:
     raise AssertionError("a minute or more")
 
 
-def amount_of_bytes(amount: float) -> str:
+def amount_of_bytes(amount: int | float) -> str:
     """A number of bytes in words, such as `8.1 KiB` or `3.9 GiB`."""
     for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
         if amount >= size:

@@ -21,6 +21,7 @@ from trackstar.cli.options import (
     duplicate_ids_option,
     index_argument,
     note,
+    print_plan,
     rare,
     threads_option,
 )
@@ -60,6 +61,7 @@ _CORPUS_OPTIONS = (
 @click.option("--side", type=int, default=default("side"), metavar="N", help="Each layer block has N×N dimensions.")
 @click.option("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @device_options
+@click.option("--dry-run", is_flag=True, help="Print the plan (time, memory, disk) and write nothing.")
 @rare(
     "--window-tokens",
     type=int,
@@ -122,6 +124,7 @@ def index(
     data: str,
     out: str,
     share: str | None,
+    dry_run: bool,
     threads: int | None,
     ray: str | None,
     ray_workers: int | None,
@@ -131,8 +134,8 @@ def index(
 ) -> None:
     """Index a corpus for a model.
 
-    Stores the projected gradient of every training example in DATA. If a run is interrupted, run
-    the same command again to resume.
+    Stores the projected gradient of every training example in DATA, after a plan of the work. If a
+    run is interrupted, run the same command again to resume.
     """
     of_model = {name: options.pop(name) for name in _MODEL_OPTIONS}
     of_corpus = {name: options.pop(name) for name in _CORPUS_OPTIONS}
@@ -142,10 +145,18 @@ def index(
     from trackstar.indexing.array_tasks import Share
     from trackstar.indexing.build import index_corpus
     from trackstar.model.language_model import load_model
+    from trackstar.store import as_folder
     from trackstar.store.files.outputs import inputs, refuse_input_folder
 
     part = Share.parsed(share) if share is not None else None
     refuse_input_folder(out, inputs(data=data, model=model, second_moment=settings.second_moment))
+    if dry_run:
+        from trackstar.indexing.plan import plan_corpus
+
+        loaded = load_model(model, **of_model)
+        corpus = open_corpus(data, **of_corpus, tokenizer=loaded.tokenizer)
+        print_plan(plan_corpus(loaded, corpus, as_folder(out), settings, share=part))
+        return
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         of_model["device"] = chosen_device(of_model["device"], of_model["device_map"], ray=ray, has_workers=True)
         loaded = load_model(model, **of_model)

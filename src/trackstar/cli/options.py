@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import click
 
@@ -284,6 +284,30 @@ def check_local(out: str) -> None:
 def note(line: str) -> None:
     """Print a line on stderr, with flags and commands in place of parameters and functions."""
     click.echo(reworded_line(line), err=True)
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """A plan of some work."""
+
+    def lines(self) -> Sequence[str]:
+        """The plan, a line for each subject."""
+        ...
+
+    def check(self) -> None:
+        """Raise if memory or disk do not suffice."""
+        ...
+
+
+def print_plan(plan: Plan) -> None:
+    """Print the plan of a dry run.
+
+    Raises:
+        OptionError: Memory or disk do not suffice.
+    """
+    for line in plan.lines():
+        click.echo(reworded_line(line))
+    plan.check()
 
 
 def default(name: str) -> Any:

@@ -152,6 +152,11 @@ class BatchedPass:
         )
 
 
+def logits_chunk_bytes(device: torch.device) -> int:
+    """Most bytes of the logits that are computed at once on a device."""
+    return _CHUNK_BYTES.get(device.type, 64 << 20)
+
+
 @torch.no_grad()
 def loss_and_hidden_gradients(
     head: Head,
@@ -181,7 +186,7 @@ def loss_and_hidden_gradients(
     losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     gradients = torch.zeros_like(hidden)
     vocabulary = head.weight.shape[0]
-    chunk = max(16, _CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * vocabulary))
+    chunk = max(16, logits_chunk_bytes(hidden.device) // (4 * vocabulary))
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         cross_entropies, by_states = _output_gradient(head, states[part], targets[part], output)

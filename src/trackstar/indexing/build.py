@@ -1,6 +1,5 @@
 """Build an index: a corpus and a model give φ of every training example, and R_train or W_train (Eq. 2-4)."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from trackstar.curvature.autocorrelation import check_autocorrelation_size
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.array_tasks import Share, index_share
 from trackstar.indexing.job import IndexJob, prepare
+from trackstar.indexing.plan import plan_corpus
 from trackstar.indexing.settings import IndexSettings
 from trackstar.indexing.shard_writing import check_resumed
 from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
-from trackstar.store import Index, IndexWriter, Place, as_folder
+from trackstar.store import Index, IndexWriter, Place, as_folder, refuse_foreign_folder
 from trackstar.store.files.outputs import inputs, refuse_input_folder
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
@@ -81,7 +81,8 @@ def build_index(
 ) -> Index:
     """Index a corpus: φ = P(∇Loss/√V) of every training example, and R_train (Eq. 2-4).
 
-    The same call resumes an interrupted run; it opens an index that is already finished.
+    A plan is printed first, as `plan_index` makes it; too little memory or disk is refused before anything
+    is written. The same call resumes an interrupted run; it opens an index that is already finished.
 
     Args:
         model: A loaded model, or the folder, hub name or `.gguf` file to load one from; a folder may hold
@@ -164,6 +165,7 @@ def index_corpus(
     share: Share | None = None,
     workers: Workers = THIS_PROCESS,
     progress: bool = True,
+    planned: bool = True,
 ) -> Index:
     """Index an opened corpus with a loaded model; see `build_index`.
 
@@ -175,13 +177,25 @@ def index_corpus(
         share: The part of the index that this call makes; None makes all of it.
         workers: This process, or a cluster's workers.
         progress: Whether progress is shown.
+        planned: Whether the work is planned first: the plan is printed, and too little memory or disk is
+            refused before anything is written.
     """
     folder = as_folder(out)
     refuse_input_folder(folder, inputs(data=corpus.name, model=model.source, second_moment=settings.second_moment))
     check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
+    refuse_foreign_folder(folder)
     corpus = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
-    total = corpus.count() if progress and share is None and sys.stderr.isatty() else None
+    records = corpus.survey(progress=progress).records  # the first pass, which checks every record
+    total = records if share is None and settings.pack is None else None
     bar = Progress("Indexing", unit="examples", total=total, shown=progress)
+    if planned:
+        plan = plan_corpus(model, corpus, folder, settings, share=share)
+        if not plan.begun.complete:
+            for line in plan.lines():
+                bar.note(line)
+            if workers is not THIS_PROCESS:
+                bar.note("  time is that of one process; the cluster's workers share the gradients")
+            plan.check()
 
     def prepared() -> IndexJob:
         return prepare(folder, corpus, model, settings, workers=workers, bar=bar, progress=progress)

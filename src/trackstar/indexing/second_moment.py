@@ -84,6 +84,23 @@ def second_moment_for(
     return checked_estimate(dataclasses.replace(moment, source=source), model, sample)
 
 
+def planned_second_moment(settings: IndexSettings, model: LanguageModel) -> tuple[str, int]:
+    """V's source in words, and the number of examples that it is estimated from: 0 if it is not.
+
+    Nothing is read but the names of files beside the model.
+    """
+    requested, kind = settings.second_moment, settings.second_moment_kind
+    if isinstance(requested, SecondMoment):
+        return f"{requested.kind}, given", 0
+    if str(requested) == "none":
+        return "none", 0
+    state = _optimizer_state(requested, model)
+    if state is not None and not (_is_of_adapter(state, model) and str(requested) == "auto"):
+        return f"{kind}, read from {state}", 0
+    count = settings.second_moment_examples
+    return f"{kind}, estimated from {count:,} examples", count
+
+
 def _optimizer_state(requested: str | Path, model: LanguageModel) -> Path | None:
     """The file or folder of optimizer state to read; None if V is to be estimated."""
     if str(requested) == "auto":

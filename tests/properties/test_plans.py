@@ -1,0 +1,289 @@
+"""Plans: their numbers against independent counts, refusals under small limits, and nothing written by a dry run."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from capitals import TEXTS
+from trackstar.cli.commands import main
+from trackstar.corpus import open_corpus
+from trackstar.errors import OptionError
+from trackstar.indexing import corpus_size as sizes
+from trackstar.indexing import first_batch, needs, plan
+from trackstar.indexing.build import build_index, index_corpus
+from trackstar.indexing.plan import IndexPlan, plan_index
+from trackstar.indexing.settings import IndexSettings
+from trackstar.machine import Room
+from trackstar.model.language_model import LanguageModel, load_model
+from trackstar.store import row_bytes
+
+SETTINGS = IndexSettings(side=8, second_moment="estimate", second_moment_examples=10, codec="float16")
+QUICK = {"layer_blocks": 2, "progress": False}
+
+
+@pytest.fixture
+def model(tiny_model_folder: Path) -> LanguageModel:
+    return load_model(tiny_model_folder, layer_blocks=2)
+
+
+def with_settings(**changes: object) -> IndexSettings:
+    return dataclasses.replace(SETTINGS, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def listing(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below some folders, with its size and the time of its last change."""
+    found = {}
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            status = path.stat()
+            found[str(path)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+@pytest.mark.parametrize("pack", [None, 16])
+def test_the_corpus_is_counted_as_the_index_has_it(model: LanguageModel, tmp_path: Path, pack: int | None):
+    settings = with_settings(window_tokens=16, pack=pack)
+    planned = plan_index(model, [*TEXTS, "a" * 200, ""], tmp_path / "index", settings)
+    index = index_corpus(model, open_corpus([*TEXTS, "a" * 200, ""]), tmp_path / "index", settings, progress=False)
+    stored = [stored.example for stored in index.examples()]
+    assert planned.corpus.sampled is None
+    assert planned.corpus.records == len(TEXTS) + 2
+    assert abs(planned.corpus.examples - len(stored)) <= (0 if pack is None else 1)
+    tokens = sum(len(example.token_ids) for example in stored)
+    assert planned.corpus.tokens == tokens if pack is None else abs(planned.corpus.tokens - tokens) <= 32
+    assert planned.dimensions == index.dimensions == planned.blocks * 64
+    assert f"{planned.corpus.examples:,} examples with {planned.corpus.tokens:,} tokens (counted)" in str(planned)
+
+
+def test_a_large_corpus_is_extrapolated_from_places_all_over_it(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sizes, "_COUNTED_RECORDS", 100)
+    monkeypatch.setattr(sizes, "_SPANS", 5)
+    monkeypatch.setattr(sizes, "_SPAN_RECORDS", 20)
+    file = tmp_path / "corpus.jsonl"
+    # Texts grow from one end to the other, so that the beginning alone would be far off.
+    file.write_text("".join(json.dumps({"text": "city " * (2 + n // 10)}) + "\n" for n in range(1000)))
+    planned = plan_index(model, str(file), tmp_path / "index", SETTINGS)
+    expected = plan_index(model, [*(("city " * (2 + n // 10)) for n in range(1000))], tmp_path / "index", SETTINGS)
+    monkeypatch.setattr(sizes, "_COUNTED_RECORDS", 10_000)
+    counted = plan_index(model, str(file), tmp_path / "index", SETTINGS)
+    assert planned.corpus.sampled == 100
+    assert (planned.corpus.records, counted.corpus.sampled) == (1000, None)
+    assert planned.corpus.tokens == pytest.approx(counted.corpus.tokens, rel=0.05)
+    assert expected.corpus.tokens == planned.corpus.tokens
+    assert "(from 100 of the records)" in str(planned)
+
+
+@pytest.mark.parametrize(
+    ("codec", "whitening_examples", "moment"),
+    [("float32", 1000, "none"), ("float16", 1000, "estimate"), ("1-bit", 9, "estimate"), ("int8", 1000, "none")],
+)
+def test_disk_is_what_the_index_takes(
+    model: LanguageModel, tmp_path: Path, codec: str, whitening_examples: int, moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    settings = with_settings(codec=codec, whitening_examples=whitening_examples, second_moment=moment)
+    data = [*TEXTS] * 40
+    out = tmp_path / "index"
+    most = 0
+    finish = plan.Index.__module__ and __import__("trackstar.store.writer", fromlist=["IndexWriter"]).IndexWriter.finish
+
+    def finishing(writer: object, **options: int) -> object:
+        nonlocal most
+        most = max(most, bytes_of(out))
+        return finish(writer, **options)
+
+    monkeypatch.setattr("trackstar.store.writer.IndexWriter.finish", finishing)
+    planned = plan_index(model, data, out, settings)
+    index_corpus(model, open_corpus(data), out, settings, progress=False)
+    # Headers, checksums and the manifest of a small index are a few kilobytes.
+    assert 0 <= bytes_of(out) - planned.stored < 0.03 * planned.stored + 40_000
+    assert most - planned.stored - planned.temporary < 0.03 * most + 40_000
+    assert (planned.temporary > 0) == settings.whitened
+    assert planned.stored > len(data) * row_bytes(settings.codec, planned.dimensions, planned.blocks)
+
+
+def test_r_train_and_v_are_said_as_they_are_computed(model: LanguageModel, tmp_path: Path):
+    whole = plan_index(model, TEXTS, tmp_path / "index", with_settings(codec="1-bit"))
+    sample = plan_index(model, TEXTS, tmp_path / "index", with_settings(codec="1-bit", whitening_examples=9))
+    projected = plan_index(model, TEXTS, tmp_path / "index", with_settings(second_moment="none"))
+    assert "R_train: of all examples, which are no more than 16,384" in whole.lines()[4]
+    assert "R_train: of a sample of 9 examples, in a first pass" in sample.lines()[4]
+    assert projected.lines()[4].endswith("R_train: of all examples")
+    assert "V: factored, estimated from 10 examples" in whole.lines()[3]
+    assert projected.lines()[3].endswith("V: none")
+    assert [stage.name for stage in sample.needs.stages] == ["V", "first pass", "whitening", "rows"]
+    assert [stage.name for stage in projected.needs.stages] == ["rows"]
+
+
+def test_time_follows_the_tokens_of_a_measured_batch(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(first_batch, "_FEW_OPERATIONS", 0)
+    monkeypatch.setattr(first_batch, "_run", lambda _projector, batch: (0.25 * len(batch), 3 << 20))
+    rates = first_batch.Rates(single=1e12, double=1e12, moved=1e12)
+    monkeypatch.setattr(first_batch, "measured_rates", lambda _device: rates)
+    planned = plan_index(model, TEXTS * 10, tmp_path / "index", SETTINGS)
+    batch = planned.needs.batch
+    assert batch is not None
+    assert batch.seconds == 0.25 * batch.examples
+    per_token = batch.seconds / batch.tokens
+    of_v, rows = planned.needs.stages
+    assert rows.seconds == pytest.approx(per_token * planned.corpus.tokens, rel=1e-3)
+    assert of_v.seconds == pytest.approx(1.3 * per_token * 10 * planned.corpus.tokens / planned.corpus.examples)
+    assert planned.needs.seconds == pytest.approx((of_v.seconds or 0) + (rows.seconds or 0))
+    # At most a second, or 2% of the work, is spent on the batch.
+    assert batch.seconds <= max(1.0, 0.02 * (planned.needs.seconds or 0) * 1.1)
+    assert f"from a first batch of {batch.tokens} tokens" in str(planned)
+
+
+def test_a_measured_batch_leaves_the_gradients_as_they_are(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build_index(str(tiny_model_folder), TEXTS, tmp_path / "quick", side=8, second_moment="none", **QUICK)
+    monkeypatch.setattr(first_batch, "_FEW_OPERATIONS", 0)
+    build_index(str(tiny_model_folder), TEXTS, tmp_path / "measured", side=8, second_moment="none", **QUICK)
+    shards = sorted(file.relative_to(tmp_path / "quick") for file in (tmp_path / "quick" / "shards").iterdir())
+    assert shards
+    for shard in shards:
+        assert (tmp_path / "quick" / shard).read_bytes() == (tmp_path / "measured" / shard).read_bytes()
+
+
+def test_little_work_is_not_measured(model: LanguageModel, tmp_path: Path):
+    planned = plan_index(model, TEXTS, tmp_path / "index", SETTINGS)
+    assert planned.needs.batch is None
+    assert planned.needs.seconds is None
+    assert planned.lines()[-1] == "  time: not measured for so little work"
+
+
+def test_too_little_memory_is_refused_before_anything_is_written(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(needs, "available_memory", lambda: Room(amount=1000, limit="a test's limit"))
+    with pytest.raises(OptionError, match=r"`batch_tokens`: .* 1\.0 KiB more available \(a test's limit\); .*`side`"):
+        build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", side=8, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OptionError, match=r"^`side`: expected work that fits into memory"):
+        build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", side=32, **QUICK)
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "free_disk", lambda _path: 2048)
+    with pytest.raises(OptionError, match=r"`out`: .* 2\.0 KiB free .*another folder, a `codec`.*`side` or a `limit`"):
+        build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", side=8, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_a_begun_index_says_what_is_left(
+    tiny_model_folder: Path, model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = with_settings(codec="1-bit", shard_examples=5)
+
+    class StopError(Exception):
+        pass
+
+    def stopping(writer: object, content: object) -> object:
+        if len(writer.shards_done) == 2:  # pyright: ignore[reportAttributeAccessIssue]
+            raise StopError
+        return write(writer, content)  # pyright: ignore[reportArgumentType]
+
+    from trackstar.store import IndexWriter
+
+    write = IndexWriter.write_shard
+    whole = plan_index(model, TEXTS, tmp_path / "index", settings)
+    monkeypatch.setattr(IndexWriter, "write_shard", stopping)
+    with pytest.raises(StopError):
+        index_corpus(model, open_corpus(TEXTS), tmp_path / "index", settings, progress=False)
+    monkeypatch.setattr(IndexWriter, "write_shard", write)
+    begun = plan_index(model, TEXTS, tmp_path / "index", settings)
+    assert begun.begun == plan.Begun(examples=10, sampled=24, whitened=True, complete=False)
+    assert [stage.name for stage in begun.needs.stages] == ["rows"]
+    assert begun.lines()[-1].endswith("; 10 examples are done; 24 of the first pass are done")
+    assert begun.written == bytes_of(tmp_path / "index")
+    assert begun.needs.stages[0].tokens <= whole.needs.stages[-1].tokens + 14 * whole.corpus.tokens / 24
+    index_corpus(model, open_corpus(TEXTS), tmp_path / "index", settings, progress=False)
+    done = plan_index(model, TEXTS, tmp_path / "index", settings)
+    assert str(done) == f"plan: {tmp_path / 'index'} is complete, with 24 examples; nothing is left to do"
+    done.check()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(TEXTS)))
+    return file
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    before = listing(tmp_path, tiny_model_folder)
+    options = ("--model", str(tiny_model_folder), "--data", str(corpus), "--out", str(tmp_path / "index"))
+    assert run("index", *options, "--side", "8", "--layer-blocks", "2", "--dry-run") == 0
+    shown, notes = capsys.readouterr()
+    assert listing(tmp_path, tiny_model_folder) == before
+    assert shown.splitlines()[0].startswith("plan: index 24 records for ")
+    assert [line.split(":")[0] for line in shown.splitlines()[1:]] == [
+        "  corpus", "  rows", "  V", "  R_train", "  memory", "  disk", "  time",
+    ]  # fmt: skip
+    assert notes == ""
+
+
+def test_a_run_prints_the_plan_of_its_dry_run(
+    tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ("--model", str(tiny_model_folder), "--data", str(corpus), "--out", str(tmp_path / "index"))
+    chosen = ("--side", "8", "--layer-blocks", "2")
+    assert run("index", *options, *chosen, "--dry-run") == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert run("index", *options, *chosen) == 0
+    notes = capsys.readouterr().err.splitlines()
+    places = [notes.index(line) for line in planned if not line.startswith(("  memory", "  disk"))]
+    assert places == sorted(places)
+
+
+def test_a_dry_run_that_does_not_fit_is_an_error(
+    tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(plan, "free_disk", lambda _path: 2048)
+    options = ("--model", str(tiny_model_folder), "--data", str(corpus), "--out", str(tmp_path / "index"))
+    assert run("index", *options, "--side", "8", "--layer-blocks", "2", "--dry-run") == 1
+    shown, error = capsys.readouterr()
+    assert "  time: " in shown
+    assert error.startswith("trackstar: --out: ")
+    assert error.count("\n") == 1
+    assert "--codec" in error
+    assert "--side" in error
+    assert "--limit" in error
+
+
+def test_a_plan_is_frozen_and_holds_numbers(model: LanguageModel, tmp_path: Path):
+    planned = plan_index(model, TEXTS, tmp_path / "index", SETTINGS)
+    assert isinstance(planned, IndexPlan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        planned.stored = 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert planned.needs.memory > planned.needs.used > sum(p.numel() for p in model.module.parameters()) * 4
+    assert os.listdir(tmp_path) == []
+    assert torch.is_grad_enabled()
