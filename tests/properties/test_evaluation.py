@@ -26,11 +26,19 @@ from trackstar.evaluation.own_answers import first_phrase
 from trackstar.evaluation.rankings import Ranking
 from trackstar.evaluation.release_results import result_file_name
 from trackstar.evaluation.report_files import write_report
-from trackstar.evaluation.run import EvaluationReport, chosen_facts, half_of, run_evaluation, training_step
+from trackstar.evaluation.run import (
+    EvaluationReport,
+    chosen_facts,
+    half_of,
+    planned_evaluation,
+    run_evaluation,
+    training_step,
+)
 from trackstar.evaluation.tables import tables
 from trackstar.evaluation.variants import Variants
 from trackstar.evaluation.workspace import Workspace
 from trackstar.explorer.result_files import read_result_file
+from trackstar.indexing import plan as index_plan
 from trackstar.model.language_model import load_model
 from trackstar.store import Index
 from trackstar.tail_patch import Pair, mean_top_effect, tail_patch
@@ -105,6 +113,38 @@ def test_every_method_ranks_every_candidate_for_every_query(report: EvaluationRe
     assert report.rankings["TrackStar, one-sided", 0] != report.variants.by_side[2]
     assert set(report.rankings["gold", 0].metrics().reciprocal_rank) == {1.0}
     assert report.rankings["BM25", 0].metrics().reciprocal_rank.mean() > 0.9
+
+
+def test_the_plan_counts_what_the_report_then_holds(
+    paths: dict[str, str], report: EvaluationReport, folder: Path, tmp_path: Path
+):
+    planned = planned_evaluation(settings(paths), tmp_path / "other")
+    assert list(tmp_path.iterdir()) == []
+    built = sorted(entry.name for entry in (folder / "indexes").iterdir())
+    assert planned.narrowed == sum("-of-" in name for name in built) > 0
+    assert len(planned.indexes) == len(built) - planned.narrowed
+    assert sorted(Path(plan.out).name for plan in planned.indexes) == [name for name in built if "-of-" not in name]
+    assert planned.queries == len(report.facts)
+    assert Path(planned.indexes[0].out).name == "loss-V-4"
+    assert planned.indexes[0].corpus.examples == report.candidates
+    assert len(planned.methods) * planned.templates == len(report.rankings)
+    assert report.effects is not None
+    assert planned.patched == len(report.effects.queries)
+    measured = sum(len(path.read_text().splitlines()) - 1 for path in (folder / "tail-patch").glob("*.jsonl"))
+    assert 0 < measured <= planned.most_pairs
+    again = planned_evaluation(settings(paths), folder)
+    assert all(plan.begun.complete for plan in again.indexes)
+    assert f"{len(again.indexes)} of them complete" in str(again)
+
+
+def test_a_report_that_does_not_fit_is_refused_before_its_folder_is_made(
+    paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(index_plan, "free_disk", lambda _path: 2048)
+    with pytest.raises(OptionError, match=r"^`out`: expected a disk with room"):
+        run_evaluation(settings(paths), tmp_path / "report", progress=False)
+    assert list(tmp_path.iterdir()) == []
+    assert "plan: evaluate 14 methods by 8 queries" in capfd.readouterr().err
 
 
 def test_tail_patch_of_a_method_is_the_mean_over_its_first_proponents(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from capitals import TEXTS
+from capitals import QUERIES, TEXTS
+from trackstar.attribution.stream_plan import StreamPlan
+from trackstar.attribution.streaming import stream_queries
 from trackstar.cli.commands import main
 from trackstar.corpus import open_corpus
 from trackstar.errors import OptionError
@@ -19,7 +21,7 @@ from trackstar.indexing.plan import IndexPlan, plan_index
 from trackstar.indexing.settings import IndexSettings
 from trackstar.machine import Room
 from trackstar.model.language_model import LanguageModel, load_model
-from trackstar.store import row_bytes
+from trackstar.store import IndexWriter, ShardContent, row_bytes
 
 SETTINGS = IndexSettings(side=8, second_moment="estimate", second_moment_examples=10, codec="float16")
 QUICK = {"layer_blocks": 2, "progress": False}
@@ -95,14 +97,14 @@ def test_disk_is_what_the_index_takes(
     data = [*TEXTS] * 40
     out = tmp_path / "index"
     most = 0
-    finish = plan.Index.__module__ and __import__("trackstar.store.writer", fromlist=["IndexWriter"]).IndexWriter.finish
+    finish = IndexWriter.finish
 
-    def finishing(writer: object, **options: int) -> object:
+    def finishing(writer: IndexWriter, **options: int) -> object:
         nonlocal most
         most = max(most, bytes_of(out))
         return finish(writer, **options)
 
-    monkeypatch.setattr("trackstar.store.writer.IndexWriter.finish", finishing)
+    monkeypatch.setattr(IndexWriter, "finish", finishing)
     planned = plan_index(model, data, out, settings)
     index_corpus(model, open_corpus(data), out, settings, progress=False)
     # Headers, checksums and the manifest of a small index are a few kilobytes.
@@ -193,12 +195,10 @@ def test_the_plan_of_a_begun_index_says_what_is_left(
     class StopError(Exception):
         pass
 
-    def stopping(writer: object, content: object) -> object:
-        if len(writer.shards_done) == 2:  # pyright: ignore[reportAttributeAccessIssue]
+    def stopping(writer: IndexWriter, content: ShardContent) -> object:
+        if len(writer.shards_done) == 2:
             raise StopError
-        return write(writer, content)  # pyright: ignore[reportArgumentType]
-
-    from trackstar.store import IndexWriter
+        return write(writer, content)
 
     write = IndexWriter.write_shard
     whole = plan_index(model, TEXTS, tmp_path / "index", settings)
@@ -287,3 +287,49 @@ def test_a_plan_is_frozen_and_holds_numbers(model: LanguageModel, tmp_path: Path
     assert planned.needs.memory > planned.needs.used > sum(p.numel() for p in model.module.parameters()) * 4
     assert os.listdir(tmp_path) == []
     assert torch.is_grad_enabled()
+
+
+def test_a_dry_run_of_a_stream_prints_its_plan_and_writes_nothing(
+    tiny_model_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    before = listing(tmp_path, tiny_model_folder)
+    options = (
+        "--model",
+        str(tiny_model_folder),
+        "--data",
+        str(corpus),
+        "--prompt",
+        "Rome is in",
+        "--completion",
+        "Italy",
+    )
+    assert run("query", *options, "--side", "8", "--out", "answers.jsonl", "--dry-run") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert listing(tmp_path, tiny_model_folder) == before
+    assert shown[0].startswith("plan: stream 24 records through ")
+    assert shown[0].endswith(" against 1 queries")
+    assert "24 examples" in shown[1]
+    assert [line.split(":")[0] for line in shown[1:]] == [
+        "  corpus", "  gradients", "  V", "  R_train", "  memory", "  time",
+    ]  # fmt: skip
+    assert run("query", str(tmp_path / "index"), "--prompt", "a", "--completion", "b", "--dry-run") == 1
+    assert "--dry-run: only with --data" in capsys.readouterr().err
+
+
+def test_a_stream_is_refused_before_it_begins_if_memory_does_not_suffice(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    options = {"side": 8, "second_moment_examples": 20, "progress": False}
+    planned: list[StreamPlan] = []
+    report = stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=2, on_plan=planned.append, **options)  # pyright: ignore[reportArgumentType]
+    assert planned[0].corpus.examples == report.candidates == len(TEXTS)
+    assert planned[0].queries == len(QUERIES)
+    assert planned[0].sample == len(TEXTS)
+    assert [stage.name for stage in planned[0].needs.stages] == ["V", "R_train", "whitening", "streaming"]
+    assert "plan: " not in capfd.readouterr().err
+    monkeypatch.setattr(needs, "available_memory", lambda: Room(amount=1000, limit="a test's limit"))
+    with pytest.raises(OptionError, match=r"more available \(a test's limit\)"):
+        stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=2, **options)  # pyright: ignore[reportArgumentType]
+    assert "plan: stream 24 records" in capfd.readouterr().err

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from trackstar.attribution.answering import checked_queries, facts_among, query_notes, with_kinds
 from trackstar.attribution.question import Provenance, QuestionEntry, StreamEntry
 from trackstar.attribution.results import QueryReport, QueryResult, Ranked
+from trackstar.attribution.stream_plan import StreamPlan, plan_stream
 from trackstar.attribution.verdicts import verdicts
 from trackstar.attribution.writing import check_queries_as_json
 from trackstar.choices import DeviceMap, Dtype, DuplicateIds, Join, Output, RecordFormat, SecondMomentKind, TrainOn
@@ -95,6 +96,7 @@ def stream_queries(
     device_map: DeviceMap | Mapping[str, str] | None = None,
     batch_tokens: int = _DEFAULT.batch_tokens,
     kept: str | Path | None = None,
+    on_plan: Callable[[StreamPlan], None] | None = None,
     progress: bool = True,
 ) -> QueryReport:
     """Rank a corpus's examples by their influence on each query, exactly and without an index (Eq.
@@ -137,6 +139,8 @@ def stream_queries(
         kept: File for partial results, from which the same call resumes. It is left in place at the
             end, for the caller to remove once the results are safe. An existing file must hold
             partial results. None saves nothing.
+        on_plan: Callback that receives the plan of the work before it begins; an exception that it raises
+            ends the call. None prints the plan, and refuses what does not fit into memory.
         progress: Whether progress is shown.
 
     Raises:
@@ -156,12 +160,16 @@ def stream_queries(
     _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device, device_map=device_map)
-    judged = verdicts(model, queries, batch_tokens=batch_tokens, progress=progress)
-    queries = [query_with_texts(query, model.tokenizer) for query in queries]
     corpus = open_corpus(
         data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
         train_on=train_on, join=join, chat_template=chat_template, metadata="none",
     ).for_tokenizer(model.tokenizer, pack=pack)  # fmt: skip
+    check_autocorrelation_size(len(model.blocks), settings.side, model.device)
+    corpus.survey(progress=progress)  # the first pass, which checks every record
+    asked = len(queries) + len(task or ())
+    (on_plan or _print_plan)(plan_stream(model, corpus, settings, queries=asked))
+    judged = verdicts(model, queries, batch_tokens=batch_tokens, progress=progress)
+    queries = [query_with_texts(query, model.tokenizer) for query in queries]
     question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
     stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
     ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
@@ -210,10 +218,9 @@ def _prepared(
     progress: bool,
 ) -> _Stream:
     """Compute V, R_train, the queries' gradients and the correction for the task."""
-    check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
     windows = windows_entry(model, settings)
     bar = Progress("R_train", unit="examples", shown=progress)
-    for line in corpus.survey(progress=progress).notes(corpus.name):  # the first pass, which checks every record
+    for line in corpus.survey().notes(corpus.name):
         bar.note(line)
     moment = second_moment_for(settings, model, corpus, windows, out=None, note=bar.note, progress=progress)
     manifest = make_manifest(model, corpus, moment, settings)
@@ -238,6 +245,14 @@ def _prepared(
         r_train_examples=r_train.examples,
         r_train_digest=tensors_digest(r_train.tensors()),
     )
+
+
+def _print_plan(plan: StreamPlan) -> None:
+    """Print a plan in notes, and refuse what does not fit into memory."""
+    bar = Progress("Planning", unit="examples", shown=False)
+    for line in plan.lines():
+        bar.note(line)
+    plan.check()
 
 
 def _tokenized(queries: Sequence[Query], model: LanguageModel) -> list[TokenizedExample]:

@@ -32,6 +32,7 @@ from trackstar.cli.options import (
     device_option,
     device_options,
     note,
+    print_plan,
     rare,
     threads_option,
 )
@@ -98,12 +99,14 @@ def explore(*, paths: tuple[str, ...], port: int, no_browser: bool, threads: int
 )
 @click.option("--config", required=True, metavar="FILE", help="Settings of the report (.toml).")
 @click.option("--out", required=True, metavar="FOLDER", help="Folder of the report.")
+@click.option("--dry-run", is_flag=True, help="Print the plan (time, memory, disk) and write nothing.")
 @threads_option
 @cluster_options
 def evaluate(
     *,
     config: str,
     out: str,
+    dry_run: bool,
     threads: int | None,
     ray: str | None,
     ray_workers: int | None,
@@ -120,10 +123,13 @@ def evaluate(
     check_local(out)
     from trackstar.evaluation.config import read_config
     from trackstar.evaluation.report_files import write_report
-    from trackstar.evaluation.run import run_evaluation
+    from trackstar.evaluation.run import planned_evaluation, run_evaluation
     from trackstar.store.files.outputs import inputs, refuse_input_folder
 
     refuse_input_folder(out, inputs(config=config))
+    if dry_run:
+        print_plan(planned_evaluation(read_config(config), out))
+        return
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         settings = read_config(config)
         device = chosen_device(settings.device, settings.device_map, ray=ray, has_workers=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from trackstar.cli.options import (
     generation_options,
     index_argument,
     note,
+    print_plan,
     rare,
     record_options,
 )
@@ -33,6 +34,7 @@ from trackstar.model.generation_settings import GenerationSettings
 
 if TYPE_CHECKING:
     from trackstar.attribution.results import QueryReport
+    from trackstar.attribution.stream_plan import StreamPlan
     from trackstar.corpus import Query
     from trackstar.model.language_model import LanguageModel
     from trackstar.store.files.outputs import Input
@@ -229,6 +231,7 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 )
 @click.option("--exact", is_flag=True, help="Recompute every candidate's gradient.")
 @click.option("--data", metavar="DATA", help="Stream this corpus through --model, without an index.")
+@rare("--dry-run", is_flag=True, help="With --data: print the plan (time, memory) and compute nothing.")
 @device_options
 @click.option("--model", metavar="MODEL", show_default="the index's", help="Path to the model, if it has moved.")
 @rare("--prompt-field", metavar="NAME", show_default="found", help="Field of --queries that holds the prompt.")
@@ -292,6 +295,7 @@ def query(
     out: str | None,
     force: bool,
     as_json: bool,
+    dry_run: bool,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -314,6 +318,8 @@ def query(
     question = Question(**{field.name: options[field.name] for field in dataclasses.fields(Question)})
     question.check(given)
     source.check(top)
+    if dry_run and source.data is None:
+        raise OptionError("--dry-run: only with --data; a query of an index takes seconds")
     prepare(threads)
     if question.generate:
         question.settings()  # raises if one is out of range
@@ -333,6 +339,10 @@ def query(
         )
     unfinished = ResultFiles.at(out).unfinished if out is not None and source.data is not None else None
     prompts = queries if question.generate else None
+    if dry_run:
+        with contextlib.suppress(_PlanPrintedError):
+            _answer(source, question, queries, task_queries, top, unfinished, on_plan=_print_only)
+        return
     report = _answer(source, question, queries, task_queries, top, unfinished)
     if out is not None:
         _save(report, out, question, prompts, force=force)
@@ -348,6 +358,15 @@ def query(
             print_query_result(result)
 
 
+class _PlanPrintedError(Exception):
+    """Ends a dry run after its plan."""
+
+
+def _print_only(plan: "StreamPlan") -> None:
+    print_plan(plan)
+    raise _PlanPrintedError
+
+
 def _answer(
     source: Source,
     question: Question,
@@ -355,6 +374,7 @@ def _answer(
     task: "Sequence[Query] | None",
     top: int,
     unfinished: Path | None,
+    on_plan: "Callable[[StreamPlan], None] | None" = None,
 ) -> "QueryReport":
     from trackstar.attribution.answering import answer_queries
     from trackstar.attribution.streaming import stream_queries
@@ -372,7 +392,7 @@ def _answer(
         if question.generate:
             queries = _with_generated_completions(queries, streamed, question, None)
         return stream_queries(
-            streamed, source.data, queries, k=top, task=task, kept=unfinished, **source.scoring,
+            streamed, source.data, queries, k=top, task=task, kept=unfinished, on_plan=on_plan, **source.scoring,
             **_streaming(source.data, settings, queries),
         )  # fmt: skip
     index, model = Index.open(source.index), source.model

@@ -29,7 +29,7 @@ from trackstar.baselines.gradients import (
     IndexedGradients,
 )
 from trackstar.baselines.trak import TRAK, TRAKRetriever
-from trackstar.corpus import Query, open_corpus
+from trackstar.corpus import Corpus, Query, open_corpus
 from trackstar.editing.narrowing import narrow_index
 from trackstar.evaluation.config import EvaluationConfig
 from trackstar.evaluation.facts import Fact, evidence, fact_digest, to_queries
@@ -176,9 +176,9 @@ class Rankings:
             sources["embedding_model"] = pretrained_digest(config.embedding_model)
         if method == "random":
             sources["seed"] = config.seed
-        gradient_method = GRADIENT_METHODS.get(method) or (TRAK if method.startswith("TRAK") else None)
-        if gradient_method is not None:
-            sources["index"] = self.index(gradient_method, side=side).manifest.to_json()
+        of_gradients = gradient_method(method)
+        if of_gradients is not None:
+            sources["index"] = self.index(of_gradients, side=side).manifest.to_json()
             sources["damping"] = config.damping
         return sources
 
@@ -187,10 +187,10 @@ class Rankings:
     ) -> Float[Tensor, "queries candidates"]:
         """A method's scores of all candidates; they are not saved."""
         queries = to_queries(facts, template)
-        gradient_method = GRADIENT_METHODS.get(method)
-        if gradient_method is None:
+        of_gradients = GRADIENT_METHODS.get(method)
+        if of_gradients is None:
             return self._retriever(method, facts, side).scores(queries)
-        return self._gradient_scores(gradient_method, queries, queries, side)
+        return self._gradient_scores(of_gradients, queries, queries, side)
 
     def scores_by_kernels_of_pools(
         self, facts: Sequence[Fact], template: int, pools: Sequence[Int64[np.ndarray, "_"]]
@@ -274,10 +274,7 @@ class Rankings:
 
     def _side(self, method: GradientMethod, side: int | None) -> int:
         """The given side, or the report's for a method."""
-        sides = self._config.side
-        if side is not None:
-            return side
-        return min(sides) if method.projection == "one-sided" else sides[0]
+        return usual_side(self._config, method) if side is None else side
 
     def _indexed(self, method: GradientMethod, side: int) -> IndexedGradients:
         """The index for a method with this side, built if it does not exist.
@@ -288,14 +285,8 @@ class Rankings:
         key = (method.output, method.second_moment, method.projection, side)
         if key not in self._gradients:
             config = self._config
-            name = f"{method.output}-{'V' if method.second_moment else 'plain'}-{side}"
-            if method.projection == "one-sided":
-                name += "-one-sided"
-            is_narrowed = side < config.side[0] and method.projection == "two-sided"
-            if is_narrowed:
-                name += f"-of-{config.side[0]}"
-            out = Path(self._workspace.folder) / "indexes" / name
-            if is_narrowed:
+            out = Path(self._workspace.folder) / "indexes" / index_name(config, method, side)
+            if is_narrowed(config, method, side):
                 index = narrow_index(self.index(method), out, side=side, progress=self._progress)
             else:
                 index = self._build(method, side, out)
@@ -307,17 +298,51 @@ class Rankings:
     def _build(self, method: GradientMethod, side: int, out: Path) -> Index:
         """Index the corpus for a method."""
         config = self._config
-        settings = IndexSettings(
-            second_moment=config.second_moment if method.second_moment else "none",
-            side=side,
-            seed=config.seed,
-            codec=config.codec,
-            batch_tokens=config.batch_tokens,
-            output=method.output,
-            projection=method.projection,
-        )
-        corpus = open_corpus(
-            config.corpus, text_field=config.text_field, id_field=config.id_field, limit=config.limit,
-            duplicate_ids=config.duplicate_ids,
+        return index_corpus(
+            self._model, candidates_of(config), out, index_settings(config, method, side), workers=self._workers,
+            progress=self._progress, planned=False,
         )  # fmt: skip
-        return index_corpus(self._model, corpus, out, settings, workers=self._workers, progress=self._progress)
+
+
+def usual_side(config: EvaluationConfig, method: GradientMethod) -> int:
+    """The report's side for a method."""
+    return min(config.side) if method.projection == "one-sided" else config.side[0]
+
+
+def is_narrowed(config: EvaluationConfig, method: GradientMethod, side: int) -> bool:
+    """Whether an index is cut out of one with a larger side, without computing gradients."""
+    return side < config.side[0] and method.projection == "two-sided"
+
+
+def index_name(config: EvaluationConfig, method: GradientMethod, side: int) -> str:
+    """Name of the folder of a method's index."""
+    name = f"{method.output}-{'V' if method.second_moment else 'plain'}-{side}"
+    if method.projection == "one-sided":
+        name += "-one-sided"
+    return f"{name}-of-{config.side[0]}" if is_narrowed(config, method, side) else name
+
+
+def index_settings(config: EvaluationConfig, method: GradientMethod, side: int) -> IndexSettings:
+    """What a method's index is asked to be."""
+    return IndexSettings(
+        second_moment=config.second_moment if method.second_moment else "none",
+        side=side,
+        seed=config.seed,
+        codec=config.codec,
+        batch_tokens=config.batch_tokens,
+        output=method.output,
+        projection=method.projection,
+    )
+
+
+def candidates_of(config: EvaluationConfig) -> Corpus:
+    """The corpus of a report."""
+    return open_corpus(
+        config.corpus, text_field=config.text_field, id_field=config.id_field, limit=config.limit,
+        duplicate_ids=config.duplicate_ids,
+    )  # fmt: skip
+
+
+def gradient_method(name: str) -> GradientMethod | None:
+    """The gradients of a method; None if it needs no index of its own."""
+    return GRADIENT_METHODS.get(name) or (TRAK if name.startswith("TRAK") else None)

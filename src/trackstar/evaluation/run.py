@@ -27,12 +27,14 @@ from trackstar.evaluation.facts import Fact, to_queries
 from trackstar.evaluation.frequency import fact_frequencies
 from trackstar.evaluation.open_set import Judgements, judged_proponents
 from trackstar.evaluation.own_answers import own_answers, with_own_completions
+from trackstar.evaluation.plan import EvaluationPlan, plan_evaluation
 from trackstar.evaluation.pool_sizes import PoolSizes, check_pool_sizes, ranks_by_pool_size
 from trackstar.evaluation.proponents import WrongAnswer, proponent_categories, traced_wrong_answers
 from trackstar.evaluation.rankings import Ranking, Rankings
 from trackstar.evaluation.variants import Variants, variants
 from trackstar.evaluation.workspace import Workspace, check_folder
 from trackstar.model.language_model import LanguageModel, load_model
+from trackstar.progress import Progress
 from trackstar.store.files.outputs import Input, inputs, refuse_input_folder
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
@@ -122,16 +124,15 @@ def run_evaluation(
     Raises:
         TrackstarError: See `trackstar.errors`.
     """
-    refuse_input_folder(os.fspath(out), _inputs(config))
-    check_folder(Path(out))
-    facts = chosen_facts(config)
-    for template in config.templates:
-        to_queries(facts, template)  # raises if a prompt is missing, before any computation
-    check_pool_sizes(config, facts)
-    workspace = Workspace(out)
+    facts = _checked_facts(config, out)
     model = load_model(config.model, device=config.device, device_map=config.device_map)
     if config.tail_patch is not None:
         _check_learning_rates(config.tail_patch, model)
+    plan = plan_evaluation(config, facts, model, out)
+    for line in plan.lines():
+        Progress("Planning", unit="indexes", shown=False).note(line)
+    plan.check()
+    workspace = Workspace(out)
     answers = own_answers(facts, model, workspace, config, progress=progress)
     facts = with_own_completions(facts, answers)
     rankings = Rankings(config, model, workspace, workers=workers, progress=progress)
@@ -174,6 +175,31 @@ def run_evaluation(
         wrong_answers=traced_wrong_answers(facts, answers, main, rankings, config),
         description=_description(model, rankings, config, facts),
     )
+
+
+def planned_evaluation(config: EvaluationConfig, out: str | os.PathLike[str]) -> EvaluationPlan:
+    """The plan of a report, with which `run_evaluation` begins. Nothing is written.
+
+    Args:
+        config: Settings of the report.
+        out: Folder of the report.
+
+    Raises:
+        TrackstarError: Something cannot be read; see `trackstar.errors`.
+    """
+    facts = _checked_facts(config, out)
+    return plan_evaluation(config, facts, load_model(config.model, device=config.device), out)
+
+
+def _checked_facts(config: EvaluationConfig, out: str | os.PathLike[str]) -> tuple[Fact, ...]:
+    """The facts of a report, after the checks that need no model."""
+    refuse_input_folder(os.fspath(out), _inputs(config))
+    check_folder(Path(out))
+    facts = chosen_facts(config)
+    for template in config.templates:
+        to_queries(facts, template)  # raises if a prompt is missing, before any computation
+    check_pool_sizes(config, facts)
+    return facts
 
 
 def _inputs(config: EvaluationConfig) -> list[Input]:

@@ -181,7 +181,13 @@ def plan_index(
 
 
 def plan_corpus(
-    model: LanguageModel, corpus: Corpus, out: Place, settings: IndexSettings, *, share: Share | None = None
+    model: LanguageModel,
+    corpus: Corpus,
+    out: Place,
+    settings: IndexSettings,
+    *,
+    share: Share | None = None,
+    like: IndexPlan | None = None,
 ) -> IndexPlan:
     """Plan an index of an opened corpus; see `plan_index`.
 
@@ -191,16 +197,23 @@ def plan_corpus(
         out: The index's folder.
         settings: What the index is asked to be.
         share: The part of the index that is planned.
+        like: The plan of another index of the same corpus and model, whose counts and first batch are taken.
     """
     refuse_foreign_folder(out)
     begun = begun_index(out)
-    size = corpus_size(corpus.for_tokenizer(model.tokenizer, pack=settings.pack), model, windows_entry(model, settings))
+    if like is None:
+        read = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
+        size = corpus_size(read, model, windows_entry(model, settings))
+    else:
+        size = like.corpus
     source, estimated = planned_second_moment(settings, model)
     used = memory_in_use(model)
     sample = min(size.examples, round(settings.whitening_examples * size.examples / max(1, size.records)))
     batch, stages = None, ()
     if not begun.complete:
-        batch = first_batch(model, settings, size.windows, size.tokens + second_moment_tokens(size, estimated))
+        batch = like.needs.batch if like is not None else None
+        if batch is None:
+            batch = first_batch(model, settings, size.windows, size.tokens + second_moment_tokens(size, estimated))
         stages = _stages(model, size, settings, estimated, sample, begun, batch, share)
     stored, temporary = _disk(model, size, settings, sample)
     return IndexPlan(
