@@ -327,9 +327,9 @@ def query(
     from trackstar.attribution.writing import ResultFiles, check_writable, release_lines
     from trackstar.corpus import read_queries
 
-    if out is not None:
+    if out is not None and not dry_run:
         check_writable(out, read=_inputs(source, question, task), force=force, streamed=source.data is not None)
-    elif force:
+    elif out is None and force:
         raise OptionError("--force: only with --out, whose files it replaces")
     queries = question.read()
     task_queries = None
