@@ -56,7 +56,7 @@ class EvaluationPlan:
         if None in times:
             return None
         first = self.indexes[0].needs.seconds or 0.0
-        return sum(time for time in times if time is not None) + self.checkpoints * first
+        return sum((time for time in times if time is not None), self.checkpoints * first)
 
     @property
     def disk(self) -> int:

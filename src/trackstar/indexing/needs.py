@@ -93,7 +93,7 @@ class Needs:
     def seconds(self) -> float | None:
         """Time of all stages; None if no batch was measured."""
         times = [stage.seconds for stage in self.stages]
-        return None if None in times else sum(time for time in times if time is not None)
+        return None if None in times else sum((time for time in times if time is not None), 0.0)
 
     def check(self) -> None:
         """Raise if memory does not suffice.
