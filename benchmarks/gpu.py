@@ -47,7 +47,7 @@ from scan import make_store
 from trackstar.attribution.answering import answer_queries, gradient_setup, query_gradients
 from trackstar.choices import CodecName
 from trackstar.corpus import Query
-from trackstar.curvature.task import stored_matrices, task_correction
+from trackstar.curvature.task import task_correction, train_autocorrelation
 from trackstar.indexing.build import build_index
 from trackstar.model.language_model import LanguageModel, wrap_model
 from trackstar.retrieval.reranking import ExactScores
@@ -179,7 +179,7 @@ def small_index(model: LanguageModel, corpus: list[str], asked: list[Query]) -> 
         return {
             "V": torch.cat([tensor.flatten() for _, tensor in sorted(index.tensors("second_moment").items())]),
             "φ": torch.cat([chunk.stored.decode() for chunk in index.iterate(1024)]),
-            "R": stored_matrices(index, "autocorrelation"),
+            "R": train_autocorrelation(index).square(),
             "losses": torch.cat([shard.losses for shard in index.shards]),
             "influences": influences,
         }

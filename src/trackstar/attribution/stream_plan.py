@@ -98,9 +98,9 @@ def plan_stream(model: LanguageModel, corpus: Corpus, settings: IndexSettings, *
     tokens = size.tokens + per_example * sample + second_moment_tokens(size, estimated)
     batch = first_batch(model, settings, size.windows, tokens)
     passes = batch_bytes(model, settings, size.tokens, longest(size), batch)
-    r_train, factor = costs.r_train_cost(blocks, side, sample), costs.whitening_cost(blocks, side)
+    r_train, factor = costs.r_train_cost(blocks, side, sample), costs.whitening_cost(blocks, side, sample)
     held = costs.rows_bytes("float32", blocks, side, min(_EXAMPLES_AT_ONCE, size.examples) + queries)
-    whitened = costs.whitened_rows_cost(blocks, side, size.examples)
+    whitened = costs.whitened_rows_cost(blocks, side, size.examples, sample)
     stages: list[Stage] = []
     if estimated:
         stages.append(second_moment_stage(model, size, settings, estimated, batch))

@@ -9,9 +9,13 @@ import dataclasses
 from trackstar.choices import CodecName, SecondMomentKind
 from trackstar.indexing.groups import GROUP_EXAMPLES
 from trackstar.model.layer_blocks import WeightMatrix
-from trackstar.store import row_bytes
+from trackstar.store import row_bytes, stores_autocorrelation
 
 _SINGLE, _DOUBLE = 4, 8
+# The share of a symmetric matrix that is computed and summed: panels of 512 of 4,096 rows, from the diagonal on.
+_TRIANGLE = 9 / 16
+# Operations of the rotation per number: three rounds of two products with 64 columns.
+_ROTATION = 3 * 2 * 2 * 64
 # Bytes of an example in a shard beside its row, tokens and strings: its numbers and five offsets.
 _NUMBERS = 64
 # V's estimate forms products of all pairs of a text's tokens, or whole gradients, where a row of φ needs
@@ -59,21 +63,35 @@ class Cost:
 def r_train_cost(blocks: int, side: int, examples: int) -> Cost:
     """R_train of a sample: sums of φφᵀ in float64 while its φ are computed, then their mean in float32.
 
-    Half of each symmetric product is computed, and added to the sums once per group of examples.
+    A little more than half of each symmetric matrix is computed, and added to the sums once per group of
+    examples; each block's sums are freed when it has its mean. Few examples stand for R_train themselves.
     """
+    if not stores_autocorrelation(examples, side):
+        return Cost()
     entries = blocks * side**4
     groups = -(-examples // GROUP_EXAMPLES)
+    sums = round(_DOUBLE * _TRIANGLE * entries)
     return Cost(
-        held=_DOUBLE * entries,
-        most=(_DOUBLE + _SINGLE) * entries,
+        held=sums,
+        most=max(sums, _SINGLE * entries) + _DOUBLE * side**4,
         stored=_SINGLE * entries,
-        work=Operations(single=1.25 * entries * examples, moved=(groups * 12.0 + 24.0) * entries),
+        work=Operations(single=2 * _TRIANGLE * entries * examples, moved=(groups * 9.0 + 18.0) * entries),
     )
 
 
-def whitening_cost(blocks: int, side: int) -> Cost:
-    """W_train from R_train: a Cholesky factor and its inverse in float64, block by block."""
+def whitening_cost(blocks: int, side: int, examples: int) -> Cost:
+    """W_train from R_train of so many examples: a Cholesky factor and its inverse in float64, block by block,
+    or the eigenvectors of the Gram matrix of few examples.
+    """
     entries, dim = blocks * side**4, side**2
+    if not stores_autocorrelation(examples, side):
+        directions = _SINGLE * blocks * examples * dim
+        return Cost(
+            held=directions,
+            most=2 * directions + 3 * _DOUBLE * examples * dim,
+            stored=directions,
+            work=Operations(double=blocks * (4.0 * examples**2 * dim + 9.0 * examples**3)),
+        )
     return Cost(
         held=_SINGLE * entries,
         most=2 * _SINGLE * entries + 5 * _DOUBLE * dim**2,
@@ -82,22 +100,34 @@ def whitening_cost(blocks: int, side: int) -> Cost:
     )
 
 
-def rotation_cost(blocks: int, side: int) -> Cost:
-    """The rotation of W_train before it is coded: a dense random matrix, by which each block is multiplied.
+def rotation_cost(blocks: int, side: int, examples: int) -> Cost:
+    """The rotation of W_train's square matrices before they are stored; directions of few examples are not rotated.
 
     `most` comes on top of that of `whitening_cost`.
     """
+    if not stores_autocorrelation(examples, side):
+        return Cost()
     dim = side**2
-    return Cost(
-        most=_SINGLE * blocks * dim**2 + 3 * _SINGLE * dim**2,
-        work=Operations(single=(8 / 3 + 2 * blocks) * dim**3),
-    )
+    return Cost(most=2 * _SINGLE * dim**2, work=Operations(single=float(blocks * dim * _ROTATION * dim)))
 
 
-def whitened_rows_cost(blocks: int, side: int, examples: int) -> Cost:
-    """u = W_train φ of examples, a group at a time: φ of the group is held, and copied in two layouts."""
-    rows = min(GROUP_EXAMPLES, examples) * blocks * side**2 * _SINGLE
-    return Cost(held=rows, most=4 * rows, work=Operations(single=2.0 * blocks * side**4 * examples))
+def whitened_rows_cost(blocks: int, side: int, examples: int, sample: int) -> Cost:
+    """u = W_train φ of examples, a group at a time: φ of the group is held, and copied in two layouts.
+
+    Args:
+        blocks: Number of layer blocks.
+        side: √d.
+        examples: Number of examples.
+        sample: Number of examples that R_train is the mean of.
+    """
+    dim = side**2
+    rows = min(GROUP_EXAMPLES, examples) * blocks * dim * _SINGLE
+    if stores_autocorrelation(sample, side):
+        work = Operations(single=2.0 * blocks * dim**2 * examples)
+    else:
+        products = 4.0 * blocks * sample * dim * examples
+        work = Operations(single=float(_ROTATION * blocks * dim * examples), double=products)
+    return Cost(held=rows, most=4 * rows, work=work)
 
 
 def rows_bytes(codec: CodecName, blocks: int, side: int, examples: int) -> int:

@@ -287,12 +287,12 @@ def _stages(
             changes = "side" if r_train.most > passes else "batch_tokens"
             tokens = per_example * max(0, sample - begun.sampled)
             stages.append(made_stage("first pass", memory, tokens, r_train.work, batch, changes))
-            factor, rotation = costs.whitening_cost(blocks, side), costs.rotation_cost(blocks, side)
+            factor, rotation = costs.whitening_cost(blocks, side, sample), costs.rotation_cost(blocks, side, sample)
             most = factor.most + rotation.most
             stages.append(made_stage("whitening", most, 0.0, factor.work + rotation.work, batch, "side"))
         left = left if share is None else left / share.count
-        rows = costs.whitened_rows_cost(blocks, side, round(left))
-        w_train = costs.whitening_cost(blocks, side).held
+        rows = costs.whitened_rows_cost(blocks, side, round(left), sample)
+        w_train = costs.whitening_cost(blocks, side, sample).held
         memory = w_train + 2 * codes + max(rows.held + passes, rows.most)
         known = max(0, sample - begun.examples) if share is None else sample / share.count
         tokens = per_example * max(0.0, left - known)
@@ -318,4 +318,4 @@ def _disk(model: LanguageModel, size: CorpusSize, settings: IndexSettings, sampl
     if not settings.whitened:
         return stored + r_train.stored, 0
     part = costs.rows_bytes("float16", blocks, side, sample) + round(beside * sample / max(1, size.examples))
-    return stored + costs.whitening_cost(blocks, side).stored, part + moment + r_train.stored
+    return stored + costs.whitening_cost(blocks, side, sample).stored, part + moment + r_train.stored
