@@ -111,7 +111,7 @@ def test_options_are_frozen():
         "index": sorted(
             "--model --data --out --text-field --id-field --limit --duplicate-ids --second-moment --dtype --codec "
             "--format --train-on --join --chat-template --metadata --truncate --pack --parameters "
-            "--batch-tokens --device --device-map --threads --window-tokens --overlap --side --layer-blocks "
+            "--batch-tokens --device --device-map --dry-run --threads --window-tokens --overlap --side --layer-blocks "
             "--attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
             "--revision --gguf-file --coordinates --whitening-examples --damping --shard "
@@ -120,7 +120,8 @@ def test_options_are_frozen():
         "query": sorted(
             "index --index --prompt --completion --generate --queries --task --top --out --force --json "
             "--mixing --damping "
-            "--device --device-map --threads --model --prompt-field --query-set --batch-tokens --rerank --exact "
+            "--device --device-map --dry-run --threads --model --prompt-field --query-set --batch-tokens --rerank "
+            "--exact "
             "--join --max-new-tokens --temperature --top-p --sampling-seed --stop --chat "
             "--data --text-field --id-field --limit --duplicate-ids --window-tokens --second-moment "
             "--format --train-on --chat-template --truncate --pack --parameters --whitening-examples --side --seed "
@@ -146,7 +147,9 @@ def test_options_are_frozen():
             "--device --device-map --threads --prompt-field --chat-template --force --help-all".split()
         ),
         "questions": sorted("--task --count --out --seed --force --help-all".split()),
-        "evaluate": sorted("--config --out --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()),
+        "evaluate": sorted(
+            "--config --out --dry-run --threads --ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
+        ),
         "pretrain": sorted(
             "--data --out --text-field --steps --batch-tokens --width --layers --heads --mlp-width --vocabulary "
             "--optimizer --checkpoint-steps --device --threads --limit --tokenizer --key-value-heads --context-tokens "

@@ -1,4 +1,4 @@
-"""The plan of a streamed corpus: what `stream_queries` computes, how long it takes, and what memory it needs."""
+"""The plan of a streamed corpus: what `stream_queries` computes, how long it takes, and the memory for it."""
 
 import dataclasses
 

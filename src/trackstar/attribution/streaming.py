@@ -36,7 +36,7 @@ from trackstar.corpus import (
     tokenize_query,
 )
 from trackstar.corpus.digests import digest_of_fields
-from trackstar.curvature.autocorrelation import Autocorrelation, check_autocorrelation_size
+from trackstar.curvature.autocorrelation import Autocorrelation
 from trackstar.curvature.task import TaskCorrection, choose_mixing, mixed_correction
 from trackstar.curvature.train_autocorrelation import FewExamples, SquareAutocorrelation, TrainAutocorrelation
 from trackstar.errors import CorpusError, check_at_least, check_damping, check_mixing
@@ -147,9 +147,7 @@ def stream_queries(
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
     queries = checked_queries(queries)
-    check_at_least("k", k)
-    check_mixing(mixing)
-    check_damping(damping)
+    _check_numbers(k, mixing, damping)
     settings = IndexSettings(
         window_tokens=window_tokens, overlap=overlap, truncate=truncate, pack=pack, second_moment=second_moment,
         second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples,
@@ -164,17 +162,20 @@ def stream_queries(
         data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids, format=format,
         train_on=train_on, join=join, chat_template=chat_template, metadata="none",
     ).for_tokenizer(model.tokenizer, pack=pack)  # fmt: skip
-    check_autocorrelation_size(len(model.blocks), settings.side, model.device)
     corpus.survey(progress=progress)  # the first pass, which checks every record
-    asked = len(queries) + len(task or ())
-    (on_plan or _print_plan)(plan_stream(model, corpus, settings, queries=asked))
+    (on_plan or _print_plan)(plan_stream(model, corpus, settings, queries=len(queries) + len(task or ())))
     judged = verdicts(model, queries, batch_tokens=batch_tokens, progress=progress)
     queries = [query_with_texts(query, model.tokenizer) for query in queries]
     question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
     stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
-    ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
-    _pass_over(corpus, model, stream, ranking, progress=progress)
+    ranking = _pass_over(corpus, model, stream, k, kept, progress=progress)
     return with_kinds(_report(stream, model, corpus, queries, ranking, settings, question), judged, question)
+
+
+def _check_numbers(k: int, mixing: float | None, damping: float | None) -> None:
+    check_at_least("k", k)
+    check_mixing(mixing)
+    check_damping(damping)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -298,9 +299,10 @@ def _autocorrelation(
 
 
 def _pass_over(
-    corpus: Corpus, model: LanguageModel, stream: _Stream, ranking: "_PartialRanking", *, progress: bool
-) -> None:
-    """Add the influences of all candidates that the ranking does not hold yet."""
+    corpus: Corpus, model: LanguageModel, stream: _Stream, k: int, kept: str | Path | None, *, progress: bool
+) -> "_PartialRanking":
+    """The ranking of all candidates: what an earlier run has kept, and the influences of all others."""
+    ranking = _PartialRanking(k, None if kept is None else Path(kept), stream.digest(k))
     with (
         Progress("Streaming", unit="examples", shown=progress) as bar,
         stream.setup.opened(model, bar.note) as projector,
@@ -310,6 +312,7 @@ def _pass_over(
             phi, _ = projected(projector, part, bar.advance)
             ranking.add(influences(stream.correction, stream.vectors, phi), part, position)
         ranking.save()
+    return ranking
 
 
 def _parts(

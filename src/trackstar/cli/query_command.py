@@ -323,8 +323,7 @@ def query(
     prepare(threads)
     if question.generate:
         question.settings()  # raises if one is out of range
-    from trackstar.attribution.terminal import print_query_result
-    from trackstar.attribution.writing import ResultFiles, check_writable, release_lines
+    from trackstar.attribution.writing import ResultFiles, check_writable
     from trackstar.corpus import read_queries
 
     if out is not None and not dry_run:
@@ -348,12 +347,20 @@ def query(
         _save(report, out, question, prompts, force=force)
         if unfinished is not None:
             unfinished.unlink(missing_ok=True)
+    _show(report, as_json=as_json, query_set=question.name, listed=out is None)
+
+
+def _show(report: "QueryReport", *, as_json: bool, query_set: str, listed: bool) -> None:
+    """Print a report: its summary, and its results as JSON lines or, if they are listed, as text."""
+    from trackstar.attribution.terminal import print_query_result
+    from trackstar.attribution.writing import release_lines
+
     for line in report.summary():
         note(line)
     if as_json:
-        for line in release_lines(report, query_set=question.name):
+        for line in release_lines(report, query_set=query_set):
             click.echo(line)
-    elif out is None:
+    elif listed:
         for result in report.results:
             print_query_result(result)
 

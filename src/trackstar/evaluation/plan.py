@@ -1,4 +1,4 @@
-"""The plan of an evaluation: the indexes, rankings and tail-patch measurements of a report, and what they need."""
+"""The plan of an evaluation: a report's indexes, rankings and tail-patch measurements, and what they need."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The size of a corpus as a model reads it: examples, tokens and bytes, counted or extrapolated from a sample."""
+"""The size of a corpus as a model reads it: examples, tokens and bytes, counted or from a sample."""
 
 import dataclasses
 import itertools

@@ -12,7 +12,7 @@ from trackstar.model.layer_blocks import WeightMatrix
 from trackstar.store import row_bytes, stores_autocorrelation
 
 _SINGLE, _DOUBLE = 4, 8
-# The share of a symmetric matrix that is computed and summed: panels of 512 of 4,096 rows, from the diagonal on.
+# The share of a symmetric matrix that is computed and summed: panels of 512 of 4,096 rows.
 _TRIANGLE = 9 / 16
 # Operations of the rotation per number: three rounds of two products with 64 columns.
 _ROTATION = 3 * 2 * 2 * 64
@@ -101,7 +101,7 @@ def whitening_cost(blocks: int, side: int, examples: int) -> Cost:
 
 
 def rotation_cost(blocks: int, side: int, examples: int) -> Cost:
-    """The rotation of W_train's square matrices before they are stored; directions of few examples are not rotated.
+    """The rotation of W_train's square matrices before they are stored; directions of few examples have none.
 
     `most` comes on top of that of `whitening_cost`.
     """
@@ -152,7 +152,7 @@ def second_moment_factor(kind: SecondMomentKind) -> float:
 
 
 def second_moment_memory(matrices: tuple[WeightMatrix, ...], kind: SecondMomentKind) -> int:
-    """Bytes of memory that V's estimate needs beside activations: its sums, and one matrix's gradient squared."""
+    """Bytes of memory that V's estimate needs beside activations: sums, and one matrix's gradient squared."""
     sums = second_moment_bytes(matrices, kind) * (2 if kind == "factored" else 1)
     return sums + 2 * _SINGLE * max((m.rows * m.columns for m in matrices), default=0)
 

@@ -161,7 +161,7 @@ def plan_index(
     *,
     share: Share | str | None = None,
 ) -> IndexPlan:
-    """Plan an index: what `build_index` would compute, how long it takes, and what it needs. Nothing is written.
+    """Plan an index: what `build_index` would compute, the time, and what it needs. Nothing is written.
 
     Args:
         model: A loaded model, or the folder, hub name or `.gguf` file to load one from.

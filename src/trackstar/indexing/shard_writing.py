@@ -269,7 +269,7 @@ class RunningAutocorrelation:
             self._saved = time.monotonic()
 
     def write(self) -> None:
-        """Write R_train into the index, unless its few examples stand for it; nothing can be added afterwards."""
+        """Write R_train into the index, unless its few examples stand for it; nothing is added later."""
         if self._sums is not None:
             mean = self._sums.final_mean().cpu()
             self._writer.write_tensors("autocorrelation", {"autocorrelation": mean})
