@@ -285,7 +285,7 @@ def test_few_queries_and_many_are_scored_alike(
     expected = scorer.vectors @ decoded.T * scorer.multipliers
     scale = scorer.vectors.norm(dim=1)[:, None] * (decoded.norm(dim=1) * scorer.multipliers)
     with monkeypatch.context() as patched:
-        patched.setattr(retrieval, "byte_products_serve", lambda: False)
+        patched.setattr(retrieval, "_byte_products_serve", lambda: False)
         torch.testing.assert_close(all_scores(index, scorer), expected, rtol=1e-4, atol=1e-4)
     assert bool(((all_scores(index, scorer) - expected).abs() <= 3e-4 * scale).all())
     for count in (1, 2, 16):

@@ -18,8 +18,6 @@ from trackstar.curvature.low_rank import TaskWhitening
 from trackstar.curvature.task import StoredWhitening
 from trackstar.errors import GradientError
 from trackstar.progress import Progress
-from trackstar.retrieval.packed_products import ByteQueries, byte_products_serve
-from trackstar.retrieval.packed_scan import QuantizedQueries, decode_into
 from trackstar.store import Bits, CodeChunk, Index, have_shapes, quantized_bits
 from trackstar.workers.protocol import THIS_PROCESS, Workers
 
@@ -157,7 +155,7 @@ def scores(index: Index, scorer: Scorer) -> Iterator[tuple[int, Float[Tensor, "q
     bits = quantized_bits(index.manifest.codec)
     if vectors.device.type != "cpu":
         products = _products_on_device(index, vectors)
-    elif bits is not None and (len(vectors) <= _MOST_PACKED_BESIDE_VALUES or byte_products_serve()):
+    elif bits is not None and (len(vectors) <= _MOST_PACKED_BESIDE_VALUES or _byte_products_serve()):
         products = _products_of_codes(index, vectors, bits)
     else:
         products = _products_of_values(index, vectors)
@@ -186,6 +184,8 @@ def _products_of_values(index: Index, vectors: Tensor) -> Iterator[tuple[CodeChu
         for first in range(0, dimensions, width):
             part = values[: len(chunk.stored), : min(width, dimensions - first)]
             if quantized:
+                from trackstar.retrieval.packed_scan import decode_into
+
                 decode_into(chunk.stored, part)
             else:
                 part.copy_(chunk.stored.codes[:, first : first + width])
@@ -197,11 +197,21 @@ def _products_of_codes(
     index: Index, vectors: Tensor, bits: Bits
 ) -> Iterator[tuple[CodeChunk, Float[Tensor, "rows queries"]]]:
     """Integer products straight from the packed bytes, which are read once."""
-    most = _MOST_PACKED_BESIDE_BYTES if byte_products_serve() else _MOST_PACKED_BESIDE_VALUES
+    from trackstar.retrieval.packed_products import ByteQueries
+    from trackstar.retrieval.packed_scan import QuantizedQueries
+
+    most = _MOST_PACKED_BESIDE_BYTES if _byte_products_serve() else _MOST_PACKED_BESIDE_VALUES
     kind = QuantizedQueries if len(vectors) <= most else ByteQueries
     queries = kind(vectors, len(index.manifest.layer_blocks), bits)
     for chunk in index.iterate(_QUANTIZED_ROWS):
         yield chunk, queries.scores(chunk.stored)
+
+
+def _byte_products_serve() -> bool:
+    """See `byte_products_serve`. Compiled code is imported where it is used: stores of wider codecs need none."""
+    from trackstar.retrieval.packed_products import byte_products_serve
+
+    return byte_products_serve()
 
 
 def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidates"]:
