@@ -311,6 +311,9 @@ def pretended_devices() -> Iterator[None]:
         for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
             patch.setattr(torch.cuda, name, lambda *_: None)
         patch.setattr(torch.cuda, "max_memory_allocated", lambda *_: MEMORY // 2)
+        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (MEMORY, MEMORY))
+        for name in ("memory_allocated", "memory_reserved"):
+            patch.setattr(torch.cuda, name, lambda *_: 0)
         yield
 
 

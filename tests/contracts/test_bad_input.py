@@ -134,7 +134,7 @@ def _other_model_and_text(world: World) -> None:
 
 
 def _bytes_of_shard_changed(world: World) -> None:
-    path = world.index / "autocorrelation.safetensors"
+    path = world.index / "second_moment.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 255
     path.write_bytes(content)
@@ -255,7 +255,7 @@ CASES = [
     Case("unfinished index", ASK, "trackstar: {index}: the index is not finished (1 shards with 4 examples so far); make it again with the same settings", _unfinished),
     Case("cut shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
     Case("lost shard", ASK, "trackstar: {index}/shards/000000.safetensors: ", _remove("index/shards/000000.safetensors")),
-    Case("changed R", ASK, "trackstar: {index}/autocorrelation.safetensors: ", _bytes_of_shard_changed),
+    Case("changed V", ASK, "trackstar: {index}/second_moment.safetensors: ", _bytes_of_shard_changed),
     Case("cut manifest", ASK, "trackstar: {index}/manifest.json: ", _truncate("index/manifest.json", 200)),
     Case("manifest of the future", ASK, "trackstar: {index}/manifest.json: ", _other_manifest_format),
     Case("changed model", ASK, "trackstar: {index}: made with model.digest ", _other_model),
@@ -322,7 +322,7 @@ CASES = [
     # Pretraining
     Case("pretraining width", "pretrain --data {corpus} --out {folder}/run --width 7", "trackstar: --width: expected an even number of dimensions for each of 4 heads, found 7"),
     Case("pretraining optimizer", "pretrain --data {corpus} --out {folder}/run --optimizer sgd", "trackstar: --optimizer: expected one of adafactor, adamw, found sgd"),
-    Case("pretraining in the wrong folder", "pretrain --data {corpus} --out {index} --steps 1", "trackstar: {index}: holds autocorrelation.safetensors, expected an empty folder"),
+    Case("pretraining in the wrong folder", "pretrain --data {corpus} --out {index} --steps 1", "trackstar: {index}: holds manifest.json, expected an empty folder"),
     Case("pretraining tokenizer", "pretrain --data {corpus} --out {folder}/run --steps 1 --tokenizer {folder}/empty", "trackstar: {folder}/empty: its tokenizer cannot be loaded", lambda w: (w.folder / "empty").mkdir()),
 ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from trackstar.attribution.answering import query_gradients
 from trackstar.choices import Output, ProjectionKind
 from trackstar.corpus import Query, TokenizedExample
 from trackstar.curvature.autocorrelation import autocorrelation
+from trackstar.curvature.task import train_autocorrelation
 from trackstar.curvature.whitening import whitening as whitening_of
 from trackstar.errors import GradientError, OptionError
 from trackstar.gradients.projection import projections, random_projection
@@ -363,7 +364,7 @@ def test_parts_sum_to_the_scores_of_an_index(tiny_model_folders: TinyModelFolder
     model = language_model("llama")
     query = Query(query_id="q", prompt="The capital of France is", completion="Paris")
     phi, _ = query_gradients(index, model, [query], progress=False)
-    whitening = whitening_of(index.tensors("autocorrelation")["autocorrelation"], damping=0.1)
+    whitening = whitening_of(train_autocorrelation(index).square(), damping=0.1)
     scorer = trackstar_scorer(index, phi, whitening)
     entry = index.manifest.second_moment
     moment = SecondMoment.from_tensors(index.tensors("second_moment"), source=entry.source, floor=entry.floor)

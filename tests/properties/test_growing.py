@@ -10,6 +10,8 @@ from capitals import QUERIES, TEXTS
 from trackstar.attribution.answering import answer_queries
 from trackstar.choices import CODECS, CodecName
 from trackstar.corpus import TokenizedExample
+from trackstar.curvature.task import train_autocorrelation
+from trackstar.curvature.train_autocorrelation import FewExamples, SquareAutocorrelation
 from trackstar.editing import rewriting
 from trackstar.editing.adding import add_examples
 from trackstar.editing.converting import convert_index
@@ -66,7 +68,7 @@ def test_merged_indexes_are_the_index_of_both_corpora(parts: tuple[Index, Index,
     found, expected = rows_of(merged), rows_of(whole)
     assert [row[:3] for row in found] == [row[:3] for row in expected]
     torch.testing.assert_close(values(merged), values(whole), rtol=1e-2, atol=1e-4)
-    r, r_expected = (index.tensors("autocorrelation")["autocorrelation"] for index in (merged, whole))
+    r, r_expected = (train_autocorrelation(index).square() for index in (merged, whole))
     torch.testing.assert_close(r, r_expected, rtol=1e-2, atol=1e-3 * float(r_expected.abs().max()))
     for completion in (merged.manifest.completion, whole.manifest.completion):
         assert completion is not None
@@ -87,7 +89,7 @@ def test_removing_examples_leaves_the_others_unchanged(parts: tuple[Index, Index
     assert rows_of(left) == remaining
     phi = values(whole)[[row for row, name in enumerate(names) if name not in gone]].reshape(len(remaining), -1, 64)
     expected = torch.einsum("nbi,nbj->bij", phi, phi) / len(phi)
-    found = left.tensors("autocorrelation")["autocorrelation"]
+    found = train_autocorrelation(left).square()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
     assert left.manifest.identity_digest() != whole.manifest.identity_digest()
     again = remove_examples(left, [names[1]], tmp_path / "again", progress=False)
@@ -357,7 +359,8 @@ def test_an_interrupted_conversion_resumes_with_its_saved_whitening(
         raise AssertionError("R_train is factorised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trackstar.indexing.train_whitening.whitening", again)
+        for form in (FewExamples, SquareAutocorrelation):
+            patch.setattr(form, "whitening", again)
         found = convert_index(parts[2], tmp_path / "out", codec="4-bit", progress=False)
     expected = convert_index(parts[2], tmp_path / "undisturbed", codec="4-bit", progress=False)
     assert [shard.digest for shard in found.shards] == [shard.digest for shard in expected.shards]

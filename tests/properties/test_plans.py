@@ -174,8 +174,9 @@ def test_too_little_memory_is_refused_before_anything_is_written(
     with pytest.raises(OptionError, match=r"`batch_tokens`: .* 1\.0 KiB more available \(a test's limit\); .*`side`"):
         build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", side=8, **QUICK)
     assert list(tmp_path.iterdir()) == []
+    many = [f"{text} {number}" for number in range(15) for text in TEXTS]  # enough for square matrices
     with pytest.raises(OptionError, match=r"^`side`: expected work that fits into memory"):
-        build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", side=32, **QUICK)
+        build_index(str(tiny_model_folder), many, tmp_path / "index", side=32, **QUICK)
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(
