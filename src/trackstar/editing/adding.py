@@ -20,7 +20,7 @@ from trackstar.indexing.provenance import corpus_entry
 from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, write_shards
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
-from trackstar.store import PART_FOLDER, Index, IndexWriter, Manifest, Place, as_folder, load_manifest
+from trackstar.store import Index, IndexWriter, Manifest, Place, as_folder, load_manifest, part_folder
 from trackstar.store.files.outputs import inputs, refuse_input_folder
 from trackstar.store.locations import recorded_model, relocated
 from trackstar.workers.index_model import model_of_index, second_moment_of_index
@@ -119,7 +119,7 @@ def add_examples(
             bar.note(line)
         if not writer.completed:
             indexed_model = indexed_model or model_of_index(index, model, device=device, device_map=device_map)
-            part = folder / PART_FOLDER
+            part = part_folder(folder)
             with IndexWriter.open(part, added, on_note=bar.note, whole=True) as part_writer:
                 check_resumed(part_writer, indexed_model)
                 if not part_writer.completed:

@@ -22,7 +22,6 @@ from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, wr
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
 from trackstar.store import (
-    PART_FOLDER,
     Index,
     IndexTensors,
     IndexWriter,
@@ -32,6 +31,7 @@ from trackstar.store import (
     as_folder,
     check_same,
     load_manifest,
+    part_folder,
     tensors_digest,
 )
 from trackstar.workers.protocol import Workers
@@ -177,7 +177,7 @@ class FirstPass:
             self.manifest, codec="float16", shard_examples=_SHARD_EXAMPLES, removed=f"all but {source}", completion=None
         )
         sample = SampledCorpus(self.corpus.name, self.corpus.sample(examples, seed, progress=self.progress))
-        folder = self.out / PART_FOLDER
+        folder = part_folder(self.out)
         with (
             Progress("First pass", unit="examples", total=len(sample.drawn), shown=self.progress) as bar,
             IndexWriter.open(folder, manifest, on_note=bar.note, whole=True) as writer,

@@ -26,7 +26,15 @@ from trackstar.store.manifest_entries import (
 from trackstar.store.quantization import Bits
 from trackstar.store.reader import CodeChunk, Index
 from trackstar.store.shard_content import ShardContent
-from trackstar.store.shard_folder import PART_FOLDER, PREPARING_LOCK, CorpusEnd, ShardFolder, is_begun, remove_end
+from trackstar.store.shard_folder import (
+    PART_FOLDER,
+    PREPARING_LOCK,
+    CorpusEnd,
+    ShardFolder,
+    is_begun,
+    part_folder,
+    remove_end,
+)
 from trackstar.store.shards import ResumePoint, Shard, StoredExample
 from trackstar.store.verification import VerificationReport, verify
 from trackstar.store.writer import IndexWriter, check_same, refuse_foreign_folder
@@ -72,6 +80,7 @@ __all__ = [
     "is_url",
     "lies_in",
     "load_manifest",
+    "part_folder",
     "place_name",
     "quantized_bits",
     "refuse_foreign_folder",

@@ -16,7 +16,7 @@ from typing import final
 import torch
 
 from trackstar.errors import DamagedIndexError, IncompleteIndexError, StoreError
-from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, names_in, remove_file
+from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder, names_in, remove_file, remove_folder
 from trackstar.store.files.places import Place
 from trackstar.store.index_tensors import AUTOCORRELATION, IndexTensors, needed_tensors
 from trackstar.store.manifest import Manifest, load_manifest, shard_file_name
@@ -139,6 +139,21 @@ class ShardFolder:
 
     def _file(self, number: int) -> Place:
         return self._path / "shards" / shard_file_name(number)
+
+
+def part_folder(path: Place) -> Place:
+    """The folder of the index that the index at `path` is made from, without the remains of a removed one.
+
+    A finished index removes the folder, its manifest first. If that is interrupted, and the index has to be
+    repaired, what is left is no index and would be in the way of a new one.
+
+    Raises:
+        DamagedIndexError: The manifest there is damaged.
+    """
+    part = path / PART_FOLDER
+    if load_manifest(part) is None and names_in(part):
+        remove_folder(part)
+    return part
 
 
 def is_begun(path: Place) -> bool:
