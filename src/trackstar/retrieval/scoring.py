@@ -208,7 +208,7 @@ def _products_of_codes(
 
 
 def _byte_products_serve() -> bool:
-    """See `byte_products_serve`. Compiled code is imported where it is used: stores of wider codecs need none."""
+    """See `byte_products_serve`. Compiled code is imported where it is used: wider codecs need none."""
     from trackstar.retrieval.packed_products import byte_products_serve
 
     return byte_products_serve()
