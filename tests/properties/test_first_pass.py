@@ -178,13 +178,17 @@ def test_what_another_attempt_left_is_not_taken_for_projected_rows(
     assert not (out / PART_FOLDER).exists()
 
 
-def test_a_finished_index_is_repaired_though_its_first_pass_was_half_removed(tiny_model_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_finished_index_is_repaired_though_its_first_pass_was_half_removed(
+    empty: bool, tiny_model_folder: Path, tmp_path: Path
+):
     """Its removal was interrupted after the manifest; later a shard is damaged, and the first pass is needed again."""
     out = tmp_path / "index"
     expected = [shard.digest for shard in build(tiny_model_folder, out, codec="1-bit").shards]
     left = out / PART_FOLDER / "shards"
     left.mkdir(parents=True)
-    (left / "000000.safetensors").write_bytes(b"left")
+    if not empty:
+        (left / "000000.safetensors").write_bytes(b"left")
     shard = out / "shards" / "000001.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     repaired = build(tiny_model_folder, out, codec="1-bit")

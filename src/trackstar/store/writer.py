@@ -405,8 +405,12 @@ def _option(field: str) -> str | None:
 def refuse_foreign_folder(folder: Place) -> None:
     """Raise if a folder without a manifest contains more than the files of an interrupted beginning."""
     names = set(names_in(folder))
+    if "manifest.json" in names:
+        return
     foreign = names - {LOCK_FILE, PREPARING_LOCK, PART_FOLDER, f"manifest.json{PARTIAL_SUFFIX}"}
-    if foreign and "manifest.json" not in names:
+    if foreign == {"shards"} and not names_in(folder / "shards"):
+        return  # all that an interrupted removal has left
+    if foreign:
         raise StoreError(
             f"{folder}: contains {abridged(min(foreign))} but no manifest.json, expected an index or an empty folder; "
             "choose another folder"
