@@ -24,7 +24,7 @@ Every part of work is timed where it is computed, by the clock and by its proces
 * `cpu`: CPU seconds of the leading process, of the workers and of Ray's own processes;
 * `speed_up_by_cpu`: CPU seconds of one process, over those of the leading process while no worker has a part plus those
   of the worker that has most. It is the speed-up of a machine that runs nothing else and has a core for the leading
-  process, so it is told also of a machine that is shared;
+  process, which stays meaningful on a shared machine;
 * `speed_up_on_two_cores`: the same where leading process, workers and Ray share two cores: twice the CPU seconds of one
   process over those of all.
 

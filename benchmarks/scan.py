@@ -2,7 +2,7 @@
 
 For stores of 65,536 dimensions, memory-mapped and in the page cache, and batches of 1, 16 and 256 queries. In the same
 run, in turn with every search: `values @ queries` of the same shapes in float32, from memory, without any search; the
-sum of all 8-byte words of that matrix; and the same sum over the very files that are searched (`read`). Told are
+sum of all 8-byte words of that matrix; and the same sum over the very files that are searched (`read`). It reports
 candidates a second and query, how many times as fast as the product, and the roofline:
 
 * `memory_gb_per_s`: the most that any reader of this run takes from memory: one of the two sums, or the product with

@@ -4,7 +4,7 @@
     python benchmarks/stores.py --work FOLDER --data sentences.jsonl --facts queries.jsonl --model M [--pairs 40]
 
 From φ with one block a layer, φ of every layout with fewer blocks or a smaller side is cut. Each is whitened by its own
-R_train, coded with 32 to 1 bits a dimension, and asked with the task's λ and with λ = 0. Told are MRR and recall@10
+R_train, coded with 32 to 1 bits a dimension, and asked with the task's λ and with λ = 0. It reports MRR and recall@10
 over gold sentences, overlap of the first ten with the same layout's exact ranking, before and after ranking the best N
 again, and for the first `--pairs` queries and stores up to 64 KB the mean tail-patch of the first ten. For the 65,536
 dimensions of the paper

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from trackstar.machine import MemoryPeak, available_device_memory, available_memory, free_disk, resident_memory
+from trackstar.indexing.machine import MemoryPeak, available_device_memory, available_memory, free_disk, resident_memory
 
 MIB = 2**20
 

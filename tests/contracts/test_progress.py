@@ -28,7 +28,7 @@ class _Clock:
 
 
 class _Stages:
-    """The titles and totals of the stages that an observer is told of, and the units done in each."""
+    """An observer that records each stage's title, total and units done."""
 
     def __init__(self) -> None:
         self.stages: list[tuple[str, int | None]] = []

@@ -17,9 +17,9 @@ from trackstar.errors import OptionError
 from trackstar.indexing import corpus_size as sizes
 from trackstar.indexing import first_batch, needs, plan
 from trackstar.indexing.build import build_index, index_corpus
+from trackstar.indexing.machine import Room
 from trackstar.indexing.plan import IndexPlan, plan_index
 from trackstar.indexing.settings import IndexSettings
-from trackstar.machine import Room
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import IndexWriter, ShardContent, row_bytes
 

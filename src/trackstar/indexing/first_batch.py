@@ -12,8 +12,8 @@ from trackstar.gradients.per_example import logits_chunk_bytes
 from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT
 from trackstar.indexing import costs
+from trackstar.indexing.machine import MemoryPeak
 from trackstar.indexing.settings import IndexSettings
-from trackstar.machine import MemoryPeak
 from trackstar.model.batching import plan_batches
 from trackstar.model.language_model import LanguageModel
 

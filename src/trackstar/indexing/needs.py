@@ -6,8 +6,8 @@ from trackstar.errors import OptionError
 from trackstar.indexing import costs
 from trackstar.indexing.corpus_size import CorpusSize
 from trackstar.indexing.first_batch import FirstBatch, batch_bytes
+from trackstar.indexing.machine import Room, available_device_memory, available_memory, resident_memory
 from trackstar.indexing.settings import IndexSettings
-from trackstar.machine import Room, available_device_memory, available_memory, resident_memory
 from trackstar.model.language_model import LanguageModel
 from trackstar.text import amount_of_bytes, duration
 

@@ -14,6 +14,7 @@ from trackstar.indexing import costs
 from trackstar.indexing.array_tasks import Share
 from trackstar.indexing.corpus_size import CorpusSize, corpus_size
 from trackstar.indexing.first_batch import FirstBatch, batch_bytes, first_batch
+from trackstar.indexing.machine import free_disk
 from trackstar.indexing.needs import (
     Needs,
     Stage,
@@ -26,7 +27,6 @@ from trackstar.indexing.needs import (
 from trackstar.indexing.provenance import default_shard_examples, windows_entry
 from trackstar.indexing.second_moment import planned_second_moment
 from trackstar.indexing.settings import IndexSettings
-from trackstar.machine import free_disk
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import PART_FOLDER, Index, Place, as_folder, refuse_foreign_folder, row_bytes
 from trackstar.text import amount_of_bytes
