@@ -36,7 +36,7 @@ from trackstar.gradients.projector import GradientProjector
 from trackstar.gradients.second_moment import FactoredMoment, SecondMoment
 from trackstar.indexing.groups import CorpusPosition, Group
 from trackstar.indexing.provenance import make_manifest
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.indexing.shard_writing import RowWork, RunningAutocorrelation, shard_content
 from trackstar.model.language_model import LanguageModel, wrap_model
 from trackstar.store import IndexWriter
@@ -181,7 +181,7 @@ def indexing_passes(
     with tempfile.TemporaryDirectory() as folder:
         manifest = make_manifest(
             model, corpus, moment,
-            IndexSettings(window_tokens=tokens, side=side, codec="float16", shard_examples=count),
+            ChosenSettings(window_tokens=tokens, side=side, codec="float16", shard_examples=count),
         )  # fmt: skip
         with (
             IndexWriter.open(Path(folder) / "index", manifest) as writer,

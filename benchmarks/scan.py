@@ -40,7 +40,7 @@ from measurement import save
 from trackstar.choices import CODECS, CodecName
 from trackstar.corpus import TokenizedExample, open_corpus
 from trackstar.indexing.provenance import make_manifest
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.model.language_model import wrap_model
 from trackstar.retrieval.packed_scan import QuantizedQueries
 from trackstar.retrieval.scoring import Scorer
@@ -69,7 +69,7 @@ def make_store(folder: str | Path, rows: int, codec: CodecName, *, shape: str = 
     entry = WhiteningEntry(source="none", damping=0.0, digest=tensors_digest(WHITENING)) if whitened else None
     manifest = make_manifest(
         model, open_corpus(["rows made for the benchmark"]), moment,
-        IndexSettings(window_tokens=2, side=side, codec=codec), whitening=entry,
+        ChosenSettings(window_tokens=2, side=side, codec=codec), whitening=entry,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     shard_rows = manifest.shard_examples

@@ -14,6 +14,9 @@ CodecName = Literal["float32", "bfloat16", "float16", "int8", "4-bit", "2-bit", 
 Coordinates = Literal["projected", "whitened"]
 """What a row is: φ, or u = W_train φ."""
 
+Preset = Literal["paper"]
+"""A set of an index's settings: those of the paper."""
+
 ProjectionKind = Literal["two-sided", "one-sided"]
 """Eq. 4, or one dense matrix per weight matrix."""
 
@@ -64,6 +67,7 @@ CODECS: tuple[CodecName, ...] = get_args(CodecName)
 LOW_BIT_CODECS: tuple[CodecName, ...] = ("int8", "4-bit", "2-bit", "1-bit")
 """Codecs of whole numbers, which only store whitened coordinates."""
 COORDINATES: tuple[Coordinates, ...] = get_args(Coordinates)
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 PROJECTIONS: tuple[ProjectionKind, ...] = get_args(ProjectionKind)
 SECOND_MOMENT_KINDS: tuple[SecondMomentKind, ...] = get_args(SecondMomentKind)
 PARAMETERS: tuple[Parameters, ...] = get_args(Parameters)

@@ -30,7 +30,7 @@ from trackstar.errors import AuditError, OptionError, TrackstarError
 from trackstar.store import Index, load_manifest
 from trackstar.workers.index_model import second_moment_of_index
 
-SETTINGS = ("--side", 8, "--layer-blocks", 2)
+SETTINGS = ("--side", 8, "--layer-blocks", 2, "--codec", "1-bit")
 
 
 def run(*arguments: object) -> int:

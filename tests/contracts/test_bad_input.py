@@ -263,9 +263,9 @@ CASES = [
     Case("damaged, verified", "verify {index}", "{index}/shards/000000.safetensors: ", _truncate("index/shards/000000.safetensors", 300)),
     Case("nothing to verify", "verify {folder}", "trackstar: {folder}: not an index"),
     # Stores of few bits, growing, no index
-    Case("codes of projected rows", "index --model {model} --data {corpus} --out {folder}/new --side 8 --coordinates projected", "trackstar: --coordinates: expected whitened for --codec 1-bit, whose codes are too coarse to compute R_train from, found projected; leave --coordinates out, or choose --codec float32, bfloat16 or float16"),
+    Case("codes of projected rows", "index --model {model} --data {corpus} --out {folder}/new --side 8 --codec 1-bit --coordinates projected", "trackstar: --coordinates: expected whitened for --codec 1-bit, whose codes are too coarse to compute R_train from, found projected; leave --coordinates out, or choose --codec float32, bfloat16 or float16"),
     Case("infinite damping", ASK + " --damping inf", "trackstar: --damping: expected a finite number, found inf"),
-    Case("a side for codes", "index --model {model} --data {corpus} --out {folder}/new --side 4", "trackstar: --side: expected a multiple of 8 for --codec 1-bit, found 4"),
+    Case("a side for codes", "index --model {model} --data {corpus} --out {folder}/new --side 4 --codec 1-bit", "trackstar: --side: expected a multiple of 8 for --codec 1-bit, found 4"),
     Case("coordinates", INDEX + " --coordinates polar", "trackstar: --coordinates: expected one of projected, whitened, found polar"),
     Case("no sample", INDEX + " --whitening-examples 0", "trackstar: --whitening-examples: expected 1 or more, found 0"),
     Case("too few again", ASK + " --top 5 --rerank 3", "trackstar: --rerank: expected at least --top 5, or 0 for no re-ranking, found 3"),

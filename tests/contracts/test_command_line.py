@@ -114,7 +114,7 @@ def test_options_are_frozen():
             "--batch-tokens --device --device-map --dry-run --threads --window-tokens --overlap --side --layer-blocks "
             "--attention-pattern --mlp-pattern "
             "--second-moment-kind --second-moment-examples --output --projection --seed --shard-examples "
-            "--revision --gguf-file --coordinates --whitening-examples --damping --shard "
+            "--revision --gguf-file --coordinates --whitening-examples --damping --shard --preset "
             "--ray --ray-workers --ray-cpus --ray-gpus --help-all".split()
         ),
         "query": sorted(

@@ -1,6 +1,7 @@
 """Results saved with an index are reused only if they are valid; otherwise they are recomputed."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +12,19 @@ from torch import Tensor
 
 from small_index import WHITENING, small_content, small_manifest, write_small_index
 from trackstar import store
+from trackstar.curvature import task
+from trackstar.curvature.low_rank_whitening import LowRankWhitening
+from trackstar.curvature.task import task_correction
 from trackstar.curvature.whitening import Whitening
-from trackstar.errors import OptionError
+from trackstar.errors import DamagedIndexError, OptionError
 from trackstar.gradients.second_moment import SecondMoment
+from trackstar.indexing.build import build_index
 from trackstar.indexing.shard_writing import RunningAutocorrelation
 from trackstar.indexing.train_whitening import TrainWhitening
 from trackstar.retrieval.reranking import ExactScores, exact_top
 from trackstar.retrieval.scoring import whitened_norms
-from trackstar.store import Index
+from trackstar.store import Index, index_tensors, tensor_reading
+from trackstar.store.tensor_file import TensorFile
 
 
 @pytest.fixture
@@ -153,3 +159,76 @@ def test_verify_does_not_count_up_to_the_number_in_a_file_name(tmp_path: Path) -
 def test_a_seed_out_of_range_is_refused_at_the_start(tmp_path: Path, seed: int) -> None:
     with pytest.raises(OptionError, match=r"projection.seed is -?[0-9]+, expected at least 0 and below 2\^64"):
         store.IndexWriter.open(tmp_path / "index", small_manifest(seed=seed))
+
+
+def _count_checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are compared with their digests from now on."""
+    compared: list[str] = []
+    check = tensor_reading.check_digest
+
+    def counted(file: TensorFile) -> None:
+        compared.append(file.path.name)
+        check(file)
+
+    monkeypatch.setattr(tensor_reading, "check_digest", counted)
+    return compared
+
+
+def test_a_large_file_of_tensors_is_compared_once_and_again_when_it_changes(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(index_tensors, "_CHECKED_ONCE", 0)
+    path = Path(str(index.path)) / "autocorrelation.safetensors"
+    compared = _count_checks(monkeypatch)
+    first = index.tensors("autocorrelation")
+    again = Index.open(index.path).tensors("autocorrelation")
+    assert compared.count(path.name) == 1
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    content = bytearray(path.read_bytes())
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    content[-1] ^= 1
+    with path.open("r+b") as stream:  # in place, with its times put back
+        stream.write(content)
+    os.utime(path, ns=times)
+    with pytest.raises(DamagedIndexError, match=r"autocorrelation\.safetensors"):
+        Index.open(index.path).tensors("autocorrelation")
+
+
+def test_a_check_of_the_index_compares_a_file_whose_comparison_is_kept(index: Index, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_tensors, "_CHECKED_ONCE", 0)
+    index.tensors("autocorrelation")
+    compared = _count_checks(monkeypatch)
+    index.check()
+    assert "autocorrelation.safetensors" in compared
+
+
+def test_a_small_file_is_always_compared(index: Index, monkeypatch: pytest.MonkeyPatch):
+    compared = _count_checks(monkeypatch)
+    for _ in range(2):
+        index.tensors("autocorrelation")
+    assert compared.count("autocorrelation.safetensors") == 2
+
+
+@pytest.mark.parametrize("rows", [8, 200], ids=["few", "many"])
+def test_the_inverse_of_r_train_is_computed_once_and_kept(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+):
+    texts = [f"City {number} lies in country {number % 7}." for number in range(rows)]
+    index = build_index(str(tiny_model_folder), texts, tmp_path / "index", side=8, codec="float16", progress=False)
+    kind = LowRankWhitening if index.manifest.completion.autocorrelation_digest is None else Whitening  # pyright: ignore[reportOptionalMemberAccess]
+    none = torch.zeros(0, index.dimensions)
+    first = task_correction(index, none)
+    assert isinstance(first.whitening, kind)
+    with monkeypatch.context() as patched:
+        patched.setattr(task, "train_autocorrelation", lambda _index: pytest.fail("R_train is read again"))
+        again = task_correction(Index.open(index.path), none)
+    phi = torch.randn(3, index.dimensions, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.whitening.apply_inverse(phi), first.whitening.apply_inverse(phi))
+    assert (again.damping, again.damping_rule, again.key) == (first.damping, first.damping_rule, first.key)
+    given = task_correction(index, none, damping=first.damping)  # computed, and not what is kept
+    assert torch.equal(given.whitening.apply_inverse(phi), first.whitening.apply_inverse(phi))
+    for saved in ({"whitening": torch.ones(2)}, {"damping": torch.tensor(0.5), "values": torch.ones(3)}, {}):
+        assert index.save_derived("train-whitening-3", saved)
+        computed = task_correction(index, none)
+        assert torch.equal(computed.whitening.apply_inverse(phi), first.whitening.apply_inverse(phi))

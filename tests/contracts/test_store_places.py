@@ -28,14 +28,18 @@ def index(tmp_path: Path) -> Path:
 # Invalid folders
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "shards", "second_moment.safetensors", ".git"])
+@pytest.mark.parametrize("name", ["notes.txt", "shards/mine", "second_moment.safetensors", ".git/HEAD"])
 def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir() if "." not in name[1:] else (tmp_path / name).write_text("mine")
+    content = tmp_path / name
+    content.parent.mkdir(exist_ok=True)
+    content.write_text("mine")
+    name = content.relative_to(tmp_path).parts[0]
     with pytest.raises(
         StoreError, match=f"contains '{name}' but no manifest.json, expected an index or an empty folder"
     ):
         store.IndexWriter.open(tmp_path, small_manifest())
     assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert content.read_text() == "mine"
 
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:

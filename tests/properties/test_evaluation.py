@@ -380,9 +380,9 @@ def test_side_whose_r_is_larger_than_the_memory_is_refused_before_anything_is_wr
 ):
     with pytest.raises(
         OptionError,
-        match=r"`side`: expected R of \d+ layer blocks to fit into .* GiB of memory, found [\d,.]+ GiB for side 4000",
+        match=r"`side`: expected work that fits into memory, found .* needed at peak .* choose a smaller `side`",
     ):
-        run_evaluation(settings(paths, side=(4000,), methods=("BM25",), tail_patch=None), tmp_path, progress=False)
+        run_evaluation(settings(paths, side=(8000,), methods=("BM25",), tail_patch=None), tmp_path, progress=False)
     assert not list((tmp_path / "indexes").glob("*"))
 
 

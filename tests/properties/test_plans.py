@@ -17,13 +17,14 @@ from trackstar.errors import OptionError
 from trackstar.indexing import corpus_size as sizes
 from trackstar.indexing import first_batch, needs, plan
 from trackstar.indexing.build import build_index, index_corpus
+from trackstar.indexing.defaults import LARGE_MODEL, SMALL_SIDE, default_codec, default_side
 from trackstar.indexing.machine import Room
 from trackstar.indexing.plan import IndexPlan, plan_index
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import PAPER_SIDE, ChosenSettings, IndexSettings
 from trackstar.model.language_model import LanguageModel, load_model
-from trackstar.store import IndexWriter, ShardContent, row_bytes
+from trackstar.store import Index, IndexWriter, ShardContent, row_bytes
 
-SETTINGS = IndexSettings(side=8, second_moment="estimate", second_moment_examples=10, codec="float16")
+SETTINGS = ChosenSettings(side=8, second_moment="estimate", second_moment_examples=10, codec="float16")
 QUICK = {"layer_blocks": 2, "progress": False}
 
 
@@ -32,7 +33,7 @@ def model(tiny_model_folder: Path) -> LanguageModel:
     return load_model(tiny_model_folder, layer_blocks=2)
 
 
-def with_settings(**changes: object) -> IndexSettings:
+def with_settings(**changes: object) -> ChosenSettings:
     return dataclasses.replace(SETTINGS, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -246,7 +247,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert listing(tmp_path, tiny_model_folder) == before
     assert shown.splitlines()[0].startswith("plan: index 24 records for ")
     assert [line.split(":")[0] for line in shown.splitlines()[1:]] == [
-        "  corpus", "  rows", "  V", "  R_train", "  memory", "  disk", "  time",
+        "  corpus", "  rows", "  default", "  V", "  R_train", "  memory", "  disk", "  time",
     ]  # fmt: skip
     assert notes == ""
 
@@ -334,3 +335,135 @@ def test_a_stream_is_refused_before_it_begins_if_memory_does_not_suffice(
     with pytest.raises(OptionError, match=r"more available \(a test's limit\)"):
         stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=2, **options)  # pyright: ignore[reportArgumentType]
     assert "plan: stream 24 records" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parameters", "examples", "side"),
+    [
+        (2_000_000, 40, SMALL_SIDE),
+        (2_000_000, PAPER_SIDE**2, SMALL_SIDE),
+        (2_000_000, PAPER_SIDE**2 + 1, PAPER_SIDE),
+        (LARGE_MODEL - 1, 40, SMALL_SIDE),
+        (LARGE_MODEL, 40, PAPER_SIDE),
+    ],
+)
+def test_the_side_follows_the_model_and_the_corpus(parameters: int, examples: int, side: int):
+    assert default_side(parameters, examples)[0] == side
+
+
+def test_rows_are_wide_until_they_take_a_gibibyte():
+    row = row_bytes("float16", 16 * 64**2, 16)
+    most = 2**30 // row
+    assert default_codec(16, 64, most)[0] == "float16"
+    assert default_codec(16, 64, most + 1)[0] == "1-bit"
+    assert default_codec(16, 64, most + 1, projected=True)[0] == "float16"
+    assert default_codec(16, 63, 10 * most)[0] == "float16"
+
+
+def test_an_index_at_defaults_is_what_its_plan_says(model: LanguageModel, tmp_path: Path):
+    planned = plan_index(model, TEXTS, tmp_path / "index")
+    index = build_index(model, TEXTS, tmp_path / "index", progress=False)
+    found = index.manifest
+    assert (planned.settings.side, planned.settings.codec) == (found.projection.side, found.codec) == (32, "float16")
+    assert planned.settings.coordinates == found.coordinates == "projected"
+    assert len(planned.defaults) == 2
+    assert plan_index(model, TEXTS, tmp_path / "other", SETTINGS).defaults == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "coordinates"),
+    [
+        (IndexSettings(side=64), "whitened"),
+        (IndexSettings(side=32), "projected"),
+        (IndexSettings(side=32, damping=0.1), "whitened"),
+        (IndexSettings(side=64, coordinates="projected"), "projected"),
+        (IndexSettings(side=64, codec="float16"), "projected"),
+        (IndexSettings(codec="int8"), "whitened"),
+        (IndexSettings(preset="paper"), "projected"),
+    ],
+)
+def test_coordinates_that_are_left_to_choose(
+    model: LanguageModel, tmp_path: Path, settings: IndexSettings, coordinates: str
+):
+    assert plan_index(model, TEXTS, tmp_path / "index", settings).settings.coordinates == coordinates
+
+
+def test_the_paper_s_preset_is_the_paper_to_the_letter(model: LanguageModel, tmp_path: Path):
+    chosen = plan_index(model, TEXTS, tmp_path / "index", IndexSettings(preset="paper")).settings
+    assert (chosen.side, chosen.codec, chosen.coordinates) == (64, "float32", "projected")
+    assert (chosen.projection, chosen.output, chosen.second_moment_kind) == ("two-sided", "loss", "factored")
+    assert IndexSettings(preset="paper", side=64).codec == "float32"
+    for other in ({"side": 32}, {"codec": "1-bit"}, {"coordinates": "whitened"}, {"output": "margin"}):
+        (name,) = other
+        with pytest.raises(OptionError, match=f'`{name}`: expected .* with `preset="paper"`, found'):
+            IndexSettings(preset="paper", **other)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_index_that_is_begun_keeps_its_side_and_codec(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the rule would choose others now, as on another machine or in a later version."""
+    out = tmp_path / "index"
+    finished = build_index(model, TEXTS, out, side=16, codec="int8", progress=False)
+    planned = plan_index(model, TEXTS, out)
+    assert (planned.settings.side, planned.settings.codec) == (16, "int8")
+    assert build_index(model, TEXTS, out, progress=False).manifest == finished.manifest
+
+    monkeypatch.setattr(IndexWriter, "write_shard", _interrupted)
+    other = tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        build_index(model, TEXTS, other, side=16, codec="int8", coordinates="whitened", progress=False)
+    monkeypatch.undo()
+    assert not (other / "manifest.json").exists()  # only its first pass is begun, in float16
+    assert plan_index(model, TEXTS, other).settings.side == 16
+    resumed = build_index(model, TEXTS, other, codec="int8", progress=False)
+    assert resumed.manifest.identity_digest() == finished.manifest.identity_digest()
+
+
+def test_a_machine_with_little_memory_gets_the_largest_side_that_fits(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def room(settings: IndexSettings, amount: int, share: str | None = None) -> IndexPlan:
+        monkeypatch.setattr(needs, "available_memory", lambda: Room(amount=amount, limit="this test's limit"))
+        return plan_index(model, TEXTS, tmp_path / "index", settings, share=share)
+
+    def of_side(side: int) -> int:
+        return room(IndexSettings(side=side, codec="float16"), 2**40).needs.more
+
+    planned = room(IndexSettings(codec="float16"), of_side(16))
+    assert planned.settings.side == 16
+    assert planned.needs.suffice
+    assert planned.defaults[0].startswith("side 16, as 24 needs ")
+    assert not room(IndexSettings(codec="float16"), 1).needs.suffice
+    for settings, share in ((IndexSettings(side=32, codec="float16"), None), (IndexSettings(codec="float16"), "1/2")):
+        kept = room(settings, of_side(16), share)
+        assert kept.settings.side == 32
+        with pytest.raises(OptionError, match="expected work that fits into memory"):
+            kept.check()
+
+
+def test_a_streamed_corpus_has_the_side_of_an_index_of_it(tiny_model_folder: Path):
+    planned: list[StreamPlan] = []
+    stream_queries(str(tiny_model_folder), TEXTS, QUERIES, k=2, on_plan=planned.append, progress=False)
+    assert planned[0].settings.side == SMALL_SIDE
+    assert "side 32" in str(planned[0])
+
+
+def test_a_ranking_at_defaults_is_that_of_the_paper_s_form(model: LanguageModel, tmp_path: Path):
+    """Whitened float16 rows, projected float16 rows and float32 rows of one side give one ranking."""
+    from trackstar.attribution.answering import answer_queries
+
+    rankings = []
+    for name, settings in (
+        ("default", {}), ("whitened", {"coordinates": "whitened"}), ("float32", {"side": 32, "codec": "float32"}),
+    ):  # fmt: skip
+        index = build_index(model, TEXTS, tmp_path / name, progress=False, **settings)  # pyright: ignore[reportArgumentType]
+        assert isinstance(index, Index)
+        report = answer_queries(index, QUERIES, model=model, k=3, mixing=0.0, progress=False)
+        rankings.append([[ranked.influence for ranked in result.proponents] for result in report.results])
+    assert torch.allclose(torch.tensor(rankings[0]), torch.tensor(rankings[2]), atol=2e-4)
+    assert torch.allclose(torch.tensor(rankings[1]), torch.tensor(rankings[2]), atol=2e-4)
+
+
+def _interrupted(*_arguments: object, **_options: object) -> None:
+    raise KeyboardInterrupt

@@ -5,6 +5,7 @@ import dataclasses
 from trackstar.corpus import Corpus
 from trackstar.indexing import costs
 from trackstar.indexing.corpus_size import CorpusSize, corpus_size
+from trackstar.indexing.defaults import chosen_settings
 from trackstar.indexing.first_batch import batch_bytes, first_batch
 from trackstar.indexing.needs import (
     Needs,
@@ -17,7 +18,7 @@ from trackstar.indexing.needs import (
 )
 from trackstar.indexing.provenance import windows_entry
 from trackstar.indexing.second_moment import planned_second_moment
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings, IndexSettings
 from trackstar.model.language_model import LanguageModel
 
 _EXAMPLES_AT_ONCE = 256
@@ -32,7 +33,8 @@ class StreamPlan:
         queries: Number of queries, those of the task included.
         corpus: Size of the corpus.
         blocks: Number of layer blocks.
-        settings: Settings of the gradients.
+        settings: Settings of the gradients, with what was left to choose.
+        defaults: Why the side was chosen, in words; none if it was given.
         second_moment: V's source, in words.
         sample: Number of examples that R_train is computed from; their gradients are computed twice.
         needs: The stages of the work, with memory and time.
@@ -42,7 +44,8 @@ class StreamPlan:
     queries: int
     corpus: CorpusSize
     blocks: int
-    settings: IndexSettings
+    settings: ChosenSettings
+    defaults: tuple[str, ...]
     second_moment: str
     sample: int
     needs: Needs
@@ -59,6 +62,7 @@ class StreamPlan:
             f"plan: stream {self.corpus.records:,} records through {self.model} against {self.queries:,} queries",
             f"  corpus: {self.corpus}",
             f"  gradients: {self.dimensions:,} dimensions ({self.blocks} blocks of {side}×{side}), not stored",
+            *(f"  default: {why}" for why in self.defaults),
             f"  V: {self.second_moment}",
             f"  R_train: of {self.sample:,} examples, whose gradients are computed twice",
             f"  memory: {self.needs.memory_in_words()}",
@@ -92,6 +96,9 @@ def plan_stream(model: LanguageModel, corpus: Corpus, settings: IndexSettings, *
     size = corpus_size(corpus, model, windows_entry(model, settings))
     source, estimated = planned_second_moment(settings, model)
     used = memory_in_use(model)
+    settings, why = chosen_settings(
+        settings, parameters=model.coverage.parameters, blocks=len(model.blocks), examples=size.examples
+    )
     blocks, side = len(model.blocks), settings.side
     per_example = size.tokens / max(1, size.examples)
     sample = min(size.examples, round(settings.whitening_examples * size.examples / max(1, size.records)))
@@ -131,6 +138,7 @@ def plan_stream(model: LanguageModel, corpus: Corpus, settings: IndexSettings, *
         corpus=size,
         blocks=blocks,
         settings=settings,
+        defaults=why,
         second_moment=source,
         sample=sample,
         needs=Needs.of(model, settings, tuple(stages), batch, used),

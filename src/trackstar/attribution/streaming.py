@@ -45,7 +45,7 @@ from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.groups import CorpusPosition, tokenized_windows
 from trackstar.indexing.provenance import make_manifest, windows_entry
 from trackstar.indexing.second_moment import second_moment_for
-from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES, IndexSettings
+from trackstar.indexing.settings import STREAM_WHITENING_EXAMPLES, ChosenSettings, IndexSettings
 from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
@@ -88,7 +88,7 @@ def stream_queries(
     second_moment_kind: SecondMomentKind = _DEFAULT.second_moment_kind,
     second_moment_examples: int = _DEFAULT.second_moment_examples,
     whitening_examples: int = STREAM_WHITENING_EXAMPLES,
-    side: int = _DEFAULT.side,
+    side: int | None = _DEFAULT.side,
     seed: int = _DEFAULT.seed,
     output: Output = _DEFAULT.output,
     dtype: Dtype = "float32",
@@ -146,15 +146,13 @@ def stream_queries(
     Raises:
         TrackstarError: Something cannot be read, used or written; see `trackstar.errors`.
     """
-    queries = checked_queries(queries)
-    _check_numbers(k, mixing, damping)
+    queries = _checked(queries, k, mixing, damping)
     settings = IndexSettings(
         window_tokens=window_tokens, overlap=overlap, truncate=truncate, pack=pack, second_moment=second_moment,
         second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples,
         whitening_examples=whitening_examples, side=side, seed=seed, output=output, batch_tokens=batch_tokens,
         codec="float32", shard_examples=1,
     )  # fmt: skip
-    check_queries_as_json(queries)
     _check_kept(kept, inputs(data=data, model=model, second_moment=second_moment))
     if not isinstance(model, LanguageModel):
         model = load_model(model, dtype=dtype, device=device, device_map=device_map)
@@ -163,19 +161,23 @@ def stream_queries(
         train_on=train_on, join=join, chat_template=chat_template, metadata="none",
     ).for_tokenizer(model.tokenizer, pack=pack)  # fmt: skip
     corpus.survey(progress=progress)  # the first pass, which checks every record
-    (on_plan or _print_plan)(plan_stream(model, corpus, settings, queries=len(queries) + len(task or ())))
+    plan = plan_stream(model, corpus, settings, queries=len(queries) + len(task or ()))
+    (on_plan or _print_plan)(plan)
     judged = verdicts(model, queries, batch_tokens=batch_tokens, progress=progress)
     queries = [query_with_texts(query, model.tokenizer) for query in queries]
     question = QuestionEntry.of(task, top=k, mixing=mixing, damping=damping, batch_tokens=batch_tokens)
-    stream = _prepared(model, corpus, queries, task, settings, question, progress=progress)
+    stream = _prepared(model, corpus, queries, task, plan.settings, question, progress=progress)
     ranking = _pass_over(corpus, model, stream, k, kept, progress=progress)
-    return with_kinds(_report(stream, model, corpus, queries, ranking, settings, question), judged, question)
+    return with_kinds(_report(stream, model, corpus, queries, ranking, plan.settings, question), judged, question)
 
 
-def _check_numbers(k: int, mixing: float | None, damping: float | None) -> None:
+def _checked(queries: object, k: int, mixing: float | None, damping: float | None) -> list[Query]:
+    found = checked_queries(queries)
     check_at_least("k", k)
     check_mixing(mixing)
     check_damping(damping)
+    check_queries_as_json(found)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -213,7 +215,7 @@ def _prepared(
     corpus: Corpus,
     queries: Sequence[Query],
     task: Sequence[Query] | None,
-    settings: IndexSettings,
+    settings: ChosenSettings,
     question: QuestionEntry,
     *,
     progress: bool,
@@ -265,7 +267,7 @@ def _autocorrelation(
     model: LanguageModel,
     corpus: Corpus,
     windows: WindowsEntry,
-    settings: IndexSettings,
+    settings: ChosenSettings,
     bar: Progress,
 ) -> TrainAutocorrelation:
     """R_train of a sample of the corpus.
@@ -337,7 +339,7 @@ def _report(
     corpus: Corpus,
     queries: Sequence[Query],
     ranking: "_PartialRanking",
-    settings: IndexSettings,
+    settings: ChosenSettings,
     question: QuestionEntry,
 ) -> QueryReport:
     """The report on queries to a streamed corpus."""

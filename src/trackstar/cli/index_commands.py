@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackstar.choices import CODECS, COORDINATES, DTYPES, OUTPUTS, PARAMETERS, PROJECTIONS, SECOND_MOMENT_KINDS
+from trackstar.choices import (
+    CODECS,
+    COORDINATES,
+    DTYPES,
+    OUTPUTS,
+    PARAMETERS,
+    PRESETS,
+    PROJECTIONS,
+    SECOND_MOMENT_KINDS,
+)
 from trackstar.cli.framework import ERROR, Command, prepare
 from trackstar.cli.options import (
     BATCH_HELP,
@@ -57,8 +66,15 @@ _CORPUS_OPTIONS = (
 )
 @choice("--parameters", PARAMETERS, default="merged", help="Of a PEFT adapter: the merged network's, or its own.")
 @choice("--dtype", DTYPES, default="float32", help="Number format of the computation.")
-@choice("--codec", CODECS, default=default("codec"), help=f"How a row is stored: {', '.join(CODECS)}.")
-@click.option("--side", type=int, default=default("side"), metavar="N", help="Each layer block has N×N dimensions.")
+@choice("--codec", CODECS, show_default="by size", help=f"How a row is stored: {', '.join(CODECS)}.")
+@click.option(
+    "--side",
+    type=int,
+    metavar="N",
+    show_default="by size",
+    help="Each layer block has N×N dimensions.",
+)
+@choice("--preset", PRESETS, rare=True, help="The paper's settings to the letter: float32, side 64, all of R_train.")
 @click.option("--batch-tokens", type=int, default=default("batch_tokens"), metavar="N", help=BATCH_HELP)
 @device_options
 @click.option("--dry-run", is_flag=True, help="Print the plan (time, memory, disk) and write nothing.")
@@ -101,7 +117,7 @@ _CORPUS_OPTIONS = (
     "--coordinates",
     COORDINATES,
     rare=True,
-    show_default="whitened for int8 and fewer bits",
+    show_default="projected for a given codec of 16 bits or more",
     help="Store φ, or φ whitened by R_train.",
 )
 @rare(

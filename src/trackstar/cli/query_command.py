@@ -279,7 +279,7 @@ def _resumes(options: Mapping[str, Any]) -> bool:
 @rare(
     "--side",
     type=int,
-    default=default("side"),
+    show_default="by size",
     metavar="N",
     help="With --data: each layer block has N×N dimensions.",
 )

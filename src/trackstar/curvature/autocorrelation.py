@@ -5,38 +5,17 @@ The paper does not say whether R is a sum or a mean. Scores are the same with ei
 R is used, but not once R_eval and R_train are mixed. This package uses the mean.
 """
 
-import os
 from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trackstar.errors import CurvatureError, OptionError
-
-
-def check_autocorrelation_size(blocks: int, side: int, device: torch.device | str = "cpu") -> None:
-    """Raise if R does not fit into the device's memory, before anything is written.
-
-    Raises:
-        OptionError: R does not fit; the message names `side`.
-    """
-    wanted = blocks * side**4 * 8  # sums in float64
-    device = torch.device(device)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if wanted > memory:
-        raise OptionError(
-            f"`side`: expected R of {blocks} layer blocks to fit into {memory / 2**30:,.1f} GiB of memory, found "
-            f"{wanted / 2**30:,.1f} GiB for side {side}; pass a smaller `side`"
-        )
-
+from trackstar.errors import CurvatureError
 
 # Rows of a block's sums that one matrix product computes, and that are stored without what lies left
-# of them: 9/16 of a block of 4,096 dimensions.
-_PANEL = 512
+# of them: 17/32 of a block of 4,096 dimensions.
+_PANEL = 256
 
 
 class Autocorrelation:

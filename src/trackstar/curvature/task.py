@@ -26,11 +26,12 @@ from trackstar.curvature.mixing import (
 from trackstar.curvature.train_autocorrelation import FewExamples, SquareAutocorrelation, TrainAutocorrelation
 from trackstar.curvature.whitening import AnyWhitening, Whitening
 from trackstar.errors import DamagedIndexError, OptionError, check_damping, check_mixing
-from trackstar.store import Index, Manifest, Place, StoredRows
+from trackstar.store import Index, Manifest, Place, StoredRows, have_shapes
 
 # Version of the arithmetic of norms and scores. Results that an index caches under another version
 # are not read.
 _CACHE_VERSION = b"3"
+_TRAIN_WHITENING = "train-whitening-3"
 
 
 @runtime_checkable
@@ -109,6 +110,8 @@ def task_correction(
     chosen = choose_mixing(task, lambda: train_spectrum(index), blocks=blocks, given=mixing)
     entry = index.manifest.whitening
     if entry is None:
+        if chosen.value == 0 and damping is None:
+            return _train_correction(index, task, chosen)
         names = [block.name for block in index.manifest.layer_blocks]
         return mixed_correction(
             train_autocorrelation(index), task, chosen, damping=damping, names=names, source=index.manifest.to_json()
@@ -207,9 +210,52 @@ def _checked(tensors: Mapping[str, Tensor], name: str, expected: tuple[int, ...]
     if found is None or found.dtype is not torch.float32 or tuple(found.shape) != expected:
         what = f"no tensor `{name}`" if found is None else f"{found.dtype} {list(found.shape)} for `{name}`"
         raise DamagedIndexError(f"{file}: expected float32 {list(expected)}, found {what}; build the index again")
-    if not torch.isfinite(found).all():
+    if not all(bool(torch.isfinite(block).all()) for block in found):  # its temporary tensors are of a block
         raise DamagedIndexError(f"{file}: expected finite numbers, found NaN or infinite ones; build the index again")
     return found
+
+
+def _train_correction(index: Index, task: Tensor, mixing: Mixing) -> TaskCorrection:
+    """The correction by R_train alone, which is fixed for an index in projected coordinates: it is computed
+    once, and kept.
+    """
+    manifest = index.manifest
+    saved = index.load_derived(_TRAIN_WHITENING) or {}
+    found = _kept_whitening(saved, manifest)
+    if found is not None:
+        damping = float(saved["damping"])
+        return TaskCorrection(
+            mixing=mixing, damping=damping, damping_rule=_shrinkage_rule(index.rows), whitening=found, train=None,
+            key=_key(manifest.to_json(), task, 0.0, damping),
+        )  # fmt: skip
+    names = [block.name for block in manifest.layer_blocks]
+    correction = mixed_correction(
+        train_autocorrelation(index), task, mixing, damping=None, names=names, source=manifest.to_json()
+    )
+    whitening = correction.whitening
+    if isinstance(whitening, (Whitening, LowRankWhitening)):
+        damping = torch.tensor(correction.damping, dtype=torch.float64)
+        index.save_derived(_TRAIN_WHITENING, {"damping": damping, **whitening.tensors()})
+    return correction
+
+
+def _kept_whitening(saved: Mapping[str, Tensor], manifest: Manifest) -> AnyWhitening | None:
+    """The whitening that `_train_correction` saved; None if it is none."""
+    dim, blocks = manifest.projection.side**2, len(manifest.layer_blocks)
+    if not have_shapes(saved, damping=()) or saved["damping"].dtype is not torch.float64:
+        return None
+    if not all(tensor.dtype is torch.float32 for name, tensor in saved.items() if name != "damping"):
+        return None
+    if have_shapes(saved, whitening=(blocks, dim, dim)):
+        return Whitening(factors=saved["whitening"])
+    rank = saved["values"].shape[-1] if "values" in saved and saved["values"].ndim == 2 else -1
+    if have_shapes(saved, directions=(blocks, rank, dim), values=(blocks, rank), ridges=(blocks,)):
+        return LowRankWhitening(directions=saved["directions"], values=saved["values"], ridges=saved["ridges"])
+    return None
+
+
+def _shrinkage_rule(examples: int) -> str:
+    return f"shrinkage of R_train as a mean over {examples:,} examples"
 
 
 def mixed_correction(
@@ -238,7 +284,7 @@ def mixed_correction(
     rule = "given"
     if damping is None:
         damping = r_train.shrinkage()
-        rule = f"shrinkage of R_train as a mean over {r_train.examples:,} examples"
+        rule = _shrinkage_rule(r_train.examples)
     return TaskCorrection(
         mixing=mixing,
         damping=damping,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from trackstar.choices import CODECS, DUPLICATE_IDS, LOW_BIT_CODECS, CodecName, DeviceMap, DuplicateIds
 from trackstar.corpus.local_files import check_not_special
 from trackstar.errors import OptionError, check_at_least, check_choice, check_damping
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import PAPER_SIDE, IndexSettings
 from trackstar.model.devices import checked_device_map
 from trackstar.text import abridged, one_line
 
@@ -133,7 +133,7 @@ class EvaluationConfig:
     entailment_model: str | None = None
     strict: bool = False
     top_k: int = 10
-    side: tuple[int, ...] = (IndexSettings.default("side"),)
+    side: tuple[int, ...] = (PAPER_SIDE,)
     checkpoints: tuple[str, ...] = ()
     pool_sizes: tuple[int, ...] = ()
     second_moment: str = IndexSettings.default("second_moment")

@@ -37,7 +37,7 @@ from trackstar.evaluation.metrics import QueryMetrics, gold_ranks, metrics_of_ra
 from trackstar.evaluation.workspace import Workspace
 from trackstar.gradients.dense_projection import check_flattened_size
 from trackstar.indexing.build import index_corpus
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.model.loading import pretrained_digest
 from trackstar.store import Index
@@ -322,9 +322,9 @@ def index_name(config: EvaluationConfig, method: GradientMethod, side: int) -> s
     return f"{name}-of-{config.side[0]}" if is_narrowed(config, method, side) else name
 
 
-def index_settings(config: EvaluationConfig, method: GradientMethod, side: int) -> IndexSettings:
+def index_settings(config: EvaluationConfig, method: GradientMethod, side: int) -> ChosenSettings:
     """What a method's index is asked to be."""
-    return IndexSettings(
+    return ChosenSettings(
         second_moment=config.second_moment if method.second_moment else "none",
         side=side,
         seed=config.seed,

@@ -12,20 +12,19 @@ from trackstar.choices import (
     Join,
     Output,
     Parameters,
+    Preset,
     ProjectionKind,
     RecordFormat,
     SecondMomentKind,
     TrainOn,
 )
 from trackstar.corpus import Corpus, open_corpus
-from trackstar.curvature.autocorrelation import check_autocorrelation_size
 from trackstar.gradients.second_moment import SecondMoment
 from trackstar.indexing.array_tasks import Share, index_share
 from trackstar.indexing.job import IndexJob, prepare
 from trackstar.indexing.plan import plan_corpus
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings, IndexSettings
 from trackstar.indexing.shard_writing import check_resumed
-from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.progress import Progress
 from trackstar.store import Index, IndexWriter, Place, as_folder, refuse_foreign_folder
@@ -65,9 +64,10 @@ def build_index(
     second_moment: str | Path | SecondMoment = _DEFAULT.second_moment,
     second_moment_kind: SecondMomentKind = _DEFAULT.second_moment_kind,
     second_moment_examples: int = _DEFAULT.second_moment_examples,
-    side: int = _DEFAULT.side,
+    preset: Preset | None = _DEFAULT.preset,
+    side: int | None = _DEFAULT.side,
     seed: int = _DEFAULT.seed,
-    codec: CodecName = _DEFAULT.codec,
+    codec: CodecName | None = _DEFAULT.codec,
     coordinates: Coordinates | None = _DEFAULT.coordinates,
     whitening_examples: int = _DEFAULT.whitening_examples,
     damping: float | None = _DEFAULT.damping,
@@ -117,6 +117,7 @@ def build_index(
         second_moment: See `IndexSettings`.
         second_moment_kind: See `IndexSettings`.
         second_moment_examples: See `IndexSettings`.
+        preset: See `IndexSettings`.
         side: See `IndexSettings`.
         seed: See `IndexSettings`.
         codec: See `IndexSettings`.
@@ -140,16 +141,15 @@ def build_index(
     """
     settings = IndexSettings(
         window_tokens=window_tokens, overlap=overlap, truncate=truncate, pack=pack, second_moment=second_moment,
-        second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples, side=side, seed=seed,
-        output=output, projection=projection, codec=codec, coordinates=coordinates, damping=damping,
+        second_moment_kind=second_moment_kind, second_moment_examples=second_moment_examples, preset=preset, side=side,
+        seed=seed, output=output, projection=projection, codec=codec, coordinates=coordinates, damping=damping,
         whitening_examples=whitening_examples, shard_examples=shard_examples, batch_tokens=batch_tokens,
     )  # fmt: skip
-    share = Share.parsed(share) if isinstance(share, str) else share
     if not isinstance(model, LanguageModel):
         model = load_model(
-            model, revision=revision, gguf_file=gguf_file, parameters=parameters, dtype=dtype, device=device,
-            device_map=device_map, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern,
-            layer_blocks=layer_blocks)  # fmt: skip
+            model, revision=revision, gguf_file=gguf_file, parameters=parameters, dtype=dtype, device_map=device_map,
+            device=device, attention_pattern=attention_pattern, mlp_pattern=mlp_pattern, layer_blocks=layer_blocks,
+        )  # fmt: skip
     corpus = open_corpus(data, text_field=text_field, id_field=id_field, limit=limit, duplicate_ids=duplicate_ids,
         format=format, train_on=train_on, join=join, chat_template=chat_template, metadata=metadata,
         tokenizer=model.tokenizer)  # fmt: skip
@@ -162,7 +162,7 @@ def index_corpus(
     out: str | Place,
     settings: IndexSettings,
     *,
-    share: Share | None = None,
+    share: Share | str | None = None,
     workers: Workers = THIS_PROCESS,
     progress: bool = True,
     planned: bool = True,
@@ -178,27 +178,22 @@ def index_corpus(
         workers: This process, or a cluster's workers.
         progress: Whether progress is shown.
         planned: Whether the work is planned first: the plan is printed, and too little memory or disk is
-            refused before anything is written.
+            refused before anything is written. Settings with something left to choose are always planned.
     """
+    share = Share.parsed(share) if isinstance(share, str) else share
     folder = as_folder(out)
     refuse_input_folder(folder, inputs(data=corpus.name, model=model.source, second_moment=settings.second_moment))
-    check_autocorrelation_size(len(model.blocks), settings.side, float64_device(model.device))
     refuse_foreign_folder(folder)
     corpus = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
     records = corpus.survey(progress=progress).records  # the first pass, which checks every record
     total = records if share is None and settings.pack is None else None
     bar = Progress("Indexing", unit="examples", total=total, shown=progress)
-    if planned:
-        plan = plan_corpus(model, corpus, folder, settings, share=share)
-        if not plan.begun.complete:
-            for line in plan.lines():
-                bar.note(line)
-            if workers is not THIS_PROCESS:
-                bar.note("  time is that of one process; the cluster's workers share the gradients")
-            plan.check()
+    if planned or not isinstance(settings, ChosenSettings):
+        settings = _planned(model, corpus, folder, settings, share, bar, remote=workers is not THIS_PROCESS)
+    chosen = settings
 
     def prepared() -> IndexJob:
-        return prepare(folder, corpus, model, settings, workers=workers, bar=bar, progress=progress)
+        return prepare(folder, corpus, model, chosen, workers=workers, bar=bar, progress=progress)
 
     if share is not None:
         index_share(folder, prepared, share, bar)
@@ -215,3 +210,24 @@ def index_corpus(
                 bar.resume(writer.resume_point.record)
                 job.fill(writer, bar)
     return Index.open(folder)
+
+
+def _planned(
+    model: LanguageModel,
+    corpus: Corpus,
+    folder: Place,
+    settings: IndexSettings,
+    share: Share | None,
+    bar: Progress,
+    *,
+    remote: bool,
+) -> ChosenSettings:
+    """Print the plan, refuse what does not fit, and return the settings with what was left to choose."""
+    plan = plan_corpus(model, corpus, folder, settings, share=share)
+    if not plan.begun.complete:
+        for line in plan.lines():
+            bar.note(line)
+        if remote:
+            bar.note("  time is that of one process; the cluster's workers share the gradients")
+        plan.check()
+    return plan.settings

@@ -12,8 +12,8 @@ from trackstar.model.layer_blocks import WeightMatrix
 from trackstar.store import row_bytes, stores_autocorrelation
 
 _SINGLE, _DOUBLE = 4, 8
-# The share of a symmetric matrix that is computed and summed: panels of 512 of 4,096 rows.
-_TRIANGLE = 9 / 16
+# The share of a symmetric matrix that is computed and summed: panels of 256 of 4,096 rows.
+_TRIANGLE = 17 / 32
 # Operations of the rotation per number: three rounds of two products with 64 columns.
 _ROTATION = 3 * 2 * 2 * 64
 # Bytes of an example in a shard beside its row, tokens and strings: its numbers and five offsets.

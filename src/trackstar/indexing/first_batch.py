@@ -13,7 +13,7 @@ from trackstar.gradients.projector import GradientProjector, projected
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT
 from trackstar.indexing import costs
 from trackstar.indexing.machine import MemoryPeak
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.model.batching import plan_batches
 from trackstar.model.language_model import LanguageModel
 
@@ -67,7 +67,7 @@ class FirstBatch:
 
 
 def first_batch(
-    model: LanguageModel, settings: IndexSettings, windows: Sequence[TokenizedExample], tokens: float
+    model: LanguageModel, settings: ChosenSettings, windows: Sequence[TokenizedExample], tokens: float
 ) -> FirstBatch | None:
     """Measure a batch of the corpus, or as much of one as costs little; None if the work is too small for it.
 
@@ -93,7 +93,7 @@ def first_batch(
 
 
 def _measured(
-    model: LanguageModel, settings: IndexSettings, batch: Sequence[TokenizedExample], tokens: float
+    model: LanguageModel, settings: ChosenSettings, batch: Sequence[TokenizedExample], tokens: float
 ) -> FirstBatch:
     with GradientProjector(
         model, NO_SECOND_MOMENT, seed=settings.seed, side=settings.side, batch_tokens=settings.batch_tokens,
@@ -146,7 +146,7 @@ def _rate(run: Callable[[], object], amount: int, device: torch.device) -> float
 
 
 def batch_bytes(
-    model: LanguageModel, settings: IndexSettings, size_tokens: int, longest: int, batch: FirstBatch | None
+    model: LanguageModel, settings: ChosenSettings, size_tokens: int, longest: int, batch: FirstBatch | None
 ) -> int:
     """Bytes of memory that the graph and the logits of a full batch take.
 

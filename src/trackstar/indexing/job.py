@@ -19,9 +19,10 @@ from trackstar.gradients.estimated_moment import SquaredGradients, SummedSquares
 from trackstar.gradients.projection import floored_entries
 from trackstar.gradients.second_moment import NO_SECOND_MOMENT, SecondMoment
 from trackstar.indexing.groups import SampledGradients
+from trackstar.indexing.machine import release_memory
 from trackstar.indexing.provenance import make_manifest, second_moment_entry
 from trackstar.indexing.second_moment import second_moment_for
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.indexing.shard_writing import RowWork, rows_by, write_shards
 from trackstar.indexing.train_whitening import FirstPass, TrainWhitening, check_begun, sample_source
 from trackstar.model.language_model import LanguageModel
@@ -133,7 +134,7 @@ def prepare(
     out: Place,
     corpus: Corpus,
     model: LanguageModel,
-    settings: IndexSettings,
+    settings: ChosenSettings,
     *,
     workers: Workers,
     bar: Progress,
@@ -181,9 +182,10 @@ def prepare(
         source = sample_source(settings.whitening_examples, settings.seed)
         train = TrainWhitening.written_in(out, damping=settings.damping, source=source)
         if train is None:
-            train = TrainWhitening.of_index(
-                first_pass.run(), damping=settings.damping, source=source, progress=progress
-            )
+            sample = first_pass.run()
+            release_memory()
+            train = TrainWhitening.of_index(sample, damping=settings.damping, source=source, progress=progress)
+            release_memory()
         manifest = dataclasses.replace(manifest, coordinates="whitened", whitening=train.entry)
     return IndexJob(
         out=out, corpus=corpus, model=model, manifest=manifest, setup=setup, train=train, first_pass=first_pass,

@@ -1,8 +1,10 @@
 """What this process may still use of the machine: memory, the memory of a GPU, and disk; and what it uses."""
 
+import ctypes
 import dataclasses
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,17 @@ def free_disk(path: Path) -> int | None:
 def resident_memory() -> int:
     """Bytes of memory that this process has in use."""
     return psutil.Process().memory_info().rss
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it and can be told to (glibc).
+
+    Between two stages of an index it would else stay at the larger one's, in pieces that the next stage's
+    tensors do not fit into.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @final

@@ -7,7 +7,7 @@ from trackstar.indexing import costs
 from trackstar.indexing.corpus_size import CorpusSize
 from trackstar.indexing.first_batch import FirstBatch, batch_bytes
 from trackstar.indexing.machine import Room, available_device_memory, available_memory, resident_memory
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.model.language_model import LanguageModel
 from trackstar.text import amount_of_bytes, duration
 
@@ -59,7 +59,7 @@ class Needs:
     def of(
         cls,
         model: LanguageModel,
-        settings: IndexSettings,
+        settings: ChosenSettings,
         stages: tuple[Stage, ...],
         batch: FirstBatch | None,
         used: int,
@@ -95,13 +95,23 @@ class Needs:
         times = [stage.seconds for stage in self.stages]
         return None if None in times else sum((time for time in times if time is not None), 0.0)
 
+    @property
+    def more(self) -> int:
+        """Bytes of memory that are needed beside those in use."""
+        return self.memory - self.used
+
+    @property
+    def suffice(self) -> bool:
+        """Whether there is memory enough."""
+        return not self.stages or self.more <= self.room.amount
+
     def check(self) -> None:
         """Raise if memory does not suffice.
 
         Raises:
             OptionError: It does not; the message names the numbers and the parameters to change.
         """
-        if self.stages and self.memory - self.used > self.room.amount:
+        if not self.suffice:
             raise OptionError(
                 f"`{self.largest.changes}`: expected work that fits into memory, found {amount_of_bytes(self.memory)} "
                 f"needed at peak ({self.largest.name}), of which {amount_of_bytes(self.used)} are in use, and "
@@ -118,7 +128,7 @@ class Needs:
             f"of it in use; {amount_of_bytes(self.room.amount)} more available ({self.room.limit})"
         )
 
-    def time_in_words(self, settings: IndexSettings) -> str:
+    def time_in_words(self, settings: ChosenSettings) -> str:
         """Time of the work and of its stages, and what it was measured by."""
         if self.batch is None or self.seconds is None:
             why = "one-sided projections" if settings.projection == "one-sided" else "so little work"
@@ -131,7 +141,7 @@ class Needs:
 
 
 def second_moment_stage(
-    model: LanguageModel, size: CorpusSize, settings: IndexSettings, estimated: int, batch: FirstBatch | None
+    model: LanguageModel, size: CorpusSize, settings: ChosenSettings, estimated: int, batch: FirstBatch | None
 ) -> Stage:
     """V's estimate from some examples."""
     kind = settings.second_moment_kind

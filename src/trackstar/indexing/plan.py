@@ -13,6 +13,7 @@ from trackstar.errors import OptionError, TrackstarError
 from trackstar.indexing import costs
 from trackstar.indexing.array_tasks import Share
 from trackstar.indexing.corpus_size import CorpusSize, corpus_size
+from trackstar.indexing.defaults import chosen_settings, smaller_sides
 from trackstar.indexing.first_batch import FirstBatch, batch_bytes, first_batch
 from trackstar.indexing.machine import free_disk
 from trackstar.indexing.needs import (
@@ -26,7 +27,7 @@ from trackstar.indexing.needs import (
 )
 from trackstar.indexing.provenance import default_shard_examples, windows_entry
 from trackstar.indexing.second_moment import planned_second_moment
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings, IndexSettings
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import PART_FOLDER, Index, Place, as_folder, refuse_foreign_folder, row_bytes
 from trackstar.text import amount_of_bytes
@@ -48,6 +49,11 @@ class Begun:
     whitened: bool = False
     complete: bool = False
 
+    @property
+    def started(self) -> bool:
+        """Whether anything exists."""
+        return bool(self.examples or self.sampled or self.whitened or self.complete)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class IndexPlan:
@@ -58,7 +64,8 @@ class IndexPlan:
         model: The model, in words.
         corpus: Size of the corpus.
         blocks: Number of layer blocks.
-        settings: What the index is asked to be.
+        settings: What the index is asked to be, with what was left to choose.
+        defaults: Why the side and the codec were chosen, in words; none if they were given.
         second_moment: V's source, in words.
         sample: Number of examples that R_train is computed from.
         begun: What exists of the index.
@@ -74,7 +81,8 @@ class IndexPlan:
     model: str
     corpus: CorpusSize
     blocks: int
-    settings: IndexSettings
+    settings: ChosenSettings
+    defaults: tuple[str, ...]
     second_moment: str
     sample: int
     begun: Begun
@@ -98,6 +106,7 @@ class IndexPlan:
             f"plan: index {self.corpus.records:,} records for {self.model} at {self.out}",
             f"  corpus: {self.corpus}",
             f"  rows: {self._rows()}",
+            *(f"  default: {why}" for why in self.defaults),
             f"  V: {self.second_moment}",
             f"  R_train: {self._r_train()}",
             f"  memory: {self.needs.memory_in_words()}",
@@ -191,6 +200,9 @@ def plan_corpus(
 ) -> IndexPlan:
     """Plan an index of an opened corpus; see `plan_index`.
 
+    If the side is left to choose, it is one for which memory suffices, but for a share of an index, all of
+    which have one side.
+
     Args:
         model: The model.
         corpus: The corpus.
@@ -200,18 +212,44 @@ def plan_corpus(
         like: The plan of another index of the same corpus and model, whose counts and first batch are taken.
     """
     refuse_foreign_folder(out)
-    begun = begun_index(out)
     if like is None:
         read = corpus.for_tokenizer(model.tokenizer, pack=settings.pack)
         size = corpus_size(read, model, windows_entry(model, settings))
     else:
         size = like.corpus
+    chosen, why = chosen_settings(
+        settings, parameters=model.coverage.parameters, blocks=len(model.blocks), examples=size.examples, out=out
+    )
+    plan = _plan(model, size, out, chosen, why, share=share, batch=None if like is None else like.needs.batch)
+    if settings.side is not None or share is not None or plan.begun.started:
+        return plan
+    for side in smaller_sides(chosen.side):
+        if plan.needs.suffice:
+            break
+        room = f"{amount_of_bytes(plan.needs.room.amount)} available"
+        why = (f"side {side}, as {plan.settings.side} needs {amount_of_bytes(plan.needs.more)} with {room}", *why[1:])
+        smaller = dataclasses.replace(chosen, side=side)
+        plan = _plan(model, size, out, smaller, why, share=share, batch=plan.needs.batch)
+    return plan
+
+
+def _plan(
+    model: LanguageModel,
+    size: CorpusSize,
+    out: Place,
+    settings: ChosenSettings,
+    defaults: tuple[str, ...],
+    *,
+    share: Share | None,
+    batch: FirstBatch | None,
+) -> IndexPlan:
+    """The plan of an index with nothing left to choose; a first batch is measured if there is none."""
+    begun = begun_index(out)
     source, estimated = planned_second_moment(settings, model)
     used = memory_in_use(model)
     sample = min(size.examples, round(settings.whitening_examples * size.examples / max(1, size.records)))
-    batch, stages = None, ()
+    stages = ()
     if not begun.complete:
-        batch = like.needs.batch if like is not None else None
         if batch is None:
             batch = first_batch(model, settings, size.windows, size.tokens + second_moment_tokens(size, estimated))
         stages = _stages(model, size, settings, estimated, sample, begun, batch, share)
@@ -222,6 +260,7 @@ def plan_corpus(
         corpus=size,
         blocks=len(model.blocks),
         settings=settings,
+        defaults=defaults,
         second_moment=source,
         sample=sample,
         begun=begun,
@@ -260,7 +299,7 @@ def begun_index(out: Place) -> Begun:
 def _stages(
     model: LanguageModel,
     size: CorpusSize,
-    settings: IndexSettings,
+    settings: ChosenSettings,
     estimated: int,
     sample: int,
     begun: Begun,
@@ -306,7 +345,7 @@ def _stages(
     return tuple(stages)
 
 
-def _disk(model: LanguageModel, size: CorpusSize, settings: IndexSettings, sample: int) -> tuple[int, int]:
+def _disk(model: LanguageModel, size: CorpusSize, settings: ChosenSettings, sample: int) -> tuple[int, int]:
     """Bytes of the finished index, and those that it needs besides until it is finished."""
     blocks, side = len(model.blocks), settings.side
     moment = 0

@@ -10,7 +10,7 @@ from trackstar.corpus import Corpus
 from trackstar.errors import OptionError
 from trackstar.gradients.projection import projection_digest
 from trackstar.gradients.second_moment import DEFAULT_FLOOR, SecondMoment
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings, IndexSettings
 from trackstar.model.configuration import libraries
 from trackstar.model.language_model import LanguageModel
 from trackstar.store import (
@@ -71,7 +71,7 @@ def make_manifest(
     model: LanguageModel,
     corpus: Corpus,
     moment: SecondMoment,
-    settings: IndexSettings,
+    settings: ChosenSettings,
     *,
     out: Place | None = None,
     whitening: WhiteningEntry | None = None,
@@ -134,7 +134,7 @@ def model_entry(model: LanguageModel, out: Place | None) -> ModelEntry:
     )
 
 
-def _projection_entry(model: LanguageModel, settings: IndexSettings) -> ProjectionEntry:
+def _projection_entry(model: LanguageModel, settings: ChosenSettings) -> ProjectionEntry:
     return ProjectionEntry(
         seed=settings.seed,
         side=settings.side,

@@ -13,11 +13,13 @@ from trackstar.choices import (
     COORDINATES,
     LOW_BIT_CODECS,
     OUTPUTS,
+    PRESETS,
     PROJECTIONS,
     SECOND_MOMENT_KINDS,
     CodecName,
     Coordinates,
     Output,
+    Preset,
     ProjectionKind,
     SecondMomentKind,
 )
@@ -28,6 +30,15 @@ if TYPE_CHECKING:
 
 STREAM_WHITENING_EXAMPLES = 4096
 """Default of `whitening_examples` for a streamed corpus, whose sample is computed twice."""
+
+
+PAPER_SIDE = 64
+"""√d in the paper, whose 16 layer blocks have 65,536 dimensions together."""
+
+_PAPER: dict[str, Any] = {
+    "side": PAPER_SIDE, "codec": "float32", "coordinates": "projected", "second_moment_kind": "factored",
+    "output": "loss", "projection": "two-sided",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,16 +61,18 @@ class IndexSettings:
         second_moment_kind: `factored` folds into the projections at no cost; `elementwise` is exact
             and slower.
         second_moment_examples: Number of examples that V is estimated from.
-        side: √d, rows and columns of a block of φ (64 in the paper).
+        preset: `paper` is the setting of the paper to the letter: side 64, rows in float32 and projected,
+            and R_train of every example. None follows the other settings.
+        side: √d, rows and columns of a block of φ (64 in the paper). None is chosen by the model's and the
+            corpus's size and the machine's memory; see `defaults.py`.
         seed: Seed of the projections and of all samples.
         output: The function that is differentiated: `loss`, or for comparisons TRAK's `margin` or
             the `logit`.
         projection: `two-sided` (Eq. 4), or for comparisons `one-sided`: one dense matrix for
             flattened gradients, for small models only.
-        codec: How a row is stored. The default, with the paper's 65,536 dimensions, is the most
-            accurate in 8 KB per example (docs/stores.md).
+        codec: How a row is stored. None is chosen by the size of the rows; see `defaults.py`.
         coordinates: `projected` stores φ; `whitened` stores u = W_train φ, which low-bit codecs
-            need. None is `whitened` for int8 and fewer bits, else `projected`.
+            need. None is `projected` for a given codec of 16 bits or more; see `defaults.py` for others.
         whitening_examples: Records that R_train is computed from if coordinates are whitened, drawn
             with `seed` in a first pass, whose gradients are not computed again. A corpus of no more
             records is taken whole.
@@ -81,11 +94,12 @@ class IndexSettings:
     second_moment: "str | Path | SecondMoment" = "auto"
     second_moment_kind: SecondMomentKind = "factored"
     second_moment_examples: int = 256
-    side: int = 64
+    preset: Preset | None = None
+    side: int | None = None
     seed: int = 0
     output: Output = "loss"
     projection: ProjectionKind = "two-sided"
-    codec: CodecName = "1-bit"
+    codec: CodecName | None = None
     coordinates: Coordinates | None = None
     whitening_examples: int = 16_384
     damping: float | None = None
@@ -96,7 +110,11 @@ class IndexSettings:
         check_choice("second_moment_kind", self.second_moment_kind, SECOND_MOMENT_KINDS)
         check_choice("output", self.output, OUTPUTS)
         check_choice("projection", self.projection, PROJECTIONS)
-        check_choice("codec", self.codec, CODECS)
+        if self.codec is not None:
+            check_choice("codec", self.codec, CODECS)
+        if self.preset is not None:
+            check_choice("preset", self.preset, PRESETS)
+            self._follow_paper()
         if self.coordinates is not None:
             check_choice("coordinates", self.coordinates, COORDINATES)
         for name in (
@@ -120,7 +138,7 @@ class IndexSettings:
                     "compute R_train from, found projected; leave `coordinates` out, or choose `codec` float32, "
                     "bfloat16 or float16"
                 )
-            if self.side % 8:
+            if self.side is not None and self.side % 8:
                 raise OptionError(f'`side`: expected a multiple of 8 for `codec="{self.codec}"`, found {self.side}')
         if self.damping is not None and not self.whitened:
             raise OptionError(
@@ -128,13 +146,46 @@ class IndexSettings:
                 "damped when they are queried; pass `damping` to `answer_queries`"
             )
 
+    def _follow_paper(self) -> None:
+        """Take the paper's values where none is given, and refuse others."""
+        for name, value in _PAPER.items():
+            given = getattr(self, name)
+            if given is None:
+                object.__setattr__(self, name, value)
+            elif given != value:
+                raise OptionError(
+                    f'`{name}`: expected {value} with `preset="paper"`, found {given}; leave one of them out'
+                )
+
     @property
     def whitened(self) -> bool:
         """Whether rows are stored in whitened coordinates."""
-        return (self.coordinates or ("whitened" if self.codec in LOW_BIT_CODECS else "projected")) == "whitened"
+        projected = self.codec is not None and self.codec not in LOW_BIT_CODECS
+        return (self.coordinates or ("projected" if projected else "whitened")) == "whitened"
+
+    def chosen(self, *, side: int, codec: CodecName, coordinates: Coordinates | None) -> "ChosenSettings":
+        """The same settings with what was left to choose.
+
+        Args:
+            side: The side.
+            codec: The codec.
+            coordinates: The coordinates; None is what the settings say without them.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields |= {"side": side, "codec": codec}
+        fields["coordinates"] = coordinates or ("whitened" if self.whitened else "projected")
+        return ChosenSettings(**fields)
 
     @classmethod
     def default(cls, name: str) -> Any:
         """The default of a setting, for interfaces that show it."""
         (found,) = (field.default for field in dataclasses.fields(cls) if field.name == name)
         return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ChosenSettings(IndexSettings):
+    """The settings of a new index with nothing left to choose."""
+
+    side: int = PAPER_SIDE
+    codec: CodecName = "1-bit"

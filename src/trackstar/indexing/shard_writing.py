@@ -21,6 +21,7 @@ from trackstar.curvature.whitening import AnyWhitening
 from trackstar.errors import CorpusError
 from trackstar.gradients.projector import GradientProjector
 from trackstar.indexing.groups import CorpusPosition, ExampleSource, FinishedShard, Group, SampledGradients, ShardGroups
+from trackstar.indexing.machine import release_memory
 from trackstar.model.devices import float64_device
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
@@ -44,6 +45,8 @@ _SAVE_PROGRESS_EVERY = 600.0
 # Rows added to R_train at once. A shard is cut at the same rows whether it was just written or is
 # read again, so that a resumed run's sums equal those of an undisturbed run bit for bit.
 _ROWS_AT_ONCE = 512
+# Rows that are whitened and encoded at once.
+_WHITENED_AT_ONCE = 256
 
 Rows = tuple[StoredRows, Float32[Tensor, "_rows"]]
 """A group's rows as they are stored, and their losses in nats."""
@@ -110,7 +113,9 @@ class RowWork:
             device = float64_device(projector.device)  # which W_train's low-rank form and norms are computed in
             if device not in self.moved:
                 self.moved[device] = self.train.to(device)
-            stored = self._encoded(self.moved[device].apply(phi.to(device)))
+            for first in range(0, len(phi), _WHITENED_AT_ONCE):
+                part = slice(first, first + _WHITENED_AT_ONCE)
+                stored[part] = self._encoded(self.moved[device].apply(phi[part].to(device)))
         return stored, losses
 
     def _encoded(self, coordinates: Tensor) -> StoredRows:
@@ -192,6 +197,7 @@ def write_shards(
         group = waiting.popleft()
         assert isinstance(group, Group), "finished shards were adopted before"
         parts.append((group, rows))
+        release_memory()
         if sum(len(of.examples) for of, _ in parts) == manifest.shard_examples:
             write(parts)
             parts = []

@@ -17,7 +17,7 @@ from trackstar.curvature.low_rank_whitening import LowRankWhitening
 from trackstar.curvature.task import checked_whitening, train_autocorrelation
 from trackstar.curvature.whitening import AnyWhitening
 from trackstar.errors import DamagedIndexError, IndexMismatchError
-from trackstar.indexing.settings import IndexSettings
+from trackstar.indexing.settings import ChosenSettings
 from trackstar.indexing.shard_writing import RowWork, check_resumed, rows_by, write_shards
 from trackstar.model.language_model import LanguageModel
 from trackstar.progress import Progress
@@ -116,7 +116,7 @@ def sample_source(examples: int, seed: int) -> str:
     return f"of up to {examples} records drawn with seed {seed}"
 
 
-def check_begun(out: Place, manifest: Manifest, settings: IndexSettings) -> None:
+def check_begun(out: Place, manifest: Manifest, settings: ChosenSettings) -> None:
     """Raise if the index begun at `out` differs from the requested one, before its first pass is
     computed.
 
@@ -166,7 +166,7 @@ class FirstPass:
     model: LanguageModel
     setup: GradientSetup
     workers: Workers
-    settings: IndexSettings
+    settings: ChosenSettings
     progress: bool
 
     def run(self) -> Index:

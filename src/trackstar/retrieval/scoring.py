@@ -35,8 +35,9 @@ _MOST_PACKED_BESIDE_BYTES, _MOST_PACKED_BESIDE_VALUES = 16, 32
 # Bytes of decoded rows held at once on a GPU.
 _DEVICE_BYTES = 512 << 20
 
-# Bytes of rows whitened at once: enough for an efficient matrix product.
-_WHITENING_BYTES = 64 << 20
+# Rows whitened at once: enough for an efficient matrix product, and else no more bytes than the C library
+# keeps from one part to the next, since fresh memory costs more than the product.
+_WHITENED_ROWS, _WHITENED_BYTES = 256, 16 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,7 +144,7 @@ class _Norms:
     def __call__(self, index: Index) -> Float[Tensor, "rows"]:
         norms = []
         with scan_progress(self.progress, "Candidates' norms under R", index.rows) as bar:
-            for chunk in index.iterate(max(1, _WHITENING_BYTES // (4 * index.dimensions))):
+            for chunk in index.iterate(_whitened_at_once(index)):
                 norms.append(self.whitening.stored_norms(chunk.stored))
                 bar.advance(len(chunk.stored))
         return torch.cat(norms)
@@ -225,12 +226,16 @@ def all_scores(index: Index, scorer: Scorer) -> Float[Tensor, "queries candidate
 def scores_of(index: Index, scorer: Scorer, rows: Int64[Tensor, "some"]) -> Float[Tensor, "queries some"]:
     """Scores of a few candidates, given their rows in ascending order."""
     scored = torch.empty(len(scorer.vectors), len(rows))
-    at_once = max(1, _WHITENING_BYTES // (4 * index.dimensions))
+    at_once = _whitened_at_once(index)
     for first in range(0, len(rows), at_once):
         part = slice(first, first + at_once)
         values = index.some_rows(rows[part].tolist()).decode()
         scored[:, part] = scorer.vectors.float().cpu() @ values.T * scorer.multipliers[rows[part]]
     return scored
+
+
+def _whitened_at_once(index: Index) -> int:
+    return max(_WHITENED_ROWS, _WHITENED_BYTES // (4 * index.dimensions))
 
 
 def inverse_of(norms: Float[Tensor, "rows"]) -> Float[Tensor, "rows"]:

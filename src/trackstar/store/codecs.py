@@ -86,7 +86,7 @@ class StoredRows:
     def __getitem__(self, rows: slice | Tensor) -> "StoredRows":
         return StoredRows(codec=self.codec, codes=self.codes[rows], scales=self.scales[rows], norms=self.norms[rows])
 
-    def __setitem__(self, rows: Tensor, other: "StoredRows") -> None:
+    def __setitem__(self, rows: Tensor | slice, other: "StoredRows") -> None:
         self.codes[rows] = other.codes
         self.scales[rows] = other.scales
         self.norms[rows] = other.norms
@@ -126,7 +126,7 @@ class StoredRows:
         """The decoded coordinates, as a new tensor on the codes' device."""
         bits = quantized_bits(self.codec)
         if bits is None:
-            return self.codes.to(torch.float32) * self.scales[:, None]
+            return self.codes * self.scales[:, None]  # float32, as the scales are
         return dequantize(self.codes, self.scales, bits).flatten(1)
 
 

@@ -12,9 +12,8 @@ from trackstar.corpus.digests import digest_of_bytes
 from trackstar.errors import StoreError
 from trackstar.store.files.durable import PARTIAL_SUFFIX, exists, make_folder
 from trackstar.store.files.places import Place
-from trackstar.store.index_tensors import sorted_tensors
 from trackstar.store.manifest import Manifest
-from trackstar.store.tensor_file import open_tensor_file, write_tensor_file
+from trackstar.store.tensor_file import open_tensor_file, sorted_tensors, write_tensor_file
 from trackstar.store.tensor_reading import checked_tensors
 
 DERIVED_FORMAT = "trackstar-derived-1"

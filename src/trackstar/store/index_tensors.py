@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard, final
 
+import torch
 from torch import Tensor
 
 from trackstar.errors import DamagedIndexError, IndexMismatchError
+from trackstar.store.derived_cache import DerivedCache
 from trackstar.store.files.durable import exists
 from trackstar.store.files.places import Place
 from trackstar.store.manifest import Manifest, stores_autocorrelation
@@ -15,10 +17,11 @@ from trackstar.store.tensor_file import (
     TensorFile,
     damaged,
     open_tensor_file,
+    sorted_tensors,
     tensor_file_digest,
     write_tensor_file,
 )
-from trackstar.store.tensor_reading import checked_tensors
+from trackstar.store.tensor_reading import checked_tensors, file_state, mapped_tensors
 from trackstar.text import cut
 
 SECOND_MOMENT = "second_moment"
@@ -28,6 +31,8 @@ NAMES = (SECOND_MOMENT, AUTOCORRELATION, WHITENING)
 PROGRESS = "progress"
 TENSORS_METADATA = {"format": "trackstar-tensors-1"}
 PROGRESS_FORMAT = "trackstar-progress-1"
+# A file from this size on is compared with its digest once, and again when it changes.
+_CHECKED_ONCE = 16 << 20
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -36,11 +41,6 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     It depends on names, dtypes, shapes and values, not on the mapping's order.
     """
     return tensor_file_digest(sorted_tensors(tensors), TENSORS_METADATA)
-
-
-def sorted_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by decreasing item size, which aligns each to its item size, then by name."""
-    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
 
 
 def have_shapes(tensors: Mapping[str, Tensor] | None, **shapes: tuple[int, ...]) -> TypeGuard[Mapping[str, Tensor]]:
@@ -70,11 +70,18 @@ class IndexTensors:
                 )
         return write_tensor_file(path, sorted_tensors(tensors), TENSORS_METADATA)
 
-    def read(self, name: str, manifest: Manifest) -> dict[str, Tensor]:
-        """The tensors that `write` wrote, after a comparison with the digests of file and manifest."""
+    def read(self, name: str, manifest: Manifest, checks: DerivedCache | None = None) -> dict[str, Tensor]:
+        """The tensors that `write` wrote, after a comparison with the digests of file and manifest.
+
+        Args:
+            name: `second_moment`, `autocorrelation` or `whitening`.
+            manifest: The index's manifest.
+            checks: Keeps the state of a large local file whose content was compared; it is compared again
+                only if its state has changed. None compares it always.
+        """
         file = self.open(name, manifest)
         if isinstance(file.path, Path):
-            return checked_tensors(file)
+            return _checked_once(file, file.path, f"checked-{name}", checks)
         key = (name, file.digest)
         if key not in self._copies:
             self._copies[key] = checked_tensors(file)
@@ -145,6 +152,19 @@ def needed_tensors(manifest: Manifest, rows: int = 0) -> tuple[str, ...]:
     else:
         stored = stores_autocorrelation(rows, manifest.projection.side)
     return (*second_moment, AUTOCORRELATION) if stored else second_moment
+
+
+def _checked_once(file: TensorFile, path: Path, key: str, checks: DerivedCache | None) -> dict[str, Tensor]:
+    if checks is None or file.size < _CHECKED_ONCE:
+        return checked_tensors(file)
+    state = file_state(path)
+    kept = (checks.load(key) or {}).get("state")
+    if kept is not None and torch.equal(kept, state):
+        return mapped_tensors(file)
+    tensors = checked_tensors(file)
+    if torch.equal(file_state(path), state):
+        checks.save(key, {"state": state})
+    return tensors
 
 
 def _manifest_digest(name: str, manifest: Manifest) -> str | None:

@@ -297,10 +297,12 @@ class Index:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `second_moment`, `autocorrelation` or `whitening`, mapped and checked by digest.
 
+        A large file is checked once, and again when it has changed; `verify` checks it always.
+
         Raises:
             DamagedIndexError: The file is missing or damaged.
         """
-        return self._tensors.read(name, self._manifest)
+        return self._tensors.read(name, self._manifest, self._derived)
 
     def load_derived(self, key: str) -> dict[str, Tensor] | None:
         """The tensors that `save_derived` saved under `key`; None if there are none, or if they are damaged.

@@ -100,6 +100,11 @@ def unreadable(path: Place, error: OSError) -> StoreError:
     return StoreError(f"{path}: cannot be read ({error.strerror}); make the file readable")
 
 
+def sorted_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by decreasing item size, which aligns each to its item size, then by name."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+
+
 def write_tensor_file(
     path: Place,
     tensors: Mapping[str, Tensor],

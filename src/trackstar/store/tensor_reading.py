@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from trackstar.corpus.digests import running_digest
@@ -66,9 +67,27 @@ def checked_tensors(file: TensorFile) -> dict[str, Tensor]:
     """
     if isinstance(file.path, Path):
         check_digest(file)
-        return {name: map_tensor(file, name) for name in file.tensors}
+        return mapped_tensors(file)
     mapped = _local_copy(file)
     return {name: _view(mapped, info) for name, info in file.tensors.items()}
+
+
+def mapped_tensors(file: TensorFile) -> dict[str, Tensor]:
+    """All tensors of a local file, memory-mapped, as they are."""
+    return {name: map_tensor(file, name) for name in file.tensors}
+
+
+def file_state(path: Path) -> Int64[Tensor, "5"]:
+    """Device, inode, size and times of a file, which change when its content does.
+
+    Raises:
+        StoreError: The file cannot be looked at.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return torch.tensor([status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
 
 
 def map_tensor(file: TensorFile, name: str) -> Tensor:
