@@ -1,6 +1,7 @@
 """Peak memory of indexing does not follow the corpus: corpora of growing size, each indexed in a fresh process.
 
 python benchmarks/memory.py [--sizes 500 2000 8000]
+python benchmarks/memory.py --sizes 2000 --side 64 --codec float16 1-bit    R_train at the paper's side
 """
 
 import argparse
@@ -12,11 +13,12 @@ import tempfile
 from pathlib import Path
 
 from measurement import save
+from trackstar.choices import CODECS, CodecName
 
-SIDE, BATCH_TOKENS = 32, 1024
+BATCH_TOKENS = 1024
 
 
-def index_once(count: int) -> None:
+def index_once(count: int, side: int, codec: CodecName) -> None:
     """In the child: index `count` synthetic sentences and print what memory it took, in MiB."""
     import numpy as np
     import torch
@@ -43,35 +45,36 @@ def index_once(count: int) -> None:
                 file.write(json.dumps({"text": text}) + "\n")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         build_index(
-            model, str(corpus), Path(folder) / "index", side=SIDE, second_moment_examples=64,
+            model, str(corpus), Path(folder) / "index", side=side, codec=codec, second_moment_examples=64,
             shard_examples=256, batch_tokens=BATCH_TOKENS, progress=False,
         )  # fmt: skip
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"examples": count, "before_mib": before // 1024, "peak_mib": after // 1024}))
+    print(json.dumps({"examples": count, "codec": codec, "before_mib": before // 1024, "peak_mib": after // 1024}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=[500, 2000, 8000])
-    parser.add_argument("--child", type=int)
+    parser.add_argument("--side", type=int, default=32)
+    parser.add_argument("--codec", nargs="*", choices=CODECS, default=["1-bit"])
+    parser.add_argument("--child", action="store_true")
     arguments = parser.parse_args()
     if arguments.child:
-        index_once(arguments.child)
+        index_once(arguments.sizes[0], arguments.side, arguments.codec[0])
         return
     figures = []
-    for size in arguments.sizes:
-        result = subprocess.run(
-            [sys.executable, __file__, "--child", str(size)], capture_output=True, text=True, check=True
-        )
-        figures.append(json.loads(result.stdout.splitlines()[-1]))
-        print(figures[-1], flush=True)
-    r_mib = 16 * (SIDE**2) ** 2 * 4 / 2**20
+    for codec in arguments.codec:
+        for size in arguments.sizes:
+            command = [sys.executable, __file__, "--child", "--sizes", str(size), "--side", str(arguments.side)]
+            result = subprocess.run([*command, "--codec", codec], capture_output=True, text=True, check=True)
+            figures.append(json.loads(result.stdout.splitlines()[-1]))
+            print(figures[-1], flush=True)
     save(
-        "memory-cpu",
+        "memory-cpu" if arguments.side == 32 else f"memory-side-{arguments.side}-cpu",
         {
-            "side": SIDE,
+            "side": arguments.side,
             "batch_tokens": BATCH_TOKENS,
-            "r_train_mib": r_mib,
+            "r_train_mib": 16 * arguments.side**4 * 4 / 2**20,
             "runs": figures,
             "peak_growth_mib": figures[-1]["peak_mib"] - figures[0]["peak_mib"],
         },

@@ -96,7 +96,7 @@ def index_once(case: Case, demo: Path | None, threads: int) -> None:
         watcher = threading.Thread(target=look, daemon=True)
         watcher.start()
         begun, begun_cpu = time.perf_counter(), time.process_time()
-        index_corpus(model, corpus, out, settings, progress=False, planned=False)
+        index_corpus(model, corpus, out, plan.settings, progress=False, planned=False)
         seconds, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
         ended.set()
         watcher.join()

@@ -52,7 +52,7 @@ _CORPUS_OPTIONS = (
     cls=Command,
     resumes=True,
     example="trackstar index --model demo-out/model/checkpoint-000450 --data demo-out/corpus.jsonl \\\n"
-    "    --out demo-out/new-index --side 32",
+    "    --out demo-out/new-index",
 )
 @click.option("--model", required=True, metavar="MODEL", help="Model or adapter folder, .gguf file or hub name.")
 @click.option("--data", required=True, metavar="DATA", help=CORPUS_HELP)
