@@ -50,7 +50,7 @@ def main() -> None:
     gold = gold_rows(options.data, options.facts)
     r_train = autocorrelation(candidates, layout.blocks)
     mixing = task_mixing(work, layout, r_train, queries)
-    train = whitening(r_train, damping=shrinkage_damping(r_train, len(candidates))).rotated(0)
+    train = whitening(r_train, damping=shrinkage_damping(r_train, len(candidates)), rotation=0)
     rows, asked = whitened(train.apply, candidates), train.apply(queries)
     lines: list[dict[str, Any]] = []
     first_ten: dict[int, list[list[int]]] = {}

@@ -143,7 +143,7 @@ def _layout_lines(
     r_train = autocorrelation(candidates, layout.blocks)
     damping = shrinkage_damping(r_train, len(candidates))
     mixing = task_mixing(work, layout, r_train, queries)
-    train = whitening(r_train, damping=damping).rotated(0)
+    train = whitening(r_train, damping=damping, rotation=0)
     del r_train
     rows, asked = whitened(train.apply, candidates), train.apply(queries)
     about: dict[str, object] = {

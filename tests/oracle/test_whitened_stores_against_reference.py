@@ -70,7 +70,7 @@ def candidates() -> Tensor:
 def test_the_low_rank_correction_equals_the_direct_formula(candidates: Tensor, mixing: float, queries: int):
     """Also where the task has more queries than a block has dimensions."""
     asked = gradients(queries, 2)
-    train = whitening(autocorrelation(candidates.float(), BLOCKS), damping=DAMPING).rotated(5)
+    train = whitening(autocorrelation(candidates.float(), BLOCKS), damping=DAMPING, rotation=5)
     task = TaskWhitening.of(train.apply(asked.float()), blocks=BLOCKS, mixing=mixing)
     u, q = train.apply(candidates.float()), train.apply(asked.float())
     inverse = direct_inverse(candidates, asked, mixing)
@@ -159,8 +159,9 @@ def test_a_candidate_like_the_task_keeps_its_influence(mixing: float, queries: i
 
 
 def test_a_rotation_changes_no_score(candidates: Tensor):
-    plain = whitening(autocorrelation(candidates.float(), BLOCKS), damping=DAMPING)
-    turned = plain.rotated(3)
+    r_train = autocorrelation(candidates.float(), BLOCKS)
+    plain = whitening(r_train, damping=DAMPING)
+    turned = whitening(r_train, damping=DAMPING, rotation=3)
     a, b = plain.apply(candidates.float()), turned.apply(candidates.float())
     torch.testing.assert_close(a @ a.T, b @ b.T, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(plain.norms(candidates.float()), turned.norms(candidates.float()), rtol=1e-4, atol=0)

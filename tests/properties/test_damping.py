@@ -67,7 +67,7 @@ def projected(tmp_path_factory: pytest.TempPathFactory, r_train: Tensor) -> Inde
 
 def whitened(path: Path, r_train: Tensor, damping: float) -> Index:
     """The same candidates in train-whitened coordinates."""
-    train = whitening(r_train, damping=damping).rotated(3)
+    train = whitening(r_train, damping=damping, rotation=3)
     tensors = {"second_moment": SECOND_MOMENT, "whitening": {"whitening": train.factors}}
     entry = WhiteningEntry(source="all", damping=damping, digest=tensors_digest(tensors["whitening"]))
     manifest = dataclasses.replace(

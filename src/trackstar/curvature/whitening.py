@@ -68,18 +68,6 @@ class Whitening:
         """The same on another device."""
         return dataclasses.replace(self, factors=self.factors.to(device))
 
-    def rotated(self, seed: int) -> "Whitening":
-        """QW with a random rotation Q: an equally good whitening, whose coordinates have similar
-        distributions.
-
-        Low-bit codes lose more on coordinates whose tails differ.
-        """
-        rotation = Rotation(dim=self.factors.shape[1], seed=seed)
-        turned = torch.empty_like(self.factors)
-        for out, factor in zip(turned, self.factors, strict=True):
-            out.copy_(rotation.apply(factor.T).T)  # Q times each column
-        return Whitening(factors=turned, triangular=False)
-
     def apply(self, projected_gradients: Float[Tensor, "examples dimensions"]) -> Float[Tensor, "examples dimensions"]:
         """Wφ, whose inner products are φᵀR⁻¹φ'."""
         return self._each(projected_gradients, self.factors.mT)
@@ -167,8 +155,8 @@ def whitening(
         mixing: λ.
         damping: c, as a fraction of the mean eigenvalue of each block of R_train; 0 is the paper.
         names: The blocks' names, for errors.
-        rotation: Seed of a random rotation of the coordinates; see `Whitening.rotated`. None rotates
-            nothing.
+        rotation: Seed of a random rotation Q of the coordinates; QW whitens as well as W, and low-bit codes
+            lose less where all coordinates have similar distributions. None rotates nothing.
         advance: Callback that receives 1 after each block.
 
     Returns:
