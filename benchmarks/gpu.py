@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import tail_patch as tail_patch_benchmark
 from indexing import (
     NO_TOKENIZER,
+    activations_pass,
     indexing_passes,
     make_model,
     plain_pass,
@@ -198,14 +199,6 @@ def differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
 
 def within(name: str, found: float) -> bool:
     return found >= TOLERANCES[name] if name == "first ten shared" else found <= TOLERANCES[name]
-
-
-def activations_pass(model: PreTrainedModel, batches: list[Tensor]) -> None:
-    """Forward, and backward to the embeddings: gradients of activations and of no weight."""
-    embed = model.get_input_embeddings()
-    for token_ids in batches:
-        states = embed(token_ids).detach().requires_grad_()
-        model(inputs_embeds=states, labels=token_ids, use_cache=False).loss.backward()
 
 
 def indexing(setting: Setting, add: Add) -> None:

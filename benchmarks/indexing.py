@@ -1,8 +1,9 @@
-"""Speed of the whole indexing pass against a plain training pass over the same batches, interleaved in one run.
+"""Speed of the whole indexing pass against two bare ones over the same batches, interleaved in one run.
 
 The indexing pass: forward and backward for per-example gradients, 65,536 dimensions, a factored V folded in, float16
 codes written to disk durably with a checksum, R_train summed. The plain pass: the Transformers model's own forward
-with labels and backward, every weight trainable, gradients set to None between batches, no optimizer step.
+with labels and backward, every weight trainable, gradients set to None between batches, no optimizer step. The
+activations' pass: the same without gradients of weights, backward to the embeddings.
 
     python benchmarks/indexing.py [--rounds 5] [--threads 2] [--cases 135m-8x128 ...]
 """
@@ -148,6 +149,14 @@ def plain_pass(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
         model(input_ids=token_ids, labels=token_ids, use_cache=False).loss.backward()
 
 
+def activations_pass(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
+    """Forward, and backward to the embeddings: gradients of activations and of no weight."""
+    embed = model.get_input_embeddings()
+    for token_ids in batches:
+        states = embed(token_ids).detach().requires_grad_()
+        model(inputs_embeds=states, labels=token_ids, use_cache=False).loss.backward()
+
+
 # The benchmark's examples are tokens from the start.
 NO_TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
@@ -205,13 +214,16 @@ def indexing_passes(
 def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
     shape, examples_per_batch, tokens, dtype, batches_per_round = CASES[name]
     trained = make_model(shape, dtype, device).train()
+    bare = make_model(shape, dtype, device).requires_grad_(False)
     model = wrap_model(make_model(shape, dtype, device), NO_TOKENIZER)
     count = examples_per_batch * batches_per_round
     examples = random_examples(model.head.weight.shape[0], count, tokens)
     batches = token_batches(examples, examples_per_batch, device)
     with indexing_passes(model, examples, batch_tokens=examples_per_batch * tokens) as indexing_pass:
-        times = interleaved(indexing_pass, lambda: plain_pass(trained, batches), rounds, device)
-    ratios = [ours / plain for ours, plain in times]
+        passes = (indexing_pass, lambda: plain_pass(trained, batches), lambda: activations_pass(bare, batches))
+        times = interleaved(passes, rounds, device)
+    ratios = [ours / plain for ours, plain, _ in times]
+    beside_bare = [ours / activations for ours, _, activations in times]
     total = count * tokens
     return {
         "model": shape,
@@ -219,10 +231,12 @@ def measure(name: str, *, rounds: int, device: str) -> dict[str, object]:
         "dtype": dtype,
         "dimensions": len(model.blocks) * 64 * 64,
         "tokens_per_round": total,
-        "indexing_tokens_per_s": round(total / statistics.median(ours for ours, _ in times), 1),
-        "plain_tokens_per_s": round(total / statistics.median(plain for _, plain in times), 1),
+        "indexing_tokens_per_s": round(total / statistics.median(ours for ours, _, _ in times), 1),
+        "plain_tokens_per_s": round(total / statistics.median(plain for _, plain, _ in times), 1),
         "time_ratio_median": round(statistics.median(ratios), 4),
         "time_ratios": [round(ratio, 4) for ratio in ratios],
+        "activations_ratio_median": round(statistics.median(beside_bare), 4),
+        "activations_ratios": [round(ratio, 4) for ratio in beside_bare],
         "bar": BARS[shape],
     }
 
@@ -245,23 +259,21 @@ def _at(example: TokenizedExample, record: int) -> TokenizedExample:
     )
 
 
-def interleaved(
-    first: Callable[[], None], second: Callable[[], None], rounds: int, device: str
-) -> list[tuple[float, float]]:
-    """Seconds of both, one after the other each round; a first round warms up and does not count."""
+def interleaved(passes: Sequence[Callable[[], None]], rounds: int, device: str) -> list[tuple[float, ...]]:
+    """Seconds of each pass, one after the other each round; a first round warms up and does not count."""
     times = []
     for number in range(rounds + 1):
-        pair = []
-        for run in (first, second):
+        taken = []
+        for run in passes:
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            pair.append(time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
         if number:
-            times.append((pair[0], pair[1]))
+            times.append(tuple(taken))
     return times
 
 
