@@ -169,23 +169,29 @@ def main() -> None:
     if arguments.child:
         passes(*arguments.child)
         return
-    figures: dict[str, object] = {}
     if "demo" in arguments.cases:
         model = str(sorted((arguments.demo / "model").glob("checkpoint-*"))[-1])
         corpus = str(arguments.demo / "corpus.jsonl")
         runs = list(rounds_of(model, corpus, arguments.rounds, ("bare", "training"), query=True))
-        figures["demo"] = summary(runs, 1)
+        save("first-answer-demo-cpu", {"threads": 1, "rounds": arguments.rounds, **summary(runs, 1)})
     if "0.5b" in arguments.cases:
         with tempfile.TemporaryDirectory() as folder:
             model, corpus = make_half_billion(Path(folder))
             size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
             runs = list(rounds_of(model, corpus, arguments.rounds, ("bare", "training"), query=False))
-        figures["0.5b"] = summary(runs, 2) | {
-            "model_mib": size // 2**20,
-            "passes_of_index": "two: V is estimated from the same documents",
-            "memory_bar_mib": round(1.5 * size / 2**20 + 1024),
-        }
-    save("first-answer-cpu", {"threads": 1, "rounds": arguments.rounds, "cases": figures})
+        save(
+            "first-answer-half-billion-cpu",
+            {
+                "threads": 1,
+                "rounds": arguments.rounds,
+                "documents": DOCUMENTS,
+                "tokens_of_a_document": WORDS,
+                "model_mib": size // 2**20,
+                "passes_of_index": "two: V is estimated from the same documents",
+                "memory_bar_mib": round(1.5 * size / 2**20 + 1024),
+                **summary(runs, 2),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_every_stage_of_an_index_shows_its_progress(tiny_model_folder: Path, tmp
     with observed(stages):
         build_index(
             str(tiny_model_folder), TEXTS, tmp_path / "index", layer_blocks=2, side=8, second_moment="estimate",
-            second_moment_examples=10, whitening_examples=12, progress=False,
+            second_moment_examples=10, whitening_examples=12, codec="1-bit", progress=False,
         )  # fmt: skip
     assert stages.stages == [
         ("Reading the corpus", None),

@@ -312,7 +312,9 @@ def test_the_default_store_is_built_and_resumed_on_the_server(
     s3: s3fs.S3FileSystem, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     """With a first pass, whose index lies within the new one until the new one is finished."""
-    settings: dict[str, Any] = {"side": 8, "layer_blocks": 2, "shard_examples": 5, "progress": False}
+    settings: dict[str, Any] = {
+        "side": 8, "layer_blocks": 2, "codec": "1-bit", "shard_examples": 5, "progress": False,
+    }  # fmt: skip
     settings |= {"whitening_examples": 12}
     build_index(tiny_model_folder, TEXTS, tmp_path, **settings)
     put, sent = s3.put_file, [0]

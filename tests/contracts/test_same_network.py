@@ -28,7 +28,9 @@ from trackstar.retrieval.plausibility import check_rows, check_scores
 from trackstar.store import Index
 from trackstar.workers.index_model import model_of_index
 
-SETTINGS: dict[str, Any] = {"side": 8, "layer_blocks": 2, "shard_examples": 5, "progress": False}
+SETTINGS: dict[str, Any] = {
+    "side": 8, "layer_blocks": 2, "codec": "1-bit", "shard_examples": 5, "progress": False,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +227,7 @@ def test_a_changed_token_of_the_first_candidate_is_named(world: World, token: in
 @pytest.mark.parametrize("codec", ["float32", "float16"])
 def test_a_number_that_makes_a_score_or_a_norm_impossible_is_not_shown(made: World, tmp_path: Path, codec: Any) -> None:
     out = tmp_path / "index"
-    build_index(made.model, made.folder / "corpus.jsonl", out, codec=codec, **SETTINGS)
+    build_index(made.model, made.folder / "corpus.jsonl", out, **{**SETTINGS, "codec": codec})
     top = answer_queries(out, QUERIES[:1], k=3, progress=False).results[0].proponents[0]
 
     def change(codes: bytearray) -> None:

@@ -15,7 +15,9 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 MATCHER = PACKAGE / "model" / "user_patterns.py"
 # The records of a Python iterator, kept in a temporary file without a name so that they can be read again.
 SPOOL = PACKAGE / "corpus" / "sources.py"
-EXCEPTIONS = {MATCHER: ["subprocess"], SPOOL: ["pickle.load", "pickle.dump"]}
+# The C library of this process is asked to give freed memory back to the system.
+MACHINE = PACKAGE / "indexing" / "machine.py"
+EXCEPTIONS = {MATCHER: ["subprocess"], SPOOL: ["pickle.load", "pickle.dump"], MACHINE: ["ctypes"]}
 COMMAND = '[sys.executable, "-I", "-S", "-c", _MATCH]'
 
 
@@ -79,6 +81,16 @@ def test_the_only_program_that_is_started_is_a_constant_one():
         node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MATCH"
     ]
     assert isinstance(program.value, ast.Constant)
+
+
+def test_of_the_c_library_that_is_loaded_one_function_is_called():
+    used = [
+        node
+        for node in ast.walk(ast.parse(MACHINE.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ctypes"
+    ]
+    assert [ast.unparse(node) for node in used] == ["ctypes.CDLL"]
+    assert 'getattr(ctypes.CDLL(None), "malloc_trim", None)' in MACHINE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ def write_corpus(path: Path, texts: list[str], first: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Indexes of the first 16 texts, with the default codec and with float16."""
+    """Indexes of the first 16 texts, in 1-bit and in float16."""
     made = tmp_path_factory.mktemp("stores")
     corpus = write_corpus(made / "corpus.jsonl", TEXTS[:16])
     shared = ("index", "--model", tiny_model_folder, "--data", corpus, "--side", 8, "--layer-blocks", 2)
-    assert run(*shared, "--out", made / "index") == 0
+    assert run(*shared, "--out", made / "index", "--codec", "1-bit") == 0
     assert run(*shared, "--out", made / "wide", "--codec", "float16") == 0
     write_corpus(made / "more.jsonl", TEXTS[16:], first=16)
     return made
@@ -45,7 +45,7 @@ def answers(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[lis
     return json.loads(said.out)["proponent_ids"], said.err
 
 
-def test_the_default_store_has_one_bit_per_dimension(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_store_of_one_bit_per_dimension(folder: Path, capsys: pytest.CaptureFixture[str]):
     index = Index.open(folder / "index")
     assert index.manifest.codec == "1-bit"
     assert index.shards[0].stored.codes.shape == (16, index.dimensions // 8)

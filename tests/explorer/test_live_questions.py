@@ -242,7 +242,9 @@ def test_errors_of_the_library_are_shown_without_backticks():
 
 
 def test_a_low_bit_answer_says_which_influences_are_exact(tiny_model_folder: Path, tmp_path: Path):
-    index = build_index(str(tiny_model_folder), TEXTS, tmp_path / "index", layer_blocks=2, side=8, progress=False)
+    index = build_index(
+        str(tiny_model_folder), TEXTS, tmp_path / "index", layer_blocks=2, side=8, codec="1-bit", progress=False
+    )
     live = open_index(str(index.path), IndexOptions(reranked=7), note=lambda _line: None)
     answer = live.answer(AnswerRequest(**question_body()))
     (note,) = [note for note in answer.notes if "1-bit codes" in note]

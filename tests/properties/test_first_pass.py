@@ -17,7 +17,9 @@ from trackstar.store import PART_FOLDER, Index, verify
 
 
 def build(folder: Path, out: Path, **options: object) -> Index:
-    settings = {"layer_blocks": 2, "side": 8, "second_moment": "none", "shard_examples": 5, "progress": False}
+    settings = {
+        "layer_blocks": 2, "side": 8, "codec": "1-bit", "second_moment": "none", "shard_examples": 5, "progress": False,
+    }  # fmt: skip
     return build_index(str(folder), TEXTS, out, **{**settings, **options})  # pyright: ignore[reportArgumentType]
 
 

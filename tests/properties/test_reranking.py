@@ -23,11 +23,18 @@ from trackstar.store import Index
 def index(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
     out = tmp_path_factory.mktemp("reranking") / "index"
     return build_index(
-        str(tiny_model_folder), TEXTS, out, layer_blocks=2, side=8, second_moment_examples=8, progress=False
+        str(tiny_model_folder),
+        TEXTS,
+        out,
+        layer_blocks=2,
+        side=8,
+        codec="1-bit",
+        second_moment_examples=8,
+        progress=False,
     )
 
 
-def test_the_default_is_one_bit_a_dimension_whitened_and_ranked_again(index: Index):
+def test_one_bit_a_dimension_is_whitened_and_ranked_again(index: Index):
     assert (index.manifest.codec, index.manifest.coordinates) == ("1-bit", "whitened")
     report = answer_queries(index, QUERIES[:2], k=3, progress=False)
     assert report.reranked == min(RERANKED["1-bit"], len(TEXTS)) == len(TEXTS)

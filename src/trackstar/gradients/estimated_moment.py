@@ -42,6 +42,8 @@ from trackstar.model.probe import largest_weight
 _PART_EXAMPLES = 16
 # Weights beyond it are taken for the cause of an estimate that is not finite.
 _LARGE_WEIGHT = 1e4
+# The square of a few times the relative rounding of single precision.
+_ROUNDING = (4 * 2.0**-23) ** 2
 
 
 def estimate_second_moment(
@@ -90,12 +92,33 @@ def checked_estimate(
         SecondMomentError: V has a fault; the message names the weights or the texts that cause it.
     """
     try:
-        return checked_second_moment(second_moment, model.matrices)
+        checked = checked_second_moment(second_moment, model.matrices)
+        _check_above_rounding(checked)
+        return checked
     except SecondMomentError as error:
         cause = _cause(model, examples)
         if cause is None:
             raise
         raise SecondMomentError(cause) from error
+
+
+def _check_above_rounding(second_moment: SecondMoment) -> None:
+    """Raise if V of a matrix is what rounding makes of zero, which some processors give in place of zero.
+
+    Raises:
+        SecondMomentError: A matrix's V is so small beside the largest.
+    """
+    sizes = {
+        name: float((moment.row if isinstance(moment, FactoredMoment) else moment.entries).mean())
+        for name, moment in second_moment.moments.items()
+    }
+    most = max(sizes.values(), default=0.0)
+    for name, size in sizes.items():
+        if size < _ROUNDING * most:
+            raise SecondMomentError(
+                f"{second_moment.source}: second moment of {name} is zero but for rounding ({size:.1g}, and {most:.1g} "
+                'for another matrix); expected means of squares; give other texts, or pass `second_moment="none"`'
+            )
 
 
 def _cause(model: LanguageModel, examples: Sequence[TokenizedExample]) -> str | None:

@@ -323,7 +323,7 @@ def _stages(
         if not begun.whitened:
             stored = costs.rows_bytes("float16", blocks, side, group)
             memory = max(r_train.held + 2 * stored + max(passes, decoded), r_train.most)
-            changes = "side" if r_train.most > passes else "batch_tokens"
+            changes = _changes(memory, passes)
             tokens = per_example * max(0, sample - begun.sampled)
             stages.append(made_stage("first pass", memory, tokens, r_train.work, batch, changes))
             factor, rotation = costs.whitening_cost(blocks, side, sample), costs.rotation_cost(blocks, side, sample)
@@ -335,14 +335,19 @@ def _stages(
         memory = w_train + 2 * codes + max(rows.held + passes, rows.most)
         known = max(0, sample - begun.examples) if share is None else sample / share.count
         tokens = per_example * max(0.0, left - known)
-        changes = "side" if w_train > passes else "batch_tokens"
+        changes = _changes(memory, passes)
         stages.append(made_stage("rows", memory, tokens, rows.work, batch, changes))
     else:
         memory = max(r_train.held + 2 * codes + max(passes, decoded), r_train.most)
-        changes = "side" if r_train.most > passes else "batch_tokens"
+        changes = _changes(memory, passes)
         left = left if share is None else left / share.count
         stages.append(made_stage("rows", memory, per_example * left, r_train.work, batch, changes))
     return tuple(stages)
+
+
+def _changes(memory: int, passes: int) -> str:
+    """The setting that changes most of a stage's memory: that of the batches' graph, or of all else."""
+    return "batch_tokens" if 2 * passes > memory else "side"
 
 
 def _disk(model: LanguageModel, size: CorpusSize, settings: ChosenSettings, sample: int) -> tuple[int, int]:
