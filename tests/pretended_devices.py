@@ -301,11 +301,12 @@ _PROPERTIES = types.SimpleNamespace(name="a pretended GPU", total_memory=MEMORY,
 
 
 @contextlib.contextmanager
-def pretended_devices() -> Iterator[None]:
-    """A context in which this machine seems to have `GPUS` GPUs, `cuda:0` and so on, and `mps`."""
+def pretended_devices(gpus: int = GPUS, *, mps: bool = True) -> Iterator[None]:
+    """A context in which this machine seems to have so many GPUs, `cuda:0` and so on, and `mps`."""
     with pytest.MonkeyPatch.context() as patch, _Pretending():
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: GPUS)
+        patch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        patch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        patch.setattr(torch.cuda, "device_count", lambda: gpus)
         patch.setattr(torch.cuda, "get_device_properties", lambda *_: _PROPERTIES)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (_PROPERTIES.major, _PROPERTIES.minor))
         for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trackstar
-from simulated_devices import simulated
+from pretended_devices import pretended_devices
 from trackstar.cli import framework
 from trackstar.cli import trackstar as command_group
 from trackstar.cli.options import chosen_device
@@ -19,8 +19,8 @@ from trackstar.model.language_model import load_model
 
 
 @pytest.mark.parametrize(("machine", "best"), [({"gpus": 2}, "cuda:0"), ({"mps": True}, "mps:0"), ({}, "cpu")])
-def test_auto_is_the_best_device(machine: dict[str, Any], best: str, monkeypatch: pytest.MonkeyPatch):
-    with simulated(monkeypatch, **machine):
+def test_auto_is_the_best_device(machine: dict[str, Any], best: str):
+    with pretended_devices(**{"gpus": 0, "mps": False, **machine}):
         assert resolved_device() == torch.device(best)
         assert resolved_device("cpu") == torch.device("cpu")
 
@@ -48,7 +48,7 @@ def test_other_devices_are_one_line(device: str):
         resolved_device(device)
 
 
-def test_the_device_is_described_if_the_user_named_none(monkeypatch: pytest.MonkeyPatch):
+def test_the_device_is_described_if_the_user_named_none():
     def notes(device: str = "auto", device_map: str | None = None, **options: Any) -> tuple[str, list[str]]:
         lines: list[str] = []
         return announced_device(device, device_map, lines.append, **options), lines
@@ -60,12 +60,12 @@ def test_the_device_is_described_if_the_user_named_none(monkeypatch: pytest.Monk
     assert line.endswith(" GiB")
     _, (line,) = notes(device_map="auto")
     assert line.endswith("; `device_map` needs two GPUs or more, found 0")
-    with simulated(monkeypatch, gpus=1):
-        assert notes() == ("cuda:0", ["device: cuda:0, Simulated GPU with 8.0 GiB"])
-    with simulated(monkeypatch, mps=True):
+    with pretended_devices(1, mps=False):
+        assert notes() == ("cuda:0", ["device: cuda:0, a pretended GPU with 16.0 GiB"])
+    with pretended_devices(0, mps=True):
         _, (line,) = notes()
         assert line.startswith("device: mps:0, which shares the machine's ")
-    with simulated(monkeypatch, gpus=3):
+    with pretended_devices(3, mps=False):
         assert notes(device_map="auto") == ("auto", ["device: one model spread over 3 GPUs"])
         _, (line,) = notes(has_workers=True)
         assert line.endswith(
@@ -74,8 +74,8 @@ def test_the_device_is_described_if_the_user_named_none(monkeypatch: pytest.Monk
         )
 
 
-def test_the_leading_process_of_a_cluster_leaves_the_gpus_to_the_workers(monkeypatch: pytest.MonkeyPatch):
-    with simulated(monkeypatch, gpus=2):
+def test_the_leading_process_of_a_cluster_leaves_the_gpus_to_the_workers():
+    with pretended_devices(2, mps=False):
         assert chosen_device("auto", ray="local") == "cpu"
         assert chosen_device("cuda:1", ray="local") == "cuda:1"
         assert chosen_device("auto") == "cuda:0"
@@ -94,10 +94,10 @@ def test_a_command_says_its_device_once_unless_it_was_asked_for(
 
 
 def test_float64_is_computed_on_the_cpu_where_the_device_has_none_and_it_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ):
     devices._say_without_float64.cache_clear()
-    with simulated(monkeypatch, mps=True):
+    with pretended_devices(0, mps=True):
         values = torch.arange(3.0, device="mps")
         with pytest.raises(TypeError, match="float64"):
             values.double()
@@ -108,7 +108,7 @@ def test_float64_is_computed_on_the_cpu_where_the_device_has_none_and_it_is_said
     assert capsys.readouterr().err == (
         "device: mps has no float64, so sums and factorizations in it are computed on the cpu\n"
     )
-    with simulated(monkeypatch, gpus=1):
+    with pretended_devices(1, mps=False):
         assert in_float64(torch.ones(1, device="cuda")).device == torch.device("cuda:0")
     assert capsys.readouterr().err == ""
 
@@ -117,9 +117,9 @@ def test_a_model_that_does_not_fit_on_the_device_is_one_line(tiny_model_folder: 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    with simulated(monkeypatch, gpus=1):
+    with pretended_devices(1, mps=False):
         monkeypatch.setattr(placement.nn.Module, "to", full)
-        with pytest.raises(ModelError, match=r'does not fit on cuda:0, Simulated GPU .*`device="cpu"`'):
+        with pytest.raises(ModelError, match=r'does not fit on cuda:0, a pretended GPU .*`device="cpu"`'):
             load_model(tiny_model_folder)
 
 
@@ -135,10 +135,8 @@ def test_a_model_that_does_not_fit_on_the_device_is_one_line(tiny_model_folder: 
         ({"model": "cuda:0", "lm_head": "cpu"}, r"^`device_map`: expected devices of one kind, found cpu and cuda; "),
     ],
 )
-def test_a_device_map_that_cannot_be_used_is_one_line(
-    device_map: Any, message: str, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    with simulated(monkeypatch, gpus=2), pytest.raises(OptionError, match=message):
+def test_a_device_map_that_cannot_be_used_is_one_line(device_map: Any, message: str, tiny_model_folder: Path):
+    with pretended_devices(2, mps=False), pytest.raises(OptionError, match=message):
         load_model(tiny_model_folder, device_map=device_map)
 
 
@@ -167,7 +165,7 @@ def test_accelerate_is_only_needed_for_device_maps(tiny_model_folder: Path, monk
 
 
 def test_a_model_too_large_for_all_gpus_is_refused(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    with simulated(monkeypatch, gpus=2):
+    with pretended_devices(2, mps=False):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1000))
         with pytest.raises(ModelError, match=r'does not fit on this machine.s 2 GPUs; .*`dtype="bfloat16"`'):
             load_model(tiny_model_folder, device_map="auto")

@@ -1,4 +1,4 @@
-"""What one GPU, several GPUs or an Apple GPU compute is what the CPU computes; the devices are simulated."""
+"""What one GPU, several GPUs or an Apple GPU compute is what the CPU computes; the devices are pretended."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 
 import trackstar
 from comparisons import random_examples
-from simulated_devices import simulated
+from pretended_devices import pretended_devices
 from trackstar.choices import CodecName, ProjectionKind
 from trackstar.gradients.estimated_moment import estimate_second_moment
 from trackstar.gradients.projector import GradientProjector, projected
@@ -41,11 +41,11 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima"
 Computed = Callable[[LanguageModel], Any]
 
 
-def same_everywhere(folder: Path, machine: str, compute: Computed, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def same_everywhere(folder: Path, machine: str, compute: Computed) -> tuple[Any, Any]:
     """What the CPU and a machine compute with a model."""
     expected = compute(load_model(folder, device="cpu", layer_blocks=2))
     settings, options = MACHINES[machine]
-    with simulated(monkeypatch, **settings):
+    with pretended_devices(**{"gpus": 0, "mps": False, **settings}):
         model = load_model(folder, layer_blocks=2, **options)
         assert model.device_names == DEVICES[machine]
         return expected, compute(model)
@@ -54,7 +54,7 @@ def same_everywhere(folder: Path, machine: str, compute: Computed, monkeypatch: 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", ["two-sided", "one-sided"])
 def test_gradients_and_their_split_over_tokens_are_those_of_the_cpu(
-    machine: str, kind: ProjectionKind, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    machine: str, kind: ProjectionKind, tiny_model_folder: Path
 ):
     examples = random_examples([9, 5, 12])
 
@@ -70,7 +70,7 @@ def test_gradients_and_their_split_over_tokens_are_those_of_the_cpu(
         )
         return phi, losses, parts
 
-    expected, found = same_everywhere(tiny_model_folder, machine, compute, monkeypatch)
+    expected, found = same_everywhere(tiny_model_folder, machine, compute)
     assert all(type(tensor) is torch.Tensor for tensor in (*found[:2], *found[2]))  # on the CPU
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -78,9 +78,7 @@ def test_gradients_and_their_split_over_tokens_are_those_of_the_cpu(
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("path", ["fast", "exact"])
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
-def test_tail_patch_is_that_of_the_cpu(
-    machine: str, path: Any, architecture: str, tiny_model_folders: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_tail_patch_is_that_of_the_cpu(machine: str, path: Any, architecture: str, tiny_model_folders: Any):
     if architecture == "gpt2" and isinstance(MACHINES[machine][1].get("device_map"), dict):
         pytest.skip("the map names a Llama's parts")
     if architecture == "llama-tied" and machine == "across GPUs":
@@ -95,7 +93,7 @@ def test_tail_patch_is_that_of_the_cpu(
         step = TrainingStep.from_optimizer(optimizer, model)
         return tail_patch(model, step, examples, examples, pairs, path=path).effect
 
-    expected, found = same_everywhere(tiny_model_folders(architecture), machine, compute, monkeypatch)
+    expected, found = same_everywhere(tiny_model_folders(architecture), machine, compute)
     assert (np.abs(expected) > 0).all()
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-9)
 
@@ -103,7 +101,7 @@ def test_tail_patch_is_that_of_the_cpu(
 @pytest.mark.parametrize("machine", ["one GPU", "two GPUs", "an Apple GPU"])
 @pytest.mark.parametrize("codec", ["float16", "1-bit"])
 def test_an_index_and_its_answers_are_those_of_the_cpu_and_no_device_is_recorded_in_it(
-    machine: str, codec: CodecName, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine: str, codec: CodecName, tiny_model_folder: Path, tmp_path: Path
 ):
     data = tmp_path / "corpus.jsonl"
     texts = [f"The capital of {country} is {city}." for country, city in CAPITALS.items()]
@@ -121,7 +119,7 @@ def test_an_index_and_its_answers_are_those_of_the_cpu_and_no_device_is_recorded
 
     expected_index, expected = compute("cpu", device="cpu")
     settings, options = MACHINES[machine]
-    with simulated(monkeypatch, **settings):
+    with pretended_devices(**{"gpus": 0, "mps": False, **settings}):
         index, report = compute("gpu", **options)
     assert expected.provenance is not None
     assert report.provenance is not None
@@ -135,9 +133,7 @@ def test_an_index_and_its_answers_are_those_of_the_cpu_and_no_device_is_recorded
             assert of[one.row] == pytest.approx(one.influence, rel=1e-3, abs=1e-5)
 
 
-def test_a_question_is_streamed_on_an_apple_gpu(
-    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_question_is_streamed_on_an_apple_gpu(tiny_model_folder: Path, tmp_path: Path):
     data = tmp_path / "corpus.txt"
     data.write_text("".join(f"The capital of {country} is {city}.\n" for country, city in CAPITALS.items()), "utf-8")
     query = trackstar.Query(query_id="Peru", prompt="The capital of Peru is", completion="Lima")
@@ -147,5 +143,5 @@ def test_a_question_is_streamed_on_an_apple_gpu(
         return {one.row: one.influence for one in report.results[0].proponents}
 
     expected = influences(device="cpu")
-    with simulated(monkeypatch, mps=True):
+    with pretended_devices(0, mps=True):
         assert influences() == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trackstar
-from simulated_devices import simulated
+from pretended_devices import pretended_devices
 from trackstar.workers import ray_pool
 from trackstar.workers.index_model import second_moment_of_index
 from trackstar.workers.protocol import GradientWork
@@ -44,11 +44,9 @@ def job(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Gr
     ("gpus", "visible", "expected"),
     [(0.0, 2, "cpu"), (0.5, 1, "cuda:0"), (1.0, 1, "cuda:0"), (2.0, 2, "cuda:0, cuda:1")],
 )
-def test_a_worker_computes_on_its_gpus(
-    gpus: float, visible: int, expected: str, job: GradientJob, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_worker_computes_on_its_gpus(gpus: float, visible: int, expected: str, job: GradientJob):
     threads = torch.get_num_threads()
-    with simulated(monkeypatch, gpus=visible):
+    with pretended_devices(visible, mps=False):
         worker = Worker(threads, gpus)
         worker.prepare(job)
         assert worker.compute(None).result == expected
