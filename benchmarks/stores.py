@@ -75,13 +75,15 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--pairs", type=int, default=40, help="queries whose tail-patch is measured; 0 for none")
     parser.add_argument("--name", default="stores-cpu", help="of the file of results")
+    parser.add_argument("--dimensions", type=int, help="only the layouts with so many")
     options = parser.parse_args()
     gold = gold_rows(options.data, options.facts)
     work = Path(options.work)
     layers = max(layer for _, _, layer in json.loads((work / "layout.json").read_text())["blocks"]) + 1
     lines: list[dict[str, object]] = []
     best: dict[int, list[list[int]]] = {}
-    for layout in (*LAYOUTS, Layout(layers, 64)):
+    layouts = [one for one in (*LAYOUTS, Layout(layers, 64)) if options.dimensions in (None, one.dimensions)]
+    for layout in layouts:
         for line, rows in _kept(work, layout, layers, gold):
             if line["lambda"] > 0 and line["coordinates"] == "whitened" and line["bytes"] <= _MOST_BYTES:
                 best[len(lines)] = rows[: options.pairs]
