@@ -31,7 +31,9 @@ def test_it_ranks_as_an_index_does(tiny_model_folder: Path, tmp_path: Path):
                 assert [r.row for r in mine] == [r.row for r in theirs]
 
 
-def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_pass_goes_on(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(streaming, "_EXAMPLES_AT_ONCE", 5)
     monkeypatch.setattr(streaming, "_SAVE_EVERY", -1.0)
     kept = tmp_path / "results.unfinished"
@@ -57,7 +59,9 @@ def test_an_interrupted_pass_goes_on(tiny_model_folder: Path, tmp_path: Path, mo
         with pytest.raises(KeyboardInterrupt):
             ask()
         assert json.loads(kept.read_text())["rows"] == 10
+    capfd.readouterr()
     assert ask() == expected
+    assert f"{kept}: 10 examples are done" in capfd.readouterr().err
     assert sum(scored) == len(TEXTS)
     # Results that could not be written are had again without a pass.
     assert ask() == expected

@@ -309,6 +309,8 @@ def _pass_over(
         Progress("Streaming", unit="examples", shown=progress) as bar,
         stream.setup.opened(model, bar.note) as projector,
     ):
+        if ranking.rows:
+            bar.note(f"{kept}: {ranking.rows:,} examples are done; the plan is that of the whole corpus")
         bar.resume(ranking.rows)
         for part, position in _parts(corpus, model, ranking.position, stream.setup.manifest.windows):
             phi, _ = projected(projector, part, bar.advance)
