@@ -21,6 +21,7 @@ from trackstar.indexing.defaults import LARGE_MODEL, SMALL_SIDE, default_codec, 
 from trackstar.indexing.machine import Room
 from trackstar.indexing.plan import IndexPlan, plan_index
 from trackstar.indexing.settings import PAPER_SIDE, ChosenSettings, IndexSettings
+from trackstar.model import language_model
 from trackstar.model.language_model import LanguageModel, load_model
 from trackstar.store import Index, IndexWriter, ShardContent, row_bytes
 
@@ -467,3 +468,18 @@ def test_a_ranking_at_defaults_is_that_of_the_paper_s_form(model: LanguageModel,
 
 def _interrupted(*_arguments: object, **_options: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_batches_of_a_wide_model_are_as_small_as_its_activations_ask_for(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+):
+    of_a_token = 4 * sum(matrix.rows + matrix.columns for matrix in model.matrices)
+    assert model.batch_budget(2048) == 2048
+    monkeypatch.setattr(language_model, "_ACTIVATIONS", 100 * of_a_token)
+    assert model.batch_budget(2048) == 100
+    assert model.batch_budget(64) == 64
+    monkeypatch.setattr(language_model, "_ACTIVATIONS", 1)
+    weights = sum(parameter.nbytes for parameter in model.module.parameters())
+    assert model.batch_budget(10**9) == max(1, weights // 4 // of_a_token)
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+    assert model.batch_budget(2048) == 2048

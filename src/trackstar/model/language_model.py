@@ -51,6 +51,10 @@ from trackstar.text import abridged
 _ROUTER = re.compile(r".*\.(?:router|gate)")
 
 
+# Bytes of a batch's activations, the inputs and outputs of all matrices, that a pass on the CPU may take.
+_ACTIVATIONS = 768 << 20
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LanguageModel:
     """A frozen causal language model, its tokenizer and its layer blocks.
@@ -180,8 +184,18 @@ class LanguageModel:
         return self.module.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.to(self.device)
 
     def batch_budget(self, batch_tokens: int) -> int:
-        """Most tokens per batch, of which a model that takes one example at a time needs one."""
-        return 1 if self.one_at_a_time else batch_tokens
+        """Most tokens per batch, at most so many.
+
+        A model that takes one example at a time needs one. On the CPU, which gains nothing from larger batches,
+        the activations of a pass take at most 768 MiB, or a quarter of the weights if that is more.
+        """
+        if self.one_at_a_time:
+            return 1
+        if self.device.type != "cpu" or any(matrix.expert is not None for matrix in self.matrices):
+            return batch_tokens
+        weights = sum(parameter.nbytes for parameter in self.module.parameters())
+        of_a_token = self.dtype.itemsize * sum(matrix.rows + matrix.columns for matrix in self.matrices)
+        return max(1, min(batch_tokens, max(_ACTIVATIONS, weights // 4) // max(1, of_a_token)))
 
     def digest(self) -> str:
         """Digest of the weights and of the adapter's, before they were merged; see `weights_digest`."""
