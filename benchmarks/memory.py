@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=[500, 2000, 8000])
     parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--codec", nargs="*", choices=CODECS, default=["1-bit"])
+    parser.add_argument("--codec", nargs="*", choices=CODECS, default=["float16"])
     parser.add_argument("--child", action="store_true")
     arguments = parser.parse_args()
     if arguments.child:
