@@ -128,7 +128,9 @@ def evaluate(
 
     refuse_input_folder(out, inputs(config=config))
     if dry_run:
-        print_plan(planned_evaluation(read_config(config), out))
+        settings = read_config(config)
+        device = chosen_device(settings.device, settings.device_map, ray=ray, has_workers=True)
+        print_plan(planned_evaluation(dataclasses.replace(settings, device=device), out))
         return
     with chosen_workers(ray, ray_workers, ray_cpus, ray_gpus) as workers:
         settings = read_config(config)

@@ -169,6 +169,7 @@ def index(
     if dry_run:
         from trackstar.indexing.plan import plan_corpus
 
+        of_model["device"] = chosen_device(of_model["device"], of_model["device_map"], ray=ray, has_workers=True)
         loaded = load_model(model, **of_model)
         corpus = open_corpus(data, **of_corpus, tokenizer=loaded.tokenizer)
         print_plan(plan_corpus(loaded, corpus, as_folder(out), settings, share=part))

@@ -8,8 +8,8 @@ The rule, and the measurements that it follows (docs/stores.md):
   gets the largest side that fits.
 * **Codec.** float16 while the rows take `WIDE_BYTES` or less, so that no gradient is computed again for a
   ranking. 1-bit beyond.
-* **Coordinates.** Projected for float16 rows of `SMALL_SIDE`, where R is inverted in a second when it is
-  queried. Else whitened, where that would take half a minute.
+* **Coordinates.** Projected for float16 rows of `SMALL_SIDE` or less, where R is inverted in a second when it
+  is queried. Else whitened, where that would take half a minute; and whitened if the damping is given.
 
 An index that is begun keeps what it has.
 """
@@ -17,7 +17,7 @@ An index that is begun keeps what it has.
 import contextlib
 from collections.abc import Iterator
 
-from trackstar.choices import CodecName
+from trackstar.choices import LOW_BIT_CODECS, CodecName, Coordinates
 from trackstar.errors import TrackstarError
 from trackstar.indexing.settings import PAPER_SIDE, ChosenSettings, IndexSettings
 from trackstar.store import PART_FOLDER, Manifest, Place, load_manifest, row_bytes
@@ -62,6 +62,23 @@ def default_codec(blocks: int, side: int, examples: int, *, projected: bool = Fa
     return "1-bit", f"1-bit, as float16 would take {amount_of_bytes(wide)}"
 
 
+def default_coordinates(codec: CodecName, side: int, *, damped: bool) -> tuple[Coordinates, str]:
+    """The coordinates for rows of a codec that was chosen, and why.
+
+    Args:
+        codec: The codec.
+        side: √d.
+        damped: Whether the damping is given, which the rows are then whitened with.
+    """
+    if codec in LOW_BIT_CODECS:
+        return "whitened", f"whitened, as {codec} rows are"
+    if damped:
+        return "whitened", "whitened, with the damping that is given"
+    if side > SMALL_SIDE:
+        return "whitened", f"whitened, as R is not inverted in seconds at side {side}"
+    return "projected", f"projected, as R is inverted in seconds at side {side}"
+
+
 def smaller_sides(side: int) -> Iterator[int]:
     """Smaller sides, for a machine whose memory does not suffice for this one."""
     yield from range((side - 1) // 8 * 8, 0, -8)
@@ -97,10 +114,12 @@ def chosen_settings(
         else:
             codec, why = default_codec(blocks, side, examples, projected=coordinates == "projected")
         reasons.append(why)
-        if coordinates is None and begun is not None:
-            coordinates = begun.coordinates
-        elif coordinates is None and codec == "float16" and side <= SMALL_SIDE and settings.damping is None:
-            coordinates = "projected"
+        if coordinates is None:
+            if begun is not None:
+                coordinates, why = begun.coordinates, f"{begun.coordinates}, as the index was begun"
+            else:
+                coordinates, why = default_coordinates(codec, side, damped=settings.damping is not None)
+            reasons.append(why)
     return settings.chosen(side=side, codec=codec, coordinates=coordinates), tuple(reasons)
 
 

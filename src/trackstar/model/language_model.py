@@ -186,8 +186,8 @@ class LanguageModel:
     def batch_budget(self, batch_tokens: int) -> int:
         """Most tokens per batch, at most so many.
 
-        A model that takes one example at a time needs one. On the CPU, which gains nothing from larger batches,
-        the activations of a pass take at most 768 MiB, or a quarter of the weights if that is more.
+        A model that takes one example at a time needs one. On the CPU, which gains nothing from larger
+        batches, the activations of a pass take at most 768 MiB, or a quarter of the weights if that is more.
         """
         if self.one_at_a_time:
             return 1
