@@ -102,7 +102,7 @@ def _measured(
         seconds, growth = _run(projector, batch[:1])  # the first pass of a process is slower than others
         budget = max(_LEAST_SECONDS, _SHARE * seconds * tokens / len(batch[0].token_ids))
         part = batch[: max(1, min(len(batch), int(budget / seconds)))]
-        if len(part) > 1:
+        if len(part) > 1 or seconds <= budget:
             seconds, growth = _run(projector, part)
     return FirstBatch(
         examples=len(part),
