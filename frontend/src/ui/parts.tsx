@@ -1,6 +1,6 @@
 // Small parts that all views use: states, dialogs, menus, toggles.
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { ApiError } from "../api/client";
 import type { ExportFormat } from "../api/types";
 
@@ -71,7 +71,8 @@ export function Dialog(props: { title: string; close: () => void; wide?: boolean
 export function useOpen<T extends HTMLElement>() {
   const box = useRef<T>(null);
   const [open, set] = useState(false);
-  useEffect(() => {
+  // Before the popover is painted, so that a key or click that follows at once finds the listeners.
+  useLayoutEffect(() => {
     if (!open) return undefined;
     const outside = (event: Event) => {
       if (event.target instanceof Node && !box.current?.contains(event.target)) set(false);

@@ -195,7 +195,7 @@ class LanguageModel:
             return batch_tokens
         weights = sum(parameter.nbytes for parameter in self.module.parameters())
         of_a_token = self.dtype.itemsize * sum(matrix.rows + matrix.columns for matrix in self.matrices)
-        return max(1, min(batch_tokens, max(_ACTIVATIONS, weights // 4) // max(1, of_a_token)))
+        return min(batch_tokens, max(1, max(_ACTIVATIONS, weights // 4) // max(1, of_a_token)))
 
     def digest(self) -> str:
         """Digest of the weights and of the adapter's, before they were merged; see `weights_digest`."""
