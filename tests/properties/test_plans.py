@@ -436,6 +436,9 @@ def test_a_machine_with_little_memory_gets_the_largest_side_that_fits(
     assert planned.settings.side == 16
     assert planned.needs.suffice
     assert planned.defaults[0].startswith("side 16, as 24 needs ")
+    of_all = room(IndexSettings(), room(IndexSettings(side=16), 2**40).needs.more)
+    assert of_all.settings.coordinates == "projected"
+    assert of_all.defaults[-1].endswith(f"at side {of_all.settings.side}")  # chosen for the side that fits
     assert not room(IndexSettings(codec="float16"), 1).needs.suffice
     for settings, share in ((IndexSettings(side=32, codec="float16"), None), (IndexSettings(codec="float16"), "1/2")):
         kept = room(settings, of_side(16), share)

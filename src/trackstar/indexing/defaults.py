@@ -123,6 +123,11 @@ def chosen_settings(
     return settings.chosen(side=side, codec=codec, coordinates=coordinates), tuple(reasons)
 
 
+def is_begun(out: Place) -> bool:
+    """Whether an index, or its first pass, is begun in a folder."""
+    return _begun(out) is not None or _begun(out / PART_FOLDER) is not None
+
+
 def _begun(out: Place) -> Manifest | None:
     with contextlib.suppress(TrackstarError, OSError):
         return load_manifest(out)

@@ -78,10 +78,10 @@ def resident_memory() -> int:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, where the C library keeps it and can be told to (glibc).
+    """Return freed memory to the operating system. Only glibc offers this; elsewhere nothing happens.
 
-    Between two stages of an index it would else stay at the larger one's, in pieces that the next stage's
-    tensors do not fit into.
+    Otherwise a process keeps the memory of its largest stage, in pieces too small for the next stage's
+    tensors.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -13,7 +13,7 @@ from trackstar.errors import OptionError, TrackstarError
 from trackstar.indexing import costs
 from trackstar.indexing.array_tasks import Share
 from trackstar.indexing.corpus_size import CorpusSize, corpus_size
-from trackstar.indexing.defaults import chosen_settings, smaller_sides
+from trackstar.indexing.defaults import chosen_settings, is_begun, smaller_sides
 from trackstar.indexing.first_batch import FirstBatch, batch_bytes, first_batch
 from trackstar.indexing.machine import free_disk
 from trackstar.indexing.needs import (
@@ -48,11 +48,6 @@ class Begun:
     sampled: int = 0
     whitened: bool = False
     complete: bool = False
-
-    @property
-    def started(self) -> bool:
-        """Whether anything exists."""
-        return bool(self.examples or self.sampled or self.whitened or self.complete)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,19 +212,19 @@ def plan_corpus(
         size = corpus_size(read, model, windows_entry(model, settings))
     else:
         size = like.corpus
-    chosen, why = chosen_settings(
-        settings, parameters=model.coverage.parameters, blocks=len(model.blocks), examples=size.examples, out=out
-    )
+    parameters, blocks = model.coverage.parameters, len(model.blocks)
+    chosen, why = chosen_settings(settings, parameters=parameters, blocks=blocks, examples=size.examples, out=out)
     plan = _plan(model, size, out, chosen, why, share=share, batch=None if like is None else like.needs.batch)
-    if settings.side is not None or share is not None or plan.begun.started:
+    if settings.side is not None or share is not None or is_begun(out):
         return plan
     for side in smaller_sides(chosen.side):
         if plan.needs.suffice:
             break
         room = f"{amount_of_bytes(plan.needs.room.amount)} available"
-        why = (f"side {side}, as {plan.settings.side} needs {amount_of_bytes(plan.needs.more)} with {room}", *why[1:])
-        smaller = dataclasses.replace(chosen, side=side)
-        plan = _plan(model, size, out, smaller, why, share=share, batch=plan.needs.batch)
+        reason = f"side {side}, as {plan.settings.side} needs {amount_of_bytes(plan.needs.more)} with {room}"
+        smaller = dataclasses.replace(settings, side=side)
+        chosen, why = chosen_settings(smaller, parameters=parameters, blocks=blocks, examples=size.examples)
+        plan = _plan(model, size, out, chosen, (reason, *why), share=share, batch=plan.needs.batch)
     return plan
 
 
