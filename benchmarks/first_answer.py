@@ -125,13 +125,13 @@ def make_half_billion(folder: Path) -> tuple[str, str]:
 
 def rounds_of(
     model: str, corpus: str, rounds: int, kinds: Sequence[str], *, query: bool
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, dict[str, float]]]:
     """Each round: the start, the passes and the index, one after the other, and the first queries."""
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as work:
             out = str(Path(work) / "index")
             own = (sys.executable, __file__, "--child", model, corpus)
-            run: dict[str, object] = {kind: child(*own, kind) for kind in ("start", *kinds)}
+            run: dict[str, dict[str, float]] = {kind: child(*own, kind) for kind in ("start", *kinds)}
             run["index"] = trackstar("index", "--model", model, "--data", corpus, "--out", out)
             if query:
                 run["first query"] = trackstar("query", out, *QUERY)
@@ -140,17 +140,14 @@ def rounds_of(
         yield run
 
 
-def summary(runs: Sequence[dict[str, object]], passes_per_index: int) -> dict[str, object]:
+def summary(runs: Sequence[dict[str, dict[str, float]]], passes_per_index: int) -> dict[str, object]:
     """Medians over the rounds, and the ratios of the index to the passes."""
 
     def middle(part: str, name: str) -> float:
-        return statistics.median(run[part][name] for run in runs)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        return statistics.median(run[part][name] for run in runs)
 
     own = middle("index", "cpu_seconds") - middle("start", "cpu_seconds")
-    figures: dict[str, object] = {
-        part: {name: middle(part, name) for name in runs[0][part]}  # pyright: ignore[reportGeneralTypeIssues]
-        for part in runs[0]
-    }
+    figures: dict[str, object] = {part: {name: middle(part, name) for name in runs[0][part]} for part in runs[0]}
     for kind in ("bare", "training"):
         if kind in runs[0]:
             figures[f"index over {kind} passes, without starts"] = round(
